@@ -1,0 +1,124 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""A pair of ID maps, and the change of owners from one pair to another."""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass
+
+from ..errors import MapError
+from .ranges import IDMap
+
+OVERFLOW_ID = 65534
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """The UID and the GID map of a layer or container; ``Mapping()`` maps nothing away."""
+
+    uid: IDMap = IDMap()
+    gid: IDMap = IDMap()
+
+    @property
+    def identity(self) -> bool:
+        """Whether neither map is there, as in the record of an unmapped layer."""
+        return not self.uid.ranges and not self.gid.ranges
+
+    def same_form(self, other: Mapping) -> bool:
+        """Whether both are written alike, which is what runtimes ask for."""
+        return self == other
+
+    def same_meaning(self, other: Mapping) -> bool:
+        """Whether both map every ID alike, however they are written."""
+        return self.uid.same_meaning(other.uid) and self.gid.same_meaning(other.gid)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether both maps are contiguous, as old shifting checks want them."""
+        return self.uid.contiguous and self.gid.contiguous
+
+    @property
+    def root(self) -> t.Tuple[int, int]:
+        """Host UID and GID of the container's root.
+
+        :raises MapError: a map holds no root
+        """
+        uid, gid = self.uid.root, self.gid.root
+        if uid is None or gid is None:
+            lacking = "UID" if uid is None else "GID"
+            raise MapError(
+                f"mapping {self}",
+                f"has no {lacking} for the container's root",
+                "Add an entry that maps container ID 0.",
+            )
+        return uid, gid
+
+    def __str__(self) -> str:
+        return f"uid {self.uid} gid {self.gid}"
+
+
+class Shift:
+    """New owners for files stored under one mapping that are to be stored under another.
+
+    An ID goes from the host ID under ``old`` to the container ID and on to the host ID under
+    ``new``. What cannot be mapped becomes the overflow ID when ``overflow`` is set; otherwise it
+    is noted and answered with -1, so that one walk finds all of them:
+
+    * ``unmapped_uids``, ``unmapped_gids``: container IDs that ``new`` does not hold
+    * ``foreign_uids``, ``foreign_gids``: host IDs that ``old`` does not hold
+    """
+
+    def __init__(self, old: Mapping, new: Mapping, overflow: bool = False) -> None:
+        self.old = old
+        self.new = new
+        self.overflow = overflow
+        self.unmapped_uids: t.Set[int] = set()
+        self.unmapped_gids: t.Set[int] = set()
+        self.foreign_uids: t.Set[int] = set()
+        self.foreign_gids: t.Set[int] = set()
+        self._uids: t.Dict[int, int] = {}
+        self._gids: t.Dict[int, int] = {}
+
+    def uid(self, host_id: int) -> int:
+        """The new host UID of a file that host UID ``host_id`` owns, -1 if it has none."""
+        known = self._uids.get(host_id)
+        if known is None:
+            known = self._uids[host_id] = self._translate(
+                host_id, self.old.uid, self.new.uid, self.unmapped_uids, self.foreign_uids
+            )
+        return known
+
+    def gid(self, host_id: int) -> int:
+        """The new host GID of a file that host GID ``host_id`` owns, -1 if it has none."""
+        known = self._gids.get(host_id)
+        if known is None:
+            known = self._gids[host_id] = self._translate(
+                host_id, self.old.gid, self.new.gid, self.unmapped_gids, self.foreign_gids
+            )
+        return known
+
+    @property
+    def complete(self) -> bool:
+        """Whether every ID asked for so far could be translated."""
+        return not (
+            self.unmapped_uids or self.unmapped_gids or self.foreign_uids or self.foreign_gids
+        )
+
+    def _translate(
+        self, host_id: int, old: IDMap, new: IDMap, unmapped: t.Set[int], foreign: t.Set[int]
+    ) -> int:
+        container_id = old.to_container(host_id)
+        if container_id is not None:
+            result = new.to_host(container_id)
+            if result is not None:
+                return result
+        if self.overflow:
+            return OVERFLOW_ID
+        if container_id is None:
+            foreign.add(host_id)
+        else:
+            unmapped.add(container_id)
+        return -1
