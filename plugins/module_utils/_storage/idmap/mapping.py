@@ -10,7 +10,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..errors import MapError
-from .ranges import IDMap
+from .ranges import IDENTITY, IDMap
 
 OVERFLOW_ID = 65534
 
@@ -19,8 +19,8 @@ OVERFLOW_ID = 65534
 class Mapping:
     """The UID and the GID map of a layer or container; ``Mapping()`` maps nothing away."""
 
-    uid: IDMap = IDMap()
-    gid: IDMap = IDMap()
+    uid: IDMap = IDENTITY
+    gid: IDMap = IDENTITY
 
     @property
     def identity(self) -> bool:

@@ -273,5 +273,6 @@ class IDMap:
         return self if self.ranges else EVERYTHING
 
 
+IDENTITY = IDMap()
 NOTHING = IDMap((IDRange(0, 0, 0),))
 EVERYTHING = IDMap((IDRange(0, 0, ID_LIMIT),))
