@@ -1,0 +1,93 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""Taking one mapped layer out of a store: detached under the locks in milliseconds, deleted outside them."""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass
+
+from ..errors import LayerInUse, StoreError
+from ..store.snapshot import Snapshot
+from .opening import OpenStore
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A layer that is gone. ``lock_seconds``: for how long the store's locks were held."""
+
+    layer_id: str
+    lock_seconds: float
+
+
+def users_of(snapshot: Snapshot, layer_id: str) -> t.List[t.Dict[str, t.Any]]:
+    """Who rests on a layer, one entry for each container or other layer.
+
+    Containers of every program are seen: podman's, buildah's and CRI-O's, running or not.
+    """
+    containers = {one.layer: one for one in snapshot.containers_on(layer_id)}
+    users: t.List[t.Dict[str, t.Any]] = [
+        {"kind": "container", "id": one.id, "name": one.name} for one in containers.values()
+    ]
+    users.extend(
+        {"kind": "layer", "id": child.id, "name": ""}
+        for child in snapshot.children(layer_id)
+        if child.id not in containers
+    )
+    return users
+
+
+def refuse_if_used(snapshot: Snapshot, layer_id: str) -> None:
+    """Raise when a mapped layer cannot go.
+
+    :raises LayerInUse: containers or layers rest on it, or it is some image's own layer
+    :raises StoreError: there is no such layer
+    """
+    layer = snapshot.layers.get(layer_id)
+    if layer is None:
+        raise StoreError(f"layer {layer_id[:12]}", "is not in the store")
+    users = users_of(snapshot, layer_id)
+    if users:
+        names = ", ".join(f"{one['kind']} {one['name'] or one['id'][:12]}" for one in users)
+        raise LayerInUse(
+            f"layer {layer_id[:12]}",
+            f"is in use by {names}",
+            "Remove them first: podman ps --all --external shows those that podman did not make.",
+            layer_id=layer_id,
+            users=users,
+        )
+    for image in snapshot.images.values():
+        if image.layer == layer_id:
+            raise LayerInUse(
+                f"layer {layer_id[:12]}",
+                f"is the own layer of image {(image.names or [image.id[:12]])[0]}, no mapped one",
+                "It goes with the image only.",
+                layer_id=layer_id,
+            )
+
+
+def remove_mapped_layer(
+    place: OpenStore, layer_id: str, condition: t.Optional[t.Callable[[Snapshot], None]] = None
+) -> Removed:
+    """Take a mapped layer out of the store.
+
+    The order leaves a valid store after a kill at any point: out of the images first, then marked incomplete (which
+    every program cleans up by itself), its data renamed into trash, the record last.
+
+    :param condition: called under the locks with the records as they are then; raises to stop
+    :raises LayerInUse: somebody uses it by now
+    :raises StorageError: whatever ``condition`` says
+    """
+    with place.store.trash(layer_id) as trash:
+        with place.store.transaction(containers=True) as transaction:
+            refuse_if_used(transaction.snapshot, layer_id)
+            if condition is not None:
+                condition(transaction.snapshot)
+            transaction.drop_mapped_layer(layer_id)
+            transaction.mark_incomplete(layer_id)
+            place.driver.detach(layer_id, trash)
+            transaction.remove_layer(layer_id, trash)
+        place.driver.destroy(trash)
+    return Removed(layer_id, transaction.seconds_held)
