@@ -34,9 +34,9 @@ class IDRange(t.NamedTuple):
         return f"{self.container_id}:{self.host_id}:{self.size}"
 
 
-def _touching(spans: t.Iterable[t.Tuple[int, int]]) -> bool:
+def _touching(spans: t.Iterable[tuple[int, int]]) -> bool:
     """Whether (start, size) spans, in order, each begin where the one before ends."""
-    end: t.Optional[int] = None
+    end: int | None = None
     for start, size in spans:
         if end is not None and start != end:
             return False
@@ -44,7 +44,7 @@ def _touching(spans: t.Iterable[t.Tuple[int, int]]) -> bool:
     return True
 
 
-def overlapping(ranges: t.Iterable[IDRange]) -> t.Optional[t.Tuple[IDRange, IDRange, str]]:
+def overlapping(ranges: t.Iterable[IDRange]) -> tuple[IDRange, IDRange, str] | None:
     """The first two ranges that share an ID, and on which side ("container" or "host")."""
     filled = [entry for entry in ranges if entry.size]
     for index, side in ((0, "container"), (1, "host")):
@@ -59,12 +59,12 @@ def overlapping(ranges: t.Iterable[IDRange]) -> t.Optional[t.Tuple[IDRange, IDRa
 class IDMap:
     """An ordered ID map. No range at all is the identity: every ID is stored as itself."""
 
-    ranges: t.Tuple[IDRange, ...] = ()
+    ranges: tuple[IDRange, ...] = ()
 
     # Making and writing
 
     @classmethod
-    def of(cls, *ranges: t.Tuple[int, int, int]) -> IDMap:
+    def of(cls, *ranges: tuple[int, int, int]) -> IDMap:
         """A map of (container ID, host ID, size) triples, unchecked."""
         return cls(tuple(IDRange(*entry) for entry in ranges))
 
@@ -139,11 +139,11 @@ class IDMap:
             ranges.append(IDRange(*numbers))
         return cls(tuple(ranges))
 
-    def to_record(self) -> t.List[t.Dict[str, int]]:
+    def to_record(self) -> list[dict[str, int]]:
         """The list that JSON records hold (omit the key there when it is empty)."""
         return [entry._asdict() for entry in self.ranges]
 
-    def to_strings(self) -> t.List[str]:
+    def to_strings(self) -> list[str]:
         """``C:H:N`` per range, as on podman's command line and in ``/proc/PID/uid_map``."""
         return [str(entry) for entry in self.ranges]
 
@@ -152,7 +152,7 @@ class IDMap:
 
     # Asking
 
-    def to_host(self, container_id: int) -> t.Optional[int]:
+    def to_host(self, container_id: int) -> int | None:
         """The host ID that stores a container ID, None when it is not mapped."""
         if not self.ranges:
             return container_id
@@ -161,7 +161,7 @@ class IDMap:
                 return host + container_id - start
         return None
 
-    def to_container(self, host_id: int) -> t.Optional[int]:
+    def to_container(self, host_id: int) -> int | None:
         """The container ID that a host ID stands for, None when it is not mapped."""
         if not self.ranges:
             return host_id
@@ -170,7 +170,7 @@ class IDMap:
                 return start + host_id - host
         return None
 
-    def missing(self, ids: t.Iterable[int]) -> t.List[int]:
+    def missing(self, ids: t.Iterable[int]) -> list[int]:
         """Those of these container IDs that are not mapped, sorted, each once."""
         return sorted(one for one in set(ids) if self.to_host(one) is None)
 
@@ -189,7 +189,7 @@ class IDMap:
         )
 
     @property
-    def root(self) -> t.Optional[int]:
+    def root(self) -> int | None:
         """The host ID of the container's root, None when there is none.
 
         A single range of size 1 is root whatever its container ID (GetRootUIDGID).
@@ -224,7 +224,7 @@ class IDMap:
 
         A map of empty ranges only becomes ``NOTHING``, since no range would be the identity.
         """
-        merged: t.List[IDRange] = []
+        merged: list[IDRange] = []
         for entry in sorted(self.ranges):
             if not entry.size:
                 continue
