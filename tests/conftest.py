@@ -1,0 +1,110 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Fixtures of the laboratory; tests that use none of them need neither root nor any program."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import sys
+import typing as t
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+if t.TYPE_CHECKING:
+    from support.images import Image
+    from support.lab import Lab
+    from support.stores import Store
+    from support.users import User
+
+
+@pytest.fixture(scope="session")
+def lab() -> t.Iterator[Lab]:
+    """The laboratory: this process moves into a mount namespace of its own."""
+    from support.lab import Lab
+
+    laboratory = Lab()
+    try:
+        yield laboratory
+    finally:
+        laboratory.close()
+
+
+@pytest.fixture(scope="session")
+def small_image(lab: Lab) -> Image:
+    """Four small layers with all that a mapping must carry over; localhost/small:1."""
+    from support import images
+
+    return images.build(lab.folder(), images.small_layers(), "localhost/small:1")
+
+
+@pytest.fixture(scope="session")
+def many_files_image(lab: Lab) -> t.Callable[[int], Image]:
+    """Makes localhost/many:COUNT, an image of that many small files."""
+    from support import images
+
+    @functools.cache
+    def make(count: int) -> Image:
+        return images.build(
+            lab.folder(), images.many_files_layers(count), f"localhost/many:{count}"
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_user(lab: Lab) -> t.Iterator[t.Callable[..., User]]:
+    """Makes temporary users with subordinate IDs: make_user(machine=None, subordinate=65536)."""
+    from support import users
+
+    made: t.List[t.Tuple[User, t.Any]] = []
+
+    def make(machine: t.Any = None, **options: t.Any) -> User:
+        user = users.add_user(lab, machine, **options)
+        made.append((user, machine))
+        return user
+
+    yield make
+    while made:
+        user, machine = made.pop()
+        users.remove_user(lab, user, machine)
+
+
+@pytest.fixture
+def make_store(lab: Lab, make_user: t.Callable[..., User]) -> t.Iterator[t.Callable[..., Store]]:
+    """Makes private stores: make_store(kind, *images, machine=None, user=None, options=None ...)."""
+    from support import stores
+
+    made: t.List[Store] = []
+
+    def make(kind: str, *images: Image, **options: t.Any) -> Store:
+        if stores.KINDS[kind][2] and not options.get("user"):
+            options["user"] = make_user(options.get("machine"))
+        store = stores.Store(lab, kind, **options)
+        made.append(store)
+        for image in images:
+            store.load(image)
+        return store
+
+    yield make
+    while made:
+        made.pop().close()
+
+
+@pytest.fixture
+def run_module(lab: Lab) -> t.Callable[..., t.Dict[str, t.Any]]:
+    """support.modules.run_module with the laboratory filled in."""
+    from support import modules
+
+    return functools.partial(modules.run_module, lab)
+
+
+@pytest.fixture
+def run_playbook(lab: Lab) -> t.Callable[..., t.List[t.Dict[str, t.Any]]]:
+    """support.modules.run_playbook with the laboratory filled in."""
+    from support import modules
+
+    return functools.partial(modules.run_playbook, lab)

@@ -1,0 +1,130 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Running the collection's modules: directly as a process, or through ansible-playbook."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import typing as t
+
+from .lab import Lab
+from .machines import Account, Machine, Result
+
+Json = t.Dict[str, t.Any]
+SYSTEM_PYTHON = "/usr/bin/python3"
+_PACKAGE = "ansible_collections.userns.storage.plugins.modules"
+
+
+class ModuleCrash(AssertionError):
+    """The module ended without a JSON result; the message holds all it said."""
+
+
+def _parsed(result: Result) -> Json:
+    for line in reversed(result.stdout.splitlines()):
+        if line.startswith("{"):
+            parsed: Json = json.loads(line)
+            return parsed
+    raise ModuleCrash(f"rc {result.rc}\n{result.stdout}\n{result.stderr}")
+
+
+def run_module(
+    lab: Lab,
+    name: str,
+    args: t.Mapping[str, t.Any],
+    *,
+    check: bool = False,
+    diff: bool = False,
+    user: t.Optional[Account] = None,
+    python: str = SYSTEM_PYTHON,
+    environ: t.Optional[t.Mapping[str, str]] = None,
+    machine: t.Optional[Machine] = None,
+    fails: t.Optional[bool] = False,
+    timeout: float = 300.0,
+) -> Json:
+    """Run plugins/modules/NAME.py as a process of `python`, as root or `user`, and return its result.
+
+    :param fails: whether the module has to fail; None when either will do
+    """
+    words: Json = {
+        **args,
+        "_ansible_check_mode": check,
+        "_ansible_diff": diff,
+        "_ansible_no_log": False,
+        "_ansible_remote_tmp": "/tmp",
+        "_ansible_keep_remote_files": False,
+    }
+    env = {"PYTHONPATH": str(lab.tree), "PYTHONDONTWRITEBYTECODE": "1", **(environ or {})}
+    done = (machine or lab.machine).run(
+        [python, "-m", f"{_PACKAGE}.{name}"],
+        account=user,
+        env=env,
+        stdin=json.dumps({"ANSIBLE_MODULE_ARGS": words}),
+        check=False,
+        timeout=timeout,
+    )
+    outcome = _parsed(done)
+    failed = bool(outcome.get("failed"))
+    if fails is not None and failed != fails:
+        raise AssertionError(
+            f"{name}: failed is {failed}\n{json.dumps(outcome, indent=1)}\n{done.stderr}"
+        )
+    return outcome
+
+
+def run_playbook(
+    lab: Lab,
+    tasks: t.Sequence[Json],
+    *,
+    check: bool = False,
+    diff: bool = False,
+    inventory: str = "localhost,",
+    variables: t.Optional[t.Mapping[str, t.Any]] = None,
+    environ: t.Optional[t.Mapping[str, str]] = None,
+    python: str = SYSTEM_PYTHON,
+    timeout: float = 300.0,
+) -> t.List[Json]:
+    """Run tasks through the real ansible-playbook; returns the result of each, failures included."""
+    folder = lab.folder()
+    plays = []
+    names = [f"result_{number}" for number in range(len(tasks))]
+    body: t.List[Json] = [
+        {"ignore_errors": True, **task, "register": name} for task, name in zip(tasks, names)
+    ]
+    copy = {
+        "content": "{{ [" + ", ".join(names) + "] | to_json }}",
+        "dest": str(folder / "results.json"),
+        "mode": "0600",
+    }
+    body.append(
+        {"ansible.builtin.copy": copy, "delegate_to": "localhost", "become": False,
+         "check_mode": False, "diff": False}
+    )  # fmt: skip
+    plays.append({"hosts": "all", "gather_facts": False, "tasks": body})
+    playbook = folder / "play.json"
+    playbook.write_text(json.dumps(plays))
+    settings: Json = {"ansible_python_interpreter": python}
+    if inventory == "localhost,":
+        settings["ansible_connection"] = "local"
+    command = [str(pathlib.Path(sys.executable).parent / "ansible-playbook"), str(playbook)]
+    command += ["-i", inventory, "-e", json.dumps({**settings, **(variables or {})})]
+    command += ["--check"] * check + ["--diff"] * diff
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "ANSIBLE_COLLECTIONS_PATH": str(lab.tree),
+        "ANSIBLE_HOST_KEY_CHECKING": "false",
+        "ANSIBLE_LOCAL_TEMP": str(folder / "local"),
+        "ANSIBLE_REMOTE_TEMP": "/tmp",
+        "ANSIBLE_NOCOLOR": "1",
+        **(environ or {}),
+    }
+    done = lab.machine.run(command, env=env, cwd=str(folder), check=False, timeout=timeout)
+    path = folder / "results.json"
+    if not path.exists():
+        raise ModuleCrash(f"rc {done.rc}\n{done.stdout}\n{done.stderr}")
+    results: t.List[Json] = json.loads(path.read_text())
+    return results

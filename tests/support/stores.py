@@ -1,0 +1,432 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Private stores made and used by the real podman, buildah and skopeo."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import pathlib
+import shutil
+import socket
+import stat
+import time
+import typing as t
+
+from . import mounts
+from .images import Image
+from .lab import Lab
+from .machines import Account, Machine, Result
+from .users import User
+
+# kind -> (storage driver, filesystem to format or "", rootless)
+KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
+    "vfs": ("vfs", "", False),
+    "overlay": ("overlay", "", False),
+    "overlay-forced": ("overlay", "", False),
+    "overlay-xfs": ("overlay", "xfs", False),
+    "vfs-xfs": ("vfs", "xfs", False),
+    "btrfs": ("btrfs", "btrfs", False),
+    "rootless-overlay": ("overlay", "", True),
+    "rootless-vfs": ("vfs", "", True),
+    "rootless-fuse": ("overlay", "", True),
+}
+# Kinds whose runtime copies although the kernel could shift.
+_FORCED = ("overlay-forced", "overlay-xfs")
+
+_CONTAINERS_CONF = """\
+[containers]
+default_ulimits = ["nofile=1000:1000", "nproc=1000:1000"]
+netns = "host"
+cgroups = "disabled"
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+"""
+
+Json = t.Dict[str, t.Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskState:
+    """Everything below some folders at one instant: what each path is, and the locks' tokens."""
+
+    entries: t.Mapping[str, t.Tuple[t.Any, ...]]
+
+    def changes(self, later: DiskState) -> t.List[str]:
+        """What differs in `later`, one line a path; empty when nothing was written."""
+        lines = []
+        for path in sorted({*self.entries, *later.entries}):
+            old, new = self.entries.get(path), later.entries.get(path)
+            if old != new:
+                lines.append(f"{path}: {old} -> {new}")
+        return lines
+
+
+def disk_state(*folders: t.Union[str, pathlib.Path]) -> DiskState:
+    """Mode, owner, size, inode, mtime and ctime (ns) of all paths, link texts, and lock files' tokens."""
+    entries: t.Dict[str, t.Tuple[t.Any, ...]] = {}
+
+    def look(path: str) -> None:
+        info = os.lstat(path)
+        extra: t.Any = None
+        if stat.S_ISLNK(info.st_mode):
+            extra = os.readlink(path)
+        elif path.endswith((".lock", ".json")) and stat.S_ISREG(info.st_mode):
+            with open(path, "rb") as content:
+                extra = content.read(64)
+        entries[path] = (
+            oct(info.st_mode), info.st_uid, info.st_gid, info.st_size, info.st_nlink, info.st_ino,
+            info.st_mtime_ns, info.st_ctime_ns, extra,
+        )  # fmt: skip
+
+    for folder in map(str, folders):
+        if not os.path.lexists(folder):
+            continue
+        look(folder)
+        for parent, folders_, files in os.walk(folder):
+            for name in [*folders_, *files]:
+                look(os.path.join(parent, name))
+    return DiskState(entries)
+
+
+class Store:
+    """One private store. Rootful ones are told to tools by CONTAINERS_STORAGE_CONF; a rootless one is
+    its user's own default store, with ~/.config/containers/storage.conf, as on a real workstation.
+
+    Attributes: kind, driver, graphroot, runroot (pathlib.Path), user (None when rootful), machine.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        kind: str,
+        *,
+        machine: t.Optional[Machine] = None,
+        user: t.Optional[User] = None,
+        options: t.Optional[t.Mapping[str, str]] = None,
+        read_only: t.Sequence[str] = (),
+        mib: int = 600,
+    ) -> None:
+        """:param options: keys of [storage.options.DRIVER]; :param read_only: additional image stores;
+        :param mib: size of the loop file for the kinds that format one."""
+        self.driver, filesystem, rootless = KINDS[kind]
+        if rootless != (user is not None):
+            raise ValueError(f"{kind}: a user is needed for rootless stores, and only for them")
+        self.lab, self.kind, self.user = lab, kind, user
+        self.machine = machine or lab.machine
+        self.account: t.Optional[Account] = user
+        self.read_only = tuple(read_only)
+        self.options = dict(options or {})
+        if kind == "rootless-fuse":
+            self.options.setdefault("mount_program", "/usr/bin/fuse-overlayfs")
+        self.base = lab.folder()
+        if filesystem:
+            self._format(filesystem, mib)
+        for name in ("tmp", "t"):
+            (self.base / name).mkdir()
+            (self.base / name).chmod(0o1777)
+        if user:
+            home = pathlib.Path(user.home)
+            self.graphroot = home / ".local/share/containers/storage"
+            self.runroot = pathlib.Path(user.runtime_dir) / "containers"
+            self.storage_conf = user.write(
+                ".config/containers/storage.conf", self._storage_conf(paths=False)
+            )
+            self.containers_conf = user.write(
+                ".config/containers/containers.conf", _CONTAINERS_CONF
+            )
+        else:
+            self.graphroot = self.base / "disk" / "g" if filesystem else self.base / "g"
+            self.runroot = self.base / "r"
+            self.storage_conf = self.base / "storage.conf"
+            self.containers_conf = self.base / "containers.conf"
+            self.storage_conf.write_text(self._storage_conf(paths=True))
+            self.containers_conf.write_text(f'{_CONTAINERS_CONF}tmp_dir = "{self.base}/t"\n')
+        self.forced = kind in _FORCED
+        if self.forced and not self._env_forces():
+            cache = self.runroot / "overlay"
+            cache.mkdir(parents=True, mode=0o700)
+            (cache / "idmapped-lower-dir-false").touch()
+
+    def _format(self, filesystem: str, mib: int) -> None:
+        image, disk = self.base / "disk.img", self.base / "disk"
+        with open(image, "wb") as content:
+            content.truncate(mib << 20)
+        self.lab.machine.run([f"mkfs.{filesystem}", "-q", str(image)])
+        disk.mkdir()
+        mounts.mount("-o", "loop", str(image), str(disk))
+
+    def _storage_conf(self, paths: bool) -> str:
+        lines = ["[storage]", f'driver = "{self.driver}"']
+        if paths:
+            lines += [f'graphroot = "{self.graphroot}"', f'runroot = "{self.runroot}"']
+        if self.read_only:
+            lines += ["[storage.options]", f"additionalimagestores = {json.dumps(self.read_only)}"]
+        if self.options:
+            lines.append(f"[storage.options.{self.driver}]")
+            lines += [f'{key} = "{value}"' for key, value in self.options.items()]
+        return "\n".join(lines) + "\n"
+
+    def _env_forces(self) -> bool:
+        """Whether this machine's containers/storage honours the variable (1.45.4, podman 4.5)."""
+        return self.machine.version("podman") >= (4, 5)
+
+    # Programs
+
+    def env(self) -> t.Dict[str, str]:
+        """What tools need to find the store and to start containers here."""
+        env = {"TMPDIR": str(self.base / "tmp"), "CONTAINERS_CONF": str(self.containers_conf)}
+        if not self.user:
+            env["CONTAINERS_STORAGE_CONF"] = str(self.storage_conf)
+            env["HOME"] = str(self.base / "tmp")
+            env["XDG_RUNTIME_DIR"] = str(self.base / "t")
+        if self.forced and self._env_forces():
+            env["_CONTAINERS_OVERLAY_DISABLE_IDMAP"] = "yes"
+        return env
+
+    def tool(self, *argv: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
+        """Run a program with the store as its default one; options as Machine.run takes them."""
+        env = {**self.env(), **options.pop("env", {})}
+        return self.machine.run(
+            [str(word) for word in argv], account=self.account, env=env, **options
+        )
+
+    def podman(self, *args: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
+        """`podman ARGS` on this store."""
+        return self.tool("podman", *args, **options)
+
+    def buildah(self, *args: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
+        """`buildah ARGS` on this store."""
+        return self.tool("buildah", *args, **options)
+
+    def skopeo(self, *args: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
+        """`skopeo ARGS` with this store behind containers-storage: names."""
+        inside = ("podman", "unshare") if self.user else ()
+        return self.tool(*inside, "skopeo", *args, **options)
+
+    def storage_cli(self, *args: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
+        """`containers-storage ARGS` on this store."""
+        inside = ("podman", "unshare") if self.user else ()
+        return self.tool(*inside, "containers-storage", *args, **options)
+
+    def load(self, image: Image, name: str = "") -> str:
+        """Import an image; returns its ID (64 hex digits)."""
+        target = name or image.name
+        self.skopeo("copy", "-q", image.source, f"containers-storage:{target}")
+        return str(self.image(target)["id"])
+
+    def create(self, image: str, *args: str, command: t.Sequence[str] = ("true",)) -> str:
+        """`podman create ARGS IMAGE COMMAND`; returns the container's ID."""
+        return self.podman("create", *args, image, *command).stdout.split()[-1]
+
+    def run(self, image: str, *command: str, args: t.Sequence[str] = ()) -> str:
+        """Really start a container (`podman run --rm ARGS IMAGE COMMAND`); returns its standard output."""
+        return self.podman("run", "--rm", *args, image, *command).stdout
+
+    def shell(self, image: str, script: str, args: t.Sequence[str] = ()) -> str:
+        """Really start a container that runs a shell script."""
+        return self.run(image, "sh", "-c", script, args=args)
+
+    def timed(self, action: t.Callable[[], t.Any]) -> float:
+        """Seconds that `action` takes."""
+        started = time.perf_counter()
+        action()
+        return time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def service(self) -> t.Iterator[Service]:
+        """`podman system service` as long as the context lasts."""
+        path = self.base / "tmp" / f"s{time.monotonic_ns() % 10**6}"
+        process = self.machine.popen(
+            ["podman", "system", "service", "-t", "0", f"unix://{path}"],
+            account=self.account,
+            env=self.env(),
+        )
+        try:
+            until = time.monotonic() + 30
+            while not path.exists():
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"podman system service ended with {process.returncode}")
+                time.sleep(0.02)
+            yield Service(str(path))
+        finally:
+            process.terminate()
+            process.wait(30)
+
+    # Records, read straight from the files
+
+    def _records(self, folder: str, *names: str) -> t.List[Json]:
+        records: t.List[Json] = []
+        for name in names:
+            path = self.graphroot / f"{self.driver}-{folder}" / name
+            if path.exists():
+                records += json.loads(path.read_text() or "[]") or []
+        return records
+
+    def layers(self) -> t.List[Json]:
+        """All layer records."""
+        return self._records("layers", "layers.json", "volatile-layers.json")
+
+    def images(self) -> t.List[Json]:
+        """All image records."""
+        return self._records("images", "images.json")
+
+    def containers(self) -> t.List[Json]:
+        """All container records."""
+        return self._records("containers", "containers.json", "volatile-containers.json")
+
+    def layer(self, layer_id: str) -> Json:
+        """The record of one layer."""
+        return next(layer for layer in self.layers() if layer["id"] == layer_id)
+
+    def image(self, name: str) -> Json:
+        """The record of the image with that name or ID."""
+        return next(i for i in self.images() if name == i["id"] or name in i.get("names", ()))
+
+    def container(self, name: str) -> Json:
+        """The record of the container with that name or ID."""
+        return next(c for c in self.containers() if name == c["id"] or name in c.get("names", ()))
+
+    def mapped_layers(self, name: str) -> t.List[str]:
+        """IDs of an image's mapped layers."""
+        return list(self.image(name).get("mapped-layers") or ())
+
+    def layer_ids(self) -> t.Set[str]:
+        """IDs of all layers."""
+        return {layer["id"] for layer in self.layers()}
+
+    # The disk
+
+    def layer_folder(self, layer_id: str) -> pathlib.Path:
+        """The driver's folder of a layer."""
+        inner = {"vfs": "dir", "btrfs": "subvolumes", "overlay": ""}[self.driver]
+        return self.graphroot / self.driver / inner / layer_id
+
+    def snapshot_of_disk(self) -> DiskState:
+        """All of graphroot and runroot as it is: compare two with `changes`."""
+        return disk_state(self.graphroot, self.runroot)
+
+    @contextlib.contextmanager
+    def mounted(self, layer_id: str) -> t.Iterator[pathlib.Path]:
+        """The tree of a layer as the runtime sees it without any container (host IDs)."""
+        if self.driver != "overlay":
+            yield self.layer_folder(layer_id)
+            return
+        home = self.graphroot / "overlay"
+        lowers = _with_numbered(home / layer_id)
+        lower = home / layer_id / "lower"
+        if lower.exists():
+            for word in lower.read_text().split(":"):
+                lowers += _with_numbered((home / word).resolve().parent)
+        target = self.base / "tmp" / f"m{time.monotonic_ns()}"
+        target.mkdir()
+        option = "userxattr," if self.user else ""
+        joined = ":".join(map(str, lowers))
+        try:
+            if len(lowers) == 1:
+                mounts.mount("--bind", str(lowers[0]), str(target))
+            else:
+                mounts.mount("-t", "overlay", "-o", f"ro,{option}lowerdir={joined}", "lab", str(target))  # fmt: skip
+            yield target
+        finally:
+            mounts.detach_all(str(target))
+            target.rmdir()
+
+    def leftovers(self, layer_id: str) -> t.List[str]:
+        """Paths of the store that still speak of a layer."""
+        found = [str(p) for p in self.graphroot.rglob(f"{layer_id}*")]
+        links = self.graphroot / "overlay" / "l"
+        if links.is_dir():
+            found += [
+                str(link) for link in links.iterdir() if layer_id in os.readlink(link)
+            ]  # fmt: skip
+        return found
+
+    def host_id(self, mapping: t.Sequence[Json], container_id: int) -> int:
+        """The ID on this machine's disk for a container's ID under a record's map."""
+        inner = container_id
+        for part in mapping:
+            if part["container_id"] <= container_id < part["container_id"] + part["size"]:
+                inner = part["host_id"] + container_id - part["container_id"]
+                break
+        else:
+            if mapping:
+                raise ValueError(f"{container_id} is not in {mapping}")
+        if self.user is None:
+            return inner
+        return self.user.uid if inner == 0 else self.user.subuid_start + inner - 1
+
+    # For our modules
+
+    def module_args(self) -> Json:
+        """Store options for the modules, run as root: paths, or the rootless store's user."""
+        if self.user:
+            return {"user": self.user.name}
+        args: Json = {
+            "graphroot": str(self.graphroot),
+            "runroot": str(self.runroot),
+            "driver": self.driver,
+        }
+        if self.options:
+            args["storage_options"] = [f"{self.driver}.{k}={v}" for k, v in self.options.items()]
+        if self.read_only:
+            return {"storage_conf": str(self.storage_conf)}
+        return args
+
+    def close(self) -> None:
+        """End its processes, unmount and delete it."""
+        if self.user:
+            self.lab.kill(self.user.home)
+            home = pathlib.Path(self.user.home)
+            for path in (home / ".local", home / ".config", self.runroot):
+                shutil.rmtree(path, ignore_errors=True)
+        self.lab.remove(self.base)
+
+
+def _with_numbered(folder: pathlib.Path) -> t.List[pathlib.Path]:
+    """diff, diff1, diff2 ... of an overlay layer, top first."""
+    found = [folder / "diff"]
+    while (folder / f"diff{len(found)}").exists():
+        found.append(folder / f"diff{len(found)}")
+    return found
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(60)
+        self.sock.connect(self._path)
+
+
+class Service:
+    """A running podman API: one process that keeps the store open."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def call(self, method: str, path: str, body: t.Optional[Json] = None) -> t.Any:
+        """One request to the libpod API; a refusal raises."""
+        connection = _UnixConnection(self.path)
+        try:
+            connection.request(
+                method,
+                f"/v4.0.0/libpod/{path}",
+                json.dumps(body) if body is not None else None,
+                {"Content-Type": "application/json"},
+            )
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        finally:
+            connection.close()
+        if answer.status >= 400:
+            raise AssertionError(f"{method} {path}: {answer.status} {text}")
+        return json.loads(text) if text else None

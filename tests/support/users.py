@@ -1,0 +1,111 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Temporary users with subordinate IDs, made by useradd on a machine and taken away again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import os
+import pathlib
+import typing as t
+
+from .lab import Lab
+from .machines import Account, Machine
+
+_NUMBERS = itertools.count(1)
+_RANGE = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class User(Account):
+    """A temporary user: IDs `subuid_start` to `subuid_start + subuid_count - 1` belong to it."""
+
+    subuid_start: int = 0
+    subuid_count: int = 0
+
+    def write(self, path: str, text: str) -> pathlib.Path:
+        """Put a file of the user's own below its home, folders included."""
+        target = pathlib.Path(self.home) / path
+        missing = [p for p in (target, *target.parents) if not p.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+        for item in missing:
+            os.chown(item, self.uid, self.gid)
+        return target
+
+
+def _root(machine: Machine) -> pathlib.Path:
+    """Where the files of a machine can be read from outside."""
+    return pathlib.Path(getattr(machine, "root", "/"))
+
+
+def _claimed(etc: pathlib.Path) -> t.Tuple[t.Set[int], t.List[t.Tuple[int, int]]]:
+    """IDs taken by users and groups, and all subordinate ranges as (first, past the last)."""
+    taken: t.Set[int] = set()
+    for name in ("passwd", "group"):
+        for line in (etc / name).read_text().splitlines():
+            taken.add(int(line.split(":")[2]))
+    ranges = []
+    for name in ("subuid", "subgid"):
+        with contextlib.suppress(FileNotFoundError):
+            for line in (etc / name).read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    _owner, start, count = line.split(":")
+                    ranges.append((int(start), int(start) + int(count)))
+    return taken, ranges
+
+
+@contextlib.contextmanager
+def _files_locked(lab: Lab) -> t.Iterator[None]:
+    with open(lab.base.parent / ".us-users.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def add_user(
+    lab: Lab, machine: t.Optional[Machine] = None, subordinate: int = _RANGE, uid: int = 0
+) -> User:
+    """Make a user whose home lies in the laboratory, with `subordinate` IDs (0: none).
+
+    Ranges and UIDs overlap no other's on that machine. /run/user/UID is there and is the user's, as
+    after a login.
+    """
+    machine = machine or lab.machine
+    root = _root(machine)
+    home = lab.folder() / "h"
+    with _files_locked(lab):
+        taken, ranges = _claimed(root / "etc")
+        number = uid or next(n for n in itertools.count(1500) if n not in taken)
+        name = f"us{os.getpid() % 100000}x{next(_NUMBERS)}"
+        machine.run(["groupadd", "-g", str(number), name])
+        # -K keeps useradd from choosing ranges itself; -M from copying /etc/skel.
+        words = ["-M", "-N", "-u", str(number), "-g", str(number), "-d", str(home)]
+        words += ["-s", "/bin/bash", "-K", "SUB_UID_COUNT=0", "-K", "SUB_GID_COUNT=0"]
+        machine.run(["useradd", *words, name])
+        start = max([100_000, *(end for _start, end in ranges)]) if subordinate else 0
+        if subordinate:
+            last = start + subordinate - 1
+            words = ["--add-subuids", f"{start}-{last}", "--add-subgids", f"{start}-{last}"]
+            machine.run(["usermod", *words, name])
+    home.mkdir(mode=0o700)
+    os.chown(home, number, number)
+    runtime = f"/run/user/{number}"
+    machine.run(["install", "-d", "-m", "0700", "-o", str(number), "-g", str(number), runtime])
+    return User(name, number, number, str(home), runtime, start, subordinate)
+
+
+def remove_user(lab: Lab, user: User, machine: t.Optional[Machine] = None) -> None:
+    """End what the user runs, and take away home, runtime folder, account and range lines."""
+    machine = machine or lab.machine
+    lab.remove(pathlib.Path(user.home).parent)
+    machine.run(["rm", "-rf", user.runtime_dir])
+    with _files_locked(lab):
+        machine.run(["userdel", user.name], check=False)
+        machine.run(["groupdel", user.name], check=False)
+        for name in ("subuid", "subgid"):
+            words = ["sed", "-i", f"/^{user.name}:/d", f"/etc/{name}"]
+            machine.run(words, check=False)
