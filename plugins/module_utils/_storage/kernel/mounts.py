@@ -1,0 +1,301 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""Mounts of the calling process's mount namespace; see mount(2), mount_setattr(2)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import typing as t
+
+from . import libc
+
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_REMOUNT = 0x20
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 0x40000
+MS_SLAVE = 0x80000
+MNT_DETACH = 0x2
+UMOUNT_NOFOLLOW = 0x8
+
+# A path, or an open directory: a descriptor cannot be swapped for a symbolic link.
+Place = t.Union[str, int]
+
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_OPEN_TREE_CLONE = 0x1
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOUNT_ATTR_IDMAP = 0x00100000
+_MAX_DATA = 4095
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class MountEntry(t.NamedTuple):
+    """A line of /proc/self/mountinfo, see proc(5)."""
+
+    mount_id: int
+    parent_id: int
+    root: str
+    mount_point: str
+    fstype: str
+    source: str
+    super_options: t.Tuple[str, ...]
+
+
+def mount(
+    source: t.Optional[str],
+    target: Place,
+    fstype: t.Optional[str],
+    flags: int = 0,
+    data: t.Optional[str] = None,
+) -> None:
+    """Call mount(2).
+
+    :param flags: MS_* of this module, ORed
+    :raises OSError: with the call's errno and the target
+    """
+    name = path_of(target)
+    libc.call(
+        "mount",
+        None if source is None else os.fsencode(source),
+        os.fsencode(name),
+        None if fstype is None else fstype.encode(),
+        flags,
+        None if data is None else os.fsencode(data),
+        path=name,
+    )
+
+
+def umount(target: Place, flags: int = 0) -> None:
+    """Call umount2(2).
+
+    :param flags: MNT_DETACH, UMOUNT_NOFOLLOW, ORed
+    :raises OSError: with the call's errno and the target
+    """
+    name = path_of(target)
+    libc.call("umount2", os.fsencode(name), flags, path=name)
+
+
+def bind(source: Place, target: Place, recursive: bool = False, read_only: bool = False) -> None:
+    """Show a directory at a second place; without `recursive` what is mounted in it is not shown.
+
+    :raises OSError: EINVAL where a foreign user namespace locks what is mounted below the source
+    """
+    mount(path_of(source), target, None, MS_BIND | (MS_REC if recursive else 0))
+    if read_only:
+        mount(None, target, None, MS_BIND | MS_REMOUNT | MS_RDONLY)
+
+
+def make_private(target: Place = "/") -> None:
+    """Cut a mount and all below it off from every other mount namespace, both ways.
+
+    :raises OSError: with the call's errno and the target
+    """
+    mount(None, target, None, MS_REC | MS_PRIVATE)
+
+
+def make_slave(target: Place = "/") -> None:
+    """Cut a mount and all below it off, but let what others mount and unmount come through.
+
+    :raises OSError: with the call's errno and the target
+    """
+    mount(None, target, None, MS_REC | MS_SLAVE)
+
+
+@contextlib.contextmanager
+def mounted(
+    source: t.Optional[str],
+    target: Place,
+    fstype: t.Optional[str],
+    flags: int = 0,
+    data: t.Optional[str] = None,
+) -> t.Iterator[None]:
+    """Mount for the length of a with block.
+
+    :raises OSError: with the call's errno and the target
+    """
+    mount(source, target, fstype, flags, data)
+    try:
+        yield
+    finally:
+        unmount_surely(target)
+
+
+def unmount_surely(target: Place) -> None:
+    """Unmount, or detach what is still busy.
+
+    :raises OSError: with the call's errno and the target
+    """
+    try:
+        umount(target)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        umount(target, MNT_DETACH)
+
+
+def overlay(
+    target: Place,
+    lowers: t.Sequence[Place],
+    upper: t.Optional[Place] = None,
+    work: t.Optional[Place] = None,
+    options: t.Sequence[str] = (),
+) -> None:
+    """Mount an overlay; see the kernel's Documentation/filesystems/overlayfs.rst.
+
+    The layers are named by descriptor number, so neither their number nor a colon in a path
+    reaches the limit of one page. The current directory changes while the call lasts.
+
+    :param lowers: lower directories, topmost first; at least two without an upper one
+    :param upper: upper directory; without it the mount is read-only
+    :param work: work directory, on the same mount as the upper one
+    :param options: further mount options, passed as they are
+    :raises OSError: with the call's errno and the target; ELOOP where a layer is a symbolic link
+    """
+    with contextlib.ExitStack() as opened:
+
+        def number(place: Place) -> str:
+            if isinstance(place, int):
+                return str(place)
+            descriptor = os.open(place, _DIRECTORY)
+            opened.callback(os.close, descriptor)
+            return str(descriptor)
+
+        data = ["lowerdir=" + ":".join([number(one) for one in lowers])]
+        if upper is not None and work is not None:
+            data += ["upperdir=" + number(upper), "workdir=" + number(work)]
+        joined = ",".join(data + list(options))
+        if len(joined) > _MAX_DATA:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), path_of(target))
+        absolute = path_of(target)
+        if not os.path.isabs(absolute):
+            absolute = os.path.join(os.getcwd(), absolute)
+        here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened.callback(os.close, here)
+        os.chdir("/proc/self/fd")
+        try:
+            mount("overlay", absolute, "overlay", MS_RDONLY if upper is None else 0, joined)
+        finally:
+            os.fchdir(here)
+
+
+def overlay_view(
+    parent: int, name: str, lowers: t.Sequence[Place], options: t.Sequence[str] = ()
+) -> int:
+    """Open the merged view of layers, read-only, without leaving a mount or a directory behind.
+
+    :param parent: an open directory
+    :param name: a directory in it, mount point for an instant; nothing is written to it
+    :param lowers: lower directories, topmost first; opened descriptors or paths
+    :returns: a descriptor of the view's root; the view ends when the last one into it is closed
+    :raises OSError: with the call's errno; ESTALE where the name was swapped meanwhile
+    """
+    with contextlib.ExitStack() as undo:
+
+        def open_name(below: t.Optional[int]) -> int:
+            descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
+            undo.callback(os.close, descriptor)
+            if below is not None and os.fstat(descriptor).st_dev == os.fstat(below).st_dev:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+            return descriptor
+
+        layers: t.List[Place] = []
+        for one in lowers:
+            # Opened before the mounts below: the mount point may be one of the layers.
+            if isinstance(one, str):
+                one = os.open(one, _DIRECTORY)
+                undo.callback(os.close, one)
+            layers.append(one)
+        point = open_name(None)
+        # An empty tmpfs serves as the second layer that the kernel insists on.
+        mount("tmpfs", point, "tmpfs", MS_NODEV | MS_NOSUID, "mode=0755")
+        empty = open_name(point)
+        undo.callback(umount, empty, MNT_DETACH)
+        overlay(empty, [*layers, empty] if len(layers) == 1 else layers, options=options)
+        view = open_name(empty)
+        umount(view, MNT_DETACH)
+        return os.dup(view)
+
+
+def path_of(place: Place) -> str:
+    """A path for a place: itself, or the magic link of a descriptor."""
+    return f"/proc/self/fd/{place}" if isinstance(place, int) else place
+
+
+def mount_id(descriptor: int) -> int:
+    """The number, in mountinfo, of the mount that an open file was reached through.
+
+    :raises OSError: where /proc is not there
+    """
+    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
+        for line in lines:
+            name, _colon, value = line.partition(":")
+            if name == "mnt_id":
+                return int(value)
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), f"/proc/self/fdinfo/{descriptor}")
+
+
+def entries() -> t.List[MountEntry]:
+    """All mounts of the calling process, in the order of mounting."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        return [_entry(line) for line in lines]
+
+
+def _entry(line: str) -> MountEntry:
+    before, _dash, after = line.rstrip("\n").partition(" - ")
+    fields, rest = before.split(" "), after.split(" ")
+    return MountEntry(
+        int(fields[0]),
+        int(fields[1]),
+        _unescape(fields[3]),
+        _unescape(fields[4]),
+        rest[0],
+        _unescape(rest[1]) if len(rest) > 1 else "",
+        tuple(rest[2].split(",")) if len(rest) > 2 else (),
+    )
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found.group(1), 8)), text)
+
+
+class _MountAttr(ctypes.Structure):
+    """struct mount_attr of <linux/mount.h>."""
+
+    _fields_ = [
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    ]
+
+
+def idmapped(source: Place, target: Place, namespace: int) -> None:
+    """Show a directory at a second place with its owners seen through a user namespace's maps.
+
+    :param namespace: descriptor of a /proc/PID/ns/user
+    :raises OSError: EINVAL where the filesystem cannot, EPERM in a user namespace, ENOSYS before
+        Linux 5.12
+    """
+    path = os.fsencode(path_of(source))
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    tree = libc.syscall(libc.SYS_OPEN_TREE, _AT_FDCWD, path, flags, path=path_of(source))
+    try:
+        wanted = _MountAttr(_MOUNT_ATTR_IDMAP, 0, 0, namespace)
+        size = ctypes.sizeof(wanted)
+        reference = ctypes.byref(wanted)
+        number = libc.SYS_MOUNT_SETATTR
+        libc.syscall(number, tree, b"", _AT_EMPTY_PATH, reference, size, path=path_of(source))
+        where = os.fsencode(path_of(target))
+        number, flags = libc.SYS_MOVE_MOUNT, _MOVE_MOUNT_F_EMPTY_PATH
+        libc.syscall(number, tree, b"", _AT_FDCWD, where, flags, path=path_of(target))
+    finally:
+        os.close(tree)

@@ -1,0 +1,151 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""Namespaces of the calling process: unshare(2), setns(2), ID maps, and who dies with whom."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import typing as t
+
+from . import libc, mounts
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUSER = 0x10000000
+
+_PR_SET_PDEATHSIG = 1
+_mounts_are_private = False
+
+
+def unshare(flags: int) -> None:
+    """Move the calling process into new namespaces.
+
+    :param flags: CLONE_* of this module, ORed
+    :raises OSError: EPERM where it is forbidden, ENOSPC where a limit of the user is reached
+    """
+    libc.call("unshare", flags)
+
+
+def setns(descriptor: int, flags: int = 0) -> None:
+    """Enter the namespace that an open /proc/PID/ns/* file stands for.
+
+    :raises OSError: with the call's errno
+    """
+    libc.call("setns", descriptor, flags)
+
+
+def isolate_mounts() -> None:
+    """Take the mounts of a fresh mount namespace out of the host's sight.
+
+    They become slaves rather than private: what the host unmounts goes away here too, so that
+    the mounts of a container that ends are not kept alive by this process.
+
+    :raises OSError: EPERM or EACCES where mounting is forbidden in the namespace
+    """
+    global _mounts_are_private
+    mounts.make_slave("/")
+    _mounts_are_private = True
+
+
+def mounts_are_private() -> bool:
+    """Whether this process sits in a mount namespace that it made itself."""
+    return _mounts_are_private
+
+
+def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel send a signal when the parent ends; a change of credentials undoes it.
+
+    :param parent: PID of the parent as it is known from before the fork
+    :raises OSError: with the call's errno
+    """
+    libc.call("prctl", _PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def write_map(pid: int, kind: str, lines: t.Iterable[t.Tuple[int, int, int]]) -> None:
+    """Write a user namespace's ID map, once and for all.
+
+    :param pid: a process in the namespace
+    :param kind: "uid" or "gid"
+    :param lines: (ID in the namespace, ID in the parent namespace, number of IDs)
+    :raises OSError: EPERM without the right to map those IDs, EINVAL for a map that cannot be
+    """
+    text = "".join(f"{inside} {outside} {size}\n" for inside, outside, size in lines)
+    descriptor = os.open(f"/proc/{pid}/{kind}_map", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        # The kernel takes the map in a single write only.
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def user_namespace(lines: t.Sequence[t.Tuple[int, int, int]]) -> t.Iterator[int]:
+    """A descriptor of a new user namespace with the same map for UIDs and GIDs.
+
+    :param lines: (ID in the namespace, ID in the parent namespace, number of IDs)
+    :raises OSError: EPERM or ENOSPC where namespaces are forbidden
+    """
+    told, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            unshare(CLONE_NEWUSER)
+            os.write(tell, b"\n")
+            signal.pause()
+        except OSError as error:
+            os.write(tell, str(error.errno).encode())
+        finally:
+            os._exit(1)
+    os.close(tell)
+    try:
+        answer = os.read(told, 16).strip()
+        if answer:
+            raise OSError(int(answer), os.strerror(int(answer)), "user namespace")
+        write_map(pid, "uid", lines)
+        write_map(pid, "gid", lines)
+        descriptor = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(told)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def idmap_probe(directory: str) -> bool:
+    """Whether the kernel mounts an overlay on ID-mapped lower directories of this filesystem.
+
+    That is what a runtime tests before it shifts owners at mount time (Linux 5.19, and not in a
+    user namespace). Nothing is written; the mounts are made in a namespace of their own.
+
+    :param directory: a directory of the store
+    """
+    pid = os.fork()
+    if pid == 0:
+        result = 1
+        try:
+            _try_idmapped_lower(directory)
+            result = 0
+        finally:
+            os._exit(result)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _try_idmapped_lower(directory: str) -> None:
+    unshare(CLONE_NEWNS)
+    mounts.make_private("/")
+    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    mounts.mount("tmpfs", directory, "tmpfs", 0, "mode=0700")
+    os.chdir(directory)
+    for name in ("mapped", "empty", "merged"):
+        os.mkdir(name)
+    with user_namespace([(0, 0, 1)]) as namespace:
+        mounts.idmapped(here, "mapped", namespace)
+    mounts.overlay("merged", [os.path.abspath("mapped"), os.path.abspath("empty")])
