@@ -24,7 +24,10 @@ _FLAGS_AND_ID = re.compile(r"([+ug]*)([0-9]+)")
 _HOST = re.compile(r"(@?)([0-9]+)")
 _FORM = "[+ug]CONTAINER_ID:[@]HOST_ID[:COUNT]"
 _MAP_HELP = f"Write each entry as {_FORM}, for example 0:100000:65536 or +1000:@1000."
-_KINDS_HELP = "Use host, keep-id[:uid=N,gid=N,size=N], nomap or auto[:size=N,uidmapping=C:H:N,gidmapping=C:H:N]."
+_KINDS_HELP = (
+    "Use host, keep-id[:uid=N,gid=N,size=N], nomap "
+    "or auto[:size=N,uidmapping=C:H:N,gidmapping=C:H:N]."
+)
 
 
 # Reading

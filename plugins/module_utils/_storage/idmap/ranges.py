@@ -176,16 +176,15 @@ class IDMap:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the ranges touch, both in host order and in container order.
+        """Whether the ranges touch, both in host order and, sorted again, in container order.
 
-        containers/storage shifts only such maps before its 1.59.
+        containers/storage shifts only such maps before its 1.59. Sorting twice decides where an
+        empty range stands among others.
         """
-        return _touching(
-            (entry.host_id, entry.size) for entry in self.sorted_by_host().ranges
-        ) and (
-            _touching(
-                (entry.container_id, entry.size) for entry in self.sorted_by_container().ranges
-            )
+        by_host = self.sorted_by_host()
+        by_container = by_host.sorted_by_container()
+        return _touching((entry.host_id, entry.size) for entry in by_host.ranges) and _touching(
+            (entry.container_id, entry.size) for entry in by_container.ranges
         )
 
     @property

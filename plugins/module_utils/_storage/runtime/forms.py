@@ -1,0 +1,110 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""The literal form in which a runtime writes a map; runtimes match layers entry by entry."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ..idmap.grammar import UsernsContext
+from ..idmap.mapping import Mapping
+from ..idmap.ranges import EVERYTHING
+from ..idmap.subids import SubIDRange, ranges_of
+from .detect import Runtime
+
+_WHOLE_HOST = Mapping(EVERYTHING, EVERYTHING)
+
+
+def named_ranges(name: str, kind: str) -> tuple[SubIDRange, ...]:
+    """The ranges of an owner named by ``subuidname`` ("uid") or ``subgidname`` ("gid").
+
+    :raises NamespaceError: the files, or NSS, have none
+    """
+    import pwd
+
+    try:
+        uid: int | None = pwd.getpwnam(name).pw_uid
+    except KeyError:
+        uid = None
+    return ranges_of(name, uid, kind)
+
+
+def context(
+    runtime: Runtime,
+    rootless: bool,
+    uid: int,
+    gid: int,
+    available: Mapping = _WHOLE_HOST,
+    names: t.Callable[[str, str], tuple[SubIDRange, ...]] = named_ranges,
+) -> UsernsContext:
+    """What this version of a runtime understands and writes, for a user in a namespace.
+
+    :param uid: the user's host UID
+    :param gid: the user's primary host GID
+    :param available: the runtime's namespace, intermediate ID to host ID
+    """
+    if runtime.name != "podman":
+        return UsernsContext(
+            rootless=rootless,
+            uid=uid,
+            gid=gid,
+            available=available,
+            map_flags=False,
+            merge_and_sort=False,
+            auto_parent_ids=False,
+            kinds=frozenset(("host", "auto")),
+            program=str(runtime),
+            named_ranges=names,
+        )
+    version = runtime.version
+    return UsernsContext(
+        rootless=rootless,
+        uid=uid,
+        gid=gid,
+        available=available,
+        map_flags=version >= (4, 7),
+        merge_and_sort=version >= (4, 7),
+        keep_zero_entry=version < (5, 1),
+        keep_id_needs_ranges=version < (4, 4),
+        rootful_keep_id=version >= (4, 5),
+        keep_id_size=version >= (5, 4),
+        auto_parent_ids=version >= (5, 0),
+        program=str(runtime),
+        named_ranges=names,
+    )
+
+
+def shape(
+    mapping: Mapping, runtime: Runtime, shifting_checked: bool, typed: bool = False
+) -> Mapping:
+    """The form in which the runtime's store records a map that was resolved for it.
+
+    :param shifting_checked: the store asks whether the map is contiguous
+        (``Shifting.sorts``), and that question sorts the list it is put to: by host ID, and
+        where those touch, by container ID; a UID map that fails spares the GID map
+    :param typed: the map comes from elsewhere than ``resolve``, as a user would type it, and
+        the runtime's own sorting and merging is still to be done
+    """
+    if typed and runtime.name == "podman" and runtime.version >= (4, 7):
+        mapping = Mapping(mapping.uid.normal(), mapping.gid.normal())
+    if not shifting_checked:
+        return mapping
+    if not mapping.uid.contiguous:
+        return Mapping(mapping.uid.sorted_by_host(), mapping.gid)
+    uid = mapping.uid.sorted_by_host().sorted_by_container()
+    if not mapping.gid.contiguous:
+        return Mapping(uid, mapping.gid.sorted_by_host())
+    return Mapping(uid, mapping.gid.sorted_by_host().sorted_by_container())
+
+
+def prefer(mapping: Mapping, seen: t.Iterable[Mapping]) -> Mapping:
+    """The form that the runtime has already used for a map of the same meaning, if any.
+
+    :param seen: mappings of the runtime's own containers and mapped layers, best evidence first
+    """
+    for other in seen:
+        if not other.identity and other.same_meaning(mapping):
+            return other
+    return mapping
