@@ -1,0 +1,340 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Namespaces of root and of users: with which IDs the work is done, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import time
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage import userns
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    InternalError,
+    LayerInUse,
+    NamespaceError,
+)
+
+if t.TYPE_CHECKING:
+    from support.lab import Lab
+    from support.users import User
+
+MakeUser = t.Callable[..., "User"]
+
+# Functions that run inside. Subprocesses import this text as a module, so it stands by itself.
+INSIDE = '''
+import os
+
+def state(path=""):
+    """Who we are in there, and a file made there."""
+    with open("/proc/self/status") as lines:
+        status = dict(line.rstrip("\\n").split(":\\t", 1) for line in lines if ":\\t" in line)
+    answer = {
+        "ids": [*os.getresuid(), *os.getresgid()],
+        "groups": os.getgroups(),
+        "uid_map": open("/proc/self/uid_map").read().split(),
+        "gid_map": open("/proc/self/gid_map").read().split(),
+        "mounts": os.readlink("/proc/self/ns/mnt"),
+        "users": os.readlink("/proc/self/ns/user"),
+        "capabilities": status["CapEff"],
+        "environ": dict(os.environ),
+        "cwd": os.getcwd(),
+        "pid": os.getpid(),
+    }
+    if path:
+        with open(path, "x"):
+            os.chown(path, 5, 6)
+            seen = os.stat(path)
+            answer["file"] = [seen.st_uid, seen.st_gid]
+    return answer
+
+def count(limit, progress):
+    for number in range(limit):
+        progress({"done": number})
+    return limit
+
+def crash():
+    raise ValueError("as it happens")
+'''
+exec(INSIDE)  # pylint: disable=exec-used
+
+state: t.Callable[..., t.Dict[str, t.Any]] = globals()["state"]
+count: t.Callable[..., int] = globals()["count"]
+crash: t.Callable[..., None] = globals()["crash"]
+
+
+def refuse() -> None:
+    raise LayerInUse("layer abc", "is in use", "Wait.", users=[{"id": "c1"}], odd={1, 2})
+
+
+def kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def strange() -> t.Any:
+    return subprocess.Popen
+
+
+def mounts_something(path: str) -> bool:
+    from support import mounts
+
+    mounts.mount("-t", "tmpfs", "inside", path)
+    return os.path.ismount(path)
+
+
+def account(user: User) -> t.Any:
+    return userns._Login(user.name, user.uid, user.gid, user.home)
+
+
+def test_root_gets_mounts_of_its_own(lab: Lab) -> None:
+    answer = userns.run(state)
+    assert answer["mounts"] != os.readlink("/proc/self/ns/mnt")
+    assert answer["users"] == os.readlink("/proc/self/ns/user")
+    assert answer["pid"] != os.getpid()
+    assert answer["environ"] == dict(os.environ)
+    place = lab.folder()
+    assert userns.run(mounts_something, [str(place)])
+    assert not os.path.ismount(place)
+
+
+def test_root_becomes_the_user(lab: Lab, make_user: MakeUser, monkeypatch: t.Any) -> None:
+    user = make_user()
+    place = pathlib.Path(user.home)
+    monkeypatch.setenv("XDG_DATA_HOME", "/root/data")
+    monkeypatch.setenv("SECRET_OF_ROOT", "x")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    answer = userns.run(state, [str(place / "made")], account(user))
+    assert answer["ids"] == [0] * 6
+    assert answer["uid_map"] == ["0", str(user.uid), "1", "1", str(user.subuid_start), "65536"]
+    assert answer["gid_map"] == ["0", str(user.gid), "1", "1", str(user.subuid_start), "65536"]
+    assert answer["mounts"] != os.readlink("/proc/self/ns/mnt")
+    assert int(answer["capabilities"], 16) & (1 << 21)
+    assert answer["cwd"] == "/"
+    seen = os.stat(place / "made")
+    assert (seen.st_uid, seen.st_gid) == (user.subuid_start + 4, user.subuid_start + 5)
+    assert answer["file"] == [5, 6]
+    environ = answer["environ"]
+    assert environ["HOME"] == user.home
+    assert environ["USER"] == environ["LOGNAME"] == user.name
+    assert environ["XDG_RUNTIME_DIR"] == f"/run/user/{user.uid}"
+    assert environ["LC_ALL"] == "C.UTF-8"
+    assert "SECRET_OF_ROOT" not in environ
+    assert "XDG_DATA_HOME" not in environ
+
+
+def test_root_may_not_do_there_what_the_user_may_not(lab: Lab, make_user: MakeUser) -> None:
+    user = make_user()
+    secret = lab.folder() / "secret"
+    secret.write_text("root's own")
+    secret.chmod(0o600)
+    with pytest.raises(InternalError, match="PermissionError"):
+        userns.run(open_it, [str(secret)], account(user))
+
+
+def open_it(path: str) -> None:
+    with open(path, encoding="utf-8"):
+        pass
+
+
+def test_the_users_groups_are_kept(lab: Lab, make_user: MakeUser) -> None:
+    user, other = make_user(), make_user()
+    lab.machine.run(["usermod", "-aG", other.name, user.name])
+    place = lab.folder()
+    (place / "shared").write_text("for the group")
+    os.chown(place / "shared", 0, other.gid)
+    (place / "shared").chmod(0o640)
+    userns.run(open_it, [str(place / "shared")], account(user))
+
+
+def test_progress_and_results(lab: Lab, make_user: MakeUser) -> None:
+    heard: t.List[t.Any] = []
+    assert userns.run(count, [3], account(make_user()), heard.append) == 3
+    assert heard == [{"done": 0}, {"done": 1}, {"done": 2}]
+
+
+def test_own_errors_keep_class_and_fields(lab: Lab, make_user: MakeUser) -> None:
+    with pytest.raises(LayerInUse) as caught:
+        userns.run(refuse, [], account(make_user()))
+    assert caught.value.facts == {"users": [{"id": "c1"}], "odd": {1, 2}}
+    assert str(caught.value) == "layer abc: is in use. Wait."
+
+
+def test_other_errors_carry_their_trace() -> None:
+    with pytest.raises(InternalError, match="ValueError: as it happens") as caught:
+        userns.run(crash)
+    assert "in crash" in caught.value.facts["trace"]
+
+
+def test_a_killed_child_is_told() -> None:
+    with pytest.raises(InternalError, match="killed by signal 9"):
+        userns.run(kill_myself)
+
+
+def test_results_cannot_carry_code() -> None:
+    with pytest.raises(InternalError, match="not accepted"):
+        userns.run(strange)
+
+
+def test_without_subordinate_ids(lab: Lab, make_user: MakeUser) -> None:
+    user = make_user(subordinate=0)
+    with pytest.raises(NamespaceError) as caught:
+        userns.run(state, [], account(user))
+    assert "/etc/subuid" in str(caught.value)
+    assert re.search(rf"{user.name}:\d+:65536", str(caught.value))
+
+
+# As the user itself: a process of its own
+
+
+def as_user(
+    lab: Lab, user: User, script: str, **options: t.Any
+) -> subprocess.CompletedProcess[str]:
+    """Run Python statements as a user who has logged in; INSIDE is the module `inside`."""
+    place = lab.folder()
+    (place / "inside.py").write_text(INSIDE)
+    head = (
+        f"import json, sys; sys.path[:0] = [{str(lab.tree)!r}, {str(place)!r}]\n"
+        "from ansible_collections.userns.storage.plugins.module_utils._storage import userns\n"
+        "import inside\n"
+    )
+    words = lab.machine.command(
+        ["/usr/bin/python3", "-B", "-c", head + script], account=user, **options
+    )
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_user_gets_the_own_namespace(lab: Lab, make_user: MakeUser) -> None:
+    user = make_user()
+    done = as_user(lab, user, "print(json.dumps(userns.run(inside.state)))")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["ids"] == [0] * 6
+    assert answer["uid_map"] == ["0", str(user.uid), "1", "1", str(user.subuid_start), "65536"]
+    assert answer["mounts"] != os.readlink("/proc/self/ns/mnt")
+
+
+FORCED = (
+    "why = userns._Forbidden(13, 'mounting')\n"
+    "login = userns._caller(__import__('os').getuid())\n"
+    "def run(function, *arguments, progress=None):\n"
+    "    return userns._through_podman(function, arguments, login, progress, why)\n"
+)
+
+
+def test_through_podman(lab: Lab, make_user: MakeUser) -> None:
+    user = make_user()
+    script = FORCED + (
+        f"answer = run(inside.state, '{user.home}/made')\n"
+        "heard = []\n"
+        "assert run(inside.count, 2, progress=heard.append) == 2 and len(heard) == 2\n"
+        "try:\n"
+        "    run(inside.crash)\n"
+        "except userns.InternalError as error:\n"
+        "    assert 'ValueError' in str(error), error\n"
+        "print(json.dumps(answer))\n"
+    )
+    done = as_user(lab, user, script)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["ids"] == [0] * 6
+    seen = os.stat(pathlib.Path(user.home) / "made")
+    assert (seen.st_uid, seen.st_gid) == (user.subuid_start + 4, user.subuid_start + 5)
+    assert "inside" not in done.stderr
+
+
+def test_where_not_even_podman_may(lab: Lab, make_user: MakeUser) -> None:
+    user = make_user()
+    folder = lab.folder()
+    (folder / "podman").write_text("#!/bin/sh\necho no namespaces here >&2\nexit 125\n")
+    (folder / "podman").chmod(0o755)
+    script = FORCED + "run(inside.state)\n"
+    done = as_user(lab, user, script, env={"PATH": f"{folder}:/usr/bin:/bin"})
+    assert done.returncode != 0
+    assert "NamespaceError" in done.stderr
+    assert "no namespaces here" in done.stderr
+
+
+def test_another_user_is_refused(lab: Lab, make_user: MakeUser) -> None:
+    user, other = make_user(), make_user()
+    script = f"userns.run(inside.state, [], userns._caller({other.uid}))"
+    done = as_user(lab, user, script)
+    assert f"become_user: {other.name}" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_child_goes_with_its_parent(
+    lab: Lab, make_user: MakeUser, number: signal.Signals
+) -> None:
+    user = make_user()
+    told = lab.folder() / "pid"
+    parent = os.fork()
+    if parent == 0:
+        try:
+            userns.run(linger, [str(told)], account(user))
+        finally:
+            os._exit(1)
+    os.chown(told.parent, user.uid, user.gid)
+    child = int(awaited(told))
+    os.kill(parent, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == -number
+    until = time.monotonic() + 5
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < until:
+        if " Z " in pathlib.Path(f"/proc/{child}/stat").read_text():
+            break
+        time.sleep(0.01)
+    else:
+        assert not os.path.exists(f"/proc/{child}")
+
+
+def linger(told: str) -> None:
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        with contextlib.suppress(PermissionError):
+            pathlib.Path(told).write_text(str(os.getpid()))
+            time.sleep(60)
+        time.sleep(0.01)
+
+
+def awaited(path: pathlib.Path) -> str:
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        if path.exists() and path.read_text():
+            return path.read_text()
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never came")
+
+
+def test_nothing_of_the_store_is_opened_as_root(lab: Lab, make_user: MakeUser) -> None:
+    """The kernel's word on it: what the child opens belongs to the user's IDs on the host."""
+    user = make_user()
+    place = pathlib.Path(user.home) / "store"
+    place.mkdir()
+    os.chown(place, user.uid, user.gid)
+    trace = lab.folder() / "trace"
+    script = (
+        f"import sys; sys.path[:0] = {[str(lab.tree), str(trace.parent)]!r}\n"
+        "from ansible_collections.userns.storage.plugins.module_utils._storage import userns\n"
+        f"login = userns._caller({user.uid})\n"
+        f"import inside\nuserns.run(inside.state, [{str(place / 'file')!r}], login)\n"
+    )
+    (trace.parent / "inside.py").write_text(INSIDE)
+    words = ["strace", "-f", "-o", str(trace), "-e", "trace=openat,unshare,setresuid,setresgid"]
+    subprocess.run([*words, "/usr/bin/python3", "-B", "-c", script], check=True, timeout=120)
+    lines = trace.read_text().splitlines()
+    child = next(line.split()[0] for line in lines if "unshare(" in line)
+    own = [line for line in lines if line.split()[0] == child]
+    position = {
+        what: next(number for number, line in enumerate(own) if what in line)
+        for what in ("unshare(", "setresgid(0", "setresuid(0", str(place))
+    }
+    assert list(position) == sorted(position, key=lambda what: position[what])
+    assert not any(user.home in line for line in lines if line.split()[0] != child)
+    assert os.stat(place / "file").st_uid == user.subuid_start + 4
