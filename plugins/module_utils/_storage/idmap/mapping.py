@@ -59,6 +59,9 @@ class Mapping:
         return f"uid {self.uid} gid {self.gid}"
 
 
+UNMAPPED = Mapping()
+
+
 class Shift:
     """New owners for files stored under one mapping that are to be stored under another.
 

@@ -1,0 +1,319 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""The map that ``userns=auto`` will give: its size and the free IDs it takes, version by version.
+
+Pure functions; reading the image, the records and the configuration is the caller's part.
+"""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass
+
+from ..errors import ConfigError, MapError
+from ..idmap.mapping import OVERFLOW_ID, UNMAPPED, Mapping
+from ..idmap.ranges import ID_LIMIT, IDMap, IDRange
+from ..idmap.subids import SubIDs
+from .detect import Runtime, Version
+
+Span = t.Tuple[int, int]
+
+ROOT_OWNER = "containers"
+_CRIO_SIZE = 65536
+_INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class AutoLimits:
+    """What storage.conf says about automatic namespaces.
+
+    ``owner`` is the name in /etc/subuid whose ranges root's containers take.
+    """
+
+    minimum: int = 1024
+    maximum: int = 65536
+    owner: str = ROOT_OWNER
+
+    @classmethod
+    def from_config(cls, values: t.Mapping[str, t.Any]) -> AutoLimits:
+        """Read ``root-auto-userns-user``, ``auto-userns-min-size`` and ``auto-userns-max-size``.
+
+        :raises ConfigError: a size is no whole number
+        """
+        numbers = []
+        for key, usual in (
+            ("auto-userns-min-size", cls.minimum),
+            ("auto-userns-max-size", cls.maximum),
+        ):
+            given = values.get(key)
+            try:
+                number = int(given) if given else usual
+            except (TypeError, ValueError):
+                number = -1
+            if not 0 <= number <= ID_LIMIT:
+                raise ConfigError(
+                    f"storage.conf option {key}", f"is {given!r}, not a number of IDs"
+                )
+            numbers.append(number)
+        return cls(numbers[0], numbers[1], str(values.get("root-auto-userns-user") or cls.owner))
+
+
+@dataclass(frozen=True)
+class ImageIDs:
+    """What the size of an automatic namespace is derived from.
+
+    :param highest: the highest ID in the ``uidset`` and ``gidset`` of the image's top layer and
+        all layers below it, -1 when these are empty
+    :param passwd: text of the image's /etc/passwd, None when it has none
+    :param group: text of its /etc/group
+    :param started_group: text of ``etc/group`` in the directory that the runtime is started in;
+        that of the host for "/", as for systemd services. Old versions read it instead.
+    """
+
+    highest: int = -1
+    passwd: str | None = None
+    group: str | None = None
+    started_group: str | None = None
+
+
+def image_ids(
+    id_sets: t.Iterable[t.Iterable[int]],
+    read_file: t.Callable[[str], str | None],
+    started_group: str | None = None,
+) -> ImageIDs:
+    """Collect them from an image.
+
+    :param id_sets: each layer's ``uidset`` and ``gidset``
+    :param read_file: gives the text of a file in the merged image ("etc/passwd"), or None
+    """
+    highest = max((one for ids in id_sets for one in ids), default=-1)
+    return ImageIDs(highest, read_file("etc/passwd"), read_file("etc/group"), started_group)
+
+
+def namespace_size(
+    runtime: Runtime,
+    limits: AutoLimits,
+    image: ImageIDs,
+    size: int | None = None,
+    user: str = "",
+) -> int:
+    """How many IDs the namespace will hold.
+
+    :param size: auto's ``size=``, which is taken as it is
+    :param user: ``--user`` of the container, or USER of the image ("1000", "app:50"); podman
+        makes room for its numbers
+    :raises MapError: the image needs more than the configuration allows
+    """
+    if size:
+        return size
+    if runtime.name == "cri-o":
+        return _CRIO_SIZE
+    result = limits.minimum
+    if runtime.name == "podman":
+        result = max(result, *(number + 1 for number in _numbers(user)), 1)
+    result = max(result, 1, image.highest + 1, accounts_size(runtime.storage_version, image))
+    if limits.maximum and result > limits.maximum:
+        raise MapError(
+            "userns auto",
+            f"the image needs {result} IDs, more than auto-userns-max-size {limits.maximum} allows",
+            f"Raise auto-userns-max-size in storage.conf, or ask for auto:size={result}.",
+        )
+    return result
+
+
+def accounts_size(storage: Version, image: ImageIDs) -> int:
+    """The size that an image's accounts ask for, as a containers/storage version counts it.
+
+    Up to 1.55 the highest ID itself is taken, without room for it, and the group file is looked
+    for below the working directory; before 1.46 the number 65534 counts unless named nobody.
+    """
+    if storage >= (1, 56):
+        size = 0
+        for name, ids in _accounts(image.passwd, (2, 3)) + _accounts(image.group, (2,)):
+            if name in ("nobody", "nogroup"):
+                continue
+            for number in ids:
+                # Compared with the size, not the highest ID: one that equals the size is lost.
+                if number > size and number != OVERFLOW_ID:
+                    size = number + 1
+        return size
+    size = 0
+    for name, ids in _accounts(image.passwd, (2, 3)) + _accounts(image.started_group, (2,)):
+        if name == "nobody":
+            continue
+        for number in ids:
+            if number > size and (storage < (1, 46) or number != OVERFLOW_ID):
+                size = number
+    return size
+
+
+def available_ids(rootless: bool, subids: SubIDs) -> tuple[list[Span], list[Span]]:
+    """(start, end) spans of the UIDs and of the GIDs that containers may share out among them.
+
+    :param subids: of a rootless user the user's own; of root those of ``AutoLimits.owner``
+    """
+    result = []
+    for ranges in (subids.uid, subids.gid):
+        if rootless:
+            # Intermediate IDs; 0 is the user itself.
+            result.append([(1, sum(one.size for one in ranges) + 1)])
+        else:
+            result.append(_union((one.start, one.start + one.size) for one in ranges))
+    return result[0], result[1]
+
+
+def allocate(
+    size: int,
+    available: tuple[t.Sequence[Span], t.Sequence[Span]],
+    used: t.Iterable[Mapping],
+    extra: Mapping = UNMAPPED,
+) -> Mapping:
+    """The map the next automatic container gets: the lowest free IDs, laid end to end.
+
+    :param size: from ``namespace_size``
+    :param used: mappings of every container record in the store, running or not
+    :param extra: auto's ``uidmapping=`` and ``gidmapping=``; they stand last in the map
+    :raises MapError: too few IDs are free
+    """
+    taken = list(used)
+    maps = []
+    for kind, spans, held, more in (
+        ("UID", available[0], [one.uid for one in taken], extra.uid),
+        ("GID", available[1], [one.gid for one in taken], extra.gid),
+    ):
+        busy = [(entry.host_id, entry.host_id + entry.size) for one in held for entry in one.ranges]
+        busy += [(entry.host_id, entry.host_id + entry.size) for entry in more.ranges]
+        inside = _without(
+            [(0, size)],
+            [(entry.container_id, entry.container_id + entry.size) for entry in more.ranges],
+        )
+        free = _without(_union(spans), busy)
+        wanted = _count(inside)
+        if _count(free) < wanted:
+            raise MapError(
+                "userns auto",
+                f"needs {wanted} free {kind}s and the store has {_count(free)} left "
+                f"of {_count(_union(spans))}",
+                "Remove containers that are no longer needed, give keep-id containers a size "
+                "(keep-id:size=N, podman 5.4 or later), or add a range to "
+                f"/etc/sub{kind.lower()}.",
+                wanted=wanted,
+                free=_count(free),
+            )
+        maps.append(IDMap((*_zip(inside, free), *more.ranges)))
+    return Mapping(*maps)
+
+
+def slots(
+    count: int,
+    size: int,
+    available: tuple[t.Sequence[Span], t.Sequence[Span]],
+    used: t.Iterable[Mapping],
+    held: t.Iterable[Mapping] = (),
+    extra: Mapping = UNMAPPED,
+) -> list[Mapping]:
+    """The maps of the first ``count`` containers of an image that run at once.
+
+    Containers of the image that exist already and have a map of this size fill slots of their
+    own, so that the answer stays the same while they come and go.
+
+    :param used: mappings of every container record in the store, those in ``held`` too
+    :param held: mappings of the containers of this image
+    :raises MapError: too few IDs are free
+    """
+    taken = list(used)
+    result: list[Mapping] = []
+    for one in held:
+        alike = one.uid.size == size and one.gid.size == size and one.uid.ranges and one.gid.ranges
+        if alike and one not in result and _from(one, available):
+            result.append(one)
+    while len(result) < count:
+        mapping = allocate(size, available, taken, extra)
+        taken.append(mapping)
+        result.append(mapping)
+    return result[:count]
+
+
+def _from(mapping: Mapping, available: tuple[t.Sequence[Span], t.Sequence[Span]]) -> bool:
+    """Whether a map begins with IDs that are shared out automatically."""
+    return all(
+        any(low <= one.ranges[0].host_id < high for low, high in spans)
+        for one, spans in zip((mapping.uid, mapping.gid), available)
+    )
+
+
+def _numbers(user: str) -> list[int]:
+    return [
+        int(part)
+        for part in user.split(":")
+        if part.isascii() and part.isdigit() and int(part) < 2**32
+    ]
+
+
+def _accounts(text: str | None, fields: tuple[int, ...]) -> list[tuple[str, list[int]]]:
+    """Name and IDs of each line; what is no number counts as 0, as in Go's reader."""
+    result = []
+    for line in (text or "").split("\n"):
+        parts = line.strip().split(":")
+        if parts != [""]:
+            result.append((parts[0], [_atoi(parts[one]) for one in fields if one < len(parts)]))
+    return result
+
+
+def _atoi(text: str) -> int:
+    sign, digits = (-1, text[1:]) if text[:1] == "-" else (1, text[1:] if text[:1] == "+" else text)
+    if not (digits.isascii() and digits.isdigit()):
+        return 0
+    return sign * min(int(digits), _INT64_MAX)
+
+
+def _union(spans: t.Iterable[Span]) -> list[Span]:
+    """Sorted, with overlapping and touching spans made one."""
+    result: list[Span] = []
+    for low, high in sorted(spans):
+        if low >= high:
+            continue
+        if result and low <= result[-1][1]:
+            result[-1] = (result[-1][0], max(result[-1][1], high))
+        else:
+            result.append((low, high))
+    return result
+
+
+def _without(spans: t.Sequence[Span], holes: t.Iterable[Span]) -> list[Span]:
+    """What is left of sorted spans that do not overlap."""
+    busy = _union(holes)
+    result = []
+    for low, high in spans:
+        for start, end in busy:
+            if end <= low or start >= high:
+                continue
+            if start > low:
+                result.append((low, start))
+            low = max(low, end)
+        if low < high:
+            result.append((low, high))
+    return result
+
+
+def _count(spans: t.Iterable[Span]) -> int:
+    return sum(high - low for low, high in spans)
+
+
+def _zip(inside: t.Sequence[Span], outside: t.Sequence[Span]) -> list[IDRange]:
+    """Container IDs laid onto host IDs in order, cut where either has a gap."""
+    result = []
+    hosts = list(outside)
+    for low, high in inside:
+        while low < high:
+            start, end = hosts[0]
+            size = min(high - low, end - start)
+            result.append(IDRange(low, start, size))
+            low += size
+            if start + size == end:
+                hosts.pop(0)
+            else:
+                hosts[0] = (start + size, end)
+    return result
