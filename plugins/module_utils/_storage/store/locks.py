@@ -1,0 +1,375 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""Lock files as containers/storage uses them: a POSIX record lock and a 64-byte change token.
+
+POSIX locks belong to the process, and closing any descriptor of the file gives them up. So each
+file is locked by one holder per process at a time, and never opened by another one meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import stat
+import struct
+import threading
+import time
+import typing as t
+
+from ..errors import InternalError, LockTimeout, StoreError
+
+TOKEN_SIZE = 64
+
+_FileKey = t.Tuple[int, int]
+
+# How long a taken lock is asked for again and again before a thread waits in the kernel's queue.
+_EAGER_SECONDS = 0.02
+_TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK, errno.EINTR)
+_counter = itertools.count(1)
+
+
+def fresh_token() -> bytes:
+    """64 bytes that no other writer has written: time, counter, PID and random bytes.
+
+    The layout is the one of containers/storage 1.42 and later; readers compare it as a whole.
+    """
+    head = struct.pack("<QQI", time.time_ns(), next(_counter), os.getpid())
+    return head + os.urandom(TOKEN_SIZE - len(head))
+
+
+def _holder(descriptor: int, operation: int) -> t.Optional[int]:
+    """The PID of a process that holds the lock, None when the kernel does not tell."""
+    kind = fcntl.F_RDLCK if operation == fcntl.LOCK_SH else fcntl.F_WRLCK
+    if struct.calcsize("P") != 8:
+        return None
+    # struct flock of all 64-bit Linux: type, whence, start, length, PID.
+    layout = "hhqqi4x"
+    try:
+        answer = fcntl.fcntl(
+            descriptor, fcntl.F_GETLK, struct.pack(layout, kind, os.SEEK_SET, 0, 0, 0)
+        )
+    except OSError:
+        return None
+    found, _whence, _start, _length, pid = struct.unpack(layout, answer)
+    return pid if found != fcntl.F_UNLCK and pid > 0 else None
+
+
+def _timeout(path: str, timeout: float, pid: t.Optional[int]) -> LockTimeout:
+    by = f" by process {pid}" if pid else ""
+    look = f"`ps -o args= -p {pid}`" if pid else f"`fuser -v {path}`"
+    return LockTimeout(
+        path,
+        f"stayed locked{by} for {timeout:g} s",
+        f"See what holds it with {look}, wait for it or end it, or raise `lock_timeout`.",
+        path=path,
+        pid=pid,
+        seconds=timeout,
+    )
+
+
+class _Gate:
+    """Lets one holder of this process at a time come near one lock file."""
+
+    def __init__(self) -> None:
+        self.mutex = threading.Lock()
+        self.users = 0
+        self.owner = 0
+
+
+class _Gates:
+    """All gates of this process, by device and inode."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._gates: t.Dict[_FileKey, _Gate] = {}
+
+    def enter(self, key: _FileKey, timeout: float, path: str) -> _Gate:
+        with self._guard:
+            gate = self._gates.setdefault(key, _Gate())
+            if gate.owner == threading.get_ident():
+                raise InternalError(path, "is locked a second time by the same thread")
+            gate.users += 1
+        if not gate.mutex.acquire(timeout=max(timeout, 0)):
+            self._forget(key, gate)
+            raise _timeout(path, timeout, os.getpid())
+        gate.owner = threading.get_ident()
+        return gate
+
+    def leave(self, key: _FileKey, gate: _Gate) -> None:
+        gate.owner = 0
+        gate.mutex.release()
+        self._forget(key, gate)
+
+    def _forget(self, key: _FileKey, gate: _Gate) -> None:
+        with self._guard:
+            gate.users -= 1
+            if not gate.users and self._gates.get(key) is gate:
+                del self._gates[key]
+
+    def busy(self, key: _FileKey) -> bool:
+        with self._guard:
+            gate = self._gates.get(key)
+            return gate is not None and gate.mutex.locked()
+
+    def reset(self) -> None:
+        """Forget all: a forked child holds none of its parent's locks."""
+        self._guard = threading.Lock()
+        self._gates = {}
+
+
+_GATES = _Gates()
+os.register_at_fork(after_in_child=_GATES.reset)
+
+
+class _Claim:
+    """An open lock file and this process's way to it; given up together, once."""
+
+    def __init__(self, descriptor: int, key: _FileKey, gate: _Gate) -> None:
+        self.descriptor = descriptor
+        self._key = key
+        self._gate = gate
+
+    def disown(self) -> None:
+        """The calling thread no longer counts as the holder."""
+        self._gate.owner = 0
+
+    def drop(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+            _GATES.leave(self._key, self._gate)
+
+
+class _Waiter(threading.Thread):
+    """Waits for a lock in the kernel's queue; drops the claim when nobody wants it any more."""
+
+    def __init__(self, claim: _Claim, operation: int) -> None:
+        super().__init__(name="store-lock", daemon=True)
+        self.claim = claim
+        self.operation = operation
+        self.error: t.Optional[OSError] = None
+        self.done = threading.Event()
+        self._state = threading.Lock()
+        self._abandoned = False
+
+    def run(self) -> None:
+        while True:
+            try:
+                fcntl.lockf(self.claim.descriptor, self.operation)
+            except OSError as error:
+                # Two processes that wait for each other: the other one may give way.
+                if error.errno == errno.EDEADLK and not self._abandoned:
+                    time.sleep(0.01)
+                    continue
+                self.error = error
+            break
+        with self._state:
+            self.done.set()
+            if self._abandoned:
+                self.claim.drop()
+
+    def abandon(self) -> bool:
+        """Leave the claim to the thread; False when it has ended and the claim is the caller's."""
+        with self._state:
+            if self.done.is_set():
+                return False
+            self._abandoned = True
+            self.claim.disown()
+            return True
+
+
+class LockFile:
+    """One lock file. Nothing is created here; see ``create``.
+
+    :param path: the lock file
+    :param read_only: the file can be read only, so that no exclusive lock is possible
+    """
+
+    def __init__(self, path: str, read_only: bool = False) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._claim: t.Optional[_Claim] = None
+        self._exclusive = False
+
+    def create(self) -> None:
+        """Make the lock file, empty, if there is none.
+
+        :raises OSError: as open(2) says
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, flags, 0o644))
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock now."""
+        return self._claim is not None
+
+    @property
+    def busy_here(self) -> bool:
+        """Whether this process holds the lock, or waits for it, through any object."""
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            return False
+        return _GATES.busy((found.st_dev, found.st_ino))
+
+    @property
+    def identity(self) -> t.Tuple[int, int]:
+        """Device and inode of the file that is held."""
+        found = os.fstat(self._descriptor)
+        return found.st_dev, found.st_ino
+
+    @property
+    def _descriptor(self) -> int:
+        if self._claim is None:
+            raise InternalError(self.path, "is used without being locked")
+        return self._claim.descriptor
+
+    @contextlib.contextmanager
+    def shared(self, timeout: float) -> t.Iterator[LockFile]:
+        """Hold the lock together with other readers.
+
+        :param timeout: seconds; 0 tries once
+        :raises LockTimeout: somebody held it exclusively all the time
+        :raises FileNotFoundError: there is no such file
+        """
+        self.acquire(fcntl.LOCK_SH, timeout)
+        try:
+            yield self
+        finally:
+            self.release()
+
+    @contextlib.contextmanager
+    def exclusive(self, timeout: float) -> t.Iterator[LockFile]:
+        """Hold the lock alone.
+
+        :param timeout: seconds; 0 tries once
+        :raises LockTimeout: somebody held it all the time
+        :raises FileNotFoundError: there is no such file
+        """
+        self.acquire(fcntl.LOCK_EX, timeout)
+        try:
+            yield self
+        finally:
+            self.release()
+
+    def acquire(self, operation: int, timeout: float) -> None:
+        """Take the lock; ``shared`` and ``exclusive`` are this with a release at their end.
+
+        :param operation: ``fcntl.LOCK_SH`` or ``fcntl.LOCK_EX``
+        """
+        if self.held:
+            raise InternalError(self.path, "is locked already")
+        if operation == fcntl.LOCK_EX and self.read_only:
+            raise InternalError(self.path, "is in a read-only store and is never written")
+        deadline = time.monotonic() + timeout
+        while not self._attempt(operation, timeout, deadline):
+            if time.monotonic() >= deadline:
+                raise _timeout(self.path, timeout, None)
+        self._exclusive = operation == fcntl.LOCK_EX
+
+    def release(self) -> None:
+        """Give the lock back."""
+        claim, self._claim, self._exclusive = self._claim, None, False
+        if claim is not None:
+            claim.drop()
+
+    def token(self) -> bytes:
+        """What the last writer left: 64 opaque bytes, fewer or none in a file never written."""
+        return os.pread(self._descriptor, TOKEN_SIZE, 0)
+
+    def touch(self) -> bytes:
+        """Tell all other processes that what this lock protects is about to change.
+
+        :returns: the token written
+        :raises OSError: the token could not be written
+        """
+        if not self._exclusive:
+            raise InternalError(self.path, "is to be written without an exclusive lock")
+        token = fresh_token()
+        done = 0
+        while done < TOKEN_SIZE:
+            done += os.pwrite(self._descriptor, token[done:], done)
+        return token
+
+    def _attempt(self, operation: int, timeout: float, deadline: float) -> bool:
+        """Once through; False when another file lies at the path meanwhile."""
+        before = os.lstat(self.path)
+        if not stat.S_ISREG(before.st_mode):
+            raise StoreError(
+                self.path, "is not a regular file", "Move it away; the runtime makes a new one."
+            )
+        key = (before.st_dev, before.st_ino)
+        gate = _GATES.enter(key, deadline - time.monotonic(), self.path)
+        try:
+            flags = os.O_RDWR if operation == fcntl.LOCK_EX else os.O_RDONLY
+            descriptor = os.open(self.path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except BaseException:
+            _GATES.leave(key, gate)
+            raise
+        claim = _Claim(descriptor, key, gate)
+        try:
+            now = os.fstat(descriptor)
+            if (now.st_dev, now.st_ino) != key:
+                claim.drop()
+                return False
+            if not _try(descriptor, operation, deadline):
+                self._queue(claim, operation, timeout, deadline)
+        except _GivenAway as error:
+            raise error.reason from None
+        except BaseException:
+            claim.drop()
+            raise
+        self._claim = claim
+        return True
+
+    def _queue(self, claim: _Claim, operation: int, timeout: float, deadline: float) -> None:
+        """Wait in turn; short gaps between busy runtimes are missed by asking now and then."""
+        pid = _holder(claim.descriptor, operation)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise _timeout(self.path, timeout, pid)
+        waiter = _Waiter(claim, operation)
+        waiter.start()
+        try:
+            if not waiter.done.wait(left):
+                pid = _holder(claim.descriptor, operation) or pid
+                raise _timeout(self.path, timeout, pid)
+        except BaseException as error:
+            if waiter.abandon():
+                raise _GivenAway(error) from None
+            if not isinstance(error, LockTimeout) or waiter.error is not None:
+                raise
+        if waiter.error is not None:
+            raise waiter.error
+
+
+class _GivenAway(Exception):
+    """The thread that waits has become the owner of the claim."""
+
+    def __init__(self, reason: BaseException) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+def _try(descriptor: int, operation: int, deadline: float) -> bool:
+    """Ask for the lock without waiting, a few times."""
+    pause = 0.001
+    eager = min(deadline, time.monotonic() + _EAGER_SECONDS)
+    while True:
+        try:
+            fcntl.lockf(descriptor, operation | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+        if time.monotonic() >= eager:
+            return False
+        time.sleep(pause)
+        pause *= 2

@@ -1,0 +1,742 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""The JSON records of layers, images and containers, read strictly and kept to the byte.
+
+Each file is one JSON array, as containers/storage writes it. A record keeps the bytes it was read
+from: what is not changed is written back as it stood, unknown fields and odd numbers included.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import typing as t
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+from ..errors import RecordError
+from ..idmap.mapping import Mapping
+from ..idmap.ranges import IDENTITY, IDMap
+
+LAYERS = "layers"
+IMAGES = "images"
+CONTAINERS = "containers"
+
+STABLE = "stable"
+VOLATILE = "volatile"
+IMAGESTORE = "imagestore"
+
+Raw = t.Dict[str, t.Any]
+
+# Far beyond any real store, small enough to be read into memory.
+SIZE_LIMIT = 256 * 1024 * 1024
+# Nothing the runtimes write is deeper than 6; Python's own limit must never be met.
+_DEPTH_LIMIT = 64
+_DIGITS_LIMIT = 400
+
+_WAY_OUT = "Restore the file from a backup, or let `podman system check` tell what is damaged."
+
+_ID = re.compile(r"[0-9a-f]{64}")
+_SPACE = re.compile(r"[ \t\n\r]*")
+_TIME = re.compile(
+    r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]+))?"
+    r"(?:Z|([+-])([0-9]{2}):([0-9]{2}))"
+)
+# What Go's encoder escapes, and surrogates that UTF-8 cannot hold.
+_ESCAPED = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+
+
+class _Number(float):
+    """A number with a fraction or exponent that remembers how it was written."""
+
+    literal: str
+
+    def __new__(cls, literal: str) -> _Number:
+        number = super().__new__(cls, literal)
+        number.literal = literal
+        return number
+
+    def __reduce__(self) -> t.Tuple[t.Any, ...]:
+        return (_Number, (self.literal,))
+
+    def __copy__(self) -> _Number:
+        return self
+
+    def __deepcopy__(self, memo: t.Any) -> _Number:
+        return self
+
+
+def _integer(literal: str) -> int:
+    if len(literal) > _DIGITS_LIMIT:
+        raise ValueError(f"a number of {len(literal)} digits")
+    return int(literal)
+
+
+def _constant(literal: str) -> t.NoReturn:
+    raise ValueError(f"{literal}, which is no JSON number")
+
+
+def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> Raw:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: t.Set[str] = set()
+        for key, _value in pairs:
+            if key in seen:
+                raise ValueError(f"the field {key[:60]!r} twice")
+            seen.add(key)
+    return result
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object,
+    parse_float=_Number,
+    parse_int=_integer,
+    parse_constant=_constant,
+)
+
+
+def _space(text: str, index: int) -> int:
+    match = _SPACE.match(text, index)
+    return match.end() if match else index
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _plain(text: str) -> str:
+    """Text for a message: short, printable, encodable."""
+    return ascii(text[:80])[1:-1]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What an error is about."""
+
+    path: str
+    index: int
+    record: str = ""
+
+    def __str__(self) -> str:
+        name = f" ({_plain(self.record)})" if self.record else ""
+        return f"{self.path}, record {self.index}{name}"
+
+
+# Checks of one field each; they answer what is wrong, or nothing
+
+
+def _check_string(value: t.Any) -> str:
+    return "" if isinstance(value, str) else "is not a string"
+
+
+def _check_id(value: t.Any) -> str:
+    if not isinstance(value, str):
+        return "is not a string"
+    return "" if not value or _ID.fullmatch(value) else "is not 64 lower-case hexadecimal digits"
+
+
+def _check_list(check: t.Callable[[t.Any], str]) -> t.Callable[[t.Any], str]:
+    def verify(value: t.Any) -> str:
+        if not isinstance(value, list):
+            return "is not a list"
+        for item in value:
+            wrong = check(item)
+            if wrong:
+                return f"has an entry that {wrong}"
+        return ""
+
+    return verify
+
+
+def _check_map(check: t.Callable[[t.Any], str]) -> t.Callable[[t.Any], str]:
+    def verify(value: t.Any) -> str:
+        if not isinstance(value, dict):
+            return "is not an object"
+        for item in value.values():
+            wrong = check(item)
+            if wrong:
+                return f"has an entry that {wrong}"
+        return ""
+
+    return verify
+
+
+def _whole(low: int, high: int) -> t.Callable[[t.Any], str]:
+    def verify(value: t.Any) -> str:
+        if type(value) is not int:
+            return "is not a whole number"
+        return "" if low <= value <= high else f"is outside {low} to {high}"
+
+    return verify
+
+
+def _check_time(value: t.Any) -> str:
+    if not isinstance(value, str):
+        return "is not a string"
+    return "" if _TIME.fullmatch(value) else "is not a time such as 2026-01-31T12:00:00Z"
+
+
+_INT64 = _whole(-(2**63), 2**63 - 1)
+_NAMES = _check_list(_check_string)
+_ID_RANGES = _check_list(_check_map(_INT64))
+_SIZES = _check_map(_INT64)
+_DIGESTS = _check_map(_check_string)
+_OPEN_MAP = _check_map(lambda _value: "")
+_UINT32S = _check_list(_whole(0, 2**32 - 1))
+
+_Checks = t.Dict[str, t.Callable[[t.Any], str]]
+
+_LAYER_FIELDS: _Checks = {
+    "id": _check_id,
+    "names": _NAMES,
+    "parent": _check_id,
+    "metadata": _check_string,
+    "mountlabel": _check_string,
+    "created": _check_time,
+    "compressed-diff-digest": _check_string,
+    "compressed-size": _INT64,
+    "diff-digest": _check_string,
+    "toc-digest": _check_string,
+    "diff-size": _INT64,
+    "compression": _INT64,
+    "uidset": _UINT32S,
+    "gidset": _UINT32S,
+    "flags": _OPEN_MAP,
+    "uidmap": _ID_RANGES,
+    "gidmap": _ID_RANGES,
+    "big-data-names": _NAMES,
+}
+
+_IMAGE_FIELDS: _Checks = {
+    "id": _check_id,
+    "digest": _check_string,
+    "names": _NAMES,
+    "names-history": _NAMES,
+    "layer": _check_id,
+    "mapped-layers": _check_list(_check_id),
+    "metadata": _check_string,
+    "big-data-names": _NAMES,
+    "big-data-sizes": _SIZES,
+    "big-data-digests": _DIGESTS,
+    "created": _check_time,
+    "flags": _OPEN_MAP,
+}
+
+_CONTAINER_FIELDS: _Checks = {
+    "id": _check_id,
+    "names": _NAMES,
+    "image": _check_id,
+    "layer": _check_id,
+    "metadata": _check_string,
+    "big-data-names": _NAMES,
+    "big-data-sizes": _SIZES,
+    "big-data-digests": _DIGESTS,
+    "created": _check_time,
+    "flags": _OPEN_MAP,
+    "uidmap": _ID_RANGES,
+    "gidmap": _ID_RANGES,
+}
+
+
+def _too_deep(value: t.Any) -> bool:
+    level = [value]
+    for _depth in range(_DEPTH_LIMIT):
+        deeper: t.List[t.Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                deeper.extend(one.values())
+            elif isinstance(one, list):
+                deeper.extend(one)
+        if not deeper:
+            return False
+        level = deeper
+    return True
+
+
+def _as_time(text: t.Optional[str]) -> t.Optional[datetime]:
+    """Microseconds are what Python holds; Go's zero time and impossible dates are None."""
+    match = _TIME.fullmatch(text) if text else None
+    if match is None:
+        return None
+    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups()
+    try:
+        offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
+        moment = datetime(
+            int(year),
+            int(month),
+            int(day),
+            int(hour),
+            int(minute),
+            int(second),
+            int((fraction or "0")[:6].ljust(6, "0")),
+            timezone(-offset if sign == "-" else offset),
+        ).astimezone(timezone.utc)
+    except (ValueError, OverflowError):
+        return None
+    return None if moment.year == 1 else moment
+
+
+class Record:
+    """One record: ``raw`` is what the JSON says, in its order. Treat it as read-only.
+
+    :ivar text: the record's own JSON
+    :ivar path: the file it came from
+    :ivar location: which of the store's files that is: "stable", "volatile" or "imagestore"
+    :ivar read_only_store: the additional store it lives in, None for the store itself
+    """
+
+    __slots__ = ("location", "mapping", "path", "raw", "read_only_store", "text")
+
+    kind = ""
+    fields: t.ClassVar[_Checks] = {}
+
+    def __init__(
+        self,
+        raw: Raw,
+        text: bytes,
+        path: str,
+        location: str = STABLE,
+        read_only_store: t.Optional[str] = None,
+        index: int = 0,
+    ) -> None:
+        """Check the types of all known fields.
+
+        :raises RecordError: a field is of a wrong type, or the ID is missing or malformed
+        """
+        self.raw = raw
+        self.text = text
+        self.path = path
+        self.location = location
+        self.read_only_store = read_only_store
+        self._check(index)
+        self.mapping = self._mapping(index)
+
+    def __getstate__(self) -> t.Tuple[t.Any, ...]:
+        return (self.raw, self.text, self.path, self.location, self.read_only_store, self.mapping)
+
+    def __setstate__(self, state: t.Tuple[t.Any, ...]) -> None:
+        (self.raw, self.text, self.path, self.location, self.read_only_store, self.mapping) = state
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+    def _check(self, index: int) -> None:
+        fields = self.fields
+        for key, value in self.raw.items():
+            check = fields.get(key)
+            if check is None:
+                # Go matches names without regard to case: such a field would count there.
+                if key.lower() in fields:
+                    self._refuse(index, key, f"is spelt otherwise than {key.lower()!r}")
+                if _too_deep(value):
+                    self._refuse(index, key, f"is nested more than {_DEPTH_LIMIT} deep")
+            elif value is not None:
+                wrong = check(value)
+                if not wrong and key == "flags" and _too_deep(value):
+                    wrong = f"is nested more than {_DEPTH_LIMIT} deep"
+                if wrong:
+                    self._refuse(index, key, wrong)
+        if not self.raw.get("id"):
+            self._refuse(index, "id", "is missing")
+
+    def _refuse(self, index: int, key: str, wrong: str) -> t.NoReturn:
+        name = self.raw.get("id")
+        subject = _Subject(self.path, index, name if isinstance(name, str) else "")
+        raise RecordError(
+            str(subject),
+            f"field {_plain(key)!r} {wrong}",
+            _WAY_OUT,
+            path=self.path,
+            record=index,
+            field=_plain(key),
+        )
+
+    def _mapping(self, index: int) -> Mapping:
+        uid, gid = self.raw.get("uidmap"), self.raw.get("gidmap")
+        if not uid and not gid:
+            return _UNMAPPED
+        subject = str(_Subject(self.path, index, self.id))
+        return Mapping(
+            IDMap.from_record(uid, f"{subject}, uidmap") if uid else IDENTITY,
+            IDMap.from_record(gid, f"{subject}, gidmap") if gid else IDENTITY,
+        )
+
+    # None counts as absent, as it does in Go
+
+    def _text(self, key: str) -> str:
+        return self.raw.get(key) or ""
+
+    def _texts(self, key: str) -> t.Tuple[str, ...]:
+        return tuple(self.raw.get(key) or ())
+
+    def _table(self, key: str) -> Raw:
+        return self.raw.get(key) or {}
+
+    @property
+    def id(self) -> str:
+        """64 lower-case hexadecimal digits."""
+        return t.cast(str, self.raw["id"])
+
+    @property
+    def names(self) -> t.Tuple[str, ...]:
+        """The names as recorded."""
+        return self._texts("names")
+
+    @property
+    def metadata(self) -> str:
+        """Free text of the program that made the record."""
+        return self._text("metadata")
+
+    @property
+    def flags(self) -> Raw:
+        """The open map that every runtime preserves."""
+        return self._table("flags")
+
+    @property
+    def big_data_names(self) -> t.Tuple[str, ...]:
+        """Keys of the files stored beside the record."""
+        return self._texts("big-data-names")
+
+    @property
+    def created(self) -> t.Optional[datetime]:
+        """When it was made, in UTC; None when the record does not say."""
+        return _as_time(self.raw.get("created"))
+
+
+_UNMAPPED = Mapping()
+
+
+class Layer(Record):
+    """A layer of layers.json, volatile-layers.json or the image store's layers.json."""
+
+    __slots__ = ()
+
+    kind = LAYERS
+    fields = _LAYER_FIELDS
+
+    @property
+    def parent(self) -> str:
+        """The parent layer's ID, empty for none; it may live in another store."""
+        return self._text("parent")
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the layer is still being built, or is left over from that."""
+        return self.flags.get("incomplete") is True
+
+    @property
+    def mount_label(self) -> str:
+        """The SELinux label recorded for mounts, empty for none."""
+        return self._text("mountlabel")
+
+    @property
+    def diff_size(self) -> t.Optional[int]:
+        """Bytes of the uncompressed tar as recorded, None when unknown."""
+        size = self.raw.get("diff-size") or 0
+        return size if size > 0 else None
+
+    @property
+    def diff_digest(self) -> str:
+        """Digest of the uncompressed tar, empty when unknown."""
+        return self._text("diff-digest")
+
+    @property
+    def uidset(self) -> t.Tuple[int, ...]:
+        """UIDs, as the container sees them, of the files in the layer's tar."""
+        return tuple(self.raw.get("uidset") or ())
+
+    @property
+    def gidset(self) -> t.Tuple[int, ...]:
+        """GIDs, as the container sees them, of the files in the layer's tar."""
+        return tuple(self.raw.get("gidset") or ())
+
+
+class Image(Record):
+    """An image of images.json."""
+
+    __slots__ = ()
+
+    kind = IMAGES
+    fields = _IMAGE_FIELDS
+
+    @property
+    def layer(self) -> str:
+        """The top layer's ID, empty for an image without layers."""
+        return self._text("layer")
+
+    @property
+    def mapped_layers(self) -> t.Tuple[str, ...]:
+        """Layers of the same content and parent as ``layer`` with other ID maps."""
+        return tuple(one for one in self._texts("mapped-layers") if one)
+
+    @property
+    def candidates(self) -> t.Tuple[str, ...]:
+        """The layers that container creation looks through, in its order."""
+        first = (self.layer,) if self.layer else ()
+        return first + self.mapped_layers
+
+    @property
+    def store(self) -> t.Optional[str]:
+        """The read-only store it lives in, None for the store itself."""
+        return self.read_only_store
+
+    @property
+    def big_data_digests(self) -> t.Dict[str, str]:
+        """Digest of each file stored beside the record."""
+        return self._table("big-data-digests")
+
+    @property
+    def digests(self) -> t.Tuple[str, ...]:
+        """Digests of the image's manifests, the recorded one first, each once."""
+        found = [self._text("digest")]
+        found += [
+            digest for key, digest in self.big_data_digests.items() if key.startswith("manifest")
+        ]
+        return tuple(dict.fromkeys(one for one in found if one))
+
+
+class Container(Record):
+    """A container of containers.json or volatile-containers.json."""
+
+    __slots__ = ()
+
+    kind = CONTAINERS
+    fields = _CONTAINER_FIELDS
+
+    @property
+    def image(self) -> str:
+        """The image's ID, empty for none."""
+        return self._text("image")
+
+    @property
+    def layer(self) -> str:
+        """The container's own read-write layer."""
+        return self._text("layer")
+
+    @property
+    def volatile(self) -> bool:
+        """Whether the container is to vanish with a reboot or when it ends."""
+        return self.location == VOLATILE or self.flags.get("Volatile") is True
+
+    @property
+    def name(self) -> str:
+        """The name that podman knows, else the storage's, else a short ID."""
+        return self.podman_name or (self.names[0] if self.names else self.id[:12])
+
+    @property
+    def podman_name(self) -> str:
+        """The name in podman's metadata, empty for containers of other programs."""
+        return self._note("name")
+
+    @property
+    def image_name(self) -> str:
+        """The image's name in podman's metadata, may be empty."""
+        return self._note("image-name")
+
+    def _note(self, key: str) -> str:
+        text = self.metadata
+        if not text.startswith("{"):
+            return ""
+        try:
+            notes = _DECODER.decode(text)
+        except (ValueError, RecursionError):
+            return ""
+        note = notes.get(key) if isinstance(notes, dict) else None
+        return note if isinstance(note, str) else ""
+
+
+R = t.TypeVar("R", bound=Record)
+
+KINDS: t.Dict[str, t.Type[Record]] = {LAYERS: Layer, IMAGES: Image, CONTAINERS: Container}
+
+
+def parse(
+    data: bytes,
+    kind: t.Type[R],
+    path: str,
+    location: str = STABLE,
+    read_only_store: t.Optional[str] = None,
+) -> t.List[R]:
+    """Read a whole file of records; an empty one holds none.
+
+    :param kind: ``Layer``, ``Image`` or ``Container``
+    :param path: the file, for messages
+    :raises RecordError: not JSON, not a list of objects, a field of a wrong type, or one ID twice
+    """
+    if not data.strip(b" \t\r\n"):
+        return []
+    if len(data) > SIZE_LIMIT:
+        raise RecordError(path, f"is larger than {SIZE_LIMIT} bytes", _WAY_OUT, path=path)
+    records: t.List[R] = []
+    seen: t.Set[str] = set()
+    for index, (raw, text) in enumerate(_split(data, path)):
+        if not isinstance(raw, dict):
+            raise RecordError(
+                str(_Subject(path, index)),
+                "is not an object",
+                _WAY_OUT,
+                path=path,
+                record=index,
+            )
+        record = kind(raw, text, path, location, read_only_store, index)
+        if record.id in seen:
+            raise RecordError(
+                str(_Subject(path, index, record.id)),
+                "has the ID of an earlier record",
+                _WAY_OUT,
+                path=path,
+                record=index,
+                field="id",
+            )
+        seen.add(record.id)
+        records.append(record)
+    return records
+
+
+def _split(data: bytes, path: str) -> t.Iterator[t.Tuple[t.Any, bytes]]:
+    """Each element of the array with its own bytes."""
+    index = 0
+    try:
+        text = data.decode("utf-8", "surrogateescape")
+        # Where every character is one byte the positions are those of the bytes.
+        single = len(text) == len(data)
+        at = _space(text, 0)
+        if text.startswith("null", at) and _space(text, at + 4) == len(text):
+            return
+        if text[at : at + 1] != "[":
+            raise ValueError("no list of records")
+        at = _space(text, at + 1)
+        if text[at : at + 1] != "]":
+            while True:
+                value, end = _DECODER.raw_decode(text, at)
+                yield value, (data[at:end] if single else _bytes(text[at:end]))
+                index += 1
+                at = _space(text, end)
+                mark = text[at : at + 1]
+                if mark == "]":
+                    break
+                if mark != ",":
+                    raise ValueError(
+                        "a break-off in the middle" if not mark else "no comma after a record"
+                    )
+                at = _space(text, at + 1)
+        if _space(text, at + 1) != len(text):
+            raise ValueError("more after the end of the list")
+    except RecursionError:
+        raise _malformed(path, index, "is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise _malformed(path, index, f"is not JSON at byte {error.pos}: {error.msg}") from None
+    except ValueError as error:
+        raise _malformed(path, index, f"is malformed: {_plain(str(error))}") from None
+
+
+def _malformed(path: str, index: int, cause: str) -> RecordError:
+    return RecordError(str(_Subject(path, index)), cause, _WAY_OUT, path=path, record=index)
+
+
+def serialise(records: t.Iterable[Record]) -> bytes:
+    """The bytes of a file that holds these records, each as it was read or last changed."""
+    return b"[" + b",".join(record.text for record in records) + b"]"
+
+
+def encode(value: t.Any) -> bytes:
+    """Compact JSON with Go's escapes; numbers that were read keep their spelling.
+
+    :raises RecordError: the value is nothing that JSON can hold
+    """
+    pieces: t.List[str] = []
+    try:
+        _encode(value, pieces, 0)
+    except (TypeError, ValueError) as error:
+        raise RecordError("record", f"cannot be written as JSON: {_plain(str(error))}") from None
+    return "".join(pieces).encode("utf-8")
+
+
+def _encode(value: t.Any, pieces: t.List[str], depth: int) -> None:
+    if depth > _DEPTH_LIMIT + 8:
+        raise ValueError(f"nested more than {_DEPTH_LIMIT} deep")
+    if value is None:
+        pieces.append("null")
+    elif value is True:
+        pieces.append("true")
+    elif value is False:
+        pieces.append("false")
+    elif isinstance(value, str):
+        pieces.append(_quote(value))
+    elif isinstance(value, int):
+        pieces.append(int.__repr__(value))
+    elif isinstance(value, _Number):
+        pieces.append(value.literal)
+    elif isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError(f"{value} is no JSON number")
+        pieces.append(float.__repr__(value))
+    elif isinstance(value, (list, tuple)):
+        mark = "["
+        for item in value:
+            pieces.append(mark)
+            _encode(item, pieces, depth + 1)
+            mark = ","
+        pieces.append("]" if value else "[]")
+    elif isinstance(value, dict):
+        mark = "{"
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is not a string")
+            pieces.append(mark + _quote(key) + ":")
+            _encode(item, pieces, depth + 1)
+            mark = ","
+        pieces.append("}" if value else "{}")
+    else:
+        raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def _quote(text: str) -> str:
+    return _ESCAPED.sub(
+        lambda match: f"\\u{ord(match.group()):04x}", json.dumps(text, ensure_ascii=False)
+    )
+
+
+def new_record(kind: t.Type[R], raw: Raw, path: str, location: str = STABLE) -> R:
+    """A record that is to be added to a file, checked as if it had been read from it.
+
+    :raises RecordError: as ``parse``
+    """
+    text = encode(raw)
+    return parse(b"[" + text + b"]", kind, path, location)[0]
+
+
+def changed(record: R, raw: Raw) -> R:
+    """The same record with the content of ``raw``; fields left alone keep their bytes.
+
+    :raises RecordError: as ``parse``
+    """
+    old = _fields(record.text)
+    pieces = []
+    for key, value in raw.items():
+        written = encode(value)
+        if key in old and encode(record.raw[key]) == written:
+            pieces.append(old[key])
+        else:
+            pieces.append(_quote(key).encode("utf-8") + b":" + written)
+    text = b"{" + b",".join(pieces) + b"}"
+    return parse(b"[" + text + b"]", type(record), record.path, record.location)[0]
+
+
+def _fields(data: bytes) -> t.Dict[str, bytes]:
+    """The bytes of each top-level field, key and value, of one well-formed record."""
+    text = data.decode("utf-8", "surrogateescape")
+    result: t.Dict[str, bytes] = {}
+    at = _space(text, 1)
+    while text[at] != "}":
+        start = at
+        key, at = _DECODER.raw_decode(text, at)
+        at = _space(text, _space(text, at) + 1)
+        _value, end = _DECODER.raw_decode(text, at)
+        result[key] = _bytes(text[start:end])
+        at = _space(text, end)
+        if text[at] == ",":
+            at = _space(text, at + 1)
+    return result

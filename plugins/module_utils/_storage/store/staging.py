@@ -1,0 +1,267 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""Our own folder in a store: staging for layers being built, trash for what is being deleted.
+
+``staging/ID/`` and ``trash/ID/`` each hold a file ``lock`` that the worker keeps locked while it
+lives: what nobody has locked is rubbish. A short lock on the whole folder makes creating an entry
+with its lock one step, as seen from a sweep. Both folders are outside the driver's own, where
+garbage collection of containers/storage would take them for layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import time
+import typing as t
+import uuid
+from dataclasses import dataclass
+
+from ..errors import LockTimeout, StoreError
+from .locks import LockFile
+from .removal import Destroy, remove_tree
+
+__all__ = ["Leftover", "StagingArea", "Workspace", "remove_tree"]
+
+STAGING = "staging"
+TRASH = "trash"
+LOCK_NAME = "lock"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder of one's own to build in; it is gone when the claim ends."""
+
+    id: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something in our folder that nobody works on any more.
+
+    :ivar kind: "staging" or "trash"
+    :ivar modified: when its top folder last changed, seconds since the epoch
+    """
+
+    kind: str
+    path: str
+    modified: float
+
+
+class StagingArea:
+    """The folder ``userns-storage`` of a store; made when something is first put there.
+
+    :param root: its path, on the filesystem and mount of the driver's folder
+    :param timeout: seconds to wait for its short lock, and for equal work by default
+    """
+
+    def __init__(self, root: str, timeout: float = 60.0) -> None:
+        self.root = root
+        self.timeout = timeout
+        self._trash: t.Dict[str, LockFile] = {}
+
+    @contextlib.contextmanager
+    def claim(
+        self,
+        key: str,
+        timeout: t.Optional[float] = None,
+        destroy: t.Optional[Destroy] = None,
+    ) -> t.Iterator[Workspace]:
+        """An empty folder for the work named by ``key``; equal work elsewhere is waited for.
+
+        Whoever has waited should look again whether the work is still needed.
+
+        :param key: what is built: image and maps
+        :param timeout: seconds to wait for equal work
+        :raises LockTimeout: equal work goes on for longer than that
+        """
+        name = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        path = os.path.join(self.root, STAGING, name)
+        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        while True:
+            lock = self._open_entry(STAGING, name)
+            if lock is None:
+                lock = LockFile(os.path.join(path, LOCK_NAME))
+                try:
+                    lock.acquire(fcntl.LOCK_EX, max(deadline - time.monotonic(), 0))
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                # What is there now was left by a worker that died, or is no longer at its place.
+                self._retire(path, lock, destroy)
+                continue
+            break
+        try:
+            yield Workspace(name, path)
+        finally:
+            with contextlib.suppress(StoreError):
+                self._retire(path, lock, destroy)
+
+    def trash(self, name: str) -> str:
+        """A new empty folder to move things into; ``discard`` it when no lock is held any more.
+
+        :param name: what it is for, a plain word or an ID
+        """
+        while True:
+            entry = f"{name}-{uuid.uuid4().hex[:16]}"
+            lock = self._open_entry(TRASH, entry)
+            if lock is not None:
+                path = os.path.join(self.root, TRASH, entry)
+                self._trash[path] = lock
+                return path
+
+    def discard(self, path: str, destroy: t.Optional[Destroy] = None) -> None:
+        """Delete a folder that ``trash`` gave, with all that has been put there.
+
+        :raises StoreError: something cannot be deleted; the next sweep tries again
+        """
+        lock = self._trash.pop(path)
+        self._delete(path, lock, destroy)
+
+    def leftovers(self) -> t.List[Leftover]:
+        """What a sweep would delete; writes nothing."""
+        found = []
+        for kind, path in self._entries():
+            lock = LockFile(os.path.join(path, LOCK_NAME), read_only=True)
+            if lock.busy_here:
+                continue
+            try:
+                with lock.shared(0):
+                    pass
+            except LockTimeout:
+                continue
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            with contextlib.suppress(FileNotFoundError):
+                found.append(Leftover(kind, path, os.lstat(path).st_mtime))
+        return found
+
+    def sweep(self, destroy: t.Optional[Destroy] = None) -> t.List[str]:
+        """Delete what nobody works on; live work is left alone.
+
+        :returns: the paths that were deleted
+        :raises StoreError: something cannot be deleted; everything else has been
+        """
+        removed = []
+        failure: t.Optional[StoreError] = None
+        for _kind, path in self._entries():
+            try:
+                lock = self._seize(path)
+                if lock is not None:
+                    self._retire(path, lock, destroy)
+                    removed.append(path)
+            except StoreError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return removed
+
+    # Inside
+
+    def _entries(self) -> t.List[t.Tuple[str, str]]:
+        found = []
+        for kind in (STAGING, TRASH):
+            folder = os.path.join(self.root, kind)
+            try:
+                names = sorted(os.listdir(folder))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            found += [(kind, os.path.join(folder, name)) for name in names]
+        return found
+
+    @contextlib.contextmanager
+    def _settled(self) -> t.Iterator[None]:
+        """Hold the short lock of the whole folder."""
+        lock = LockFile(os.path.join(self.root, LOCK_NAME))
+        lock.create()
+        with lock.exclusive(self.timeout):
+            yield
+
+    def _open_entry(self, kind: str, name: str) -> t.Optional[LockFile]:
+        """Make an entry with its lock held; None when there is one of that name."""
+        for folder in (self.root, os.path.join(self.root, kind)):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+        path = os.path.join(self.root, kind, name)
+        with self._settled():
+            lock = LockFile(os.path.join(path, LOCK_NAME))
+            try:
+                os.mkdir(path, 0o700)
+            except FileExistsError:
+                # One that died before it had a lock gets one now and is met as rubbish.
+                lock.create()
+                return None
+            lock.create()
+            lock.acquire(fcntl.LOCK_EX, self.timeout)
+            return lock
+
+    def _seize(self, path: str) -> t.Optional[LockFile]:
+        """Lock an entry nobody holds; None when somebody does or it is gone."""
+        with self._settled():
+            lock = LockFile(os.path.join(path, LOCK_NAME))
+            if lock.busy_here:
+                return None
+            try:
+                lock.create()
+                lock.acquire(fcntl.LOCK_EX, 0)
+            except (FileNotFoundError, LockTimeout):
+                return None
+            except NotADirectoryError:
+                os.unlink(path)
+                return None
+            return lock
+
+    def _retire(self, path: str, lock: LockFile, destroy: t.Optional[Destroy]) -> None:
+        """Delete an entry that this process has locked, out of others' way first."""
+        try:
+            with self._settled():
+                if not self._is_place_of(path, lock):
+                    lock.release()
+                    return
+                if os.path.basename(os.path.dirname(path)) != TRASH:
+                    folder = os.path.join(self.root, TRASH)
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(folder, 0o700)
+                    target = os.path.join(
+                        folder, f"{os.path.basename(path)}-{uuid.uuid4().hex[:16]}"
+                    )
+                    os.rename(path, target)
+                    path = target
+        except BaseException:
+            lock.release()
+            raise
+        self._delete(path, lock, destroy)
+
+    def _is_place_of(self, path: str, lock: LockFile) -> bool:
+        """Whether the lock held is still the one that lies at the entry's path."""
+        try:
+            found = os.lstat(os.path.join(path, LOCK_NAME))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return (found.st_dev, found.st_ino) == lock.identity
+
+    def _delete(self, path: str, lock: LockFile, destroy: t.Optional[Destroy]) -> None:
+        """Delete a trash entry; its lock goes last, so that no sweep meets it half-way."""
+        try:
+            for name in os.listdir(path):
+                if name != LOCK_NAME:
+                    remove_tree(os.path.join(path, name), destroy)
+            with self._settled():
+                os.unlink(os.path.join(path, LOCK_NAME))
+                os.rmdir(path)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            raise StoreError(
+                path,
+                f"cannot be deleted: {error.strerror}",
+                "The next run tries again.",
+                path=path,
+            ) from error
+        finally:
+            lock.release()
