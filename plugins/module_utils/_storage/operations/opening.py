@@ -12,11 +12,13 @@ import pwd
 import typing as t
 from dataclasses import dataclass
 
-from ..drivers.base import Driver, DriverHome, view_of
+from ..drivers.base import Driver, DriverHome
 from ..drivers.registry import open_driver
+from ..drivers.view import view_of
 from ..errors import ConfigError, PermissionDenied
 from ..kernel import files
 from ..store.config import Account, StoreConfig, StoreOverrides, discover
+from ..store.staging import StagingArea
 from ..store.store import Store
 
 
@@ -39,11 +41,12 @@ class StoreRequest:
 
 @dataclass(frozen=True)
 class OpenStore:
-    """One store, opened: its configuration, its records and its driver."""
+    """One store, opened: its configuration, its records, its driver, and our own corner of it."""
 
     config: StoreConfig
     store: Store
     driver: Driver
+    staging: StagingArea
     account: t.Optional[Account]
 
     def describe(self, shifting: t.Optional[bool] = None) -> t.Dict[str, t.Any]:
@@ -105,13 +108,21 @@ def opened(request: StoreRequest) -> t.Iterator[OpenStore]:
         request.account,
         rootless=request.account is not None,
     )
-    store = Store.open(config, lock_timeout=request.lock_timeout)
+    Store.open(config)
     with view_of(config.graphroot, config.driver) as view:
+        store = Store.open(config, lock_timeout=request.lock_timeout)
         home = DriverHome(
             graphroot=config.graphroot,
             runroot=config.runroot,
             options=config.options,
             rootless=config.rootless,
             view=view,
+            image_stores=config.additional_image_stores,
         )
-        yield OpenStore(config, store, open_driver(config.driver, home), request.account)
+        yield OpenStore(
+            config,
+            store,
+            open_driver(config.driver, home),
+            StagingArea(store.root, request.lock_timeout),
+            request.account,
+        )

@@ -1,0 +1,298 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""One mapped layer: predicted, or built without the store's locks and committed under them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import typing as t
+from dataclasses import dataclass
+
+from ..drivers.base import COPY, Staged
+from ..errors import ImageUnknown, NoSpace, StoreChanged, StoreError, UnmappedIDs
+from ..idmap.mapping import Mapping, Shift
+from ..store.records import Image, Layer
+from ..store.snapshot import Snapshot
+from .opening import OpenStore
+from .records import mapped_record, new_layer_id
+from .removing import remove_mapped_layer
+
+_ATTEMPTS = 3
+_MOST_IDS_NAMED = 20
+# A directory or inode of its own for each entry, in the filesystem's usual unit (bytes).
+_BYTES_PER_INODE = 4096
+# From here on a walk through the tree is worth knowing how many inodes it takes.
+_FEW_INODES = 500_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Which layer has the map now; ``staged`` is None when it came without us.
+
+    :param lock_seconds: for how long the store's locks were held
+    """
+
+    layer_id: str
+    staged: t.Optional[Staged]
+    lock_seconds: float = 0.0
+
+
+class _Moved(Exception):
+    """The image or its template is no longer what the tree was made from."""
+
+
+class Building:
+    """The mapped layer of one image for one map.
+
+    :param mapping: in the literal form that the runtime asks for
+    :param overflow: give IDs outside the map to the overflow ID
+    """
+
+    def __init__(
+        self,
+        place: OpenStore,
+        image: Image,
+        mapping: Mapping,
+        strategy: str = "auto",
+        overflow: bool = False,
+        lease: t.Optional[float] = None,
+    ) -> None:
+        self._place = place
+        self._image = image
+        self._mapping = mapping
+        self._strategy = strategy
+        self._overflow = overflow
+        self._lease = lease
+
+    def equal_layer(self, snapshot: Snapshot) -> t.Optional[Layer]:
+        """The layer of the image that has this map, whole or not."""
+        image = snapshot.images.get(self._image.id)
+        for layer_id in image.candidates if image else ():
+            layer = snapshot.layers.get(layer_id)
+            if layer is not None and layer.mapping.same_form(self._mapping):
+                return layer
+        return None
+
+    def damage(self, snapshot: Snapshot, layer: Layer) -> t.Optional[str]:
+        """What keeps a runtime from using that layer, None when it is whole."""
+        if layer.incomplete:
+            return "its record says that it is incomplete"
+        template = template_of(snapshot, self._image)
+        if layer.id == template.id:
+            return None
+        return self._place.driver.damage(layer.id, _ids(snapshot.chain(template.id)))
+
+    def predict(self, snapshot: Snapshot) -> Staged:
+        """What ``make`` would build, found by reading only.
+
+        :raises UnmappedIDs: the image holds IDs that the map does not cover
+        :raises NoSpace: there is no room for it
+        """
+        chain = snapshot.chain(template_of(snapshot, self._image).id)
+        self._check_recorded_ids(chain)
+        return self._survey(chain)
+
+    def make(self) -> Outcome:
+        """Build the layer and put it in place, unless an equal one is there by then.
+
+        :raises StorageError: it cannot be made; the store is as it was
+        """
+        for _attempt in range(_ATTEMPTS):
+            try:
+                return self._attempt()
+            except _Moved:
+                continue
+        raise StoreChanged(
+            f"image {label(self._image)}",
+            f"changed {_ATTEMPTS} times while its layer was being made",
+            "Run the task again when nothing pulls the image.",
+        )
+
+    # One attempt
+
+    def _attempt(self) -> Outcome:
+        place = self._place
+        with place.staging.claim(
+            f"{self._image.id} {self._mapping}", destroy=place.driver.destroy
+        ) as workspace:
+            snapshot = place.store.snapshot()
+            if self._image.id not in snapshot.images:
+                raise self._gone()
+            found = self.equal_layer(snapshot)
+            if found is not None:
+                if self.damage(snapshot, found) is None:
+                    return Outcome(found.id, None)
+                remove_mapped_layer(place, found.id)
+                snapshot = place.store.snapshot()
+            chain = snapshot.chain(template_of(snapshot, self._image).id)
+            self._check_recorded_ids(chain)
+            if self._room_may_be_short(chain):
+                self._survey(chain)
+            layer_id = new_layer_id(snapshot.layers)
+            tar_split = self._stage_tar_split(chain[0].id, workspace.path)
+            staged = place.driver.stage(
+                _ids(chain), self._shift(chain[0]), self._strategy, workspace.path, layer_id
+            )
+            return self._commit(chain[0], layer_id, workspace.path, staged, tar_split)
+
+    def _stage_tar_split(self, template_id: str, folder: str) -> t.Optional[str]:
+        target = os.path.join(folder, "tar-split.gz")
+        try:
+            shutil.copyfile(self._place.store.tar_split_path(template_id), target)
+        except FileNotFoundError:
+            return None
+        return target
+
+    def _commit(
+        self,
+        template: Layer,
+        layer_id: str,
+        folder: str,
+        staged: Staged,
+        tar_split: t.Optional[str],
+    ) -> Outcome:
+        place = self._place
+        record = mapped_record(layer_id, template, self._mapping, time.time_ns(), self._lease)
+        with place.store.transaction() as transaction:
+            found = self._changes(transaction.snapshot, template)
+            if found is not None:
+                return Outcome(found.id, None)
+            transaction.begin_layer(record)
+            try:
+                place.driver.commit(folder, layer_id)
+                if tar_split is not None:
+                    transaction.install_tar_split(layer_id, tar_split)
+                transaction.finish_layer(layer_id)
+                transaction.append_mapped_layer(self._image.id, layer_id)
+            except BaseException:
+                # Whatever went wrong: out of the images first, the data aside, the record last.
+                transaction.drop_mapped_layer(layer_id)
+                transaction.mark_incomplete(layer_id)
+                place.driver.detach(layer_id, folder)
+                transaction.remove_layer(layer_id, folder)
+                raise
+        return Outcome(layer_id, staged, transaction.seconds_held)
+
+    def _changes(self, snapshot: Snapshot, template: Layer) -> t.Optional[Layer]:
+        """Under the locks: an equal layer that has come meanwhile, None when all is as it was."""
+        image = snapshot.images.get(self._image.id)
+        if image is None:
+            raise self._gone()
+        now = snapshot.layers.get(template.id)
+        if (
+            now is None
+            or template.id not in image.candidates
+            or now.parent != template.parent
+            or now.mapping != template.mapping
+        ):
+            raise _Moved
+        return self.equal_layer(snapshot)
+
+    # Checks before anything is built
+
+    def _shift(self, template: Layer) -> Shift:
+        return Shift(template.mapping, self._mapping, self._overflow)
+
+    def _check_recorded_ids(self, chain: t.Sequence[Layer]) -> None:
+        """By the ID sets of the records; the tree itself is checked while it is read."""
+        if self._overflow:
+            return
+        uids = self._mapping.uid.missing(one for layer in chain for one in layer.uidset)
+        gids = self._mapping.gid.missing(one for layer in chain for one in layer.gidset)
+        if uids or gids:
+            raise unmapped(label(self._image), uids, gids)
+
+    def _room_may_be_short(self, chain: t.Sequence[Layer]) -> bool:
+        """By the sizes of the records and by what is free: whether a walk to find out is worth it."""
+        recorded = sum(layer.diff_size or 0 for layer in chain)
+        space = os.statvfs(self._place.config.graphroot)
+        if space.f_bavail * space.f_frsize < recorded * 2:
+            return True
+        return space.f_files > 0 and space.f_favail < _FEW_INODES
+
+    def _survey(self, chain: t.Sequence[Layer]) -> Staged:
+        """Read the whole tree: what it would come to, and whether it can be made."""
+        shift = self._shift(chain[0])
+        strategy, found = self._place.driver.predict(_ids(chain), shift, self._strategy)
+        if not shift.complete:
+            raise unmapped(
+                label(self._image), sorted(shift.unmapped_uids), sorted(shift.unmapped_gids)
+            )
+        exclusive = found.apparent if strategy.name == COPY else 0
+        self._check_room(exclusive, found.inodes)
+        return Staged(strategy.name, strategy.reason, found.files, found.apparent, exclusive)
+
+    def _check_room(self, size: int, inodes: int) -> None:
+        graphroot = self._place.config.graphroot
+        space = os.statvfs(graphroot)
+        free = space.f_bavail * space.f_frsize
+        needed = size + inodes * _BYTES_PER_INODE if size else 0
+        if needed > free:
+            raise NoSpace(
+                graphroot,
+                f"has {free} bytes free, and the layer of image {label(self._image)} may need {needed}",
+                f"Make room: df -h {graphroot}",
+                needed=needed,
+                free=free,
+            )
+        if space.f_files and inodes > space.f_favail:
+            raise NoSpace(
+                graphroot,
+                f"has {space.f_favail} inodes free, and the layer of image {label(self._image)} needs {inodes}",
+                f"Make room: df -i {graphroot}",
+                needed_inodes=inodes,
+                free_inodes=space.f_favail,
+            )
+
+    def _gone(self) -> ImageUnknown:
+        return ImageUnknown(
+            f"image {label(self._image)}",
+            "was removed while its layer was being made",
+            "Pull it again.",
+        )
+
+
+def template_of(snapshot: Snapshot, image: Image) -> Layer:
+    """The layer to copy: the image's own, or else the first of its mapped layers that is there.
+
+    :raises StoreError: none of them is
+    """
+    for layer_id in image.candidates:
+        layer = snapshot.layers.get(layer_id)
+        if layer is not None and not layer.incomplete:
+            return layer
+    raise StoreError(
+        f"image {label(image)}",
+        f"its layer {image.layer[:12]} is not in the store",
+        "Remove the image and pull it again.",
+    )
+
+
+def label(image: Image) -> str:
+    """How messages call an image."""
+    return image.names[0] if image.names else image.id[:12]
+
+
+def unmapped(subject: str, uids: t.Sequence[int], gids: t.Sequence[int]) -> UnmappedIDs:
+    """The error about IDs of an image that a map does not cover."""
+    told = " and ".join(
+        f"{kind}s {', '.join(str(one) for one in ids[:_MOST_IDS_NAMED])}"
+        + (f" and {len(ids) - _MOST_IDS_NAMED} more" if len(ids) > _MOST_IDS_NAMED else "")
+        for kind, ids in (("UID", uids), ("GID", gids))
+        if ids
+    )
+    return UnmappedIDs(
+        f"image {subject}",
+        f"has files of {told}, which the map does not cover",
+        "Map more IDs, or set unmapped_ids: overflow to give those files to ID 65534 as the runtimes do.",
+        uids=list(uids),
+        gids=list(gids),
+    )
+
+
+def _ids(chain: t.Sequence[Layer]) -> t.List[str]:
+    return [layer.id for layer in chain]

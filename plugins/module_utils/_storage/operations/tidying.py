@@ -1,0 +1,52 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""What a run of ours that was killed has left: staging, trash, and layers that never came to be."""
+
+from __future__ import annotations
+
+import functools
+import typing as t
+
+from ..errors import StoreError
+from ..store.records import Layer
+from ..store.snapshot import Snapshot
+from .opening import OpenStore
+from .records import ORIGIN, ORIGIN_FLAG
+from .removing import remove_mapped_layer
+
+
+def abandoned(snapshot: Snapshot) -> t.List[Layer]:
+    """Layers of ours that no image mentions, or that are marked incomplete.
+
+    While one is being put in place the store's locks are held, so what a reader sees like this belongs to nobody.
+    """
+    return [
+        layer
+        for layer in snapshot.layers.values()
+        if layer.flags.get(ORIGIN_FLAG) == ORIGIN
+        and not layer.read_only_store
+        and (layer.incomplete or snapshot.image_of_layer(layer.id) is None)
+        and not snapshot.children(layer.id)
+    ]
+
+
+def tidy(place: OpenStore, snapshot: Snapshot) -> t.List[str]:
+    """Remove all of that. Nothing is written where there is nothing of the kind.
+
+    :returns: IDs of the layers and paths of the folders that are gone
+    :raises StorageError: something cannot be removed
+    """
+    removed = []
+    for layer in abandoned(snapshot):
+        remove_mapped_layer(place, layer.id, functools.partial(_refuse_if_taken, layer.id))
+        removed.append(layer.id)
+    return removed + place.staging.sweep(place.driver.destroy)
+
+
+def _refuse_if_taken(layer_id: str, snapshot: Snapshot) -> None:
+    if all(layer.id != layer_id for layer in abandoned(snapshot)):
+        raise StoreError(
+            f"layer {layer_id[:12]}", "was taken into use meanwhile", "Run the task again."
+        )

@@ -1,0 +1,271 @@
+#!/usr/bin/python
+
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: layer_template
+short_description: Pre-map images for containers with user namespaces
+version_added: 1.0.0
+description:
+  - Makes the ID-mapped copy of an image's top layer that podman, buildah or CRI-O would otherwise make when the first
+    container with that user namespace starts, with every other command of the host waiting for it.
+  - The copy (the mapped layer) is built beside the store without any of its locks, from the image's own layer (the template),
+    and put in place in milliseconds. Containers find it by themselves.
+  - A host whose kernel shifts IDs needs no copy. The module says so and changes nothing.
+  - The mapped layer belongs to the image, C(podman rmi) removes it with the image.
+extends_documentation_fragment:
+  - userns.storage._attributes
+  - userns.storage._attributes.actiongroup_store
+  - userns.storage._store
+attributes:
+  check_mode:
+    support: full
+    details:
+      - Writes nothing at all, and predicts action, files and bytes by reading the image's layers.
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+options:
+  images:
+    description:
+      - The images, each by name, ID or digest, as C(podman inspect) takes them.
+      - With O(state=absent) an image that is not there counts as done.
+    type: list
+    elements: str
+    required: true
+    aliases: [image, name]
+  userns:
+    description:
+      - The user namespace, in the words of C(podman run --userns).
+      - V(keep-id) and V(keep-id:uid=1000,gid=1000) keep the user's own IDs, V(nomap) leaves them out (both rootless),
+        V(host) has no map and needs no copy.
+      - The map that V(auto) will get is known only when the container starts. Give O(uidmap) for it.
+    type: str
+  uidmap:
+    description:
+      - The UID map, entries of C(CONTAINER:HOST:SIZE) as in C(podman run --uidmap).
+      - In a rootless store the host IDs are those of the user's namespace, as podman counts them there.
+      - Without O(gidmap) it serves for both.
+    type: list
+    elements: str
+  gidmap:
+    description:
+      - The GID map, like O(uidmap). Without O(uidmap) it serves for both.
+    type: list
+    elements: str
+  subuidname:
+    description:
+      - Map the subordinate UIDs of this name, as C(podman run --subuidname) does. Without O(subgidname) it serves for both.
+    type: str
+  subgidname:
+    description:
+      - Map the subordinate GIDs of this name, as C(podman run --subgidname) does. Without O(subuidname) it serves for both.
+    type: str
+  runtime:
+    description:
+      - The program that will ask for the layers, V(podman), V(buildah) or V(cri-o), since programs and versions write the same map in
+        different ways and only find what is written in theirs. A version behind it, as in V(podman 5.4.2), is believed without
+        asking the program.
+      - Without it, the first of the three that is installed.
+    type: str
+  state:
+    description:
+      - V(present) makes the mapped layers that are missing.
+      - V(absent) removes those of just this map, and refuses while a container, a stopped one or one of buildah too, uses one.
+    type: str
+    choices: [present, absent]
+    default: present
+  strategy:
+    description:
+      - How the tree is made. V(auto) takes the cheapest one that is faithful on this store.
+      - V(snapshot) needs btrfs, V(reflink) a filesystem that shares extents, V(metacopy) an overlay store with C(metacopy=on)
+        in its mount options. V(copy) works everywhere.
+    type: str
+    choices: [auto, snapshot, reflink, metacopy, copy]
+    default: auto
+  force:
+    description:
+      - Make the layer even where the runtime will shift IDs and not ask for it.
+    type: bool
+    default: false
+  unmapped_ids:
+    description:
+      - What to do about files whose owner the map does not cover. V(fail) names the IDs and makes nothing, V(overflow) gives
+        those files to the overflow ID 65534, as the runtimes do.
+    type: str
+    choices: [fail, overflow]
+    default: fail
+seealso:
+  - module: userns.storage.image_layers_info
+author:
+  - The userns.storage contributors (@userns-storage)
+"""
+
+EXAMPLES = r"""
+- name: Pre-map the toolbox image for alice's keep-id containers
+  userns.storage.layer_template:
+    images: registry.example.org/toolbox:latest
+    userns: keep-id
+    user: alice
+
+- name: Pre-map two images of the rootful store for one range
+  userns.storage.layer_template:
+    images:
+      - docker.io/library/postgres:17
+      - docker.io/library/redis:8
+    uidmap: ["0:100000:65536"]
+
+- name: Take the layer of an old range away
+  userns.storage.layer_template:
+    images: docker.io/library/postgres:17
+    uidmap: ["0:300000:65536"]
+    state: absent
+"""
+
+RETURN = r"""
+layers:
+  description: One entry for each image and map.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    image_id:
+      description: The image.
+      type: str
+      sample: 5d0da3dc976460b72c77d94c8a1ad043720b0416bfc16c52c45d4847e53fadb6
+    image_names:
+      description: Its names.
+      type: list
+      elements: str
+    layer_id:
+      description: The mapped layer. Empty where there is none, in check mode too.
+      type: str
+    template_id:
+      description: The layer that it is, or would be, made from.
+      type: str
+    uidmap:
+      description: The UID map as the runtime writes it.
+      type: list
+      elements: str
+      sample: ["0:1:1000", "1000:0:1", "1001:1001:64536"]
+    gidmap:
+      description: The GID map as the runtime writes it.
+      type: list
+      elements: str
+    action:
+      description:
+        - What was done, or would be in check mode. V(created), V(existing), V(removed), V(not_needed) or V(refused).
+      type: str
+    reason:
+      description: Why, in words.
+      type: str
+    strategy:
+      description: How the tree was made. Only for V(created).
+      type: str
+    files:
+      description: Entries of the tree other than directories. Only for V(created).
+      type: int
+    size_apparent:
+      description: Bytes that the files seem to have. Only for V(created).
+      type: int
+    size_exclusive:
+      description: Bytes on disk that only this layer holds. Only for V(created).
+      type: int
+    seconds:
+      description: Time spent on this entry.
+      type: float
+    lock_seconds:
+      description: Time for which the store's locks were held to write.
+      type: float
+store:
+  description: The store that was worked on.
+  returned: always
+  type: dict
+  contains:
+    graphroot:
+      description: Its graph root.
+      type: str
+    runroot:
+      description: Its run root.
+      type: str
+    driver:
+      description: Its graph driver.
+      type: str
+    backing_filesystem:
+      description: The filesystem under the graph root.
+      type: str
+    rootless:
+      description: Whether it is a user's own.
+      type: bool
+    shifting:
+      description: Whether the runtime shifts IDs for these maps and so needs no copies.
+      type: bool
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.userns.storage.plugins.module_utils._module import STORE_ARGUMENTS, run
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import template
+
+_MAPS = ("uidmap", "gidmap", "subuidname", "subgidname")
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "images": {
+                "type": "list",
+                "elements": "str",
+                "required": True,
+                "aliases": ["image", "name"],
+            },
+            "userns": {"type": "str"},
+            "uidmap": {"type": "list", "elements": "str"},
+            "gidmap": {"type": "list", "elements": "str"},
+            "subuidname": {"type": "str"},
+            "subgidname": {"type": "str"},
+            "runtime": {"type": "str"},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "strategy": {
+                "type": "str",
+                "choices": ["auto", "snapshot", "reflink", "metacopy", "copy"],
+                "default": "auto",
+            },
+            "force": {"type": "bool", "default": False},
+            "unmapped_ids": {"type": "str", "choices": ["fail", "overflow"], "default": "fail"},
+            **STORE_ARGUMENTS,
+        },
+        mutually_exclusive=[("userns", option) for option in _MAPS],
+        required_one_of=[("userns", *_MAPS)],
+        supports_check_mode=True,
+    )
+    params = module.params
+    run(
+        module,
+        lambda store: template.TemplateRequest(
+            store=store,
+            images=tuple(params["images"]),
+            wanted=template.Wanted(
+                userns=params["userns"] or "",
+                uidmap=tuple(params["uidmap"] or ()),
+                gidmap=tuple(params["gidmap"] or ()),
+                subuidname=params["subuidname"] or "",
+                subgidname=params["subgidname"] or "",
+                runtime=params["runtime"] or "",
+            ),
+            state=params["state"],
+            strategy=params["strategy"],
+            force=params["force"],
+            overflow=params["unmapped_ids"] == "overflow",
+            check=module.check_mode,
+        ),
+        template.declare,
+    )
+
+
+if __name__ == "__main__":
+    main()
