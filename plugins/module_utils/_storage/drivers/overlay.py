@@ -1,0 +1,527 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""The overlay driver, native mounts only.
+
+The mapped layer holds the whole merged tree and, as the driver has it, is a child of its template:
+``lower`` names the template first. See the on-disk notes in docs/ for the files of a layer.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import os
+import re
+import stat
+import typing as t
+
+from ..errors import StoreError, UnsupportedDriver
+from ..idmap.mapping import Shift
+from ..kernel import mounts
+from ..store.removal import remove_tree
+from ..tree.clone import CloneResult
+from ..tree.measure import Usage, measure
+from ..tree.merged import PLAIN, LayerStack, NeedsMount
+from ..tree.shift import shift_in_place
+from ..tree.survey import survey
+from .base import (
+    COPY,
+    DIRECTORY,
+    LAYER_ID,
+    METACOPY,
+    STAGED,
+    Driver,
+    Orphan,
+    Progress,
+    Staged,
+    Strategy,
+    copy_label,
+)
+
+_LINK = re.compile(r"[A-Z2-7]{26}")
+_LINK_TARGET = re.compile(r"\.\./([0-9a-f]{64})/diff")
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# Far more than the 500 lower layers that containers/storage allows.
+_LONGEST_TEXT = 1 << 17
+_MOST_LOWERS = 500
+_METACOPY_PARAMETER = "/sys/module/overlay/parameters/metacopy"
+
+
+class OverlayDriver(Driver):
+    """GRAPHROOT/overlay/ID/ with diff, link and lower; GRAPHROOT/overlay/l/ with the short names."""
+
+    name = "overlay"
+    places = ("overlay",)
+
+    # Asking
+
+    def damage(self, layer_id: str, chain: t.Sequence[str] = ()) -> t.Optional[str]:
+        """What a runtime would miss: a directory, a short name, or a layer that ``lower`` names."""
+        with self._explained(layer_id), contextlib.ExitStack() as undo:
+            directory = self._opened_layer(undo, layer_id)
+            if directory is None:
+                return f"the directory of layer {layer_id[:12]} is missing"
+            found = self._own_damage(directory, layer_id)
+            if found is not None:
+                return found
+            lowers: t.List[str] = []
+            for link in self._lower_links(directory):
+                lower_id = self._resolve(link)
+                if lower_id is None:
+                    return f"lower of layer {layer_id[:12]} names {link}, which is missing"
+                lowers.append(lower_id)
+            named = self._lower_ids(directory)
+            if named is not None and named != lowers:
+                return f"lower and lower-layers of layer {layer_id[:12]} contradict each other"
+            for one in dict.fromkeys((*lowers, *chain)):
+                if one == layer_id:
+                    continue
+                lower = self._opened_layer(undo, one)
+                if lower is None:
+                    return f"the directory of layer {one[:12]}, which it rests on, is missing"
+                if not _has_directory(lower, "diff") and not _exists(lower, "additionallayer"):
+                    return f"diff of layer {one[:12]}, which it rests on, is missing"
+        return None
+
+    def _own_damage(self, directory: int, layer_id: str) -> t.Optional[str]:
+        if not _has_directory(directory, "diff") and not _exists(directory, "additionallayer"):
+            return f"diff of layer {layer_id[:12]} is missing"
+        link = _read(directory, "link")
+        if link is None:
+            return f"link of layer {layer_id[:12]} is missing"
+        if not _LINK.fullmatch(link):
+            return f"link of layer {layer_id[:12]} is not 26 letters and digits"
+        if self._resolve(f"l/{link}") != layer_id:
+            return f"l/{link}, the short name of layer {layer_id[:12]}, is missing"
+        return None
+
+    def dependencies(self, layer_id: str) -> t.List[str]:
+        """The layers that ``lower`` names: on disk a mapped layer rests on its template."""
+        with self._explained(layer_id), contextlib.ExitStack() as undo:
+            return self._lowers(self._need_layer(undo, layer_id))
+
+    def dependents(self, layer_id: str) -> t.List[str]:
+        """The layers whose ``lower`` names this one, containers' layers among them."""
+        self._checked(layer_id)
+        found = []
+        with self._explained(layer_id), self._opened_folder() as folder:
+            for name in sorted(os.listdir(folder)):
+                if not LAYER_ID.fullmatch(name) or name == layer_id:
+                    continue
+                with contextlib.suppress(OSError, StoreError):
+                    directory = os.open(name, DIRECTORY, dir_fd=folder)
+                    try:
+                        if layer_id in self._lowers(directory):
+                            found.append(name)
+                    finally:
+                        os.close(directory)
+        return found
+
+    def links(self) -> t.Dict[str, str]:
+        """The names in l/ with the layer each stands for."""
+        found: t.Dict[str, str] = {}
+        with self._explained(self.folder), contextlib.ExitStack() as undo:
+            folder = _opened_links(undo, undo.enter_context(self._opened_folder()))
+            if folder is not None:
+                for name in sorted(os.listdir(folder)):
+                    found[name] = _link_target(folder, name) or ""
+        return found
+
+    def orphans(self, known_ids: t.Container[str]) -> t.List[Orphan]:
+        """Directories without a record, and short names of layers that have no directory."""
+        found = super().orphans(known_ids)
+        with self._explained(self.folder), contextlib.ExitStack() as undo:
+            parent = undo.enter_context(self._opened_folder())
+            folder = _opened_links(undo, parent)
+            for name, target in self.links().items():
+                if folder is None or not _LINK.fullmatch(name) or not target:
+                    continue
+                if target in known_ids or _has_directory(parent, target):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    changed = os.stat(name, dir_fd=folder, follow_symlinks=False).st_ctime
+                    path = os.path.join(self.folder, "l", name)
+                    found.append(Orphan("link", name, path, changed, _nothing))
+        return found
+
+    # Making
+
+    def strategies(self, chain: t.Sequence[str]) -> t.List[Strategy]:
+        """Metadata-only copies where the store mounts with metacopy=on, then what works everywhere."""
+        with self._explained(chain[0]), contextlib.ExitStack() as undo:
+            self._refuse_unsupported(undo, chain)
+            ways = self._copying()
+            if self._metacopy():
+                reason = "the store mounts with metacopy=on, so only owners are stored"
+                ways.insert(0, Strategy(METACOPY, reason))
+            return ways
+
+    def drop(self, orphan: Orphan, trash_dir: str) -> None:
+        """Move an orphan out of the store; a short name is deleted at once."""
+        if orphan.kind != "link":
+            super().drop(orphan, trash_dir)
+            return
+        with self._explained(orphan.path), contextlib.ExitStack() as undo:
+            folder = _opened_links(undo, undo.enter_context(self._opened_folder()))
+            if folder is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(orphan.name, dir_fd=folder)
+
+    def _refuse_unsupported(self, undo: contextlib.ExitStack, chain: t.Sequence[str]) -> None:
+        folder = undo.enter_context(self._opened_folder())
+        sticky = (_read(folder, ".has-mount-program") or "").strip() == "true"
+        if self.home.options.get("mount_program") or sticky:
+            raise UnsupportedDriver(
+                self.folder,
+                "is used through a mount program (fuse-overlayfs), whose layers are not made here",
+                "It shifts IDs at mount time, so a contiguous map needs no mapped layer; for other "
+                "maps use a store without mount_program.",
+            )
+        if self.home.options.get("force_mask"):
+            raise UnsupportedDriver(
+                self.folder,
+                "is used with force_mask, so that owners and modes are not on the files themselves",
+                "Use a store without force_mask.",
+            )
+        for layer_id in self._disk_chain(undo, chain):
+            directory = self._need_layer(undo, layer_id)
+            if _exists(directory, "composefs-data"):
+                raise UnsupportedDriver(
+                    f"layer {layer_id[:12]}",
+                    "is kept as composefs, whose files cannot be given other owners",
+                    "Pull the image with use_composefs off.",
+                )
+            if _exists(directory, "additionallayer"):
+                raise UnsupportedDriver(
+                    f"layer {layer_id[:12]}",
+                    "lies in an additional layer store, which is mounted on demand",
+                    "Pull the image without additionallayerstores.",
+                )
+
+    def _metacopy(self) -> bool:
+        """Whether runtimes mount this store with metacopy=on."""
+        if self.home.rootless:
+            return False
+        given = [one for one in self._mount_options() if one.startswith("metacopy=")]
+        if given:
+            return given[-1] == "metacopy=on"
+        try:
+            with open(_METACOPY_PARAMETER, encoding="ascii") as parameter:
+                return parameter.read(1) == "Y"
+        except OSError:
+            return False
+
+    def _mount_options(self) -> t.List[str]:
+        return [one.strip() for one in self.home.options.get("mountopt", "").split(",")]
+
+    def _options_of_ours(self, *names: str) -> t.List[str]:
+        """Those of the store's mount options that decide how layers are read and written."""
+        return [one for one in self._mount_options() if one.partition("=")[0] in names]
+
+    def _survey(self, chain: t.Sequence[str], shift: Shift) -> CloneResult:
+        try:
+            return super()._survey(chain, shift)
+        except NeedsMount:
+            with self._mounted(chain) as stack:
+                return survey(stack, shift)
+
+    def _build(
+        self,
+        strategy: Strategy,
+        chain: t.Sequence[str],
+        shift: Shift,
+        staging: int,
+        into: str,
+        progress: t.Optional[Progress],
+    ) -> Staged:
+        with contextlib.ExitStack() as undo:
+            template = self._need_layer(undo, chain[0])
+            os.mkdir(STAGED, 0o700, dir_fd=staging)
+            layer = os.open(STAGED, DIRECTORY, dir_fd=staging)
+            undo.callback(os.close, layer)
+            copy_label(template, layer)
+            for name in ("diff", "work", "merged"):
+                os.mkdir(name, 0o700, dir_fd=layer)
+            self._write_names(undo, template, layer, chain)
+            if strategy.name == METACOPY:
+                return self._shifted_copy_up(undo, strategy, chain, shift, layer, progress)
+            target = os.path.join(into, STAGED, "diff")
+            try:
+                with self._readable(chain) as stack:
+                    return self._cloned(stack, target, shift, strategy, progress)
+            except NeedsMount as why:
+                remove_tree(target)
+                os.mkdir("diff", 0o700, dir_fd=layer)
+                # Through an overlay no file shares its data with another one.
+                plain = Strategy(COPY, f"{why.cause}, so the template is read through a mount")
+                with self._mounted(chain) as stack:
+                    return self._cloned(stack, target, shift, plain, progress)
+
+    def _write_names(
+        self, undo: contextlib.ExitStack, template: int, layer: int, chain: t.Sequence[str]
+    ) -> None:
+        """Write link, lower and lower-layers: old runtimes read the first two, new ones the last."""
+        link = _read(template, "link")
+        if link is None or not _LINK.fullmatch(link):
+            raise StoreError(
+                f"layer {chain[0][:12]}",
+                "has no short name in its file link",
+                "Pull or load its image again.",
+            )
+        links = [f"l/{link}", *self._lower_links(template)]
+        if len(links) > _MOST_LOWERS - 1:
+            raise UnsupportedDriver(
+                f"layer {chain[0][:12]}",
+                f"rests on {len(links) - 1} layers, and a mapped layer would be one too many",
+                "Build the image with fewer layers (podman build --squash).",
+            )
+        own = base64.b32encode(os.urandom(17)).decode("ascii")[:26]
+        ids = self._disk_chain(undo, chain)
+        for name, text in (
+            ("link", own),
+            ("lower", ":".join(links)),
+            ("lower-layers", ":".join(ids)),
+        ):
+            descriptor = os.open(name, _NEW, 0o644, dir_fd=layer)
+            with open(descriptor, "w", encoding="ascii") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fchmod(descriptor, 0o644)
+                copy_label(template, descriptor)
+
+    def _shifted_copy_up(
+        self,
+        undo: contextlib.ExitStack,
+        strategy: Strategy,
+        chain: t.Sequence[str],
+        shift: Shift,
+        layer: int,
+        progress: t.Optional[Progress],
+    ) -> Staged:
+        """Let the kernel copy up metadata alone, by changing owners through a mount.
+
+        The result becomes ``diff1`` below an empty ``diff``, as runtimes have it: they read content
+        for an export from the ``diff`` of a layer and of its lowers, and a metadata-only file of
+        ours would be all zeros there.
+        """
+        lowers = self._directories(undo, chain)
+        inner = [os.open(name, DIRECTORY, dir_fd=layer) for name in ("diff", "work", "merged")]
+        for one in inner:
+            undo.callback(os.close, one)
+        upper, work, merged = inner
+        _copy_root(lowers[0], upper)
+        options = ["metacopy=on", *self._options_of_ours("redirect_dir", "index", "xino")]
+        mounts.overlay(merged, lowers, upper, work, options)
+        try:
+            root = os.open("merged", DIRECTORY, dir_fd=layer)
+            try:
+                made = shift_in_place(root, shift, relink=True, progress=progress)
+            finally:
+                os.close(root)
+        finally:
+            mounts.unmount_surely(f"/proc/self/fd/{layer}/merged")
+        path = f"/proc/self/fd/{layer}"
+        remove_tree(f"{path}/work")
+        os.mkdir("work", 0o700, dir_fd=layer)
+        os.rename("diff", "diff1", src_dir_fd=layer, dst_dir_fd=layer)
+        os.mkdir("diff", 0o700, dir_fd=layer)
+        fresh = os.open("diff", DIRECTORY, dir_fd=layer)
+        undo.callback(os.close, fresh)
+        _copy_root(upper, fresh)
+        return self._told(strategy, made, measure([upper]).allocated)
+
+    def _install(self, staging: int, folder: int, layer_id: str) -> None:
+        with contextlib.ExitStack() as undo:
+            layer = os.open(STAGED, DIRECTORY, dir_fd=staging)
+            undo.callback(os.close, layer)
+            link = _read(layer, "link")
+            links = _opened_links(undo, folder)
+            if link is None or links is None:
+                raise StoreError(self.folder, "has lost its folder l or the staged link")
+            # The directory first: with it in place, whoever removes it finds the link's name.
+            super()._install(staging, folder, layer_id)
+            os.symlink(f"../{layer_id}/diff", link, dir_fd=links)
+
+    def _uninstall(self, folder: int, layer_id: str, trash: int) -> None:
+        with contextlib.ExitStack() as undo:
+            layer = os.open(layer_id, DIRECTORY, dir_fd=folder)
+            undo.callback(os.close, layer)
+            link = _read(layer, "link")
+            links = _opened_links(undo, folder)
+            # The link first: its name is not to be had once the directory is gone.
+            if links is not None and link is not None and _is_link_of(links, link, layer_id):
+                os.unlink(link, dir_fd=links)
+            super()._uninstall(folder, layer_id, trash)
+
+    # Reading
+
+    @contextlib.contextmanager
+    def _readable(self, chain: t.Sequence[str]) -> t.Iterator[LayerStack]:
+        with contextlib.ExitStack() as undo:
+            directories = self._directories(undo, chain)
+            family = "user" if self.home.rootless else "trusted"
+            yield undo.enter_context(LayerStack(directories, family))
+
+    @contextlib.contextmanager
+    def _mounted(self, chain: t.Sequence[str]) -> t.Iterator[LayerStack]:
+        """The template as the kernel merges it, for layers that are not to be read by hand."""
+        with contextlib.ExitStack() as undo:
+            directories = self._directories(undo, chain)
+            template = self._need_layer(undo, chain[0])
+            options = ["userxattr"]
+            if not self.home.rootless:
+                # As the runtime mounts it: what that would not follow, nobody has ever seen.
+                options = self._options_of_ours("metacopy", "redirect_dir", "xino")
+            view = mounts.overlay_view(template, "diff", directories, options)
+            undo.callback(os.close, view)
+            yield undo.enter_context(LayerStack([view], PLAIN))
+
+    def _disk_chain(self, undo: contextlib.ExitStack, chain: t.Sequence[str]) -> t.List[str]:
+        """The template and what it rests on, as the driver has it: that of a mapped layer is longer
+        than its record says."""
+        template = self._need_layer(undo, chain[0])
+        links = self._lower_links(template)
+        ids = self._lower_ids(template)
+        if ids is None:
+            resolved = [self._resolve(link) for link in links]
+            ids = [one for one in resolved if one is not None]
+            if len(ids) != len(links):
+                # A lost short name is made again by old runtimes; the records know the layers.
+                if len(links) != len(chain) - 1:
+                    raise StoreError(
+                        f"layer {chain[0][:12]}",
+                        "names layers in its file lower that are missing",
+                        "Pull or load its image again.",
+                    )
+                ids = list(chain[1:])
+        return [chain[0], *ids]
+
+    def _directories(self, undo: contextlib.ExitStack, chain: t.Sequence[str]) -> t.List[int]:
+        """Descriptors of all diff, diff1, diff2 ... of the chain, top first."""
+        found = []
+        for layer_id in self._disk_chain(undo, chain):
+            layer = self._need_layer(undo, layer_id)
+            name, number = "diff", 0
+            while number == 0 or _exists(layer, name):
+                descriptor = os.open(name, DIRECTORY, dir_fd=layer)
+                undo.callback(os.close, descriptor)
+                found.append(descriptor)
+                number += 1
+                name = f"diff{number}"
+        return found
+
+    def _lowers(self, directory: int) -> t.List[str]:
+        ids = self._lower_ids(directory)
+        if ids is not None:
+            return ids
+        resolved = [self._resolve(link) for link in self._lower_links(directory)]
+        return [one for one in resolved if one is not None]
+
+    def _lower_links(self, directory: int) -> t.List[str]:
+        """The entries of ``lower``, each ``l/`` and a short name.
+
+        :raises StoreError: one is something else
+        """
+        text = _read(directory, "lower")
+        if not text:
+            return []
+        links = text.split(":")
+        for one in links:
+            if not one.startswith("l/") or not _LINK.fullmatch(one[2:]):
+                raise StoreError(
+                    os.readlink(f"/proc/self/fd/{directory}") + "/lower",
+                    f"holds {one[:80]!r}, which is not l/ and a short name",
+                )
+        return links
+
+    def _lower_ids(self, directory: int) -> t.Optional[t.List[str]]:
+        """The entries of ``lower-layers``; None without that file, which old runtimes do not write."""
+        text = _read(directory, "lower-layers")
+        if text is None:
+            return None
+        return [self._checked(one) for one in text.split(":")] if text else []
+
+    def _resolve(self, link: str) -> t.Optional[str]:
+        """The layer that l/NAME stands for, in the store or a read-only one."""
+        for graphroot in (self.home.view, *self.home.image_stores):
+            with contextlib.ExitStack() as undo:
+                try:
+                    folder = undo.enter_context(self._opened_folder(graphroot))
+                except FileNotFoundError:
+                    continue
+                links = _opened_links(undo, folder)
+                found = None if links is None else _link_target(links, link[2:])
+                if found is not None:
+                    return found
+        return None
+
+
+def _opened_links(undo: contextlib.ExitStack, folder: int) -> t.Optional[int]:
+    try:
+        descriptor = os.open("l", DIRECTORY, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    undo.callback(os.close, descriptor)
+    return descriptor
+
+
+def _link_target(links: int, name: str) -> t.Optional[str]:
+    """The layer ID that a short name leads to; None if it leads nowhere or elsewhere."""
+    try:
+        target = os.readlink(name, dir_fd=links)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL):
+            return None
+        raise
+    found = _LINK_TARGET.fullmatch(target)
+    return found.group(1) if found else None
+
+
+def _is_link_of(links: int, name: str, layer_id: str) -> bool:
+    return _LINK.fullmatch(name) is not None and _link_target(links, name) == layer_id
+
+
+def _read(directory: int, name: str) -> t.Optional[str]:
+    """A small file of the driver's; None if it is not there."""
+    try:
+        descriptor = os.open(name, _FILE, dir_fd=directory)
+    except FileNotFoundError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        return os.read(descriptor, _LONGEST_TEXT).decode("ascii", "replace")
+    finally:
+        os.close(descriptor)
+
+
+def _exists(directory: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _has_directory(directory: int, name: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _copy_root(source: int, target: int) -> None:
+    """Owner, label, mode and times of a layer's root directory."""
+    status = os.fstat(source)
+    os.fchown(target, status.st_uid, status.st_gid)
+    copy_label(source, target)
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _nothing() -> Usage:
+    return Usage(inodes=1, files=1, apparent=0, allocated=0, exclusive=0)

@@ -1,0 +1,122 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""One mount through which staging folder and driver folder are both seen.
+
+Runtimes bind-mount the driver's folder on itself, so a rename from beside it would cross two mounts
+and fail with EXDEV although both lie on one filesystem.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import typing as t
+
+from ..errors import NamespaceError, StoreError, UnsupportedDriver
+from ..kernel import mounts, namespaces
+
+_PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def view_of(graphroot: str, driver: str) -> t.Iterator[str]:
+    """The graphroot as a single mount, for the length of a with block.
+
+    In the private mount namespace of :func:`..userns.run` the graphroot is bound over itself, alone
+    and without what is mounted in it, so every path keeps its name. Nothing is written. Files opened
+    before, through the old mount, cannot be renamed into the view.
+
+    :param graphroot: an existing directory
+    :param driver: name of the driver, that is of its folder in the graphroot
+    :returns: the path to use for the graphroot
+    :raises StoreError: the graphroot cannot be opened
+    :raises UnsupportedDriver: another filesystem is mounted on the driver's folder
+    :raises NamespaceError: a bind mount is needed and forbidden
+    """
+    path = os.path.realpath(graphroot)
+    with contextlib.ExitStack() as undo:
+        try:
+            top = _opened(undo, path)
+        except OSError as error:
+            raise StoreError(graphroot, f"cannot be opened: {error.strerror}") from error
+        folder = _opened_folder(undo, top, driver, path)
+        if not namespaces.mounts_are_private():
+            if folder is not None and mounts.mount_id(folder) != mounts.mount_id(top):
+                raise NamespaceError(
+                    os.path.join(path, driver), "is a mount of its own and was not entered alone"
+                )
+            yield path
+            return
+        try:
+            mounts.bind(path, path)
+        except OSError as error:
+            # EINVAL: mounts of a more privileged namespace below it cannot be taken off.
+            if folder is not None and mounts.mount_id(folder) != mounts.mount_id(top):
+                raise NamespaceError(
+                    os.path.join(path, driver),
+                    f"is a mount of its own, and {path} cannot be bound without it: "
+                    f"{error.strerror}",
+                    f"Unmount {os.path.join(path, driver)} or run this as root.",
+                ) from error
+            yield path
+            return
+        undo.callback(mounts.umount, path, mounts.MNT_DETACH)
+        view = _opened(undo, path)
+        mounts.make_private(path)
+        if folder is not None:
+            beneath = _opened_folder(undo, view, driver, path)
+            if beneath is None or not _same(beneath, folder):
+                raise UnsupportedDriver(
+                    os.path.join(path, driver),
+                    "is another filesystem mounted into the graphroot, so a layer built beside it "
+                    "cannot be moved into it",
+                    f"Mount that filesystem on {path} instead.",
+                )
+            _let_go(folder, top)
+        yield path
+
+
+def _opened(undo: contextlib.ExitStack, path: str) -> int:
+    descriptor = os.open(path, _PLACE)
+    undo.callback(os.close, descriptor)
+    return descriptor
+
+
+def _opened_folder(
+    undo: contextlib.ExitStack, parent: int, driver: str, path: str
+) -> t.Optional[int]:
+    try:
+        descriptor = os.open(driver, _PLACE | os.O_NOFOLLOW, dir_fd=parent)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise UnsupportedDriver(
+                os.path.join(path, driver),
+                "is a symbolic link, so a layer built beside it cannot be moved into it",
+                "Bind-mount the target there, or set graphroot to where it really is.",
+            ) from error
+        raise StoreError(
+            os.path.join(path, driver), f"cannot be opened: {error.strerror}"
+        ) from error
+    undo.callback(os.close, descriptor)
+    return descriptor
+
+
+def _same(one: int, other: int) -> bool:
+    first, second = os.fstat(one), os.fstat(other)
+    return (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino)
+
+
+def _let_go(folder: int, top: int) -> None:
+    """Take what is mounted in the driver's folder off this namespace.
+
+    The folder's mount is private, so nobody would tell us that a container's mount went away, and
+    an overlay that stays mounted here cannot be mounted again elsewhere.
+    """
+    if mounts.mount_id(folder) != mounts.mount_id(top):
+        with contextlib.suppress(OSError):
+            mounts.umount(folder, mounts.MNT_DETACH)
