@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 if t.TYPE_CHECKING:
+    from support.hosts import Host, Sshd
     from support.images import Image
     from support.lab import Lab
     from support.stores import Store
@@ -53,6 +54,47 @@ def many_files_image(lab: Lab) -> t.Callable[[int], Image]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def debian_image(lab: Lab) -> Image:
+    """Three layers, 200 MB, 6,800 files: localhost/debian:trixie."""
+    from support import hosts
+
+    return hosts.debian_image()
+
+
+@pytest.fixture(scope="session")
+def host(lab: Lab) -> t.Iterator[t.Callable[[str], Host]]:
+    """host("trixie"), host("sid"): machines with newer podmans, one of each for the whole session."""
+    from support import hosts
+
+    running: t.Dict[str, Host] = {}
+
+    def get(suite: str) -> Host:
+        if suite not in running:
+            running[suite] = hosts.Host(lab, suite)
+        return running[suite]
+
+    yield get
+    for machine in running.values():
+        machine.close()
+
+
+@pytest.fixture
+def sshd(lab: Lab) -> t.Iterator[t.Callable[[t.Any], Sshd]]:
+    """sshd(machine): an sshd of that machine on a loopback port."""
+    from support import hosts
+
+    running: t.List[Sshd] = []
+
+    def start(machine: t.Any) -> Sshd:
+        running.append(hosts.Sshd(lab, machine))
+        return running[-1]
+
+    yield start
+    while running:
+        running.pop().close()
 
 
 @pytest.fixture

@@ -117,6 +117,8 @@ class Lab:
             os.mknod("/run/lab/dev/fuse", stat.S_IFCHR | 0o666, os.stat("/dev/fuse").st_rdev)
             os.chmod("/run/lab/dev/fuse", 0o666)
             mounts.mount("--bind", "/run/lab/dev/fuse", "/dev/fuse")
+        # As under systemd; whoever makes mounts of his own has to see to it that they stay private.
+        mounts.mount("--make-rshared", "/")
 
     @staticmethod
     def _privatise(folder: str) -> None:

@@ -47,6 +47,7 @@ def run_module(
 ) -> Json:
     """Run plugins/modules/NAME.py as a process of `python`, as root or `user`, and return its result.
 
+    :param name: one of ours, or ansible.builtin.NAME
     :param fails: whether the module has to fail; None when either will do
     """
     words: Json = {
@@ -58,8 +59,10 @@ def run_module(
         "_ansible_keep_remote_files": False,
     }
     env = {"PYTHONPATH": str(lab.tree), "PYTHONDONTWRITEBYTECODE": "1", **(environ or {})}
+    builtin, _dot, short = name.rpartition(".")
+    package = "ansible.modules" if builtin == "ansible.builtin" else _PACKAGE
     done = (machine or lab.machine).run(
-        [python, "-m", f"{_PACKAGE}.{name}"],
+        [python, "-m", f"{package}.{short}"],
         account=user,
         env=env,
         stdin=json.dumps({"ANSIBLE_MODULE_ARGS": words}),

@@ -24,10 +24,13 @@ def _call(function: t.Any, *arguments: t.Any) -> None:
         raise OSError(number, os.strerror(number), str(arguments))
 
 
-def unshare_mounts() -> None:
-    """Give this process a mount namespace of its own from which nothing spreads."""
+def unshare_mounts(propagation: str = "private") -> None:
+    """Give this process a mount namespace of its own; nothing mounted there spreads to the old one.
+
+    :param propagation: "private", or "slave" to go on seeing what the old one mounts
+    """
     _call(_LIBC.unshare, CLONE_NEWNS)
-    mount("--make-rprivate", "/")
+    mount(f"--make-r{propagation}", "/")
 
 
 def prctl(option: int, value: int) -> None:

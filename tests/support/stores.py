@@ -249,11 +249,11 @@ class Store:
         )
         try:
             until = time.monotonic() + 30
-            while not path.exists():
+            while not _accepts(str(path)):
                 if process.poll() is not None or time.monotonic() > until:
                     raise RuntimeError(f"podman system service ended with {process.returncode}")
                 time.sleep(0.02)
-            yield Service(str(path))
+            yield Service(str(path), process.pid)
         finally:
             process.terminate()
             process.wait(30)
@@ -396,6 +396,11 @@ def _with_numbered(folder: pathlib.Path) -> t.List[pathlib.Path]:
     return found
 
 
+def _accepts(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == 0
+
+
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
         super().__init__("localhost", timeout=60)
@@ -410,8 +415,8 @@ class _UnixConnection(http.client.HTTPConnection):
 class Service:
     """A running podman API: one process that keeps the store open."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, pid: int) -> None:
+        self.path, self.pid = path, pid
 
     def call(self, method: str, path: str, body: t.Optional[Json] = None) -> t.Any:
         """One request to the libpod API; a refusal raises."""
