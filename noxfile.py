@@ -1,0 +1,342 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# /// script
+# dependencies = ["nox>=2025.2.9", "antsibull-nox>=1.10"]
+# ///
+"""The test sessions. ``scripts/test NAME`` prepares a machine and runs one; ``nox -s NAME`` does where all
+is there.
+
+No session has an environment of nox: they share the one that nox itself runs in
+(tests/requirements/tools.txt), and the few that need another ansible-core or Python take it from
+the cache that scripts/workshop.py keeps.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from xml.etree import ElementTree
+from pathlib import Path
+
+import antsibull_nox
+import nox
+import nox.command
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
+import workshop
+
+ROOT = workshop.ROOT
+OWN = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+# Which Pythons a line of ansible-core runs on, oldest promised line first.
+LINES = {
+    "2.16": ("3.10", "3.11", "3.12"),
+    "2.18": ("3.11", "3.12", "3.13"),
+    "2.20": ("3.12", "3.13", "3.14"),
+}
+
+SEED = '''\
+"""Stands in for the script that ansible-test would download to put pip into a new environment."""
+import os, subprocess, sys
+
+os.environ.pop("GET_PIP", None)
+# In a process of its own, for it makes pip forget its settings.
+subprocess.check_call([sys.executable, "-m", "ensurepip", "--default-pip"])
+arguments = [one for one in sys.argv[1:] if one not in ("--no-setuptools", "--no-wheel")]
+sys.exit(subprocess.call([sys.executable, "-m", "pip", "install"] + arguments))
+'''
+
+nox.options.default_venv_backend = "none"
+antsibull_nox.load_antsibull_nox_toml()
+
+
+def run(session: nox.Session, *command: str | Path, **environment: str) -> None:
+    session.run(*map(str, command), external=True, env=environment)
+
+
+def run_each(session: nox.Session, *commands: tuple[str, ...]) -> None:
+    """Run them all, for each may have something to say, and only then fail."""
+    failed = []
+    for command in commands:
+        try:
+            run(session, *command)
+        except nox.command.CommandFailed:
+            failed.append(command[0])
+    report(session, len(commands) - len(failed), len(failed))
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
+
+
+def report(session: nox.Session, passed: int, failed: int) -> None:
+    """Leave the counts where scripts/sessions.py finds them."""
+    folder = workshop.WORK / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"passed": passed, "failed": failed})
+    (folder / f"{session.name}.json").write_text(text)
+
+
+def report_junit(session: nox.Session, folder: Path) -> None:
+    passed = failed = 0
+    for file in folder.glob("*.xml"):
+        for case in ElementTree.parse(file).iter("testcase"):
+            skipped = case.find("skipped") is not None
+            # A sanity test skips what there is none of, say PowerShell. Other tests that cannot run
+            # have not passed.
+            bad = any(case.find(kind) is not None for kind in ("failure", "error"))
+            bad = bad or (skipped and not session.name.startswith("sanity"))
+            passed, failed = passed + (not bad and not skipped), failed + bad
+    report(session, passed, failed)
+    if failed:
+        session.log(f"{failed} failed, or could not run")
+
+
+def home(tools: Path) -> Path:
+    """A HOME for the ansible-test of these tools: its caches, and the pip script it would download."""
+    package = next(tools.glob("lib/python3.*/site-packages/ansible_test"))
+    line = re.search(r'"?(\d+\.\d+)', (package.parent / "ansible/release.py").read_text())
+    folder = workshop.CACHE / "home" / (line.group(1) if line else "unknown")
+    cache = folder / ".ansible/test/cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    source = (package / "_internal/python_requirements.py").read_text()
+    for version in set(re.findall(r"\bpip='([\d.]+)'", source)):
+        (cache / f"get_pip_{version.replace('.', '_')}.py").write_text(SEED)
+    settings = folder / ".config/pip/pip.conf"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(pip_settings())
+    return folder
+
+
+def pip_settings() -> str:
+    """All that pip was told here, by files and by variables, for ansible-test passes neither on."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    )
+    settings = {}
+    for line in done.stdout.splitlines():
+        name, _equals, value = line.partition("=")
+        section, _dot, key = name.rpartition(".")
+        if section in {"global", "install", ":env:"} and key != "config-file":
+            settings[key] = str(ast.literal_eval(value)).replace("\n", "\n    ")
+    return "[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items())
+
+
+def ansible_test(
+    session: nox.Session, kind: str, *options: str, tools: Path = Path(sys.prefix)
+) -> None:
+    """Run ansible-test without containers, in a copy of the collection."""
+    own_home = home(tools)
+    with workshop.collection_tree(session.name) as tree:
+        output = tree / "tests/output"
+        shutil.rmtree(output, ignore_errors=True)
+        environment = {"HOME": str(own_home), "PATH": workshop.clean_path(tools / "bin")}
+        try:
+            with session.chdir(tree):
+                command = (tools / "bin/python", tools / "bin/ansible-test", kind, "--local")
+                run(session, *command, *options, **environment)
+        finally:
+            report_junit(session, output / "junit")
+
+
+def oldest(name: str = "oldest") -> Path:
+    """The tools with the oldest ansible-core that a Python at hand takes, 2.16 where it can be."""
+    at_hand = workshop.pythons()
+    for line, versions in LINES.items():
+        for version in (OWN, *versions):
+            if version in versions and version in at_hand:
+                return workshop.environment(
+                    name, f"ansible-core~={line}.0", python=at_hand[version]
+                )
+    raise workshop.Trouble(f"none of the Pythons {', '.join(at_hand)} runs an ansible-core")
+
+
+def version_of(tools: Path) -> str:
+    return next(tools.glob("lib/python3.*")).name.removeprefix("python")
+
+
+# Reading code
+
+
+@nox.session
+def style(session: nox.Session) -> None:
+    """Run ruff, shellcheck and the changelog's linter; antsibull-nox's lint session does the rest."""
+    run_each(
+        session,
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("shellcheck", "scripts/test", "scripts/demo", "scripts/bench", ".ci/run"),
+        ("antsibull-changelog", "lint"),
+    )
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Run mypy, strict, on all that is shipped and on the scripts."""
+    cache = f"--cache-dir={ROOT / '.mypy_cache'}"
+    own = ("noxfile.py", "scripts/sessions.py", "scripts/workshop.py")
+    run(session, "mypy", cache, *own, MYPYPATH=str(ROOT / "scripts"))
+    with workshop.collection_tree(session.name) as tree:
+        base = tree.parents[2]
+        with session.chdir(base):
+            config = f"--config-file={tree / 'pyproject.toml'}"
+            run(session, "mypy", cache, config, (tree / "plugins").relative_to(base))
+
+
+@nox.session
+def sanity(session: nox.Session) -> None:
+    """Run ansible-test sanity with the newest ansible-core for this Python, on all Pythons at hand."""
+    ansible_test(session, "sanity", "--junit", *session.posargs)
+
+
+@nox.session(name="sanity-oldest")
+def sanity_oldest(session: nox.Session) -> None:
+    """Run ansible-test sanity with the oldest ansible-core promised."""
+    tools = oldest()
+    ansible_test(session, "sanity", "--junit", *session.posargs, tools=tools)
+
+
+@nox.session
+def galaxy(session: nox.Session) -> None:
+    """Build the collection and run Galaxy's importer, with its certification checks, on it."""
+    tools = workshop.environment("galaxy")
+    with workshop.collection_tree(session.name) as tree:
+        out = tree.parents[2]
+        for old in out.glob("*.tar.gz"):
+            old.unlink()
+        run(session, "ansible-galaxy", "collection", "build", "--output-path", out, tree)
+        config = out / "importer.cfg"
+        config.write_text(
+            "[galaxy-importer]\n"
+            "ANSIBLE_LOCAL_TMP = ~/.ansible/tmp\n"
+            "CHECK_REQUIRED_TAGS = True\n"
+            "LOG_LEVEL_MAIN = INFO\n"
+            "RUN_ANSIBLE_DOC = True\n"
+            "RUN_ANSIBLE_LINT = True\n"
+            "RUN_ANSIBLE_TEST = False\n"
+            "RUN_FLAKE8 = True\n"
+        )
+        done = subprocess.run(
+            [tools / "bin/python", "-m", "galaxy_importer.main", *out.glob("*.tar.gz")],
+            cwd=out,
+            env={
+                **os.environ,
+                "GALAXY_IMPORTER_CONFIG": str(config),
+                "HOME": str(home(Path(sys.prefix))),
+                "PATH": workshop.clean_path(tools / "bin"),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+    print(done.stdout)
+    complaints = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(("WARNING:", "ERROR:")) or "skipping" in line.lower()
+    ]
+    if done.returncode != 0 or complaints:
+        session.error("the importer complains:\n" + "\n".join(complaints))
+
+
+# Running code
+
+
+@nox.session
+def units(session: nox.Session) -> None:
+    """Run the unit tests under ansible-test with the newest ansible-core for this Python."""
+    ansible_test(session, "units", "--python", OWN, *session.posargs)
+
+
+@nox.session(name="units-python39")
+def units_python39(session: nox.Session) -> None:
+    """Run the library's unit tests on Python 3.9, the oldest it is for, where one is at hand."""
+    python = workshop.pythons().get("3.9")
+    if python is None:
+        session.log("no Python 3.9 is at hand")
+        return
+    tools = workshop.environment("units", requirements="../unit/requirements", python=python)
+    pytest(session, "tests/unit/plugins/module_utils/_storage", "-n", "2", tools=tools)
+
+
+@nox.session
+def integration(session: nox.Session) -> None:
+    """Run the integration tests with the newest ansible-core for this Python."""
+    ansible_test(session, "integration", "--python", OWN, *session.posargs)
+
+
+@nox.session(name="integration-oldest")
+def integration_oldest(session: nox.Session) -> None:
+    """Run the integration tests with the oldest ansible-core promised."""
+    tools = oldest()
+    options = ("--python", version_of(tools))
+    ansible_test(session, "integration", *options, *session.posargs, tools=tools)
+
+
+@nox.session(name="integration-pythons")
+def integration_pythons(session: nox.Session) -> None:
+    """Run the integration tests' modules on the oldest and on the newest Python at hand."""
+    at_hand = sorted(workshop.pythons(), key=lambda version: int(version.partition(".")[2]))
+    others = [version for version in dict.fromkeys((at_hand[0], at_hand[-1])) if version != OWN]
+    for version in others:
+        target = (
+            "--controller",
+            f"origin:python={OWN}",
+            "--target",
+            f"controller:python={version}",
+        )
+        ansible_test(session, "integration", *target, *session.posargs)
+    if not others:
+        session.log("no other Python is at hand")
+
+
+@nox.session
+def interop(session: nox.Session) -> None:
+    """Run the tests against the real programs: podman, buildah, skopeo, containers-storage."""
+    pytest(session, "tests/interop", "-n", "2", "-m", "not timing", name="parallel")
+    pytest(session, "tests/interop", "-m", "timing", name="timing")
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Run the tests that kill, race, starve and mislead."""
+    pytest(session, "tests/faults")
+
+
+def pytest(
+    session: nox.Session,
+    folder: str,
+    *options: str,
+    tools: Path = Path(sys.prefix),
+    name: str = "tests",
+) -> None:
+    """Run plain pytest in a copy of the collection that Python and Ansible find."""
+    output = workshop.WORK / "junit" / session.name
+    if name in {"tests", "parallel"}:
+        shutil.rmtree(output, ignore_errors=True)
+    with workshop.collection_tree(session.name) as tree:
+        try:
+            with session.chdir(tree):
+                session.run(
+                    str(tools / "bin/python"),
+                    *("-m", "pytest", "-p", "no:cacheprovider", folder),
+                    *options,
+                    *session.posargs,
+                    f"--junitxml={output / name}.xml",
+                    external=True,
+                    # No test carries that mark yet: the count still has to be more than nothing at the end.
+                    success_codes=[0, 5] if "-m" in options else [0],
+                    env={
+                        "ANSIBLE_COLLECTIONS_PATH": str(tree.parents[2]),
+                        "PATH": workshop.clean_path(tools / "bin"),
+                        "PYTHONPATH": str(tree.parents[2]),
+                    },
+                )
+        finally:
+            report_junit(session, output)

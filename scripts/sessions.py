@@ -1,0 +1,231 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Runs nox sessions, two at a time, each with its log, and adds up what they tested.
+
+``sessions.py [SESSION...]`` runs these, or all; one alone shows all it says.
+``sessions.py demo|bench [ARGUMENT...]`` passes its arguments on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing as t
+from pathlib import Path
+
+import workshop
+
+LOGS = workshop.WORK / "logs"
+RESULTS = workshop.WORK / "results"
+LANES = 2
+TIME_LIMIT = 50 * 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """One or more sessions of nox that a person asks for by one name.
+
+    :param needs: kinds of Debian packages
+    :param folder: without it there is no work
+    :param alone: measures time, so nothing else may run
+    :param parts: the names nox knows, where they are others
+    """
+
+    name: str
+    needs: tuple[str, ...] = ()
+    folder: str = "."
+    alone: bool = False
+    parts: tuple[str, ...] = ()
+
+    @property
+    def present(self) -> bool:
+        return (workshop.ROOT / self.folder).exists()
+
+
+# The long ones first, so that two lanes end together; those that measure time come last, alone.
+TESTS = (
+    Session("sanity"),
+    Session("sanity-oldest"),
+    Session("molecule", ("peers",), "extensions/molecule"),
+    Session("integration", ("peers",), "tests/integration/targets"),
+    Session("integration-oldest", ("peers",), "tests/integration/targets"),
+    Session("integration-pythons", ("peers",), "tests/integration/targets"),
+    Session("faults", ("peers",), "tests/faults"),
+    Session("galaxy"),
+    Session("units", ("peers",)),
+    Session("units-python39", ("peers",)),
+    Session("types"),
+    Session("docs-check"),
+    Session("ansible-lint"),
+    Session("lint", ("lint",), parts=("style", "lint")),
+    Session("extra-checks"),
+    Session("interop", ("peers",), "tests/interop", alone=True),
+)
+SHOWS = (Session("demo", ("peers",)), Session("bench", ("peers",)))
+
+
+@dataclasses.dataclass
+class Running:
+    session: Session
+    process: subprocess.Popen[bytes]
+    started: float
+    log: Path
+
+
+def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in {"-h", "--help"}:
+        print(__doc__)
+        print("Sessions:", " ".join(session.name for session in TESTS))
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_ignored: sys.exit(143))
+    for show in SHOWS:
+        if arguments[:1] == [show.name]:
+            environment = prepare([show])
+            return subprocess.run(
+                nox(show, *arguments[1:]), env=environment, cwd=workshop.ROOT, check=False
+            ).returncode
+    chosen = choose(arguments)
+    environment = prepare(chosen)
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    RESULTS.mkdir(parents=True)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    if len(chosen) == 1:
+        return one(chosen[0], environment)
+    return many(chosen, environment)
+
+
+def choose(names: list[str]) -> list[Session]:
+    if not names:
+        return [session for session in TESTS if session.present]
+    known = {session.name: session for session in TESTS}
+    wanted = [name.replace("_", "-") for name in names]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise workshop.Trouble(
+            f"no session {', '.join(unknown)}. There are: {' '.join(known)}, and demo, bench."
+        )
+    return [session for session in TESTS if session.name in wanted]
+
+
+def prepare(sessions: t.Sequence[Session]) -> dict[str, str]:
+    """Install what the sessions need; the environment they run in."""
+    workshop.need("base", *{kind for session in sessions for kind in session.needs})
+    tools = workshop.environment("tools")
+    return {
+        **os.environ,
+        "PATH": workshop.clean_path(tools / "bin"),
+        "VIRTUAL_ENV": str(tools),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def nox(session: Session, *arguments: str) -> list[str]:
+    command = ["nox", "--non-interactive", "-s", *(session.parts or (session.name,))]
+    return [*command, "--", *arguments] if arguments else command
+
+
+def one(session: Session, environment: dict[str, str]) -> int:
+    started = time.monotonic()
+    done = subprocess.run(nox(session), env=environment, cwd=workshop.ROOT, check=False)
+    return conclude([count(session, done.returncode, time.monotonic() - started)])
+
+
+def many(sessions: list[Session], environment: dict[str, str]) -> int:
+    waiting = [session for session in sessions if not session.alone]
+    lonely = [session for session in sessions if session.alone]
+    running: list[Running] = []
+    counts: list[tuple[int, int]] = []
+    try:
+        while waiting or lonely or running:
+            while waiting and len(running) < LANES:
+                running.append(start(waiting.pop(0), environment))
+            if lonely and not waiting and not running:
+                running.append(start(lonely.pop(0), environment))
+            time.sleep(0.1)
+            for one_running in list(running):
+                code = one_running.process.poll()
+                seconds = time.monotonic() - one_running.started
+                if code is None and seconds > TIME_LIMIT:
+                    stop(one_running)
+                    code = 1
+                if code is not None:
+                    running.remove(one_running)
+                    counts.append(count(one_running.session, code, seconds, one_running.log))
+    finally:
+        for one_running in running:
+            stop(one_running)
+    return conclude(counts)
+
+
+def start(session: Session, environment: dict[str, str]) -> Running:
+    log = LOGS / f"{session.name}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            nox(session),
+            env={**environment, "NO_COLOR": "1", "ANSIBLE_NOCOLOR": "1"},
+            cwd=workshop.ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Running(session, process, time.monotonic(), log)
+
+
+def stop(running: Running) -> None:
+    """End a session with all it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(running.process.pid, number)
+            running.process.wait(10)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    running.process.poll()
+
+
+def count(
+    session: Session, code: int, seconds: float, log: t.Optional[Path] = None
+) -> tuple[int, int]:
+    """Tests passed and failed, which a session of nox leaves in a file; else it is one test itself."""
+    passed = failed = 0
+    for part in session.parts or (session.name,):
+        file = RESULTS / f"{part}.json"
+        result = json.loads(file.read_text()) if file.exists() else {"passed": 0, "failed": 0}
+        passed, failed = passed + result["passed"], failed + result["failed"]
+    if code != 0:
+        failed = failed or 1
+    elif not passed:
+        passed = 1
+    if code != 0 and log is not None:
+        print(f"\n===== {session.name}: all that it said =====", flush=True)
+        sys.stdout.buffer.write(log.read_bytes())
+        print(f"===== {session.name} =====\n", flush=True)
+    verdict = "FAILED" if failed else "passed"
+    print(f"{session.name:<20} {verdict} {seconds:7.1f} s  {passed:5d} / {failed}", flush=True)
+    return passed, failed
+
+
+def conclude(counts: list[tuple[int, int]]) -> int:
+    passed = sum(one[0] for one in counts)
+    failed = sum(one[1] for one in counts)
+    print(f"\n{passed} passed, {failed} failed", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except workshop.Trouble as trouble:
+        sys.exit(f"error: {trouble}")
+    except KeyboardInterrupt:
+        sys.exit(130)

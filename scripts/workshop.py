@@ -1,0 +1,252 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the project's commands need: programs, Pythons, virtual environments, a copy of the collection.
+
+Standard library only, for it runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import typing as t
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMESPACE, NAME = "userns", "storage"
+WORK = ROOT / ".nox"
+
+# The cache of this checkout alone is named after its path.
+_CHECKOUT = hashlib.sha256(os.fsencode(ROOT)).hexdigest()[:12]
+_CACHE_HOME = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+CACHE = Path(os.environ.get("USERNS_STORAGE_CACHE") or f"{_CACHE_HOME}/userns-storage").expanduser()
+# Not inside the checkout: ansible-test would take that git repository for the collection's.
+TREES = CACHE / "trees" / _CHECKOUT
+
+# Debian's packages, by what needs them.
+PACKAGES = {
+    "base": ("git", "python3-venv"),
+    "lint": ("shellcheck",),
+    "peers": (
+        "acl",
+        "attr",
+        "btrfs-progs",
+        "buildah",
+        "containers-storage",
+        "crun",
+        "debootstrap",
+        "e2fsprogs",
+        "fuse-overlayfs",
+        "iproute2",
+        "libcap2-bin",
+        "mount",
+        "openssh-client",
+        "passwd",
+        "podman",
+        "procps",
+        "skopeo",
+        "strace",
+        "uidmap",
+        "util-linux",
+        "xfsprogs",
+    ),
+}
+
+# The interpreter that a system of the future or of the past may call python3 is no reason to try it.
+_PYTHONS = tuple(f"3.{minor}" for minor in range(9, 15))
+_FORGET_AFTER = 14 * 86400
+
+
+class Trouble(Exception):
+    """What stops a command, in words for the person who typed it."""
+
+
+# Programs
+
+
+def need(*kinds: str) -> None:
+    """Install the packages of these kinds that are missing."""
+    wanted = sorted({package for kind in kinds for package in PACKAGES[kind]})
+    missing = [package for package in wanted if not _installed(package)]
+    if not missing:
+        return
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise Trouble(f"missing: {' '.join(missing)}. Install them, or run this as root on Debian.")
+    print(f"installing {' '.join(missing)}", flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+    options = ["-qq", "-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=600"]
+    install = ["apt-get", *options, "install", "-y", "--no-install-recommends", *missing]
+    for command in (["apt-get", *options, "update"], install):
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise Trouble(f"{' '.join(command)} failed:\n{done.stdout}")
+
+
+def _installed(package: str) -> bool:
+    if not shutil.which("dpkg-query"):
+        return False
+    done = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${db:Status-Status}", package],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=False,
+    )
+    return done.stdout == "installed"
+
+
+# Pythons
+
+
+def pythons() -> dict[str, Path]:
+    """Interpreters at hand that really run, by version ("3.11"); the one running this comes first."""
+    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    found = {own: Path(getattr(sys, "_base_executable", None) or sys.executable)}
+    pyenv = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser() / "versions"
+    for version in _PYTHONS:
+        folders = [
+            *sorted(pyenv.glob(f"{version}.*/bin")),
+            Path("/usr/local/bin"),
+            Path("/usr/bin"),
+        ]
+        for candidate in (folder / f"python{version}" for folder in folders):
+            if version not in found and _runs(candidate):
+                found[version] = candidate
+    return found
+
+
+def _runs(python: Path) -> bool:
+    if not os.access(python, os.X_OK):
+        return False
+    # Debian's python3 without python3-venv makes no environment.
+    command = [str(python), "-c", "import ensurepip, venv"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def clean_path(*first: Path) -> str:
+    """PATH with these folders first and without shims, which name Pythons that then do not run."""
+    folders = [str(folder) for folder in first]
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        if folder and "shims" not in Path(folder).parts and folder not in folders:
+            folders.append(folder)
+    for version in pythons().values():
+        if str(version.parent) not in folders:
+            folders.append(str(version.parent))
+    for folder in ("/usr/sbin", "/sbin"):
+        if folder not in folders:
+            folders.append(folder)
+    return os.pathsep.join(folders)
+
+
+# Virtual environments
+
+
+def environment(
+    name: str, *extra: str, requirements: t.Optional[str] = None, python: t.Optional[Path] = None
+) -> Path:
+    """A virtual environment of the cache, made when it is not there yet.
+
+    :param extra: more requirements, as pip takes them
+    :param requirements: a file of tests/requirements/, without its suffix
+    :returns: its folder
+    """
+    python = python or next(iter(pythons().values()))
+    files = _requirements(ROOT / f"tests/requirements/{requirements or name}.txt")
+    version = subprocess.run([str(python), "-VV"], capture_output=True, check=True).stdout
+    parts = [version, str(python).encode(), *(file.read_bytes() for file in files)]
+    digest = hashlib.sha256(b"\0".join([*parts, *(one.encode() for one in extra)])).hexdigest()[:12]
+    folder = CACHE / "venvs" / f"{name}-{digest}"
+    complete = folder / "complete"
+    with _lock(CACHE / "venvs" / f".{name}.lock"):
+        if not complete.exists():
+            print(f"making the environment {name} in {folder}", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([str(python), "-m", "venv", str(folder)], check=True)
+            install = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet"]
+            install += ["--disable-pip-version-check", "--no-input", "-r", str(files[0]), *extra]
+            done = subprocess.run(
+                install, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            )
+            if done.returncode != 0:
+                raise Trouble(f"{' '.join(install)} failed:\n{done.stdout}")
+        complete.touch()
+        _forget(CACHE / "venvs", f"{name}-????????????", "complete", keep=folder)
+    return folder
+
+
+def _requirements(file: Path) -> list[Path]:
+    files = [file]
+    for name in re.findall(r"^-r (\S+)", file.read_text(), flags=re.MULTILINE):
+        files += _requirements(file.parent / name)
+    return files
+
+
+def _forget(folder: Path, pattern: str, stamp: str, keep: Path) -> None:
+    """Remove what nobody has used for long: the stamp in it is old, or was never set."""
+    for old in folder.glob(pattern):
+        used = old / stamp if (old / stamp).exists() else old
+        if old != keep and time.time() - used.stat().st_mtime > _FORGET_AFTER:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> t.Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# The collection, where ansible-test wants to find it
+
+
+@contextlib.contextmanager
+def collection_tree(session: str) -> t.Iterator[Path]:
+    """A copy of the work tree as .../ansible_collections/userns/storage, kept for this caller alone.
+
+    Files keep their times, so that caches made of an earlier copy hold.
+    """
+    base = TREES / session
+    with _lock(TREES / f".{session}.lock"):
+        _forget(CACHE / "trees", "?" * len(_CHECKOUT), ".", keep=TREES)
+        tree = base / "ansible_collections" / NAMESPACE / NAME
+        wanted = _tracked()
+        for folder, _folders, files in os.walk(tree, topdown=False):
+            relative = Path(folder).relative_to(tree)
+            for name in files:
+                if relative / name not in wanted:
+                    (Path(folder) / name).unlink()
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
+        for file in wanted:
+            target = tree / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / file, target, follow_symlinks=False)
+        yield tree
+
+
+def _tracked() -> set[Path]:
+    """What git tracks or would track, as it lies in the work tree, relative to it."""
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "-co", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise Trouble(f"{ROOT} is not a git checkout: {done.stderr.decode(errors='replace')}")
+    files = {Path(os.fsdecode(name)) for name in done.stdout.split(b"\0") if name}
+    return {file for file in files if (ROOT / file).is_file() or (ROOT / file).is_symlink()}

@@ -1,0 +1,82 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a task sends to a host stays small: its size is paid for in every task (250 kB at most)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = sorted(path.stem for path in (ROOT / "plugins/modules").glob("*.py"))
+LIMIT = 250_000
+
+# In a process of its own, for Ansible's loader changes how everything after it is imported.
+CONTROLLER = """
+import sys
+from ansible.executor.module_common import modify_module
+from ansible.parsing.dataloader import DataLoader
+from ansible.plugins.loader import init_plugin_loader, module_loader
+from ansible.template import Templar
+
+init_plugin_loader()
+name = "userns.storage." + sys.argv[1]
+found = module_loader.find_plugin_with_context(name)
+built = modify_module(
+    module_name=name,
+    module_path=found.plugin_resolved_path,
+    module_args={},
+    templar=Templar(loader=DataLoader(), variables={}),
+    task_vars={
+        "ansible_python_interpreter": "/usr/bin/python3",
+        "ansible_playbook_python": sys.executable,
+    },
+    module_compression="ZIP_DEFLATED",
+    remote_is_local=True,
+)
+sys.stdout.buffer.write(built[0] if isinstance(built, tuple) else built.b_module_data)
+"""
+
+
+def payload(name: str) -> bytes:
+    """The file that a controller sends to run this module, made by Ansible itself."""
+    environment = dict(os.environ)
+    if ROOT.parent.parent.name == "ansible_collections":
+        environment["ANSIBLE_COLLECTIONS_PATH"] = str(ROOT.parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", CONTROLLER, name],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def archive(data: bytes) -> zipfile.ZipFile:
+    """The zip archive in it."""
+    encoded = max(re.findall(rb"[A-Za-z0-9+/=]{1000,}", data), key=len)
+    return zipfile.ZipFile(io.BytesIO(base64.b64decode(encoded)))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_payload_is_small(name: str) -> None:
+    data = payload(name)
+    with archive(data) as packed:
+        own = [one for one in packed.infolist() if "/userns/storage/" in one.filename]
+    print(
+        f"{name}: {len(data)} bytes; of this collection {len(own)} files,"
+        f" {sum(one.compress_size for one in own)} bytes packed"
+    )
+    assert any(one.filename.endswith(f"plugins/modules/{name}.py") for one in own)
+    assert len(data) < LIMIT
