@@ -52,8 +52,9 @@ from .records import (
     parse,
     serialise,
 )
-from .removal import remove_tree
+from .removal import Destroy, remove_tree
 from .snapshot import Snapshot
+from .staging import StagingArea
 
 OWN_FOLDER = "userns-storage"
 
@@ -220,6 +221,7 @@ class Store:
         self._files = self._layout()
         self._snapshot: t.Optional[Snapshot] = None
         self._seen: t.Tuple[int, ...] = ()
+        self._staging: t.Optional[StagingArea] = None
 
     @classmethod
     def open(cls, config: StoreConfig, lock_timeout: float = 60.0) -> Store:
@@ -239,6 +241,28 @@ class Store:
     def root(self) -> str:
         """The folder that holds all that is ours: staging, trash and the ledger."""
         return os.path.join(self.config.graphroot, OWN_FOLDER)
+
+    @property
+    def staging(self) -> StagingArea:
+        """Our own folder of the store: staging and trash; always the same object."""
+        if self._staging is None:
+            self._staging = StagingArea(self.root, self.lock_timeout)
+        return self._staging
+
+    @contextlib.contextmanager
+    def trash(self, name: str, destroy: t.Optional[Destroy] = None) -> t.Iterator[str]:
+        """A folder to move things into under the locks; deleted at the end, outside of them.
+
+        :param name: what it is for, a plain word or an ID
+        :param destroy: see ``removal.remove_tree``
+        :raises StoreError: something in it cannot be deleted; the next sweep tries again
+        """
+        with _explained(self.config):
+            path = self.staging.trash(name)
+        try:
+            yield path
+        finally:
+            self.staging.discard(path, destroy)
 
     def _folder(self, base: str, kind: str) -> str:
         return os.path.join(base, f"{self.config.driver}-{kind}")
