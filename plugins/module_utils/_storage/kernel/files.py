@@ -1,0 +1,274 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""File contents and filesystems: clones, sparse copies, shared extents, descents that stay inside."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import typing as t
+
+from . import libc
+
+# ioctl(2) numbers of linux/fs.h, made with _IOW/_IOWR; x86, ARM, RISC-V and s390 agree on them.
+_FICLONE = 0x40049409
+_FS_IOC_FIEMAP = 0xC020660B
+
+_FIEMAP_FLAG_SYNC = 0x1
+_FIEMAP_EXTENT_LAST = 0x1
+_FIEMAP_EXTENT_SHARED = 0x2000
+_FIEMAP_HEADER = struct.Struct("=QQLLLL")
+_FIEMAP_EXTENT = struct.Struct("=QQQQQLLLL")
+_FIEMAP_BATCH = 256
+
+# linux/openat2.h
+_SYS_OPENAT2 = 437
+_RESOLVE_NO_XDEV = 0x01
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
+_RESOLVE = _RESOLVE_NO_XDEV | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
+
+# A path argument must end within PATH_MAX, its NUL included.
+_LONGEST_PATH = 4095
+_STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_COPY_STEP = 1 << 30
+_BUFFER = 1 << 18
+_SMALL = 1 << 14
+
+# What says that an in-kernel copy is not to be had here, though reading and writing may be.
+_NO_KERNEL_COPY = frozenset(
+    (
+        errno.EXDEV,
+        errno.ENOSYS,
+        errno.EOPNOTSUPP,
+        errno.EINVAL,
+        errno.EPERM,
+        errno.EBADF,
+        errno.ETXTBSY,
+    )
+)
+
+_SAME_FAMILY = {"nfs4": "nfs", "fuseblk": "fuse"}
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (
+        ("flags", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("resolve", ctypes.c_uint64),
+    )
+
+
+def reflink(dst_fd: int, src_fd: int) -> None:
+    """Let ``dst_fd`` share all data of ``src_fd``, see ioctl_ficlone(2).
+
+    :raises OSError: EOPNOTSUPP, EXDEV, ENOTTY: not on this filesystem; EINVAL: not this file
+    """
+    fcntl.ioctl(dst_fd, _FICLONE, src_fd)
+
+
+def copy_data(dst_fd: int, src_fd: int, size: int, sparse: bool = True) -> None:
+    """Copy ``size`` bytes into an empty file; holes stay holes.
+
+    :param size: what fstat told of the source, bytes
+    :param sparse: whether to look for holes at all
+    :raises OSError: ENOSPC, EDQUOT, EIO ... of either side
+    """
+    if not sparse:
+        _copy_range(dst_fd, src_fd, 0, size)
+        return
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(src_fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            if error.errno != errno.EINVAL:
+                raise
+            # The filesystem knows no holes.
+            start, end = position, size
+        else:
+            end = min(os.lseek(src_fd, start, os.SEEK_HOLE), size)
+        if start < end:
+            _copy_range(dst_fd, src_fd, start, end)
+        position = max(end, start)
+    os.ftruncate(dst_fd, size)
+
+
+def _copy_range(dst_fd: int, src_fd: int, start: int, end: int) -> None:
+    """Copy bytes ``start`` to ``end`` to the same place; a source that became shorter ends it."""
+    if end - start > _SMALL:
+        kernel_copy = getattr(os, "copy_file_range", None)
+        if kernel_copy is not None:
+            while start < end:
+                try:
+                    done = kernel_copy(src_fd, dst_fd, min(end - start, _COPY_STEP), start, start)
+                except OSError as error:
+                    if error.errno not in _NO_KERNEL_COPY:
+                        raise
+                    break
+                if done == 0:
+                    break
+                start += done
+    while start < end:
+        data = os.pread(src_fd, min(end - start, _BUFFER), start)
+        if not data:
+            return
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(dst_fd, view, start)
+            view = view[done:]
+            start += done
+
+
+def shared_bytes(fd: int) -> t.Tuple[int, int]:
+    """Bytes of a file's extents, and how many of them other files may share.
+
+    Source: the kernel's Documentation/filesystems/fiemap.rst.
+
+    :returns: (total, shared)
+    :raises OSError: EOPNOTSUPP, ENOTTY: the filesystem does not tell
+    """
+    total = shared = position = 0
+    while True:
+        buffer = array.array("B", bytes(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size))
+        _FIEMAP_HEADER.pack_into(
+            buffer, 0, position, (1 << 64) - 1 - position, _FIEMAP_FLAG_SYNC, 0, _FIEMAP_BATCH, 0
+        )
+        fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer, True)
+        mapped = _FIEMAP_HEADER.unpack_from(buffer, 0)[3]
+        if not mapped:
+            return total, shared
+        for index in range(mapped):
+            extent = _FIEMAP_EXTENT.unpack_from(
+                buffer, _FIEMAP_HEADER.size + index * _FIEMAP_EXTENT.size
+            )
+            logical, length, flags = extent[0], extent[2], extent[5]
+            total += length
+            if flags & _FIEMAP_EXTENT_SHARED:
+                shared += length
+            position = logical + length
+            if flags & _FIEMAP_EXTENT_LAST:
+                return total, shared
+
+
+def syncfs(fd: int) -> None:
+    """Write everything of the filesystem that holds ``fd`` to its disk, see syncfs(2).
+
+    :raises OSError: EIO, ENOSPC, EDQUOT: something could not be written
+    """
+    libc.call("syncfs", fd)
+
+
+def filesystem_type(path: t.Union[str, int]) -> str:
+    """The filesystem's name as /proc/self/mountinfo has it: "ext4", "xfs", "overlay", "fuse" ...
+
+    Variants count as their family: "fuse.fuse-overlayfs" is "fuse", "nfs4" is "nfs".
+
+    :param path: a path, or an open file's descriptor
+    :returns: an empty string if this mount namespace does not hold the mount
+    :raises OSError: the path cannot be opened
+    """
+    if isinstance(path, int):
+        return _type_of_mount(path)
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return _type_of_mount(fd)
+    finally:
+        os.close(fd)
+
+
+def _type_of_mount(fd: int) -> str:
+    mount_id = ""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key == "mnt_id":
+                mount_id = value.strip()
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            if line.split(" ", 1)[0] == mount_id:
+                # proc(5): optional fields end at a lone hyphen, the type follows.
+                name = line.partition(" - ")[2].split(" ", 1)[0].partition(".")[0]
+                return _SAME_FAMILY.get(name, name)
+    return ""
+
+
+def open_beneath(root_fd: int, path: str, flags: int) -> int:
+    """Open ``path`` below a directory; no symbolic link and no other mount is ever entered.
+
+    The path may be longer than PATH_MAX and deeper than any recursion: it is walked in pieces.
+
+    :param path: relative, without "." or ".."; empty for the directory itself
+    :param flags: for open(2); O_NOFOLLOW and O_CLOEXEC are added
+    :raises OSError: ELOOP or ENOTDIR: a component is a symbolic link; EXDEV: a mount point
+    """
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+    if not path:
+        return os.open(".", flags, dir_fd=root_fd)
+    raw = os.fsencode(path)
+    if not _have_openat2():
+        return _open_stepwise(root_fd, raw, flags)
+    current = root_fd
+    try:
+        while len(raw) > _LONGEST_PATH:
+            cut = raw.rindex(b"/", 0, _LONGEST_PATH)
+            following = _openat2(current, raw[:cut], _STEP)
+            if current != root_fd:
+                os.close(current)
+            current = following
+            raw = raw[cut + 1 :]
+        return _openat2(current, raw, flags)
+    finally:
+        if current != root_fd:
+            os.close(current)
+
+
+def _open_stepwise(root_fd: int, raw: bytes, flags: int) -> int:
+    """The same for kernels before 5.6: one component at a time."""
+    *parents, last = raw.split(b"/")
+    current = root_fd
+    try:
+        for name in parents:
+            following = os.open(name, _STEP, dir_fd=current)
+            if current != root_fd:
+                os.close(current)
+            current = following
+        return os.open(last, flags, dir_fd=current)
+    finally:
+        if current != root_fd:
+            os.close(current)
+
+
+def _openat2(dir_fd: int, path: bytes, flags: int) -> int:
+    how = _OpenHow(flags, 0, _RESOLVE)
+    while True:
+        try:
+            return libc.syscall(_SYS_OPENAT2, dir_fd, path, ctypes.byref(how), ctypes.sizeof(how))
+        except OSError as error:
+            # EAGAIN: something was renamed or mounted meanwhile, see openat2(2).
+            if error.errno not in (errno.EAGAIN, errno.EINTR):
+                raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
+
+
+_openat2_works: t.Optional[bool] = None
+
+
+def _have_openat2() -> bool:
+    """Whether the kernel has openat2(2) and nobody forbids it (old seccomp filters: EPERM)."""
+    global _openat2_works
+    if _openat2_works is None:
+        try:
+            os.close(_openat2(os.open("/", _STEP), b".", _STEP))
+            _openat2_works = True
+        except OSError:
+            _openat2_works = False
+    return _openat2_works

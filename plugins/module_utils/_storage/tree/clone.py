@@ -1,0 +1,402 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""A faithful copy of a merged tree under other owners."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import tempfile
+import typing as t
+
+from ..errors import TreeError, UnmappedIDs
+from ..idmap.mapping import Shift
+from ..kernel import files, xattrs
+from . import owners
+from .merged import LayerStack, attribute_names
+from .walk import (
+    ALLOCATED,
+    APPARENT,
+    DIRECTORIES,
+    FILE,
+    FILES,
+    INODES,
+    MOST_IDS,
+    SYMLINK,
+    IDs,
+    Progress,
+    Token,
+    Totals,
+    Visitor,
+    Walk,
+    as_storage_error,
+    shown,
+)
+
+REFLINK = "reflink"
+COPY = "copy"
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_BLOCK = 512
+
+# FICLONE answers this for single files that cannot share (no copy-on-write, swap files).
+_NOT_THIS_FILE = frozenset((errno.EINVAL, errno.ETXTBSY))
+_NOT_HERE = frozenset((errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY, errno.ENOSYS))
+
+
+class CloneResult(t.NamedTuple):
+    """What a tree holds.
+
+    * files: names of anything but directories
+    * directories: with the root
+    * inodes: hard-linked files once
+    * apparent: bytes that all but directories claim, each inode once
+    * exclusive: bytes of disk that the tree shares with no other, reckoned from its source
+    """
+
+    files: int
+    directories: int
+    inodes: int
+    apparent: int
+    exclusive: int
+    strategy: str
+
+
+def clone(
+    stack: LayerStack,
+    destination_dir: t.Union[str, int],
+    shift: Shift,
+    strategy: str = COPY,
+    workers: t.Optional[int] = None,
+    progress: t.Optional[Progress] = None,
+) -> CloneResult:
+    """Build the merged view of ``stack`` in an empty directory, owned as ``shift`` says.
+
+    Everything of the template is kept but overlay's private attributes: see the fidelity list in
+    the tests. After an error the destination holds a part of the tree and is to be removed.
+
+    :param destination_dir: path or descriptor of an empty directory that nobody else writes to
+    :param strategy: ``REFLINK`` or ``COPY``
+    :param workers: processes; None for one per processor
+    :param progress: called with files and bytes done, twice a second at most
+    :raises NeedsMount: the layers cannot be read without an overlay mount
+    :raises UnmappedIDs: the facts ``uids`` and ``gids`` name container IDs
+    :raises TreeError: the tree cannot be read, or cannot be built here
+    :raises NoSpace: the destination's filesystem or quota is full
+    :raises PermissionDenied: a file may not be read or made
+    """
+    if strategy not in (REFLINK, COPY):
+        raise ValueError(f"strategy is {REFLINK!r} or {COPY!r}, not {strategy!r}")
+    label = destination_dir if isinstance(destination_dir, str) else "destination"
+    try:
+        if isinstance(destination_dir, int):
+            root = os.open(".", _DIRECTORY, dir_fd=destination_dir)
+        else:
+            root = os.open(destination_dir, _DIRECTORY)
+        try:
+            _prepare(root)
+        except BaseException:
+            os.close(root)
+            raise
+    except OSError as error:
+        raise as_storage_error(error) from error
+    cloner = _Cloner(stack, label, root, shift, strategy == REFLINK)
+    try:
+        walk = Walk(cloner, workers, progress)
+        totals = walk.run()
+    finally:
+        cloner.close()
+    raise_unmapped(stack, shift, walk.ids)
+    return as_result(totals, strategy)
+
+
+def can_reflink(directory: t.Union[str, int]) -> bool:
+    """Whether files below a directory can share their data, found out by letting two do so.
+
+    :raises OSError: nothing can be written there
+    """
+    place = f"/proc/self/fd/{directory}" if isinstance(directory, int) else directory
+    with tempfile.TemporaryFile(dir=place) as source, tempfile.TemporaryFile(dir=place) as copy:
+        source.write(b"\0" * 4096)
+        source.flush()
+        try:
+            files.reflink(copy.fileno(), source.fileno())
+        except OSError:
+            return False
+        return True
+
+
+def as_result(totals: Totals, strategy: str) -> CloneResult:
+    """A walk's totals with their names."""
+    return CloneResult(
+        files=totals[FILES],
+        directories=totals[DIRECTORIES],
+        inodes=totals[INODES],
+        apparent=totals[APPARENT],
+        exclusive=totals[ALLOCATED],
+        strategy=strategy,
+    )
+
+
+def unmapped_ids(shift: Shift) -> t.Optional[IDs]:
+    """The IDs that a shift could not map so far, sorted, at most ``MOST_IDS`` of each kind."""
+    if shift.complete:
+        return None
+    kinds = (shift.unmapped_uids, shift.unmapped_gids, shift.foreign_uids, shift.foreign_gids)
+    return [sorted(numbers)[:MOST_IDS] for numbers in kinds]
+
+
+def raise_unmapped(stack: LayerStack, shift: Shift, ids: IDs) -> None:
+    """Complain about IDs that a walk could not map, if there are any.
+
+    :raises UnmappedIDs: facts: ``uids``, ``gids`` (container IDs) and ``foreign_uids``,
+        ``foreign_gids`` (host IDs outside the template's own map)
+    """
+    uids, gids, foreign_uids, foreign_gids = ids
+    if not any(ids):
+        return
+    listed = [
+        f"{kind} {_enumerate(numbers)}"
+        for kind, numbers in (
+            ("UIDs", uids),
+            ("GIDs", gids),
+            ("host UIDs", foreign_uids),
+            ("host GIDs", foreign_gids),
+        )
+        if numbers
+    ]
+    raise UnmappedIDs(
+        shown(stack.labels[0]),
+        f"holds files of {' and '.join(listed)}, which the map {shift.new} does not cover",
+        "Map these IDs too, or rebuild the image without them.",
+        uids=uids,
+        gids=gids,
+        foreign_uids=foreign_uids,
+        foreign_gids=foreign_gids,
+    )
+
+
+def _enumerate(numbers: t.List[int]) -> str:
+    few = ", ".join(str(number) for number in numbers[:10])
+    return few if len(numbers) <= 10 else f"{few} ..."
+
+
+def _prepare(root: int) -> None:
+    """Free a directory from what its parent may hand down to everything made in it."""
+    for attribute in ("system.posix_acl_default", "system.posix_acl_access"):
+        with contextlib.suppress(OSError):
+            xattrs.remove(root, attribute)
+    os.fchmod(root, 0o700)
+
+
+class _Cloner(Visitor):
+    """Makes each entry as it is met; directories stay private and plain until they are whole."""
+
+    def __init__(
+        self, stack: LayerStack, label: str, root: int, shift: Shift, reflink: bool
+    ) -> None:
+        super().__init__(stack, label)
+        self._root = root
+        self._shift = shift
+        self._reflink = reflink
+        self._read = _READ | os.O_NOATIME
+        # The directory at hand: made, and its topmost source with the attributes of that.
+        self._made = -1
+        self._source = -1
+        self._attributes: t.List[str] = []
+
+    def close(self) -> None:
+        """Close the destination."""
+        self._close_made()
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
+
+    def ids(self) -> t.Optional[IDs]:
+        return unmapped_ids(self._shift)
+
+    def enter(self, path: str, fd: int, attributes: t.List[str]) -> Token:
+        self._made = files.open_beneath(self._root, path, _DIRECTORY)
+        self._source = fd
+        self._attributes = attributes
+        self.totals[DIRECTORIES] += 1
+        self.totals[INODES] += 1
+        return ()
+
+    def enter_again(self, path: str) -> None:
+        self._made = files.open_beneath(self._root, path, _DIRECTORY)
+
+    def directory(self, fd: int, name: str) -> None:
+        os.mkdir(name, 0o700, dir_fd=self._made)
+
+    def leave(self, whole: bool) -> None:
+        if whole:
+            self._complete(self._source, self._attributes)
+        self._close_made()
+
+    def finish(self, path: str, fd: int, token: Token) -> None:
+        self._made = files.open_beneath(self._root, path, _DIRECTORY)
+        self._complete(fd, self.stack.content(attribute_names(fd)))
+        self._close_made()
+
+    def link(self, path: str, fd: int, links: t.List[t.Tuple[str, str, str]]) -> None:
+        made = files.open_beneath(self._root, path, _DIRECTORY)
+        try:
+            for name, other_path, other in links:
+                there = files.open_beneath(self._root, other_path, _DIRECTORY)
+                try:
+                    os.link(other, name, src_dir_fd=there, dst_dir_fd=made, follow_symlinks=False)
+                finally:
+                    os.close(there)
+            status = os.fstat(fd)
+            os.utime(made, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(made)
+
+    def entry(self, fd: int, name: str, kind: int, linked: bool) -> t.Optional[t.Tuple[int, int]]:
+        if kind == FILE:
+            try:
+                source = os.open(name, self._read, dir_fd=fd)
+            except PermissionError:
+                # EPERM: only an owner may leave the access time alone.
+                source = os.open(name, _READ, dir_fd=fd)
+        else:
+            source = os.open(name, _LOOK, dir_fd=fd)
+        try:
+            status = os.fstat(source)
+            totals = self.totals
+            if status.st_nlink > 1 and not linked:
+                totals[FILES] += 1
+                return status.st_dev, status.st_ino
+            if not linked:
+                totals[FILES] += 1
+            totals[INODES] += 1
+            totals[APPARENT] += status.st_size
+            if kind == FILE:
+                if not stat.S_ISREG(status.st_mode):
+                    raise _changed(name)
+                self._file(source, name, status)
+            elif kind == SYMLINK:
+                self._symlink(source, name, status)
+            else:
+                self._special(source, name, status)
+        finally:
+            os.close(source)
+        return None
+
+    def _file(self, source: int, name: str, status: os.stat_result) -> None:
+        attributes = attribute_names(source)
+        if attributes:
+            attributes = self.stack.content(attributes)
+        made = os.open(name, _CREATE, 0o600, dir_fd=self._made)
+        try:
+            size = status.st_size
+            # A tree with IDs that cannot be mapped is only looked through for others.
+            if size and self._shift.complete:
+                allocated = status.st_blocks * _BLOCK
+                if not self._reflink or not self._share(made, source):
+                    self.totals[ALLOCATED] += allocated
+                    files.copy_data(made, source, size, sparse=allocated < size)
+            shift = self._shift
+            # Owner first: chown(2) takes capabilities and setuid away.
+            os.fchown(made, shift.uid(status.st_uid), shift.gid(status.st_gid))
+            if attributes:
+                owners.copy_attributes(made, source, attributes, shift)
+            os.fchmod(made, stat.S_IMODE(status.st_mode))
+            os.utime(made, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(made)
+
+    def _share(self, made: int, source: int) -> bool:
+        try:
+            files.reflink(made, source)
+        except OSError as error:
+            if error.errno in _NOT_THIS_FILE:
+                return False
+            if error.errno in _NOT_HERE:
+                raise TreeError(
+                    self.label,
+                    f"cannot share data with the template ({error.strerror})",
+                    f"Use the strategy {COPY!r}.",
+                ) from error
+            raise
+        return True
+
+    def _symlink(self, source: int, name: str, status: os.stat_result) -> None:
+        if not stat.S_ISLNK(status.st_mode):
+            raise _changed(name)
+        os.symlink(os.readlink("", dir_fd=source), name, dir_fd=self._made)
+        self._dress(source, name, status)
+
+    def _special(self, source: int, name: str, status: os.stat_result) -> None:
+        mode = status.st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode):
+            raise _changed(name)
+        is_device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+        try:
+            os.mknod(
+                name,
+                stat.S_IFMT(mode) | 0o600,
+                status.st_rdev if is_device else 0,
+                dir_fd=self._made,
+            )
+        except PermissionError as error:
+            if not is_device:
+                raise
+            raise TreeError(
+                shown(name),
+                f"is a device ({os.major(status.st_rdev)}:{os.minor(status.st_rdev)}), which"
+                " only the host's root can make",
+                "Rebuild the image without it, or prepare it for a rootful store.",
+            ) from error
+        self._dress(source, name, status)
+
+    def _dress(self, source: int, name: str, status: os.stat_result) -> None:
+        """Owner, attributes, mode and times of what cannot be opened."""
+        made, shift = self._made, self._shift
+        os.chown(
+            name,
+            shift.uid(status.st_uid),
+            shift.gid(status.st_gid),
+            dir_fd=made,
+            follow_symlinks=False,
+        )
+        attributes = self.stack.content(attribute_names(source, ""))
+        if attributes:
+            owners.copy_attributes(made, source, attributes, shift, name, "")
+        if not stat.S_ISLNK(status.st_mode):
+            os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=made)
+        os.utime(
+            name,
+            ns=(status.st_atime_ns, status.st_mtime_ns),
+            dir_fd=made,
+            follow_symlinks=False,
+        )
+
+    def _complete(self, source: int, attributes: t.List[str]) -> None:
+        """Owner, attributes, mode and times of the directory at hand."""
+        made, shift = self._made, self._shift
+        status = os.fstat(source)
+        self.totals[ALLOCATED] += status.st_blocks * _BLOCK
+        os.fchown(made, shift.uid(status.st_uid), shift.gid(status.st_gid))
+        if attributes:
+            owners.copy_attributes(made, source, attributes, shift)
+        os.fchmod(made, stat.S_IMODE(status.st_mode))
+        os.utime(made, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def _close_made(self) -> None:
+        if self._made >= 0:
+            os.close(self._made)
+            self._made = -1
+
+
+def _changed(name: str) -> OSError:
+    return OSError(errno.ESTALE, "changed its type while it was read", name)

@@ -1,0 +1,146 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""Overlay layers as the kernel merges them, read by hand and by descriptor.
+
+Source of the rules: the kernel's Documentation/filesystems/overlayfs.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import typing as t
+
+from ..errors import TreeError
+from ..kernel import files, xattrs
+
+# A directory tree without overlay's whiteouts and private attributes: vfs, btrfs, a mounted layer.
+PLAIN = "plain"
+FAMILIES = ("trusted", "user", PLAIN)
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# Private attributes that move or hide content; a merge by hand would get it wrong.
+_BEYOND_US = ("redirect", "metacopy", "whiteout", "whiteouts")
+
+
+class NeedsMount(TreeError):
+    """Only the kernel's own overlay mount shows this stack of layers as it is."""
+
+
+class LayerStack:
+    """The directories of a stack of layers, top first, held open.
+
+    :param dirs: paths, or descriptors of open directories (they are duplicated)
+    :param xattr_family: "trusted" or "user", the namespace of overlay's private attributes; or
+        "plain" for trees that no overlay wrote
+    :raises OSError: a directory is missing, or is a symbolic link
+    """
+
+    def __init__(self, dirs: t.Sequence[t.Union[str, int]], xattr_family: str) -> None:
+        if xattr_family not in FAMILIES:
+            raise ValueError(f"xattr_family is one of {', '.join(FAMILIES)}, not {xattr_family!r}")
+        self.plain = xattr_family == PLAIN
+        self._private = f"{xattr_family}.overlay."
+        # What an overlay in an overlay wrote; the outer one only passes it through.
+        self._escaped = f"{xattr_family}.overlay.overlay."
+        self.labels: t.List[str] = []
+        self.fds: t.List[int] = []
+        try:
+            for one in dirs:
+                if isinstance(one, int):
+                    self.labels.append(os.readlink(f"/proc/self/fd/{one}"))
+                    self.fds.append(os.open(".", _DIRECTORY, dir_fd=one))
+                else:
+                    self.labels.append(one)
+                    self.fds.append(os.open(one, _DIRECTORY))
+        except OSError:
+            self.close()
+            raise
+
+    def __enter__(self) -> LayerStack:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all layers."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def __len__(self) -> int:
+        return len(self.fds)
+
+    def open(self, layer: int, path: str) -> int:
+        """Open a directory of one layer, never through a symbolic link or into another mount.
+
+        :param path: relative to the layer, any length; empty for its root
+        :raises OSError:
+        """
+        try:
+            return files.open_beneath(self.fds[layer], path, _DIRECTORY | os.O_NOATIME)
+        except PermissionError:
+            # EPERM: only an owner may leave the access time alone.
+            return files.open_beneath(self.fds[layer], path, _DIRECTORY)
+
+    def is_private(self, attribute: str) -> bool:
+        """Whether an attribute is overlay's own and no content of the image."""
+        if self.plain:
+            return False
+        return attribute.startswith(self._private) and not attribute.startswith(self._escaped)
+
+    def content(self, attributes: t.Iterable[str]) -> t.List[str]:
+        """The attributes that are content of the image.
+
+        :raises NeedsMount: one says that the content is elsewhere
+        """
+        if self.plain:
+            return list(attributes)
+        result = []
+        for attribute in attributes:
+            if not self.is_private(attribute):
+                result.append(attribute)
+            elif attribute[len(self._private) :] in _BEYOND_US:
+                raise NeedsMount(
+                    "layer stack",
+                    f"a file carries {attribute}, which only the kernel's overlay can follow",
+                    attribute=attribute,
+                )
+        return result
+
+    def is_opaque(self, fd: int, attributes: t.Iterable[str]) -> bool:
+        """Whether an open directory hides those of the layers beneath it.
+
+        :param attributes: names of the directory's attributes
+        :raises NeedsMount: the directory holds whiteouts of a kind that is not read here
+        """
+        opaque = f"{self._private}opaque"
+        if self.plain or opaque not in attributes:
+            return False
+        value = os.getxattr(fd, opaque)
+        if value == b"x":
+            raise NeedsMount(
+                "layer stack",
+                f"a directory carries {opaque}=x, whose whiteouts only the kernel's overlay reads",
+                attribute=opaque,
+            )
+        return value == b"y"
+
+    def is_whiteout(self, status: os.stat_result) -> bool:
+        """Whether an entry only says that a name is gone: a character device 0:0."""
+        return not self.plain and stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
+def attribute_names(fd: int, entry: t.Optional[str] = None) -> t.List[str]:
+    """As ``xattrs.names``, but none where the filesystem has no attributes."""
+    try:
+        return xattrs.names(fd, entry)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return []
+        raise

@@ -1,0 +1,182 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""Owners of a file wherever they are written: inode, POSIX ACLs, capabilities."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+import typing as t
+
+from ..idmap.mapping import Shift
+from ..kernel import xattrs
+from .merged import attribute_names
+
+CAPABILITY = "security.capability"
+SELINUX = "security.selinux"
+ACLS = frozenset(("system.posix_acl_access", "system.posix_acl_default"))
+# Attributes whose values hold IDs.
+WITH_IDS = ACLS | {CAPABILITY}
+
+# linux/posix_acl_xattr.h: a version, then entries of tag, permissions and ID, little endian.
+_ACL_HEADER = struct.Struct("<L")
+_ACL_ENTRY = struct.Struct("<HHL")
+_ACL_USER = 0x02
+_ACL_GROUP = 0x08
+
+# linux/capability.h: struct vfs_ns_cap_data, the host UID of the namespace's root at its end.
+_CAPABILITY_REVISION = 0xFF000000
+_CAPABILITY_REVISION_3 = 0x03000000
+_CAPABILITY_ROOT_AT = 20
+_ID = struct.Struct("<L")
+
+_COPIED = ("user.", "trusted.", "security.")
+
+# What tells that an attribute cannot be read in this namespace or is gone again.
+_UNREADABLE = frozenset((errno.EOVERFLOW, errno.ENODATA))
+
+
+def translate(attribute: str, value: bytes, shift: Shift) -> bytes:
+    """The value an attribute has under the new mapping.
+
+    IDs that cannot be mapped are noted in ``shift`` and left alone. A capability without a root ID
+    (version 2) belongs to the host's root and is honoured in every namespace: it stays as it is.
+    """
+    if attribute in ACLS:
+        return _translate_acl(value, shift)
+    if attribute == CAPABILITY:
+        return _translate_capability(value, shift)
+    return value
+
+
+def _translate_acl(value: bytes, shift: Shift) -> bytes:
+    if (len(value) - _ACL_HEADER.size) % _ACL_ENTRY.size:
+        return value
+    result = bytearray(value)
+    for offset in range(_ACL_HEADER.size, len(value), _ACL_ENTRY.size):
+        tag, permissions, number = _ACL_ENTRY.unpack_from(value, offset)
+        if tag == _ACL_USER:
+            number = shift.uid(number)
+        elif tag == _ACL_GROUP:
+            number = shift.gid(number)
+        else:
+            continue
+        if number >= 0:
+            _ACL_ENTRY.pack_into(result, offset, tag, permissions, number)
+    return bytes(result)
+
+
+def _translate_capability(value: bytes, shift: Shift) -> bytes:
+    if len(value) < _CAPABILITY_ROOT_AT + _ID.size:
+        return value
+    if _ID.unpack_from(value)[0] & _CAPABILITY_REVISION != _CAPABILITY_REVISION_3:
+        return value
+    root = shift.uid(_ID.unpack_from(value, _CAPABILITY_ROOT_AT)[0])
+    if root < 0:
+        return value
+    return value[:_CAPABILITY_ROOT_AT] + _ID.pack(root) + value[_CAPABILITY_ROOT_AT + _ID.size :]
+
+
+def is_copied(attribute: str) -> bool:
+    """Whether an attribute belongs to a file's content, unlike what a filesystem makes up."""
+    return attribute.startswith(_COPIED) or attribute in ACLS
+
+
+def copy_attributes(
+    dst_fd: int,
+    src_fd: int,
+    attributes: t.Iterable[str],
+    shift: Shift,
+    dst_entry: t.Optional[str] = None,
+    src_entry: t.Optional[str] = None,
+) -> None:
+    """Give a file the attributes of its source, after its owner and before its mode.
+
+    :param attributes: names that the source has; the caller left out what is private to a driver
+    :param dst_entry: a name in ``dst_fd``, where the file itself cannot be opened
+    :param src_entry: the same for ``src_fd``
+    :raises OSError: with the attribute's name
+    """
+    for attribute in attributes:
+        if not is_copied(attribute):
+            continue
+        try:
+            value = xattrs.get(src_fd, attribute, src_entry)
+        except OSError as error:
+            # EOVERFLOW: a capability of a foreign namespace, which grants nothing in this one.
+            if error.errno in _UNREADABLE:
+                continue
+            raise
+        value = translate(attribute, value, shift)
+        try:
+            xattrs.put(dst_fd, attribute, value, dst_entry)
+        except OSError as error:
+            if attribute == SELINUX and _holds_no_label(error, dst_fd, value, dst_entry):
+                continue
+            raise OSError(error.errno, f"{error.strerror} (attribute {attribute})") from None
+
+
+def _holds_no_label(error: OSError, dst_fd: int, value: bytes, dst_entry: t.Optional[str]) -> bool:
+    """Whether a label is right already, or cannot be stored there at all."""
+    if error.errno == errno.ENOTSUP:
+        return True
+    try:
+        return xattrs.get(dst_fd, SELINUX, dst_entry) == value
+    except OSError:
+        return False
+
+
+def apply_owner(
+    fd: int, status: os.stat_result, shift: Shift, entry: t.Optional[str] = None
+) -> bool:
+    """Move a file in place to its new owner, with its ACLs, capability, setuid and setgid bits.
+
+    :param fd: the file, open for reading; or its directory, if ``entry`` names it there
+    :param status: what stat told of the file just now
+    :returns: whether anything was changed; a file that needs no change is not touched
+    """
+    uid, gid = shift.uid(status.st_uid), shift.gid(status.st_gid)
+    moved = uid not in (-1, status.st_uid) or gid not in (-1, status.st_gid)
+    kept: t.List[t.Tuple[str, bytes]] = []
+    if not stat.S_ISLNK(status.st_mode):
+        kept = _values_with_ids(fd, shift, moved, entry)
+    if not moved and not kept:
+        return False
+    if moved:
+        if entry is None:
+            os.fchown(fd, uid, gid)
+        else:
+            os.chown(entry, uid, gid, dir_fd=fd, follow_symlinks=False)
+    # chown(2) takes these away, and a changed ACL would write the group's bits anew.
+    for attribute, value in kept:
+        xattrs.put(fd, attribute, value, entry)
+    if moved and status.st_mode & (stat.S_ISUID | stat.S_ISGID):
+        if entry is None:
+            os.fchmod(fd, stat.S_IMODE(status.st_mode))
+        elif not stat.S_ISLNK(status.st_mode):
+            os.chmod(entry, stat.S_IMODE(status.st_mode), dir_fd=fd)
+    return True
+
+
+def _values_with_ids(
+    fd: int, shift: Shift, moved: bool, entry: t.Optional[str]
+) -> t.List[t.Tuple[str, bytes]]:
+    """The ACLs and the capability that must be written after the owner has changed."""
+    found = []
+    for attribute in attribute_names(fd, entry):
+        if attribute not in WITH_IDS:
+            continue
+        try:
+            value = xattrs.get(fd, attribute, entry)
+        except OSError as error:
+            if error.errno in _UNREADABLE:
+                continue
+            raise
+        translated = translate(attribute, value, shift)
+        if translated != value or (moved and attribute == CAPABILITY):
+            found.append((attribute, translated))
+    return found
