@@ -39,40 +39,58 @@ options:
     elements: str
     required: true
     aliases: [image, name]
-  userns:
+  userns: &userns
     description:
       - The user namespace, in the words of C(podman run --userns).
-      - V(keep-id) and V(keep-id:uid=1000,gid=1000) keep the user's own IDs, V(nomap) leaves them out (both rootless),
-        V(host) has no map and needs no copy.
-      - The map that V(auto) will get is known only when the container starts. Give O(uidmap) for it.
+      - V(keep-id), with its options as in V(keep-id:uid=1000,gid=1000), keeps the user's own IDs, V(nomap) leaves them out.
+      - V(auto), with its options as in V(auto:size=4096), takes the ranges that the runtime will take, see O(slots).
+      - V(host) has no map and needs no copy.
     type: str
-  uidmap:
+  uidmap: &uidmap
     description:
-      - The UID map, entries of C(CONTAINER:HOST:SIZE) as in C(podman run --uidmap).
+      - The UID map, entries as C(podman run --uidmap) takes them, C(CONTAINER:HOST:SIZE), with podman's flags from podman 4.7 on.
       - In a rootless store the host IDs are those of the user's namespace, as podman counts them there.
       - Without O(gidmap) it serves for both.
     type: list
     elements: str
-  gidmap:
+  gidmap: &gidmap
     description:
       - The GID map, like O(uidmap). Without O(uidmap) it serves for both.
     type: list
     elements: str
-  subuidname:
+  subuidname: &subuidname
     description:
       - Map the subordinate UIDs of this name, as C(podman run --subuidname) does. Without O(subgidname) it serves for both.
     type: str
-  subgidname:
+  subgidname: &subgidname
     description:
       - Map the subordinate GIDs of this name, as C(podman run --subgidname) does. Without O(subuidname) it serves for both.
     type: str
-  runtime:
+  runtime: &runtime
     description:
       - The program that will ask for the layers, V(podman), V(buildah) or V(cri-o), since programs and versions write the same map in
         different ways and only find what is written in theirs. A version behind it, as in V(podman 5.4.2), is believed without
         asking the program.
       - Without it, the first of the three that is installed.
     type: str
+  slots: &slots
+    description:
+      - With O(userns=auto), for how many containers of the image that run at once to prepare layers. Each has a range of its own.
+    type: int
+    default: 1
+  mappings:
+    description:
+      - Several mappings at once, each with the options that otherwise stand for the one mapping.
+    type: list
+    elements: dict
+    suboptions:
+      userns: *userns
+      uidmap: *uidmap
+      gidmap: *gidmap
+      subuidname: *subuidname
+      subgidname: *subgidname
+      runtime: *runtime
+      slots: *slots
   state:
     description:
       - V(present) makes the mapped layers that are missing.
@@ -119,6 +137,15 @@ EXAMPLES = r"""
       - docker.io/library/postgres:17
       - docker.io/library/redis:8
     uidmap: ["0:100000:65536"]
+
+- name: Be ready for three containers with automatic namespaces, and for one with keep-id
+  userns.storage.layer_template:
+    images: registry.example.org/builder:latest
+    mappings:
+      - userns: auto
+        slots: 3
+      - userns: keep-id
+    user: runner
 
 - name: Take the layer of an old range away
   userns.storage.layer_template:
@@ -207,11 +234,23 @@ store:
       type: bool
 """
 
+import typing as t
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.userns.storage.plugins.module_utils._module import STORE_ARGUMENTS, run
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations import template
 
 _MAPS = ("uidmap", "gidmap", "subuidname", "subgidname")
+_MAPPING: t.Dict[str, t.Dict[str, t.Any]] = {
+    "userns": {"type": "str"},
+    "uidmap": {"type": "list", "elements": "str"},
+    "gidmap": {"type": "list", "elements": "str"},
+    "subuidname": {"type": "str"},
+    "subgidname": {"type": "str"},
+    "runtime": {"type": "str"},
+    "slots": {"type": "int", "default": 1},
+}
+_EXCLUSIVE = [("userns", option) for option in _MAPS]
 
 
 def main() -> None:
@@ -223,12 +262,14 @@ def main() -> None:
                 "required": True,
                 "aliases": ["image", "name"],
             },
-            "userns": {"type": "str"},
-            "uidmap": {"type": "list", "elements": "str"},
-            "gidmap": {"type": "list", "elements": "str"},
-            "subuidname": {"type": "str"},
-            "subgidname": {"type": "str"},
-            "runtime": {"type": "str"},
+            **_MAPPING,
+            "mappings": {
+                "type": "list",
+                "elements": "dict",
+                "options": _MAPPING,
+                "mutually_exclusive": _EXCLUSIVE,
+                "required_one_of": [("userns", *_MAPS)],
+            },
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "strategy": {
                 "type": "str",
@@ -239,8 +280,11 @@ def main() -> None:
             "unmapped_ids": {"type": "str", "choices": ["fail", "overflow"], "default": "fail"},
             **STORE_ARGUMENTS,
         },
-        mutually_exclusive=[("userns", option) for option in _MAPS],
-        required_one_of=[("userns", *_MAPS)],
+        mutually_exclusive=[
+            *_EXCLUSIVE,
+            *(("mappings", option) for option in ("userns", *_MAPS)),
+        ],
+        required_one_of=[("userns", *_MAPS, "mappings")],
         supports_check_mode=True,
     )
     params = module.params
@@ -249,14 +293,7 @@ def main() -> None:
         lambda store: template.TemplateRequest(
             store=store,
             images=tuple(params["images"]),
-            wanted=template.Wanted(
-                userns=params["userns"] or "",
-                uidmap=tuple(params["uidmap"] or ()),
-                gidmap=tuple(params["gidmap"] or ()),
-                subuidname=params["subuidname"] or "",
-                subgidname=params["subgidname"] or "",
-                runtime=params["runtime"] or "",
-            ),
+            wanted=tuple(_wanted(one) for one in params["mappings"] or [params]),
             state=params["state"],
             strategy=params["strategy"],
             force=params["force"],
@@ -264,6 +301,14 @@ def main() -> None:
             check=module.check_mode,
         ),
         template.declare,
+    )
+
+
+def _wanted(options: t.Mapping[str, t.Any]) -> template.Wanted:
+    return template.Wanted(
+        **{name: options[name] or "" for name in ("userns", "subuidname", "subgidname", "runtime")},
+        **{name: tuple(options[name] or ()) for name in ("uidmap", "gidmap")},
+        slots=options["slots"],
     )
 
 

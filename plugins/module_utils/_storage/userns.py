@@ -10,6 +10,7 @@ sees it; the result, an error of this library's family, or progress comes back t
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import enum
 import errno
@@ -17,6 +18,7 @@ import importlib
 import io
 import os
 import pickle
+import pwd
 import shutil
 import signal
 import struct
@@ -33,6 +35,9 @@ from .kernel import namespaces
 
 if t.TYPE_CHECKING:
     from .idmap.ranges import IDMap
+
+# A user cannot import from root's folders any more, and this codec is a module of its own.
+codecs.lookup("ascii")
 
 _HEADER = struct.Struct(">cQ")
 _RESULT, _ERROR, _PROGRESS = b"R", b"E", b"P"
@@ -97,7 +102,8 @@ def run(
     starts. A user gets the own namespace through newuidmap and newgidmap or, where the host
     forbids that, through `podman unshare`.
 
-    :param function: a function of a module (for `podman unshare` it is found by its name)
+    :param function: a function of a module (for `podman unshare` it is found by its name). It must
+        have imported all it needs: root's copy of this library may be out of a user's reach.
     :param account: whose store it is; None is the caller
     :param progress: called here with what the function sends; the function then gets a sender as
         the keyword argument `progress`
@@ -142,9 +148,6 @@ class _Login(t.NamedTuple):
 
 
 def _caller(uid: int) -> _Login:
-    # Imported here: looking up an account may load NSS libraries.
-    import pwd
-
     try:
         entry = pwd.getpwuid(uid)
     except KeyError:

@@ -210,7 +210,7 @@ class OverlayDriver(Driver):
         if given:
             return given[-1] == "metacopy=on"
         try:
-            with open(_METACOPY_PARAMETER, encoding="ascii") as parameter:
+            with open(_METACOPY_PARAMETER, encoding="utf-8") as parameter:
                 return parameter.read(1) == "Y"
         except OSError:
             return False
@@ -287,7 +287,7 @@ class OverlayDriver(Driver):
             ("lower-layers", ":".join(ids)),
         ):
             descriptor = os.open(name, _NEW, 0o644, dir_fd=layer)
-            with open(descriptor, "w", encoding="ascii") as stream:
+            with open(descriptor, "w", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fchmod(descriptor, 0o644)

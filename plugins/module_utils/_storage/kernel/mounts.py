@@ -235,7 +235,7 @@ def mount_id(descriptor: int) -> int:
 
     :raises OSError: where /proc is not there
     """
-    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
+    with open(f"/proc/self/fdinfo/{descriptor}", encoding="utf-8") as lines:
         for line in lines:
             name, _colon, value = line.partition(":")
             if name == "mnt_id":

@@ -15,7 +15,7 @@ from ..errors import ImageUnknown, ReadOnlyStore, StorageError
 from ..idmap.mapping import Mapping
 from ..store.records import Image
 from ..store.snapshot import Snapshot
-from .asking import Wanted, question
+from .asking import Asker, Question, Wanted
 from .building import Building, label, template_of
 from .opening import OpenStore, StoreRequest, opened
 from .removing import refuse_if_used, remove_mapped_layer
@@ -41,7 +41,7 @@ class TemplateRequest:
 
     store: StoreRequest
     images: t.Tuple[str, ...]
-    wanted: Wanted
+    wanted: t.Tuple[Wanted, ...]
     state: str = "present"
     strategy: str = "auto"
     force: bool = False
@@ -54,7 +54,7 @@ class Entry:
     """What became of one image and one map."""
 
     image: Image
-    mapping: Mapping
+    question: Question
     action: str = REFUSED
     reason: str = ""
     layer_id: str = ""
@@ -63,6 +63,11 @@ class Entry:
     seconds: float = 0.0
     lock_seconds: float = 0.0
     error: t.Optional[StorageError] = None
+
+    @property
+    def mapping(self) -> Mapping:
+        """The map, as the runtime writes it."""
+        return self.question.mapping
 
     def result(self) -> t.Dict[str, t.Any]:
         """The entry as the module returns it."""
@@ -104,31 +109,35 @@ class _Task:
     def __init__(self, request: TemplateRequest, place: OpenStore) -> None:
         self._request = request
         self._place = place
-        self._question = question(request.wanted, place)
+        self._asker = Asker(place, request.wanted)
         self._snapshot = place.store.snapshot()
 
     def carry_out(self) -> t.Dict[str, t.Any]:
         act = self._present if self._request.state == "present" else self._absent
         images = self._images()
+        entries = [
+            Entry(image, question)
+            for image in images
+            for question in self._asker.questions(self._snapshot, image)
+        ]
+        before = {label(image): _maps(self._snapshot, image) for image in images}
+        after = {name: list(maps) for name, maps in before.items()}
         if not self._request.check and tidy(self._place, self._snapshot):
             self._snapshot = self._place.store.snapshot()
-        entries = []
-        before, after = {}, {}
-        for image in images:
-            entry = Entry(image, self._question.mapping)
+        for entry in entries:
             started = time.monotonic()
             try:
                 act(entry)
             except StorageError as error:
                 entry.action, entry.reason, entry.error = REFUSED, str(error), error
             entry.seconds = time.monotonic() - started
-            entries.append(entry)
-            before[label(image)] = _maps(self._snapshot, image)
-            after[label(image)] = _maps_after(before[label(image)], entry)
+            _apply(after[label(entry.image)], entry)
         result: t.Dict[str, t.Any] = {
             "changed": any(entry.action in (CREATED, REMOVED) for entry in entries),
             "layers": [entry.result() for entry in entries],
-            "store": self._place.describe(self._question.shifting.shifts),
+            "store": self._place.describe(
+                bool(entries) and all(entry.question.shifting.shifts for entry in entries)
+            ),
             "diff": {"before": before, "after": after},
         }
         refused = [entry.error for entry in entries if entry.error]
@@ -157,7 +166,7 @@ class _Task:
             entry.action, entry.reason = NOT_NEEDED, "The image has no layers."
             return
         if entry.mapping.identity:
-            entry.action, entry.reason = NOT_NEEDED, _sentence(self._question.shifting.reason)
+            entry.action, entry.reason = NOT_NEEDED, _sentence(entry.question.shifting.reason)
             return
         template = template_of(snapshot, image)
         entry.template_id = template.id
@@ -172,7 +181,7 @@ class _Task:
             return
         if found:
             refuse_if_used(snapshot, found.id)
-        shifting = self._question.shifting
+        shifting = entry.question.shifting
         if shifting.shifts and not self._request.force:
             entry.action = NOT_NEEDED
             entry.reason = f"{_sentence(shifting.reason)} {shifting.advice}"
@@ -198,7 +207,8 @@ class _Task:
         elif damage:
             entry.reason = f"The layer with this map was damaged: {damage}."
         else:
-            entry.reason = f"{_sentence(shifting.reason)} {_sentence(entry.staged.reason)}"
+            staged = entry.staged
+            entry.reason = f"{_sentence(shifting.reason)} By {staged.strategy}: {staged.reason}."
 
     def _absent(self, entry: Entry) -> None:
         image = entry.image
@@ -234,15 +244,13 @@ def _maps(snapshot: Snapshot, image: Image) -> t.List[t.Dict[str, t.List[str]]]:
     ]
 
 
-def _maps_after(
-    before: t.List[t.Dict[str, t.List[str]]], entry: Entry
-) -> t.List[t.Dict[str, t.List[str]]]:
+def _apply(maps: t.List[t.Dict[str, t.List[str]]], entry: Entry) -> None:
+    """Bring what a diff shows of an image up to date with what became of one map."""
     this = _as_diff(entry.mapping)
-    if entry.action == CREATED and this not in before:
-        return [*before, this]
+    if entry.action == CREATED and this not in maps:
+        maps.append(this)
     if entry.action == REMOVED:
-        return [one for one in before if one != this]
-    return before
+        maps[:] = [one for one in maps if one != this]
 
 
 def _as_diff(mapping: Mapping) -> t.Dict[str, t.List[str]]:

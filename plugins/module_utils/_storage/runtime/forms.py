@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import pwd
 import typing as t
 
 from ..idmap.grammar import UsernsContext
@@ -22,8 +23,6 @@ def named_ranges(name: str, kind: str) -> tuple[SubIDRange, ...]:
 
     :raises NamespaceError: the files, or NSS, have none
     """
-    import pwd
-
     try:
         uid: int | None = pwd.getpwnam(name).pw_uid
     except KeyError:
@@ -82,8 +81,8 @@ def shape(
     """The form in which the runtime's store records a map that was resolved for it.
 
     :param shifting_checked: the store asks whether the map is contiguous
-        (``Shifting.sorts``), and that question sorts the list it is put to: by host ID, and
-        where those touch, by container ID; a UID map that fails spares the GID map
+        (``Shifting.sorts``), and that question sorts the list it is put to; a UID map that is
+        not spares the GID map the question
     :param typed: the map comes from elsewhere than ``resolve``, as a user would type it, and
         the runtime's own sorting and merging is still to be done
     """
@@ -91,12 +90,8 @@ def shape(
         mapping = Mapping(mapping.uid.normal(), mapping.gid.normal())
     if not shifting_checked:
         return mapping
-    if not mapping.uid.contiguous:
-        return Mapping(mapping.uid.sorted_by_host(), mapping.gid)
-    uid = mapping.uid.sorted_by_host().sorted_by_container()
-    if not mapping.gid.contiguous:
-        return Mapping(uid, mapping.gid.sorted_by_host())
-    return Mapping(uid, mapping.gid.sorted_by_host().sorted_by_container())
+    contiguous, uid = mapping.uid.contiguity()
+    return Mapping(uid, mapping.gid.contiguity()[1] if contiguous else mapping.gid)
 
 
 def prefer(mapping: Mapping, seen: t.Iterable[Mapping]) -> Mapping:

@@ -17,6 +17,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..idmap.mapping import Mapping
+from ..kernel.namespaces import idmap_probe
 from .detect import Runtime, Version
 
 DISABLE_VARIABLE = "_CONTAINERS_OVERLAY_DISABLE_IDMAP"
@@ -201,8 +202,6 @@ def _native(
     if _version(release) < KERNEL:
         return False, f"kernel {release} has no idmapped mounts for overlay"
     if probe is None:
-        from ..kernel.namespaces import idmap_probe
-
         probe = idmap_probe
     folder = os.path.join(graphroot, "overlay")
     if probe(folder if os.path.isdir(folder) else graphroot):
@@ -236,7 +235,7 @@ def _feature_file(runroot: str, feature: str, answer: bool) -> str:
 
 def _read(path: str) -> str:
     try:
-        with open(path, encoding="ascii", errors="replace") as stream:
+        with open(path, encoding="utf-8", errors="replace") as stream:
             return stream.read(64)
     except OSError:
         return ""

@@ -16,6 +16,7 @@ import struct
 import tempfile
 import typing as t
 from dataclasses import dataclass
+from urllib.parse import quote
 
 BOLT = os.path.join("libpod", "bolt_state.db")
 SQLITE = "db.sql"
@@ -184,7 +185,6 @@ def _query(file: str, path: str, options: str) -> PodmanStore:
         import sqlite3
     except ImportError as error:
         raise ValueError(str(error)) from error
-    from urllib.parse import quote
 
     try:
         connection = sqlite3.connect(f"file:{quote(file)}?{options}", uri=True)

@@ -40,7 +40,7 @@ class _Frame:
 def mount_id(descriptor: int) -> str:
     """The kernel's ID of the mount a descriptor was opened through, empty when unknown."""
     try:
-        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as info:
+        with open(f"/proc/self/fdinfo/{descriptor}", encoding="utf-8") as info:
             for line in info:
                 if line.startswith("mnt_id:"):
                     return line
