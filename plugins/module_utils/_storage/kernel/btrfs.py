@@ -111,7 +111,7 @@ def exclusive_bytes(fd: int) -> t.Optional[int]:
 
 def _change(parent_fd: int, request: int, arguments: bytes, name: str) -> None:
     try:
-        fcntl.ioctl(parent_fd, request, array.array("B", arguments), False)
+        fcntl.ioctl(parent_fd, request, array.array("B", arguments), True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, name) from None
 

@@ -149,8 +149,11 @@ def apply_owner(
     if moved:
         if entry is None:
             os.fchown(fd, uid, gid)
-        else:
+        elif entry:
             os.chown(entry, uid, gid, dir_fd=fd, follow_symlinks=False)
+        else:
+            # An O_PATH descriptor: the link in /proc leads to the very file, symbolic links too.
+            os.chown(f"/proc/self/fd/{fd}", uid, gid)
     # chown(2) takes these away, and a changed ACL would write the group's bits anew.
     for attribute, value in kept:
         xattrs.put(fd, attribute, value, entry)
@@ -158,7 +161,8 @@ def apply_owner(
         if entry is None:
             os.fchmod(fd, stat.S_IMODE(status.st_mode))
         elif not stat.S_ISLNK(status.st_mode):
-            os.chmod(entry, stat.S_IMODE(status.st_mode), dir_fd=fd)
+            place = entry or f"/proc/self/fd/{fd}"
+            os.chmod(place, stat.S_IMODE(status.st_mode), dir_fd=fd)
     return True
 
 
