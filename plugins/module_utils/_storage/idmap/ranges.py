@@ -178,14 +178,21 @@ class IDMap:
     def contiguous(self) -> bool:
         """Whether the ranges touch, both in host order and, sorted again, in container order.
 
-        containers/storage shifts only such maps before its 1.59. Sorting twice decides where an
-        empty range stands among others.
+        containers/storage shifts only such maps before its 1.59.
+        """
+        return self.contiguity()[0]
+
+    def contiguity(self) -> tuple[bool, IDMap]:
+        """``contiguous``, and the order in which the runtime's own question leaves the list.
+
+        It sorts by host ID first; where the ranges touch there, by container ID. Sorting the
+        sorted decides where an empty range stands.
         """
         by_host = self.sorted_by_host()
-        by_container = by_host.sorted_by_container()
-        return _touching((entry.host_id, entry.size) for entry in by_host.ranges) and _touching(
-            (entry.container_id, entry.size) for entry in by_container.ranges
-        )
+        if not _touching((entry.host_id, entry.size) for entry in by_host.ranges):
+            return False, by_host
+        both = by_host.sorted_by_container()
+        return _touching((entry.container_id, entry.size) for entry in both.ranges), both
 
     @property
     def root(self) -> int | None:

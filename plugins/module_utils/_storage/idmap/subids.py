@@ -5,7 +5,8 @@
 """Subordinate IDs: who may use which host IDs, from subuid(5), subgid(5) or NSS.
 
 The files are what newuidmap and containers/storage read. NSS (FreeIPA, LDAP) is asked through
-``getsubids``, and only where nsswitch.conf names a ``subid`` source other than files.
+``getsubids``, where nsswitch.conf names a ``subid`` source other than files; and for names without
+an account, since newer versions of libsubid (shadow 4.20) know no ranges for those.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ class SubIDs:
 
 @dataclass(frozen=True)
 class Sources:
-    """The files that say who has which IDs."""
+    """What says who has which IDs."""
 
     subuid: str = "/etc/subuid"
     subgid: str = "/etc/subgid"
     nsswitch: str = "/etc/nsswitch.conf"
     passwd: str = "/etc/passwd"
+    # The program that asks libsubid; empty where only the files count.
+    getsubids: tuple[str, ...] = ("getsubids",)
 
     def path(self, kind: str) -> str:
         """The file of a kind of ID, "uid" or "gid"."""
@@ -82,11 +85,22 @@ def ranges_of(
     service = nss_service(sources.nsswitch)
     path = sources.path(kind)
     if service:
-        ranges = _ask_nss(name, kind, service)
+        ranges = _ask_nss(name, kind, service, sources)
     else:
         ranges = tuple(
             entry for owner, entry in _entries(path, {name, str(uid)}) if owner in (name, str(uid))
         )
+        if ranges and uid is None and not _known_to_libsubid(name, kind, sources):
+            if required:
+                raise NamespaceError(
+                    f"name {name}",
+                    f"has ranges in {path}, but no account, and this host gives ranges to "
+                    "accounts only",
+                    f"Make one: useradd --system --no-create-home --shell /usr/sbin/nologin {name}",
+                    user=name,
+                    file=path,
+                )
+            ranges = ()
     if not ranges and required:
         raise _nothing(name, kind, service, sources)
     return ranges
@@ -190,19 +204,10 @@ def _lines(path: str) -> list[str]:
         ) from error
 
 
-def _ask_nss(name: str, kind: str, service: str) -> tuple[SubIDRange, ...]:
-    command = ["getsubids", name] if kind == "uid" else ["getsubids", "-g", name]
+def _ask_nss(name: str, kind: str, service: str, sources: Sources) -> tuple[SubIDRange, ...]:
     subject = f"subordinate {kind.upper()}s of {name}"
     try:
-        answer = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_NSS_TIMEOUT,
-            check=False,
-            encoding="utf-8",
-            errors="replace",
-        )
+        answer = _getsubids(name, kind, sources)
     except FileNotFoundError as error:
         raise NamespaceError(
             subject,
@@ -213,15 +218,38 @@ def _ask_nss(name: str, kind: str, service: str) -> tuple[SubIDRange, ...]:
         raise NamespaceError(
             subject,
             f"could not be asked of the NSS service {service}: {error}",
-            f"Try: {' '.join(command)}",
+            f"Try: getsubids {'' if kind == 'uid' else '-g '}{name}",
         ) from error
     ranges = []
-    for line in answer.stdout.splitlines():
+    for line in answer.splitlines():
         # "0: alice 100000 65536"
         fields = line.split()
         if len(fields) >= 3 and fields[-1].isdigit() and fields[-2].isdigit():
             ranges.append(SubIDRange(int(fields[-2]), int(fields[-1])))
     return tuple(entry for entry in ranges if entry.size)
+
+
+def _known_to_libsubid(name: str, kind: str, sources: Sources) -> bool:
+    """Whether libsubid answers for a name; where it cannot be asked the files are believed."""
+    if not sources.getsubids:
+        return True
+    try:
+        return bool(_getsubids(name, kind, sources).strip())
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+
+
+def _getsubids(name: str, kind: str, sources: Sources) -> str:
+    option = () if kind == "uid" else ("-g",)
+    return subprocess.run(
+        [*sources.getsubids, *option, name],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=_NSS_TIMEOUT,
+        check=False,
+        encoding="utf-8",
+        errors="replace",
+    ).stdout
 
 
 def _nothing(name: str, kind: str, service: str, sources: Sources) -> NamespaceError:
