@@ -61,7 +61,7 @@ def debian_image(lab: Lab) -> Image:
     """Three layers, 200 MB, 6,800 files: localhost/debian:trixie."""
     from support import hosts
 
-    return hosts.debian_image()
+    return hosts.debian_image(lab)
 
 
 @pytest.fixture(scope="session")

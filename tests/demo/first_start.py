@@ -29,7 +29,7 @@ def main() -> None:
     print("Getting a laboratory ready: a real Debian image, two users with stores of their own")
     lab = Lab()
     try:
-        image = hosts.debian_image()
+        image = hosts.debian_image(lab)
         with_copy, with_layer = _store(lab, image), _store(lab, image)
         print(f"Image {image.name}, {_megabytes(sum(image.sizes))} in {len(image.sizes)} layers")
 

@@ -107,7 +107,7 @@ def root(suite: str) -> pathlib.Path:
     return target
 
 
-def debian_image(suite: str = "trixie") -> images.Image:
+def debian_image(lab: Lab, suite: str = "trixie") -> images.Image:
     """A real image of three layers, 200 MB and 6,800 files; kept in the cache as an OCI layout."""
     target = cache_dir() / "images" / f"{suite}-oci"
     name = f"localhost/debian:{suite}"
@@ -128,7 +128,11 @@ def debian_image(suite: str = "trixie") -> images.Image:
         (target / "blobs/sha256" / layer["digest"].partition(":")[2]).stat().st_size
         for layer in _manifest(target)["layers"]
     )
-    return images.Image(target, name, (), sizes)
+    # Bound into the laboratory: users and hosts of it do not see the cache.
+    shown = lab.folder() / "oci"
+    shown.mkdir()
+    mounts.mount("--bind", str(target), str(shown))
+    return images.Image(shown, name, (), sizes)
 
 
 def _manifest(layout: pathlib.Path) -> t.Dict[str, t.Any]:
