@@ -27,6 +27,7 @@ COPIES = {
     "overlay-forced": True,
     "overlay-xfs": True,
     "vfs-xfs": True,
+    "vfs-ext4": True,
     "btrfs": True,
     "rootless-overlay": True,
     "rootless-vfs": True,

@@ -233,6 +233,24 @@ def _blob(folder: pathlib.Path, data: bytes) -> t.Tuple[str, int]:
     return f"sha256:{digest}", len(data)
 
 
+def _config(diff_ids: t.Sequence[str], config: t.Optional[t.Mapping[str, t.Any]] = None) -> bytes:
+    body = {
+        "architecture": {"aarch64": "arm64"}.get(os.uname().machine, "amd64"),
+        "os": "linux",
+        "created": "2021-06-01T00:00:00Z",
+        "config": {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin:/usr/bin"], **(config or {})},
+        "rootfs": {"type": "layers", "diff_ids": list(diff_ids)},
+    }
+    return json.dumps(body).encode()
+
+
+def image_id(layers: t.Sequence[Layer], config: t.Optional[t.Mapping[str, t.Any]] = None) -> str:
+    """The ID that stores give the image `build` makes of the same arguments."""
+    diff_ids = [hashlib.sha256(layer_tar(layer)).hexdigest() for layer in complete(layers)]
+    body = _config([f"sha256:{digest}" for digest in diff_ids], config)
+    return hashlib.sha256(body).hexdigest()
+
+
 def write_oci(
     folder: pathlib.Path,
     tars: t.Iterable[bytes],
@@ -243,15 +261,8 @@ def write_oci(
     (folder / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
     (folder / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
     layers = [_blob(folder, tar) for tar in tars]
-    body = {
-        "architecture": {"aarch64": "arm64"}.get(os.uname().machine, "amd64"),
-        "os": "linux",
-        "created": "2021-06-01T00:00:00Z",
-        "config": {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin:/usr/bin"], **(config or {})},
-        "rootfs": {"type": "layers", "diff_ids": [digest for digest, _size in layers]},
-    }
     kind = "application/vnd.oci.image"
-    digest, size = _blob(folder, json.dumps(body).encode())
+    digest, size = _blob(folder, _config([digest for digest, _size in layers], config))
     manifest = {
         "schemaVersion": 2,
         "mediaType": f"{kind}.manifest.v1+json",

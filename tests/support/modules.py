@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import typing as t
 
@@ -23,12 +24,33 @@ class ModuleCrash(AssertionError):
     """The module ended without a JSON result; the message holds all it said."""
 
 
-def _parsed(result: Result) -> Json:
+def parsed(result: Result) -> Json:
+    """The result that a module has printed."""
     for line in reversed(result.stdout.splitlines()):
         if line.startswith("{"):
             parsed: Json = json.loads(line)
             return parsed
     raise ModuleCrash(f"rc {result.rc}\n{result.stdout}\n{result.stderr}")
+
+
+def _command(
+    name: str, args: t.Mapping[str, t.Any], check: bool, diff: bool, python: str
+) -> t.List[str]:
+    builtin, _dot, short = name.rpartition(".")
+    package = "ansible.modules" if builtin == "ansible.builtin" else _PACKAGE
+    words: Json = {
+        **args,
+        "_ansible_check_mode": check,
+        "_ansible_diff": diff,
+        "_ansible_no_log": False,
+        "_ansible_remote_tmp": "/tmp",
+        "_ansible_keep_remote_files": False,
+    }
+    return [python, "-m", f"{package}.{short}", json.dumps({"ANSIBLE_MODULE_ARGS": words})]
+
+
+def _environ(lab: Lab, environ: t.Optional[t.Mapping[str, str]]) -> t.Dict[str, str]:
+    return {"PYTHONPATH": str(lab.tree), "PYTHONDONTWRITEBYTECODE": "1", **(environ or {})}
 
 
 def run_module(
@@ -50,32 +72,46 @@ def run_module(
     :param name: one of ours, or ansible.builtin.NAME
     :param fails: whether the module has to fail; None when either will do
     """
-    words: Json = {
-        **args,
-        "_ansible_check_mode": check,
-        "_ansible_diff": diff,
-        "_ansible_no_log": False,
-        "_ansible_remote_tmp": "/tmp",
-        "_ansible_keep_remote_files": False,
-    }
-    env = {"PYTHONPATH": str(lab.tree), "PYTHONDONTWRITEBYTECODE": "1", **(environ or {})}
-    builtin, _dot, short = name.rpartition(".")
-    package = "ansible.modules" if builtin == "ansible.builtin" else _PACKAGE
     done = (machine or lab.machine).run(
-        [python, "-m", f"{package}.{short}"],
+        _command(name, args, check, diff, python),
         account=user,
-        env=env,
-        stdin=json.dumps({"ANSIBLE_MODULE_ARGS": words}),
+        env=_environ(lab, environ),
         check=False,
         timeout=timeout,
     )
-    outcome = _parsed(done)
+    outcome = parsed(done)
     failed = bool(outcome.get("failed"))
     if fails is not None and failed != fails:
-        raise AssertionError(
-            f"{name}: failed is {failed}\n{json.dumps(outcome, indent=1)}\n{done.stderr}"
-        )
+        text = json.dumps({k: v for k, v in outcome.items() if k != "invocation"}, indent=1)
+        raise AssertionError(f"{name}: failed is {failed}\n{text}\n{done.stderr}")
     return outcome
+
+
+def start_module(
+    lab: Lab,
+    name: str,
+    args: t.Mapping[str, t.Any],
+    *,
+    user: t.Optional[Account] = None,
+    python: str = SYSTEM_PYTHON,
+    environ: t.Optional[t.Mapping[str, str]] = None,
+    machine: t.Optional[Machine] = None,
+) -> subprocess.Popen[bytes]:
+    """Start a module as `run_module` does and return at once; both outputs are pipes."""
+    return (machine or lab.machine).popen(
+        _command(name, args, False, False, python),
+        account=user,
+        env=_environ(lab, environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish_module(process: subprocess.Popen[bytes], timeout: float = 300.0) -> Json:
+    """The result of a module that `start_module` has started, once it has ended."""
+    output, errors = process.communicate(timeout=timeout)
+    words = ("module",)
+    return parsed(Result(words, process.returncode, output.decode(), errors.decode()))
 
 
 def run_playbook(

@@ -30,6 +30,7 @@ KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
     "overlay-forced": ("overlay", "", False),
     "overlay-xfs": ("overlay", "xfs", False),
     "vfs-xfs": ("vfs", "xfs", False),
+    "vfs-ext4": ("vfs", "ext4", False),
     "btrfs": ("btrfs", "btrfs", False),
     "rootless-overlay": ("overlay", "", True),
     "rootless-vfs": ("vfs", "", True),
@@ -157,7 +158,9 @@ class Store:
         image, disk = self.base / "disk.img", self.base / "disk"
         with open(image, "wb") as content:
             content.truncate(mib << 20)
-        self.lab.machine.run([f"mkfs.{filesystem}", "-q", str(image)])
+        # Many small files must not run out of inodes before they run out of bytes.
+        more = ("-i", "4096", "-m", "0") if filesystem == "ext4" else ()
+        self.lab.machine.run([f"mkfs.{filesystem}", "-q", *more, str(image)])
         disk.mkdir()
         mounts.mount("-o", "loop", str(image), str(disk))
 

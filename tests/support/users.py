@@ -80,7 +80,7 @@ def add_user(
     with _files_locked(lab):
         taken, ranges = _claimed(root / "etc")
         number = uid or next(n for n in itertools.count(1500) if n not in taken)
-        name = f"us{os.getpid() % 100000}x{next(_NUMBERS)}"
+        name = f"us{os.getpid() % 100000}n{next(_NUMBERS)}x"
         machine.run(["groupadd", "-g", str(number), name])
         # -K keeps useradd from choosing ranges itself; -M from copying /etc/skel.
         words = ["-M", "-N", "-u", str(number), "-g", str(number), "-d", str(home)]

@@ -1,0 +1,34 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Cases: a store with the small image, and our modules called as one way of use has it."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+
+if t.TYPE_CHECKING:
+    from support.cases import Case
+    from support.images import Image
+    from support.stores import Store
+
+
+@pytest.fixture
+def make_case(make_store: t.Callable[..., Store], small_image: Image) -> t.Callable[..., Case]:
+    """make_case(setup or kind of store, image=small_image, **options of the store)."""
+    from support.cases import SETUPS, Case
+
+    def make(setup: str, image: t.Optional[Image] = None, **options: t.Any) -> Case:
+        kind, as_user = SETUPS.get(setup, (setup, False))
+        image = image or small_image
+        return Case(make_store(kind, image, **options), image, as_user)
+
+    return make
+
+
+@pytest.fixture(params=["vfs", "overlay-forced", "rootless-as-user", "rootless-as-root"])
+def case(request: pytest.FixtureRequest, make_case: t.Callable[..., Case]) -> Case:
+    """The four ways of use, each with a store of its own and localhost/small:1 in it."""
+    return make_case(request.param)

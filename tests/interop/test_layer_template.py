@@ -1,0 +1,793 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""layer_template against the real podman and buildah."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import time
+import typing as t
+
+import pytest
+from support import images
+from support.cases import ROOTFUL_MAP, Case, names_below
+from support.hosts import Host
+from support.images import Image
+from support.lab import Lab
+from support.modules import finish_module
+from support.stores import DiskState, Store
+from support.users import User
+
+MakeCase = t.Callable[..., Case]
+MakeStore = t.Callable[..., Store]
+Json = t.Dict[str, t.Any]
+
+OTHER_MAP = "0:300000:65536"
+
+
+def only(result: Json) -> Json:
+    """The one entry of a result."""
+    (entry,) = result["layers"]
+    return t.cast(Json, entry)
+
+
+def unchanged(case: Case, before: DiskState) -> None:
+    """Nothing of the store was written since `before`."""
+    assert before.changes(case.store.snapshot_of_disk()) == []
+
+
+# Making
+
+
+def test_podman_takes_our_layer(case: Case) -> None:
+    store = case.store
+    before = store.layer_ids()
+    template = store.layer(case.template())
+
+    result = case.layer_template()
+    assert result["changed"] is True
+    entry = only(result)
+    assert entry["action"] == "created", entry
+    assert entry["image_id"] == store.image(case.image.name)["id"]
+    assert entry["image_names"] == [case.image.name]
+    assert entry["template_id"] == template["id"]
+    assert entry["uidmap"] == case.map
+    assert entry["gidmap"] == case.map
+    assert entry["strategy"] == "copy"
+    assert entry["reason"]
+    assert 0 <= entry["lock_seconds"] <= entry["seconds"]
+    assert entry["lock_seconds"] < 0.5
+    layer_id = entry["layer_id"]
+    assert store.layer_ids() - before == {layer_id}
+    assert case.mapped() == [layer_id]
+    place = result["store"]
+    assert place["graphroot"] == str(store.graphroot)
+    assert place["runroot"] == str(store.runroot)
+    assert place["driver"] == store.driver
+    assert place["backing_filesystem"]
+    assert place["rootless"] is case.keep_id
+    assert place["shifting"] is False
+
+    container = case.create()
+    own = store.container(container)["layer"]
+    assert store.layer_ids() - before == {layer_id, own}
+    assert store.layer(own)["parent"] == layer_id
+    assert case.mapped() == [layer_id]
+    case.assert_podman_is_well()
+
+
+def test_record_is_as_the_runtime_writes_it(case: Case) -> None:
+    store = case.store
+    layer_id = only(case.layer_template())["layer_id"]
+    ours, template = store.layer(layer_id), store.layer(case.template())
+    copied = (
+        *("parent", "metadata", "mountlabel", "compressed-diff-digest", "compressed-size"),
+        *("diff-digest", "diff-size", "toc-digest", "compression", "uidset", "gidset"),
+    )
+    for field in copied:
+        assert ours.get(field) == template.get(field), field
+    parts = [
+        dict(zip(("container_id", "host_id", "size"), map(int, m.split(":")))) for m in case.map
+    ]
+    assert ours["uidmap"] == parts
+    assert ours["gidmap"] == parts
+    assert "names" not in ours
+    assert not (ours.get("flags") or {}).get("incomplete")
+    assert ours["created"] > template["created"]
+    folder = store.graphroot / f"{store.driver}-layers"
+    split = folder / f"{layer_id}.tar-split.gz"
+    assert split.read_bytes() == (folder / f"{template['id']}.tar-split.gz").read_bytes()
+    assert split.stat().st_mode & 0o777 == 0o600
+
+    # And the container's map is, entry by entry, the one that we have written.
+    container = store.container(case.create())
+    assert store.layer(container["layer"]).get("uidmap", parts) == parts
+    assert container["uidmap"] == parts
+    assert container["gidmap"] == parts
+
+
+def test_tree_is_the_images_with_the_map_applied(case: Case) -> None:
+    case.assert_tree(only(case.layer_template())["layer_id"])
+
+
+def test_figures_are_those_of_the_disk(case: Case) -> None:
+    entry = only(case.layer_template())
+    with case.store.mounted(entry["layer_id"]) as tree:
+        found = [os.lstat(tree / name) for name in names_below(tree) if not _is_folder(tree / name)]
+        assert entry["files"] == len(found)
+        once = {info.st_ino: info.st_size for info in found}
+        assert entry["size_apparent"] == sum(once.values())
+    # Nothing is shared on the laboratory's filesystem: all that is allocated is the layer's own.
+    assert entry["size_exclusive"] >= sum(len(f.content) for f in _files(case.image)) - 65536
+
+
+def _is_folder(path: pathlib.Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _files(image: Image) -> t.List[images.Entry]:
+    return [entry for entry in image.tree().values() if entry.kind == "file"]
+
+
+# Inside a container; what podman itself puts there is left out.
+_LIST = r"""
+find / -xdev \( -path /dev -o -path /proc -o -path /sys -o -path /run -o -path /etc/hosts \
+  -o -path /etc/hostname -o -path /etc/resolv.conf -o -path /etc/mtab -o -path /etc/passwd \
+  -o -path /etc/group \) -prune -o -exec stat -c '%u %g %a %n' {} +
+"""
+
+
+def test_started_container_sees_the_images_owners(case: Case) -> None:
+    layer_id = only(case.layer_template())["layer_id"]
+    lines = case.shell(
+        _LIST + "echo --; readlink /home/user/link; cat /home/user/link"
+    ).splitlines()
+    split = lines.index("--")
+    found: t.Dict[str, t.Tuple[int, int, int]] = {}
+    for line in lines[:split]:
+        uid, gid, mode, path = line.split(" ", 3)
+        found[path.lstrip("/") or "."] = (int(uid), int(gid), int(mode, 8))
+    hidden = ("dev", "proc", "sys", "run", "etc/passwd", "etc/group")
+    wanted = {
+        path: (entry.uid, entry.gid, entry.mode)
+        for path, entry in case.image.tree().items()
+        if path not in hidden
+    }
+    assert found == wanted
+    assert lines[split + 1 :] == ["/home/user/notes", "mine"]
+    assert case.mapped() == [layer_id]
+
+
+def test_setuid_program_changes_the_user(lab: Lab, make_case: MakeCase) -> None:
+    described = images.small_layers()
+    busybox = described[0]["bin/busybox"].content
+    described[1]["usr/bin/whoami"] = images.file(busybox, 0o4755, 1000, 1000)
+    image = images.build(lab.folder(), described, "localhost/suid:1")
+    for setup in ("vfs", "rootless-as-user"):
+        case = make_case(setup, image)
+        case.layer_template()
+        args = [*case.podman_args, "--user=1:1"]
+        who = case.store.run(image.name, "/usr/bin/whoami", args=args).strip()
+        assert who == "user"
+        assert len(case.mapped()) == 1
+
+
+def test_gidmap_alone_and_two_different_maps(make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    entry = only(case.layer_template(gidmap=[OTHER_MAP]))
+    assert (entry["uidmap"], entry["gidmap"]) == ([OTHER_MAP], [OTHER_MAP])
+    entry = only(case.layer_template(uidmap=[ROOTFUL_MAP], gidmap=[OTHER_MAP]))
+    assert (entry["uidmap"], entry["gidmap"]) == ([ROOTFUL_MAP], [OTHER_MAP])
+    case.assert_tree(entry["layer_id"])
+    before = case.store.layer_ids()
+    case.store.create(case.image.name, f"--uidmap={ROOTFUL_MAP}", f"--gidmap={OTHER_MAP}")
+    assert len(case.store.layer_ids() - before) == 1
+
+
+@pytest.mark.parametrize("reference", ["id", "short", "sha256", "untagged", "digest"])
+def test_images_are_named_as_podman_names_them(
+    reference: str, lab: Lab, make_case: MakeCase
+) -> None:
+    image = images.build(lab.folder(), images.small_layers(), "localhost/named:latest")
+    case = make_case("vfs", image)
+    record = case.store.image(image.name)
+    names = {
+        "id": record["id"],
+        "short": record["id"][:12],
+        "sha256": f"sha256:{record['id']}",
+        "untagged": "named",
+        "digest": f"localhost/named@{record['digest']}",
+    }
+    case.store.podman("image", "exists", names[reference])
+    entry = only(case.layer_template(images=[names[reference]], options={"check": True}))
+    assert entry["image_id"] == record["id"]
+
+
+def test_equal_requests_are_one(make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    record = case.store.image(case.image.name)
+    result = case.layer_template(images=[case.image.name, record["id"]])
+    assert only(result)["action"] == "created"
+    assert len(case.mapped()) == 1
+
+
+@pytest.mark.parametrize("kind", ["vfs", "overlay-forced", "rootless-overlay"])
+@pytest.mark.parametrize("suite", ["trixie", "sid"])
+def test_newer_podmans_take_our_layer_and_find_no_damage(
+    kind: str, suite: str, make_case: MakeCase, host: t.Callable[[str], Host]
+) -> None:
+    case = make_case(kind, machine=host(suite))
+    case.as_user = case.keep_id
+    store = case.store
+    layer_id = only(case.layer_template())["layer_id"]
+    before = store.layer_ids()
+    case.assert_tree(layer_id)
+    assert case.shell("cat /etc/motd") == "second\n"
+    own = store.container(case.create())["layer"]
+    assert store.layer_ids() - before == {own}
+    assert store.layer(own)["parent"] == layer_id
+    checked = store.storage_cli("check")
+    assert layer_id not in checked.stdout + checked.stderr
+    assert "damage" not in checked.stdout.lower() + checked.stderr.lower()
+    case.assert_podman_is_well()
+
+
+@pytest.mark.parametrize("kind", ["vfs", "overlay-forced"])
+def test_store_of_a_newer_podman_is_worked_on_from_outside(
+    kind: str, make_case: MakeCase, host: t.Callable[[str], Host], lab: Lab
+) -> None:
+    case = make_case(kind, machine=host("trixie"))
+    result = case.layer_template(options={"machine": lab.machine})
+    layer_id = only(result)["layer_id"]
+    before = case.store.layer_ids()
+    own = case.store.container(case.create())["layer"]
+    assert case.store.layer_ids() - before == {own}
+    assert case.store.layer(own)["parent"] == layer_id
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("setup", ["vfs", "overlay-forced", "rootless-as-root"])
+def test_first_start_takes_no_longer_than_the_second(
+    setup: str, make_case: MakeCase, many_files_image: t.Callable[[int], Image]
+) -> None:
+    case = make_case(setup, many_files_image(6000))
+    # podman's own warm-up (database, pause process, page cache) is not what is measured.
+    case.store.run(case.image.name, "true")
+    case.layer_template()
+    first = case.store.timed(lambda: case.shell("true"))
+    second = case.store.timed(lambda: case.shell("true"))
+    assert len(case.mapped()) == 1
+    assert first <= 1.5 * second
+
+
+# Once more
+
+
+def test_second_run_writes_nothing(case: Case) -> None:
+    first = only(case.layer_template())
+    before = case.store.snapshot_of_disk()
+    again = case.layer_template()
+    assert again["changed"] is False
+    assert only(again)["action"] == "existing"
+    assert only(again)["layer_id"] == first["layer_id"]
+    unchanged(case, before)
+
+
+def test_check_mode_writes_nothing_and_foresees_all(case: Case) -> None:
+    before = case.store.snapshot_of_disk()
+    foreseen = case.layer_template(options={"check": True, "diff": True})
+    unchanged(case, before)
+    assert foreseen["changed"] is True
+    made = case.layer_template(options={"diff": True})
+    told = ("action", "files", "size_apparent", "strategy", "uidmap", "gidmap", "template_id")
+    for field in told:
+        assert only(foreseen)[field] == only(made)[field], field
+    assert only(foreseen)["layer_id"] == ""
+    assert foreseen["diff"] == made["diff"]
+    assert made["diff"]["before"] != made["diff"]["after"]
+    maps = {"uidmap": case.map, "gidmap": case.map}
+    assert made["diff"]["before"] == {case.image.name: []}
+    assert made["diff"]["after"] == {case.image.name: [maps]}
+
+    before = case.store.snapshot_of_disk()
+    again = case.layer_template(options={"check": True, "diff": True})
+    assert again["changed"] is False
+    assert again["diff"]["before"] == again["diff"]["after"]
+    gone = case.layer_template(state="absent", options={"check": True, "diff": True})
+    assert gone["changed"] is True
+    assert only(gone)["action"] == "removed"
+    assert gone["diff"]["after"] == {case.image.name: []}
+    unchanged(case, before)
+
+
+def test_layer_made_by_podman_is_found(case: Case) -> None:
+    case.create()
+    (theirs,) = case.mapped()
+    before = case.store.snapshot_of_disk()
+    result = case.layer_template()
+    assert result["changed"] is False
+    assert only(result)["action"] == "existing"
+    assert only(result)["layer_id"] == theirs
+    unchanged(case, before)
+
+
+# The image goes
+
+
+def test_removed_image_leaves_nothing_of_ours(case: Case) -> None:
+    store = case.store
+    layer_id = only(case.layer_template())["layer_id"]
+    case.assert_podman_is_well()
+    case.shell("true")
+    store.podman("rmi", case.image.name)
+    assert store.layers() == []
+    assert store.images() == []
+    assert store.leftovers(layer_id) == []
+    folder = store.layer_folder("x").parent
+    assert [p.name for p in folder.iterdir() if re.fullmatch("[0-9a-f]{64}", p.name)] == []
+    if store.driver == "overlay":
+        assert list((folder / "l").iterdir()) == []
+    ours = store.graphroot / "userns-storage"
+    assert [*ours.glob("staging/*"), *ours.glob("trash/*")] == []
+    case.assert_podman_is_well()
+
+
+# Beside a running reader
+
+
+def _nsmode(case: Case) -> Json:
+    if case.keep_id:
+        return {"userns": {"nsmode": "keep-id"}}
+    parts = [{"container_id": 0, "host_id": 100000, "size": 65536}]
+    maps = {"HostUIDMapping": False, "HostGIDMapping": False, "UIDMap": parts, "GIDMap": parts}
+    return {"userns": {"nsmode": "private"}, "idmappings": maps}
+
+
+def test_running_reader_sees_us_and_we_see_it(case: Case) -> None:
+    store = case.store
+    name = case.image.name
+    with store.service() as service:
+        (old,) = service.call("GET", "images/json")
+        layer_id = only(case.layer_template())["layer_id"]
+        (new,) = service.call("GET", "images/json")
+        # The runtime adds each mapped layer's recorded size, which is the template's.
+        assert new["Size"] - old["Size"] == case.image.sizes[-1]
+
+        before = store.layer_ids()
+        spec = {"image": name, "command": ["true"], **_nsmode(case)}
+        container = service.call("POST", "containers/create", spec)["Id"]
+        own = store.container(container)["layer"]
+        assert store.layer_ids() - before == {own}
+        assert store.layer(own)["parent"] == layer_id
+
+        refusal = case.layer_template(state="absent", options={"fails": True})
+        assert (
+            container[:12] in refusal["msg"]
+            or store.container(container)["names"][0] in refusal["msg"]
+        )
+        service.call("DELETE", f"containers/{container}?force=true")
+        assert case.layer_template(state="absent")["changed"] is True
+        (last,) = service.call("GET", "images/json")
+        assert last["Size"] == old["Size"]
+
+        container = service.call("POST", "containers/create", spec)["Id"]
+        (theirs,) = case.mapped()
+        assert theirs != layer_id
+        found = case.layer_template()
+        assert (found["changed"], only(found)["layer_id"]) == (False, theirs)
+
+
+# Absent
+
+
+def test_absent_takes_just_that_layer(case: Case) -> None:
+    store = case.store
+    before, images_before = store.layers(), store.images()
+    kept: t.List[str] = []
+    if not case.keep_id:
+        kept.append(only(case.layer_template(uidmap=[OTHER_MAP]))["layer_id"])
+    layer_id = only(case.layer_template())["layer_id"]
+    result = case.layer_template(state="absent")
+    assert result["changed"] is True
+    entry = only(result)
+    assert (entry["action"], entry["layer_id"]) == ("removed", layer_id)
+    assert case.mapped() == kept
+    assert store.leftovers(layer_id) == []
+    assert {layer["id"] for layer in before} | set(kept) == store.layer_ids()
+    if not kept:
+        assert (store.layers(), store.images()) == (before, images_before)
+    case.assert_podman_is_well()
+    state = store.snapshot_of_disk()
+    again = case.layer_template(state="absent")
+    assert again["changed"] is False
+    unchanged(case, state)
+    # podman makes its own again, and works.
+    assert case.shell("cat /etc/motd") == "second\n"
+
+
+def test_absent_spares_a_layer_in_use(case: Case) -> None:
+    store = case.store
+    layer_id = only(case.layer_template())["layer_id"]
+    ran = case.create("--name=ran")
+    store.podman("start", "--attach", "ran")
+    created = case.create("--name=merely-created")
+    before = store.snapshot_of_disk()
+    refusal = case.layer_template(state="absent", options={"fails": True})
+    for name, identity in (("ran", ran), ("merely-created", created)):
+        assert name in refusal["msg"] or identity[:12] in refusal["msg"], refusal["msg"]
+    assert only(refusal)["action"] == "refused"
+    unchanged(case, before)
+    foreseen = case.layer_template(state="absent", options={"fails": True, "check": True})
+    assert foreseen["msg"] == refusal["msg"]
+    assert case.mapped() == [layer_id]
+    store.podman("rm", "ran", "merely-created")
+    assert case.layer_template(state="absent")["changed"] is True
+    assert case.mapped() == []
+
+
+def test_absent_spares_a_layer_that_buildah_uses(make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    case.layer_template()
+    maps = [f"--userns-uid-map={ROOTFUL_MAP}", f"--userns-gid-map={ROOTFUL_MAP}"]
+    name = case.store.buildah("from", *maps, case.image.name).stdout.strip()
+    assert len(case.mapped()) == 1
+    refusal = case.layer_template(state="absent", options={"fails": True})
+    assert name in refusal["msg"]
+    case.store.buildah("rm", name)
+    assert case.layer_template(state="absent")["changed"] is True
+
+
+def test_absent_of_an_unknown_image_is_done(make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    before = case.store.snapshot_of_disk()
+    result = case.layer_template(images=["localhost/never:1"], state="absent")
+    assert (result["changed"], result["layers"]) == (False, [])
+    unchanged(case, before)
+
+
+# Where no copy is needed
+
+
+@pytest.mark.parametrize("kind", ["overlay", "rootless-fuse"])
+def test_shifting_stores_need_nothing(kind: str, make_case: MakeCase) -> None:
+    case = make_case(kind)
+    before = case.store.snapshot_of_disk()
+    result = case.layer_template()
+    unchanged(case, before)
+    entry = only(result)
+    assert (result["changed"], entry["action"]) == (False, "not_needed")
+    assert result["store"]["shifting"] is True
+    assert ("idmapped" if kind == "overlay" else "fuse-overlayfs") in entry["reason"]
+    assert entry["layer_id"] == ""
+    # As it said: podman makes no copy.
+    case.shell("true")
+    assert case.mapped() == []
+
+    forced = case.layer_template(force=True)
+    assert (forced["changed"], only(forced)["action"]) == (True, "created")
+    assert case.mapped() == [only(forced)["layer_id"]]
+    assert case.layer_template(force=True)["changed"] is False
+    case.assert_podman_is_well()
+    case.store.podman("rmi", case.image.name)
+    assert case.store.layers() == []
+
+
+def test_host_namespace_needs_nothing(case: Case) -> None:
+    before = case.store.snapshot_of_disk()
+    result = case.layer_template(userns="host")
+    assert (result["changed"], only(result)["action"]) == (False, "not_needed")
+    unchanged(case, before)
+
+
+# Bad input: a clear message each, and nothing changed
+
+
+def refused(case: Case, *words: str, options: t.Optional[Json] = None, **args: t.Any) -> str:
+    """The module fails, its message has all `words`, in check mode too, and nothing was written."""
+    before = case.store.snapshot_of_disk()
+    messages = []
+    for check in (False, True):
+        settings: Json = {"fails": True, "check": check, **(options or {})}
+        result = case.layer_template(options=settings, **args)
+        messages.append(str(result["msg"]))
+        for word in words:
+            assert word in messages[-1], messages[-1]
+        assert "Traceback" not in messages[-1]
+        assert not result.get("changed")
+    unchanged(case, before)
+    assert messages[0] == messages[1]
+    return messages[0]
+
+
+@pytest.mark.parametrize(
+    "reference", ["localhost/never:1", "small:2", "f" * 64, "no spaces please"]
+)
+def test_unknown_image(reference: str, make_case: MakeCase) -> None:
+    refused(make_case("vfs"), reference, images=[reference])
+
+
+def test_ambiguous_image(lab: Lab, make_store: MakeStore) -> None:
+    seen: t.Dict[str, int] = {}
+    layers = [images.shell()]
+    number, prefix = 0, ""
+    while not prefix:
+        config = {"Labels": {"number": str(number)}}
+        start = images.image_id(layers, config)[:3]
+        # A name would win over an ID; three digits only are none.
+        if start in seen:
+            prefix = start
+        else:
+            seen[start] = number
+            number += 1
+    pair = [
+        images.build(
+            lab.folder(), layers, f"localhost/pair:{which}", {"Labels": {"number": str(which)}}
+        )
+        for which in (seen[prefix], number)
+    ]
+    store = make_store("vfs", *pair)
+    ids = [store.image(image.name)["id"] for image in pair]
+    assert [identity[:3] for identity in ids] == [prefix, prefix]
+    refused(Case(store, pair[0]), prefix, ids[0][:12], ids[1][:12], images=[prefix])
+
+
+@pytest.mark.parametrize(
+    ("maps", "words"),
+    [
+        (["0:abc:1"], ["0:abc:1"]),
+        (["0:100000"], ["0:100000"]),
+        (["-1:100000:10"], ["-1:100000:10"]),
+        (["0:100000:0"], ["0:100000:0"]),
+        (["0:4294967290:100"], ["0:4294967290:100"]),
+        (["0:100000:1000", "500:200000:1000"], ["500:200000:1000", "overlap"]),
+        (["0:100000:1000", "1000:100500:1000"], ["1000:100500:1000", "overlap"]),
+    ],
+)
+def test_bad_map(maps: t.List[str], words: t.List[str], make_case: MakeCase) -> None:
+    refused(make_case("vfs"), *words, uidmap=maps)
+
+
+def test_userns_that_is_none(make_case: MakeCase) -> None:
+    case = make_case("rootless-as-root")
+    refused(case, "keep-it", userns="keep-it")
+    refused(case, "uid=x", userns="keep-id:uid=x")
+
+
+def test_two_ways_to_say_it_or_none(make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    before = case.store.snapshot_of_disk()
+    both = case.layer_template(userns="host", uidmap=[ROOTFUL_MAP], options={"fails": True})
+    assert "userns" in both["msg"]
+    bare = {"images": [case.image.name]}
+    neither = case.call("layer_template", bare, fails=True)
+    assert "uidmap" in neither["msg"]
+    unchanged(case, before)
+
+
+@pytest.mark.parametrize("setup", ["vfs", "overlay-forced"])
+def test_ids_outside_the_map(setup: str, make_case: MakeCase) -> None:
+    case = make_case(setup)
+    message = refused(case, "1000", case.image.name, uidmap=["0:100000:1000"])
+    assert "500" not in re.findall(r"\d+", message)
+
+    result = case.layer_template(uidmap=["0:100000:1000"], unmapped_ids="overflow")
+    layer_id = only(result)["layer_id"]
+    with case.store.mounted(layer_id) as tree:
+        assert os.lstat(tree / "home/user").st_uid == 65534
+        assert os.lstat(tree / "home/user").st_gid == 65534
+        assert os.lstat(tree / "opt/app").st_uid == 100500
+        assert os.lstat(tree / "usr/bin/sgid").st_uid == 100000
+        assert os.lstat(tree / "usr/bin/sgid").st_gid == 65534
+
+
+def test_ids_outside_the_map_that_the_record_does_not_name(make_case: MakeCase) -> None:
+    # Old stores have no uidset: what the tree really holds decides.
+    case = make_case("vfs")
+    path = case.store.graphroot / "vfs-layers/layers.json"
+    records = json.loads(path.read_text())
+    for record in records:
+        record.pop("uidset", None)
+        record.pop("gidset", None)
+    path.write_text(json.dumps(records))
+    refused(case, "1000", uidmap=["0:100000:1000"])
+
+
+@pytest.mark.parametrize("kind", ["vfs", "overlay-forced"])
+def test_image_in_a_read_only_store(kind: str, make_store: MakeStore, small_image: Image) -> None:
+    shared = make_store(kind, small_image)
+    store = make_store(kind, read_only=[str(shared.graphroot)])
+    store.podman("images")
+    case = Case(store, small_image)
+    before = shared.snapshot_of_disk()
+    refused(case, "read-only", str(shared.graphroot), small_image.name)
+    assert before.changes(shared.snapshot_of_disk()) == []
+
+
+def test_wrong_driver(make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    refused(case, "overlay", "vfs", str(case.store.graphroot), driver="overlay")
+    assert not [p.name for p in case.store.graphroot.iterdir() if p.name.startswith("overlay")]
+    refused(case, "zfs", driver="zfs")
+    refused(case, "tape", driver="tape")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_store_written_by_nobody_yet(there: bool, lab: Lab, make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    place = lab.folder()
+    graphroot, runroot = place / "g", place / "r"
+    if there:
+        graphroot.mkdir(0o700)
+    refused(case, str(graphroot), graphroot=str(graphroot), runroot=str(runroot))
+    assert sorted(p.name for p in place.rglob("*")) == (["g"] if there else [])
+
+
+@pytest.mark.parametrize("name", ["layers", "images", "containers"])
+@pytest.mark.parametrize(
+    "damage", ["half", "garbage", "object", "wrong type", "string ID", "not UTF-8"]
+)
+def test_broken_json(damage: str, name: str, make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    case.create()
+    path = case.store.graphroot / f"vfs-{name}" / f"{name}.json"
+    whole = path.read_bytes()
+    records = json.loads(whole)
+    records[0]["id"] = 5
+    broken = {
+        "half": whole[: len(whole) // 2],
+        "garbage": b"\0" * len(whole),
+        "object": b'{"id": "x"}',
+        "wrong type": json.dumps(records).encode(),
+        "string ID": b'["' + b"a" * 64 + b'"]',
+        "not UTF-8": b'[{"id": "\xff\xfe"}]',
+    }
+    path.write_bytes(broken[damage])
+    refused(case, str(path))
+    path.write_bytes(whole)
+    assert case.layer_template()["changed"] is False
+
+
+def test_unreadable_json(make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    path = case.store.graphroot / "vfs-images/images.json"
+    path.unlink()
+    path.mkdir()
+    refused(case, str(path))
+
+
+def test_no_permission(make_case: MakeCase, make_user: t.Callable[..., User]) -> None:
+    case = make_case("vfs")
+    # Let the user find the store, but not open it.
+    refused(case, str(case.store.graphroot), options={"user": make_user()})
+
+
+def test_only_root_works_in_anothers_store(
+    make_case: MakeCase, make_user: t.Callable[..., User]
+) -> None:
+    case = make_case("rootless-as-root")
+    refused(case, case.store.user.name if case.store.user else "", options={"user": make_user()})
+    refused(case, "nobody-of-that-name", user="nobody-of-that-name")
+
+
+@pytest.mark.parametrize("as_user", [True, False])
+def test_user_without_subordinate_ids(as_user: bool, make_case: MakeCase) -> None:
+    case = make_case("rootless-as-user" if as_user else "rootless-as-root")
+    user = case.store.user
+    assert user is not None
+    # A namespace held by the pause process keeps the ranges that the files no longer give.
+    case.store.lab.kill(user.home)
+    pathlib.Path(user.runtime_dir, "libpod/tmp/pause.pid").unlink(missing_ok=True)
+    for name in ("subuid", "subgid"):
+        path = pathlib.Path("/etc", name)
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if not line.startswith(f"{user.name}:")))
+    message = refused(case, "/etc/subuid", user.name)
+    line = re.search(rf"{user.name}:(\d+):65536", message)
+    assert line, message
+    taken = [
+        range(int(start), int(start) + int(count))
+        for _name, start, count in (
+            entry.split(":") for entry in pathlib.Path("/etc/subuid").read_text().splitlines()
+        )
+    ]
+    proposed = range(int(line[1]), int(line[1]) + 65536)
+    assert not any(r.start < proposed.stop and proposed.start < r.stop for r in taken)
+
+
+# No space
+
+
+def test_no_room_is_seen_before_the_copy(make_case: MakeCase) -> None:
+    case = make_case("vfs-ext4", mib=64)
+    filler = case.store.graphroot.parent / "filler"
+    fill(filler, leave=1 << 20)
+    message = refused(case, "space", str(case.store.graphroot))
+    assert re.search(r"\d", message)
+    filler.unlink()
+    assert case.layer_template()["changed"] is True
+
+
+def test_disk_that_fills_up_meanwhile(
+    make_case: MakeCase, many_files_image: t.Callable[[int], Image]
+) -> None:
+    case = make_case("vfs-ext4", many_files_image(6000), mib=256)
+    store = case.store
+    layers, records = store.layers(), store.images()
+    staging = store.graphroot / "userns-storage" / "staging"
+    filler = store.graphroot.parent / "filler"
+    process = case.start("layer_template", {"images": [case.image.name], **case.wanted})
+    until = time.monotonic() + 60
+    while not any(staging.glob("*/*")):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    fill(filler, leave=0)
+    result = finish_module(process)
+    assert result["failed"], result
+    assert "space" in result["msg"]
+    assert (store.layers(), store.images()) == (layers, records)
+    filler.unlink()
+    assert list(staging.glob("*")) == []
+    case.assert_podman_is_well()
+    assert case.layer_template()["changed"] is True
+    assert len(store.layers()) == len(layers) + 1
+    assert case.shell("cat /data/00000/7 | head -n 1") == "7\n"
+
+
+def fill(path: pathlib.Path, leave: int) -> None:
+    """Take all free bytes of a filesystem but `leave`."""
+    with open(path, "wb") as filler:
+        size = 0
+        step = 64 << 20
+        while step >= 4096:
+            if shutil.disk_usage(path).free - leave < step:
+                step //= 2
+                continue
+            try:
+                os.posix_fallocate(filler.fileno(), size, step)
+            except OSError:
+                step //= 2
+            else:
+                size += step
+
+
+# Through Ansible itself
+
+
+def test_playbook_runs_it_three_ways(
+    make_store: MakeStore,
+    small_image: Image,
+    run_playbook: t.Callable[..., t.List[Json]],
+) -> None:
+    rootful = Case(make_store("vfs", small_image), small_image)
+    rootless = Case(make_store("rootless-overlay", small_image), small_image)
+    user = rootless.store.user
+    assert user is not None
+    name = "userns.storage.layer_template"
+    image = {"images": small_image.name}
+    own = {
+        name: {**image, "userns": "keep-id"},
+        "become": True,
+        "become_user": user.name,
+        "become_method": "su",
+    }
+    tasks = [
+        {name: {**image, **rootful.wanted, **rootful.store.module_args()}},
+        {name: {**image, **rootless.wanted, "user": user.name}},
+        own,
+        {name: {**image, "userns": "keep-it", "user": user.name}},
+    ]
+    first, second, third, bad = run_playbook(tasks, diff=True)
+    assert [first["changed"], second["changed"], third["changed"]] == [True, True, False]
+    assert only(third)["layer_id"] == only(second)["layer_id"]
+    assert bad["failed"]
+    assert "keep-it" in bad["msg"]
+    for case in (rootful, rootless):
+        before = case.store.layer_ids()
+        case.create()
+        assert len(case.store.layer_ids() - before) == 1
