@@ -31,6 +31,7 @@ from ..kernel import files, xattrs
 from ..tree.clone import CloneResult, can_reflink, clone
 from ..tree.measure import Usage, measure
 from ..tree.merged import LayerStack
+from ..tree.roots import top_owners
 from ..tree.survey import survey
 from .view import view_of as view_of
 
@@ -164,6 +165,37 @@ class Driver(abc.ABC):
         """
         with self._explained(layer_id), contextlib.ExitStack() as undo:
             return measure([self._need_layer(undo, layer_id)], exclusive=exclusive)
+
+    def present(self) -> t.Set[str]:
+        """The IDs of all layers that have a directory in the store itself.
+
+        :raises StorageError: the driver's folder cannot be read
+        """
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self._explained(self.folder))
+            entries = undo.enter_context(os.scandir(undo.enter_context(self._opened_folder())))
+            return {
+                entry.name
+                for entry in entries
+                if LAYER_ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            }
+
+    def top_owners(self, chain: t.Sequence[str]) -> t.List[t.Tuple[str, int, int]]:
+        """The root directory ("") and the names in it, with their UID and GID on disk.
+
+        :param chain: the layer and its parents, top first
+        :raises StorageError: a layer of the chain is missing or cannot be read
+        """
+        with self._explained(chain[0]), self._readable(chain) as stack:
+            return list(top_owners(stack))
+
+    def measure_path(self, path: str) -> Usage:
+        """What anything in the store costs on disk; the part that it shares is not looked for.
+
+        :raises StorageError: it cannot be read
+        """
+        with self._explained(path):
+            return measure([path])
 
     def dependencies(self, layer_id: str) -> t.List[str]:
         """The layers whose data this one needs on disk, nearest first; none where trees are whole."""

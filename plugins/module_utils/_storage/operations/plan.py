@@ -11,12 +11,11 @@ own, so that one more rule, or a stricter one, never saves a layer. The limits, 
 
 from __future__ import annotations
 
-import datetime
-import fnmatch
-import re
 import typing as t
 from dataclasses import dataclass
 
+from .moments import say, say_age
+from .naming import Patterns, image_words, map_words
 from .policy import Amount, Policy
 
 # The ledger notes a use at most this often (seconds), so moments closer to each other say nothing
@@ -140,67 +139,6 @@ def plan(
     """
     planner = _Planner(policy, disk, watched_since, now)
     return planner.plan(candidates, findings)
-
-
-def say(moment: float) -> str:
-    """A moment in words, RFC 3339 in UTC and whole seconds."""
-    when = datetime.datetime.fromtimestamp(int(moment), datetime.timezone.utc)
-    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def say_age(seconds: float) -> str:
-    """An age in words: the largest unit of which there are at least two, cut to a whole number."""
-    whole = max(int(seconds), 0)
-    for unit, name in ((604800, "weeks"), (86400, "days"), (3600, "hours"), (60, "minutes")):
-        if whole >= 2 * unit:
-            return f"{whole // unit} {name}"
-    return f"{whole} seconds"
-
-
-class Patterns:
-    """Shell patterns for image names and IDs, compiled once."""
-
-    def __init__(self, patterns: t.Sequence[str]) -> None:
-        self.given = bool(patterns)
-        self._compiled = [
-            (pattern, re.compile(fnmatch.translate(pattern)).match) for pattern in patterns
-        ]
-
-    def hit(self, words: t.Iterable[str]) -> t.Optional[str]:
-        """The first pattern that one of the words answers to."""
-        known = list(words)
-        for pattern, match in self._compiled:
-            if any(match(word) for word in known):
-                return pattern
-        return None
-
-
-def image_words(image_ids: t.Sequence[str], names: t.Sequence[str]) -> t.List[str]:
-    """All that a user may call an image: its IDs, whole and short, its names, with and without
-    registry and tag.
-    """
-    words: t.List[str] = []
-    for image_id in image_ids:
-        words += [image_id, image_id[:12], "sha256:" + image_id]
-    for name in names:
-        words.append(name)
-        untagged = name.split("@")[0]
-        head, slash, tail = untagged.rpartition("/")
-        bare = tail.split(":")[0]
-        words += [untagged, tail, bare, f"{head}{slash}{bare}"]
-        for registry in ("localhost/", "docker.io/library/", "docker.io/"):
-            if untagged.startswith(registry):
-                words += [untagged[len(registry) :], f"{head}{slash}{bare}"[len(registry) :]]
-                break
-    return words
-
-
-def map_words(uidmap: t.Sequence[str], gidmap: t.Sequence[str]) -> t.List[str]:
-    """How a pattern may name a mapping: ``0:100000:65536``, ranges joined by commas; uid and gid
-    maps joined by a slash.
-    """
-    uid, gid = ",".join(uidmap), ",".join(gidmap)
-    return [f"{uid}/{gid}"] + ([uid] if uid == gid else [uid, gid])
 
 
 class _Planner:

@@ -14,6 +14,7 @@ import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
     plan as plans,
 )
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.moments import say
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations.plan import (
     Candidate,
     Disk,
@@ -397,7 +398,7 @@ class TestRules:
         early = decide([old(1)], Policy(unused_for=4 * WEEK), watched_since=NOW - 3 * WEEK)
         assert not early.removals
         assert early.kept[0].rule == "unused_for"
-        from_then = plans.say(NOW + WEEK)
+        from_then = say(NOW + WEEK)
         assert from_then in early.kept[0].reason
         assert from_then in early.notes[0]
         assert removed(
@@ -407,7 +408,7 @@ class TestRules:
     def test_without_a_ledger_unused_for_waits_from_now_on(self) -> None:
         result = decide([old(1)], Policy(unused_for=WEEK), watched_since=None)
         assert not result.removals
-        assert plans.say(NOW + WEEK) in result.notes[0]
+        assert say(NOW + WEEK) in result.notes[0]
 
     def test_a_layer_used_within_unused_for_stays_though_no_container_holds_it(self) -> None:
         layers = [old(1, last_used=NOW - 6 * DAY), old(2, last_used=NOW - 8 * DAY)]
