@@ -321,6 +321,11 @@ class LockFile:
                 return False
             if not _try(descriptor, operation, deadline):
                 self._queue(claim, operation, timeout, deadline)
+                # Whoever held it may have put another file in its place, or taken it away.
+                now = os.lstat(self.path)
+                if (now.st_dev, now.st_ino) != key:
+                    claim.drop()
+                    return False
         except _GivenAway as error:
             raise error.reason from None
         except BaseException:

@@ -17,6 +17,7 @@ _HEX = re.compile(r"[0-9a-f]+")
 _DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[0-9a-fA-F]{32,}")
 _SHORTEST_ID = 3
 _LIST_LIMIT = 10
+_NAME_LIMIT = 300
 
 
 @dataclass
@@ -171,6 +172,8 @@ class Snapshot:
         if not name or (digest and not _DIGEST.fullmatch(digest)):
             return
         repository, tag = split_tag(name)
+        if name.endswith(":"):
+            return
         if digest:
             pool = [image for image in self.images.values() if digest in image.digests]
         else:
@@ -220,7 +223,7 @@ def _listing(images: t.List[Image]) -> str:
 
 def _ambiguous(reference: str, images: t.List[Image]) -> ImageAmbiguous:
     return ImageAmbiguous(
-        f"image {reference!r}",
+        f"image {reference[:_NAME_LIMIT]!r}",
         f"may be any of {_listing(images)}",
         "Give a full name with its tag, or the full ID.",
         candidates=[
@@ -234,7 +237,7 @@ def _unknown(reference: str, images: t.List[Image]) -> ImageUnknown:
     alike = [image for image in images if word and any(word in name for name in image.names)]
     hint = f"Did you mean {_listing(alike)}?" if alike else "`podman images` lists what is there."
     return ImageUnknown(
-        f"image {reference!r}",
+        f"image {reference[:_NAME_LIMIT]!r}",
         "is not in the store" if images else "is not in the store, which holds no image",
         hint,
         candidates=[{"id": image.id, "names": list(image.names)} for image in alike[:100]],

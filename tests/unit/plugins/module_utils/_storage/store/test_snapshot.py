@@ -1,0 +1,259 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Snapshots: chains, users of layers, and references as podman understands them."""
+
+from __future__ import annotations
+
+import json
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    ImageAmbiguous,
+    ImageUnknown,
+    StoreError,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.records import (
+    Container,
+    Image,
+    Layer,
+    parse,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.snapshot import (
+    Snapshot,
+    has_registry,
+    split_tag,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def full(text: str) -> str:
+    return text.ljust(64, "0")
+
+
+def index(kind: t.Any, *raw: t.Dict[str, t.Any]) -> t.Dict[str, t.Any]:
+    return {one.id: one for one in parse(json.dumps(raw).encode(), kind, "f")}
+
+
+def digest(text: str) -> str:
+    return "sha256:" + text * 64
+
+
+def snapshot(images: t.Sequence[t.Dict[str, t.Any]] = ()) -> Snapshot:
+    return Snapshot({}, index(Image, *images), {})
+
+
+# Layers
+
+
+@pytest.fixture
+def tree() -> Snapshot:
+    layers = [
+        {"id": full("a")},
+        {"id": full("b"), "parent": full("a")},
+        {"id": full("c"), "parent": full("b")},
+        {"id": full("d"), "parent": full("b")},
+        {"id": full("e"), "parent": full("d")},
+        {"id": full("f"), "parent": full("0badbad")},
+        {"id": full("1"), "parent": full("2")},
+        {"id": full("2"), "parent": full("1")},
+    ]
+    images = [
+        {"id": full("10"), "layer": full("c"), "mapped-layers": [full("d"), full("dead")]},
+        {"id": full("11"), "layer": full("c")},
+        {"id": full("12")},
+    ]
+    containers = [
+        {"id": full("20"), "image": full("10"), "layer": full("e")},
+        {"id": full("21"), "image": full("10"), "layer": full("beef")},
+    ]
+    return Snapshot(index(Layer, *layers), index(Image, *images), index(Container, *containers))
+
+
+def test_chain(tree: Snapshot) -> None:
+    assert [one.id for one in tree.chain(full("c"))] == [full("c"), full("b"), full("a")]
+    assert [one.id for one in tree.chain(full("a"))] == [full("a")]
+    assert tree.chain("") == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"), [("f", "no record"), ("dead", "no record"), ("1", "circle")]
+)
+def test_broken_chain(tree: Snapshot, layer: str, words: str) -> None:
+    with pytest.raises(StoreError, match=words) as caught:
+        tree.chain(full(layer))
+    assert full(layer) in str(caught.value)
+
+
+def test_users(tree: Snapshot) -> None:
+    assert [one.id for one in tree.children(full("b"))] == [full("c"), full("d")]
+    assert tree.children(full("c")) == []
+    assert [one.id for one in tree.containers_on(full("d"))] == [full("20")]
+    assert [one.id for one in tree.containers_on(full("e"))] == [full("20")]
+    assert [one.id for one in tree.containers_on(full("beef"))] == [full("21")]
+    assert tree.containers_on(full("c")) == []
+    assert [one.id for one in tree.containers_of(full("10"))] == [full("20"), full("21")]
+    assert [one.id for one in tree.images_of_layer(full("c"))] == [full("10"), full("11")]
+    assert [one.id for one in tree.images_of_layer(full("dead"))] == [full("10")]
+    first = tree.image_of_layer(full("d"))
+    assert first is not None
+    assert first.id == full("10")
+    assert tree.image_of_layer(full("a")) is None
+    assert tree.layer(full("a")).id == full("a")
+    with pytest.raises(StoreError):
+        tree.layer(full("dead"))
+
+
+# References
+
+IMAGES = [
+    {
+        "id": full("abc1"),
+        "names": ["docker.io/library/alpine:latest", "docker.io/library/alpine:3"],
+        "digest": digest("1"),
+    },
+    {"id": full("abc2"), "names": ["localhost/app:latest"], "digest": digest("2")},
+    {
+        "id": full("def1"),
+        "names": ["quay.io/org/app:1", "quay.io/org/tool:latest"],
+        "big-data-digests": {"manifest": digest("3"), "manifest-x": digest("4"), "y": digest("5")},
+    },
+    {"id": full("def2"), "names": ["ghcr.io/org/tool:latest"]},
+    {"id": full("123456"), "names": ["registry.example:5000/team/web:2", "localhost/abc:latest"]},
+    {"id": full("789"), "digest": digest("1"), "names": ["quay.io/x/alpine@" + digest("1")]},
+    {"id": full("76"), "names": ["localhost/abc3:latest"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("reference", "found"),
+    [
+        (full("abc1"), "abc1"),
+        ("sha256:" + full("abc1"), "abc1"),
+        ("abc1", "abc1"),
+        ("sha256:abc1", "abc1"),
+        ("123", "123456"),
+        ("alpine", "abc1"),
+        ("alpine:3", "abc1"),
+        ("alpine:latest", "abc1"),
+        ("library/alpine", "abc1"),
+        ("docker.io/library/alpine", "abc1"),
+        ("app", "abc2"),
+        ("localhost/app", "abc2"),
+        ("app:1", "def1"),
+        ("org/app:1", "def1"),
+        ("quay.io/org/app:1", "def1"),
+        ("quay.io/org/tool", "def1"),
+        ("ghcr.io/org/tool:latest", "def2"),
+        ("team/web:2", "123456"),
+        ("registry.example:5000/team/web:2", "123456"),
+        (digest("2"), "abc2"),
+        (digest("3"), "def1"),
+        (digest("4"), "def1"),
+        ("app@" + digest("2"), "abc2"),
+        ("localhost/app:5@" + digest("2"), "abc2"),
+        ("quay.io/org/app@" + digest("4"), "def1"),
+        ("alpine@" + digest("1"), "abc1"),
+        ("quay.io/x/alpine@" + digest("1"), "789"),
+        ("  alpine ", "abc1"),
+        ("abc3", "76"),
+    ],
+)
+def test_resolve(reference: str, found: str) -> None:
+    assert snapshot(IMAGES).resolve_image(reference).id == full(found)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "",
+        " ",
+        "nothing",
+        "app:2",
+        "quay.io/org/app",
+        "quay.io/app:1",
+        "lpine",
+        "alpine:",
+        "ab",
+        "ABC1",
+        digest("5"),
+        digest("9"),
+        "app@" + digest("1"),
+        "app@sha256:12",
+        "@" + digest("1"),
+        full("abc"),
+        "a:b:c",
+        "//",
+        "\ud800",
+        "x" * 100000,
+    ],
+)
+def test_unknown(reference: str) -> None:
+    with pytest.raises(ImageUnknown) as caught:
+        snapshot(IMAGES).resolve_image(reference)
+    assert len(str(caught.value)) < 2000
+
+
+def test_unknown_helps() -> None:
+    with pytest.raises(ImageUnknown, match=r"Did you mean abc1\d* \(docker.io/library/alpine"):
+        snapshot(IMAGES).resolve_image("alpine:4")
+    with pytest.raises(ImageUnknown, match="holds no image"):
+        snapshot().resolve_image("alpine")
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidates"),
+    [
+        ("abc", ["abc1", "abc2"]),
+        ("sha256:def", ["def1", "def2"]),
+        (digest("1"), ["abc1", "789"]),
+        ("org/tool", ["def1", "def2"]),
+        ("tool:latest", ["def1", "def2"]),
+    ],
+)
+def test_ambiguous(reference: str, candidates: t.List[str]) -> None:
+    with pytest.raises(ImageAmbiguous) as caught:
+        snapshot(IMAGES).resolve_image(reference)
+    assert [one["id"] for one in caught.value.facts["candidates"]] == [
+        full(one) for one in candidates
+    ]
+    for one in candidates:
+        assert full(one)[:12] in str(caught.value)
+
+
+def test_message_lists_few_of_many() -> None:
+    many = [{"id": full(f"abc{number:x}")} for number in range(0x1000, 0x1400)]
+    with pytest.raises(ImageAmbiguous, match="1014 more") as caught:
+        snapshot(many).resolve_image("abc")
+    assert len(str(caught.value)) < 500
+
+
+def test_own_image_comes_before_a_read_only_one() -> None:
+    own, other = (
+        {"id": full("a"), "names": ["localhost/x:1"]},
+        {
+            "id": full("b"),
+            "names": ["localhost/x:1"],
+        },
+    )
+    assert snapshot([own, other]).resolve_image("x:1").id == full("a")
+    assert snapshot([own, other]).resolve_image("localhost/x:1").id == full("a")
+
+
+@given(st.text(max_size=80))
+def test_any_reference(reference: str) -> None:
+    try:
+        snapshot(IMAGES).resolve_image(reference)
+    except (ImageUnknown, ImageAmbiguous) as error:
+        str(error)
+
+
+def test_parts_of_names() -> None:
+    assert split_tag("registry:5000/a") == ("registry:5000/a", "")
+    assert split_tag("registry:5000/a:1") == ("registry:5000/a", "1")
+    assert has_registry("registry:5000/a")
+    assert has_registry("localhost/a")
+    assert not has_registry("org/a")
+    assert not has_registry("a.b")

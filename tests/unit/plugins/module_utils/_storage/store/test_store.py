@@ -1,0 +1,789 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The store: read without a trace, written in the order that survives kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import stat
+import subprocess
+import sys
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    LayerInUse,
+    LockTimeout,
+    NoSpace,
+    PermissionDenied,
+    ReadOnlyStore,
+    RecordError,
+    StorageError,
+    StoreError,
+    UnsupportedDriver,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store import store as module
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import (
+    StoreConfig,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.store import Store
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+Json = t.Dict[str, t.Any]
+
+
+def full(text: str) -> str:
+    return text.ljust(64, "0")
+
+
+A, B, C, D, ONE, TWO = (full(one) for one in ("a", "b", "c", "d", "1", "2"))
+
+LAYERS: t.List[Json] = [{"id": A, "x-new": 1.50}, {"id": B, "parent": A}]
+IMAGES: t.List[Json] = [{"id": ONE, "names": ["localhost/a:1"], "layer": B}]
+
+
+class Disk:
+    """A store's files, written by hand."""
+
+    def __init__(self, base: pathlib.Path) -> None:
+        self.graphroot = base / "g"
+        self.runroot = base / "r"
+        for kind in ("layers", "images", "containers"):
+            (self.graphroot / f"vfs-{kind}").mkdir(parents=True)
+            (self.graphroot / f"vfs-{kind}" / f"{kind}.lock").write_bytes(os.urandom(64))
+        self.runroot.mkdir()
+        self.write("layers", LAYERS)
+        self.write("images", IMAGES)
+
+    def config(self, **options: t.Any) -> StoreConfig:
+        return StoreConfig(str(self.graphroot), str(self.runroot), "vfs", **options)
+
+    def open(self, **options: t.Any) -> Store:
+        return Store.open(self.config(**options), lock_timeout=5)
+
+    def path(
+        self, kind: str, name: str = "", base: t.Optional[pathlib.Path] = None
+    ) -> pathlib.Path:
+        return (base or self.graphroot) / f"vfs-{kind}" / (name or f"{kind}.json")
+
+    def write(self, kind: str, records: t.Any, name: str = "", base: t.Any = None) -> pathlib.Path:
+        path = self.path(kind, name, base)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(records, separators=(",", ":")))
+        return path
+
+    def read(self, kind: str, name: str = "", base: t.Any = None) -> t.Any:
+        return json.loads(self.path(kind, name, base).read_bytes())
+
+    def token(self, kind: str) -> bytes:
+        return self.path(kind, f"{kind}.lock").read_bytes()
+
+    def state(self) -> t.Dict[str, t.Tuple[t.Any, ...]]:
+        result = {}
+        for folder, folders, files in os.walk(self.graphroot.parent):
+            for name in [*folders, *files]:
+                path = os.path.join(folder, name)
+                found = os.lstat(path)
+                data = pathlib.Path(path).read_bytes() if stat.S_ISREG(found.st_mode) else b""
+                result[path] = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns, data)
+        return result
+
+
+@pytest.fixture
+def disk(tmp_path: pathlib.Path) -> Disk:
+    return Disk(tmp_path)
+
+
+# Opening
+
+
+def test_unwritten(tmp_path: pathlib.Path) -> None:
+    for path in (tmp_path, tmp_path / "no"):
+        with pytest.raises(StoreError, match="no runtime has written it") as caught:
+            Store.open(StoreConfig(str(path), str(tmp_path / "r"), "overlay"))
+        assert f"podman --root {path}" in caught.value.way_out
+        assert "--storage-driver overlay info" in caught.value.way_out
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_driver(disk: Disk) -> None:
+    before = disk.state()
+    with pytest.raises(StoreError, match="belongs to driver vfs") as caught:
+        Store.open(StoreConfig(str(disk.graphroot), "/r", "overlay"))
+    assert "vfs-layers" in str(caught.value)
+    assert "driver: vfs" in caught.value.way_out
+    assert disk.state() == before
+
+
+@pytest.mark.parametrize("driver", ["", "../vfs", "vfs/..", "a b"])
+def test_no_driver_at_all(disk: Disk, driver: str) -> None:
+    with pytest.raises(StoreError):
+        Store.open(StoreConfig(str(disk.graphroot), "/r", driver))
+
+
+def test_graphroot_is_a_file(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "f").write_text("")
+    with pytest.raises(StoreError, match="not a directory"):
+        Store.open(StoreConfig(str(tmp_path / "f"), "/r", "vfs"))
+
+
+# Reading
+
+
+def test_snapshot(disk: Disk) -> None:
+    before = disk.state()
+    store = disk.open()
+    snapshot = store.snapshot()
+    assert list(snapshot.layers) == [A, B]
+    assert list(snapshot.images) == [ONE]
+    assert snapshot.containers == {}
+    assert store.snapshot() is snapshot
+    assert disk.state() == before
+
+
+def test_missing_locks_are_not_made(disk: Disk) -> None:
+    for kind in ("layers", "images", "containers"):
+        disk.path(kind, f"{kind}.lock").unlink()
+    before = disk.state()
+    assert list(disk.open().snapshot().layers) == [A, B]
+    assert disk.state() == before
+
+
+def test_sees_other_writers(disk: Disk) -> None:
+    store = disk.open()
+    assert list(store.snapshot().layers) == [A, B]
+    disk.write("layers", [*LAYERS, {"id": C}])
+    assert list(store.snapshot().layers) == [A, B, C]
+    disk.write("layers", [])
+    assert list(store.snapshot().layers) == []
+    disk.path("layers").unlink()
+    assert list(store.snapshot().layers) == []
+    disk.write("containers", [{"id": D}])
+    assert list(store.snapshot().containers) == [D]
+
+
+def test_same_file_with_another_token_is_read_again(disk: Disk) -> None:
+    store = disk.open()
+    store.snapshot()
+    path = disk.path("images")
+    times = os.stat(path)
+    data = path.read_bytes().replace(b"a:1", b"a:2")
+    with open(path, "r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    disk.path("images", "images.lock").write_bytes(os.urandom(64))
+    assert store.snapshot().images[ONE].names == ("localhost/a:2",)
+
+
+def test_every_file_counts(disk: Disk) -> None:
+    disk.write("layers", [{"id": C, "names": ["x"]}, {"id": A}], "volatile-layers.json")
+    disk.write("containers", [{"id": C, "layer": C}], "volatile-containers.json")
+    disk.write("layers", [{"id": D}], "volatile-layers.json", disk.runroot)
+    disk.write("containers", [{"id": D, "layer": D}], "volatile-containers.json", disk.runroot)
+    snapshot = disk.open().snapshot()
+    assert {key: one.location for key, one in snapshot.layers.items()} == {
+        A: "stable",
+        B: "stable",
+        C: "volatile",
+        D: "volatile",
+    }
+    assert snapshot.layers[A].raw == LAYERS[0]
+    assert all(one.volatile for one in snapshot.containers.values())
+    assert list(snapshot.containers) == [C, D]
+
+
+def test_transient_store(disk: Disk) -> None:
+    disk.write("containers", [{"id": C}], "volatile-containers.json", disk.runroot)
+    disk.path("containers", "containers.lock", disk.runroot).write_bytes(b"")
+    disk.write("layers", [{"id": D}], "volatile-layers.json", disk.runroot)
+    store = disk.open(transient=True)
+    assert list(store.snapshot().containers) == [C]
+    with store.transaction(containers=True) as transaction:
+        transaction.update_layer(D, lambda raw: raw.update(metadata="x"))
+        transaction.update_layer(A, lambda raw: raw.update(metadata="y"))
+    assert disk.read("layers", "volatile-layers.json", disk.runroot)[0]["metadata"] == "x"
+    assert [one["id"] for one in disk.read("layers")] == [A, B]
+
+
+def test_image_store(disk: Disk, tmp_path: pathlib.Path) -> None:
+    other = tmp_path / "i"
+    disk.write("images", [{"id": TWO, "layer": C}], base=other)
+    disk.write("layers", [{"id": C}, {"id": A, "metadata": "hidden"}], base=other)
+    store = disk.open(imagestore=str(other))
+    snapshot = store.snapshot()
+    assert {key: one.location for key, one in snapshot.layers.items()} == {
+        A: "stable",
+        B: "stable",
+        C: "imagestore",
+    }
+    assert {key: one.location for key, one in snapshot.images.items()} == {
+        TWO: "imagestore",
+        ONE: "stable",
+    }
+    assert store.image_data_dir(TWO) == str(other / "vfs-images" / TWO)
+    before = disk.state()
+    with pytest.raises(UnsupportedDriver, match="imagestore"), store.transaction():
+        pass
+    assert disk.state() == before
+
+
+def test_additional_stores(disk: Disk, tmp_path: pathlib.Path) -> None:
+    extra = tmp_path / "ro"
+    disk.write("layers", [{"id": C}, {"id": A, "metadata": "hidden"}], base=extra)
+    disk.write("images", [{"id": TWO, "layer": C}], base=extra)
+    # Copied from a read-only medium: no lock files.
+    before = disk.state()
+    store = disk.open(additional_image_stores=(str(extra), str(tmp_path / "gone")))
+    snapshot = store.snapshot()
+    assert snapshot.layers[C].read_only_store == snapshot.images[TWO].store == str(extra)
+    assert snapshot.layers[A].read_only_store is None
+    assert disk.state() == before
+    with store.transaction() as transaction:
+        for attempt in (
+            lambda: transaction.update_layer(C, lambda raw: raw.clear()),
+            lambda: transaction.append_mapped_layer(TWO, A),
+            lambda: transaction.append_mapped_layer(ONE, C),
+            lambda: transaction.remove_layer(C, str(tmp_path)),
+        ):
+            with pytest.raises(ReadOnlyStore, match=str(extra)):
+                attempt()
+        assert transaction.drop_mapped_layer(C) == []
+        transaction.begin_layer({"id": D, "parent": C})
+    assert disk.read("layers")[-1]["parent"] == C
+    changed = {path for path, value in disk.state().items() if before.get(path) != value}
+    assert not any(path.startswith(str(extra)) for path in changed)
+
+
+@pytest.mark.parametrize("data", [b"[", b"{}", b'[{"id":"../x"}]', b"[" * 50000])
+def test_damaged_records(disk: Disk, data: bytes) -> None:
+    store = disk.open()
+    store.snapshot()
+    disk.path("layers").write_bytes(data)
+    before = disk.state()
+    for _ in range(2):
+        with pytest.raises(RecordError, match=r"layers\.json"):
+            store.snapshot()
+        with pytest.raises(RecordError), store.transaction():
+            pass
+    assert disk.state() == before
+    disk.write("layers", LAYERS)
+    assert list(store.snapshot().layers) == [A, B]
+    with store.transaction():
+        pass
+
+
+@pytest.mark.parametrize("make", ["link", "fifo", "dir", "large"])
+def test_odd_files(disk: Disk, make: str) -> None:
+    path = disk.path("layers")
+    os.rename(path, disk.graphroot / "away")
+    if make == "link":
+        path.symlink_to(disk.graphroot / "away")
+    elif make == "fifo":
+        os.mkfifo(path)
+    elif make == "dir":
+        path.mkdir()
+    else:
+        path.write_bytes(b"")
+        os.truncate(path, 10**12)
+    with pytest.raises(StoreError):
+        disk.open().snapshot()
+
+
+def test_locks_are_not_held_while_parsing(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = disk.open()
+    states = []
+    parse = module.parse
+
+    def watch(*words: t.Any) -> t.Any:
+        states.append([area.lock.held for areas in store._files.areas.values() for area in areas])
+        return parse(*words)
+
+    monkeypatch.setattr(module, "parse", watch)
+    with store.transaction():
+        held = [area.lock.held for areas in store._files.areas.values() for area in areas]
+    assert states
+    assert not any(any(one) for one in states)
+    assert any(held)
+
+
+def test_large_change_is_parsed_outside_the_locks(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MUCH", 10)
+    store = disk.open()
+    loads = 0
+    load = Store._load
+
+    def interfere(self: Store) -> int:
+        nonlocal loads
+        loads += 1
+        if loads in (2, 3):
+            disk.write("layers", [*LAYERS, {"id": full(f"c{loads}")}])
+        return load(self)
+
+    monkeypatch.setattr(Store, "_load", interfere)
+    with store.transaction() as transaction:
+        assert list(transaction.snapshot.layers) == [A, B, full("c3")]
+    assert loads == 4
+
+
+# Writing
+
+
+def mapped(layer_id: str) -> Json:
+    return {
+        "id": layer_id,
+        "parent": A,
+        "created": "2026-01-02T03:04:05Z",
+        "uidmap": [{"container_id": 0, "host_id": 100000, "size": 65536}],
+    }
+
+
+def test_add_and_take_away(disk: Disk, tmp_path: pathlib.Path) -> None:
+    trash = tmp_path / "trash"
+    trash.mkdir()
+    split = tmp_path / "split"
+    split.write_bytes(b"gz")
+    split.chmod(0o644)
+    store = disk.open()
+    tokens = {kind: disk.token(kind) for kind in ("layers", "images", "containers")}
+    with store.transaction() as transaction:
+        layer = transaction.begin_layer(mapped(C))
+        assert layer.incomplete
+        assert disk.read("layers")[-1] == {**mapped(C), "flags": {"incomplete": True}}
+        transaction.install_tar_split(C, str(split))
+        assert not transaction.finish_layer(C).incomplete
+        assert disk.read("layers") == [*LAYERS, mapped(C)]
+        transaction.append_mapped_layer(ONE, C)
+        transaction.append_mapped_layer(ONE, C)
+        assert transaction.snapshot.images[ONE].mapped_layers == (C,)
+        assert 0 < transaction.seconds_held < 5
+    held = transaction.seconds_held
+    assert held == transaction.seconds_held
+    assert disk.read("images") == [{**IMAGES[0], "mapped-layers": [C]}]
+    assert stat.S_IMODE(os.stat(store.tar_split_path(C)).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(disk.path("layers")).st_mode) == 0o600
+    assert disk.token("layers") != tokens["layers"]
+    assert disk.token("images") != tokens["images"]
+    assert disk.token("containers") == tokens["containers"]
+    # What was not touched stands as it stood.
+    assert b'"x-new":1.5' in disk.path("layers").read_bytes()
+
+    os.mkdir(store.layer_data_dir(C))
+    with store.transaction(containers=True) as transaction:
+        with pytest.raises(LayerInUse) as caught:
+            transaction.remove_layer(C, str(trash))
+        assert caught.value.facts["images"] == [ONE]
+        assert transaction.drop_mapped_layer(C) == [ONE]
+        transaction.remove_layer(C, str(trash))
+    assert disk.read("layers") == LAYERS
+    assert disk.read("images") == IMAGES
+    assert sorted(os.listdir(trash)) == [f"{C}.data", f"{C}.tar-split.gz"]
+    assert sorted(os.listdir(disk.path("layers").parent)) == ["layers.json", "layers.lock"]
+
+
+def test_nothing_to_change_writes_nothing(disk: Disk) -> None:
+    before = disk.state()
+    store = disk.open()
+    with store.transaction(containers=True) as transaction:
+        transaction.update_layer(A, lambda raw: None)
+        transaction.update_image(ONE, lambda raw: raw.update(raw))
+        transaction.finish_layer(B)
+        assert transaction.drop_mapped_layer(D) == []
+    assert disk.state() == before
+
+
+def test_begin_layer_refuses(disk: Disk) -> None:
+    disk.write("layers", [{"id": A, "names": ["taken"]}, LAYERS[1]])
+    before = disk.state()
+    with disk.open().transaction() as transaction:
+        for record in (
+            {"id": A},
+            {"id": C, "parent": D},
+            {"id": C, "names": ["taken"]},
+            {"id": "../x"},
+            {"id": C, "uidmap": [{"container_id": "0"}]},
+        ):
+            with pytest.raises(StoreError):
+                transaction.begin_layer(record)
+    assert disk.state() == before
+
+
+def test_changes_are_checked(disk: Disk) -> None:
+    before = disk.state()
+    with disk.open().transaction() as transaction:
+        for change in ({"id": C}, {"parent": "x"}, {"diff-size": 1.5}, {"flags": []}):
+            with pytest.raises(StoreError):
+                transaction.update_layer(A, lambda raw, new=change: raw.update(new))
+        for layer_id in (C, "", "../x"):
+            with pytest.raises(StoreError):
+                transaction.finish_layer(layer_id)
+            with pytest.raises(StoreError):
+                transaction.append_mapped_layer(ONE, layer_id)
+        with pytest.raises(StoreError):
+            transaction.append_mapped_layer(TWO, A)
+    with pytest.raises(StorageError):
+        transaction.mark_incomplete(A)
+    assert disk.state() == before
+
+
+def test_remove_layer_refuses_what_is_used(disk: Disk, tmp_path: pathlib.Path) -> None:
+    disk.write("layers", [*LAYERS, {"id": C, "parent": A}, {"id": D, "parent": C}])
+    disk.write("containers", [{"id": D, "layer": D}])
+    with disk.open().transaction(containers=True) as transaction:
+        for layer_id, holder in ((A, B), (B, ONE), (C, D), (D, D)):
+            with pytest.raises(LayerInUse, match=holder[:12]):
+                transaction.remove_layer(layer_id, str(tmp_path))
+
+
+def test_remove_image(disk: Disk, tmp_path: pathlib.Path) -> None:
+    trash = tmp_path / "trash"
+    trash.mkdir()
+    store = disk.open()
+    store.snapshot()
+    os.mkdir(store.image_data_dir(ONE))
+    disk.write("containers", [{"id": D, "image": ONE}])
+    with store.transaction(containers=True) as transaction, pytest.raises(LayerInUse, match=D[:12]):
+        transaction.remove_image(ONE, str(trash))
+    disk.write("containers", [])
+    with store.transaction(containers=True) as transaction:
+        transaction.remove_image(ONE, str(trash))
+    assert disk.read("images") == []
+    assert os.listdir(trash) == [f"{ONE}.image"]
+
+
+def test_trash(disk: Disk) -> None:
+    store = disk.open()
+    with store.trash("x") as path:
+        assert path.startswith(f"{store.root}/trash/x-")
+        (pathlib.Path(path) / "y").mkdir()
+    assert not os.path.exists(path)
+    with pytest.raises(ZeroDivisionError), store.trash("x") as path:
+        raise ZeroDivisionError
+    assert os.listdir(os.path.dirname(path)) == []
+
+
+_HOLD = """
+import fcntl, os, sys
+descriptor = os.open(sys.argv[1], os.O_RDWR)
+fcntl.lockf(descriptor, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["layers", "images", "containers"])
+def test_taken_lock(disk: Disk, kind: str) -> None:
+    path = str(disk.path(kind, f"{kind}.lock"))
+    store = Store.open(disk.config(), lock_timeout=0.2)
+    store.snapshot()
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(LockTimeout, match=str(process.pid)):
+            store.snapshot()
+        with pytest.raises(LockTimeout, match=path), store.transaction(containers=True):
+            pass
+        process.kill()
+    with store.transaction(containers=True):
+        pass
+
+
+def test_transactions_exclude_each_other(disk: Disk) -> None:
+    with disk.open().transaction():
+        for kind, taken in (("layers", True), ("images", True), ("containers", False)):
+            script = (
+                "import fcntl,os,sys;"
+                "fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", script, str(disk.path(kind, f"{kind}.lock"))],
+                stderr=subprocess.DEVNULL,
+                check=False,
+            )
+            assert (done.returncode != 0) == taken
+
+
+# The order of the steps
+
+
+class Steps:
+    """Every call that changes the disk, with the state it finds."""
+
+    NAMES = ("open", "write", "pwrite", "fdatasync", "fsync", "rename", "unlink", "mkdir", "rmdir")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: t.List[t.Tuple[str, t.Any]] = []
+        for name in self.NAMES:
+            self._wrap(monkeypatch, name)
+
+    def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*words: t.Any, **options: t.Any) -> t.Any:
+            what = words[0] if isinstance(words[0], str) else ""
+            if not what and isinstance(words[0], int):
+                what = os.readlink(f"/proc/self/fd/{words[0]}")
+            self.log.append((name, os.path.basename(what)))
+            return real(*words, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+
+def test_order_of_one_write(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    with disk.open().transaction() as transaction:
+        steps = Steps(monkeypatch)
+        transaction.begin_layer(mapped(C))
+        monkeypatch.undo()
+    temporary = ".tmp-layers.jsonuserns-storage"
+    assert [step for step in steps.log if step != ("unlink", temporary)] == [
+        ("pwrite", "layers.lock"),
+        ("open", temporary),
+        ("write", temporary),
+        ("fdatasync", temporary),
+        ("rename", temporary),
+        ("open", "vfs-layers"),
+        ("fsync", "vfs-layers"),
+    ]
+
+
+def test_tokens_come_first_and_records_refer_to_what_is_there(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """At each rename the token differs already, and no image names a layer without record."""
+    split = tmp_path / "split"
+    split.write_bytes(b"gz")
+    trash = tmp_path / "trash"
+    trash.mkdir()
+    seen = {kind: disk.token(kind) for kind in ("layers", "images")}
+    real = os.rename
+
+    def rename(source: str, target: str, **options: t.Any) -> None:
+        kind = os.path.basename(target).partition(".")[0]
+        if kind in seen:
+            assert disk.token(kind) != seen[kind]
+            seen[kind] = disk.token(kind)
+        real(source, target, **options)
+        known = {one["id"] for one in disk.read("layers")}
+        for image in disk.read("images"):
+            assert {image["layer"], *image.get("mapped-layers", ())} <= known
+
+    monkeypatch.setattr(os, "rename", rename)
+    store = disk.open()
+    with store.transaction() as transaction:
+        transaction.begin_layer(mapped(C))
+        transaction.install_tar_split(C, str(split))
+        transaction.finish_layer(C)
+        transaction.append_mapped_layer(ONE, C)
+    with store.transaction(containers=True) as transaction:
+        transaction.drop_mapped_layer(C)
+        transaction.mark_incomplete(C)
+        transaction.remove_layer(C, str(trash))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (28, NoSpace),
+        (122, NoSpace),
+        (13, PermissionDenied),
+        (30, PermissionDenied),
+        (5, StoreError),
+    ],
+)
+@pytest.mark.parametrize("step", ["pwrite", "open", "write", "fdatasync", "rename"])
+def test_a_write_that_fails_changes_nothing(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, step: str, number: int, kind: t.Any
+) -> None:
+    before = {name: data for name, (*_rest, data) in disk.state().items() if "lock" not in name}
+    store = disk.open()
+    real = getattr(os, step)
+    broken = False
+
+    def fail(*words: t.Any, **options: t.Any) -> t.Any:
+        if broken and (step != "open" or ".tmp-" in str(words[0])):
+            raise OSError(number, os.strerror(number))
+        return real(*words, **options)
+
+    monkeypatch.setattr(os, step, fail)
+    with store.transaction() as transaction:
+        broken = True
+        with pytest.raises(StoreError) as caught:
+            transaction.begin_layer(mapped(C))
+        broken = False
+        assert isinstance(caught.value, kind)
+        assert caught.value.way_out
+        assert str(disk.graphroot) in caught.value.subject
+        assert list(transaction.snapshot.layers) == [A, B]
+    after = {name: data for name, (*_rest, data) in disk.state().items() if "lock" not in name}
+    assert after == before
+    assert list(store.snapshot().layers) == [A, B]
+    with store.transaction() as transaction:
+        transaction.begin_layer(mapped(C))
+
+
+def test_leftovers_of_a_killed_writer_go(disk: Disk) -> None:
+    for kind in ("layers", "images"):
+        disk.path(kind, f".tmp-{kind}.jsonuserns-storage").write_bytes(b"half")
+    others = disk.path("layers", ".tmp-layers.json123456")
+    others.write_bytes(b"half")
+    store = disk.open()
+    store.snapshot()
+    assert disk.path("layers", ".tmp-layers.jsonuserns-storage").exists()
+    with store.transaction():
+        pass
+    assert not disk.path("layers", ".tmp-layers.jsonuserns-storage").exists()
+    assert not disk.path("images", ".tmp-images.jsonuserns-storage").exists()
+    assert others.exists()
+
+
+def test_temporary_name_cannot_be_used_to_write_elsewhere(
+    disk: Disk, tmp_path: pathlib.Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("safe")
+    disk.path("layers", ".tmp-layers.jsonuserns-storage").symlink_to(victim)
+    with disk.open().transaction() as transaction:
+        transaction.begin_layer(mapped(C))
+    assert victim.read_text() == "safe"
+    assert not disk.path("layers").is_symlink()
+
+
+def test_no_permission(disk: Disk) -> None:
+    os.chmod(disk.path("layers").parent, 0)
+    os.chmod(disk.graphroot.parent, 0o755)
+    os.chmod(disk.graphroot, 0o755)
+    for folder in disk.graphroot.parents:
+        if str(folder).startswith("/tmp/"):
+            os.chmod(folder, os.stat(folder).st_mode | 0o055)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setresgid(65534, 65534, 65534)
+                os.setresuid(65534, 65534, 65534)
+            try:
+                Store.open(disk.config()).snapshot()
+            except PermissionDenied as error:
+                code = 0 if "become: true" in str(error) and "vfs-layers" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# A model: whatever is done, the files hold what was asked for
+
+NAMES = [full(one) for one in "abcdef"]
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["begin", "finish", "give_up", "append", "drop", "remove", "flag", "new", "unknown"]
+        ),
+        st.sampled_from(NAMES),
+        st.sampled_from([ONE, TWO]),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=steps)
+def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
+    disk = Disk(tmp_path_factory.mktemp("model"))
+    disk.write("images", [*IMAGES, {"id": TWO, "layer": A}])
+    trash = disk.graphroot / "trash"
+    trash.mkdir()
+    store = disk.open()
+    layers: t.Dict[str, Json] = {one["id"]: dict(one) for one in LAYERS}
+    images: t.Dict[str, Json] = {one["id"]: dict(one) for one in disk.read("images")}
+    tokens = {kind: disk.token(kind) for kind in ("layers", "images")}
+    files = {kind: disk.path(kind).read_bytes() for kind in ("layers", "images")}
+    for step, layer_id, image_id in steps:
+        if step == "new":
+            store = disk.open()
+            continue
+        if step == "unknown":
+            # Another program, which knows fields that we do not.
+            for one in layers.values():
+                one["later"] = {"deep": [1]}
+            disk.write("layers", list(layers.values()))
+            disk.path("layers", "layers.lock").write_bytes(os.urandom(64))
+            tokens["layers"] = disk.token("layers")
+            files["layers"] = disk.path("layers").read_bytes()
+            continue
+        refused = False
+        with store.transaction(containers=True) as transaction:
+            try:
+                if step == "begin":
+                    transaction.begin_layer({"id": layer_id, "parent": A})
+                elif step == "finish":
+                    transaction.finish_layer(layer_id)
+                elif step == "give_up":
+                    transaction.mark_incomplete(layer_id)
+                elif step == "append":
+                    transaction.append_mapped_layer(image_id, layer_id)
+                elif step == "drop":
+                    transaction.drop_mapped_layer(layer_id)
+                elif step == "flag":
+                    transaction.update_layer(
+                        layer_id, lambda raw: raw.setdefault("flags", {}).update(lease="<2>")
+                    )
+                else:
+                    transaction.remove_layer(layer_id, str(trash))
+            except StorageError:
+                refused = True
+        known = layer_id in layers
+        if step == "begin":
+            assert refused == known
+            if not known:
+                layers[layer_id] = {"id": layer_id, "parent": A, "flags": {"incomplete": True}}
+        elif step in ("finish", "give_up", "flag"):
+            assert refused == (not known)
+            if known:
+                flags = layers[layer_id].setdefault("flags", {})
+                if step == "flag":
+                    flags["lease"] = "<2>"
+                elif step == "give_up":
+                    flags["incomplete"] = True
+                else:
+                    flags.pop("incomplete", None)
+                if not flags:
+                    del layers[layer_id]["flags"]
+        elif step == "append":
+            assert refused == (not known)
+            if known:
+                listed = images[image_id].setdefault("mapped-layers", [])
+                if layer_id not in listed:
+                    listed.append(layer_id)
+        elif step == "drop":
+            assert not refused
+            for image in images.values():
+                image["mapped-layers"] = [
+                    one for one in image.get("mapped-layers", ()) if one != layer_id
+                ]
+                if not image["mapped-layers"]:
+                    del image["mapped-layers"]
+        else:
+            used = any(one.get("parent") == layer_id for one in layers.values()) or any(
+                layer_id in (one["layer"], *one.get("mapped-layers", ())) for one in images.values()
+            )
+            assert refused == (used or not known)
+            if not refused:
+                del layers[layer_id]
+        assert disk.read("layers") == list(layers.values())
+        assert disk.read("images") == list(images.values())
+        for kind in ("layers", "images"):
+            data, token = disk.path(kind).read_bytes(), disk.token(kind)
+            assert (data != files[kind]) == (token != tokens[kind])
+            files[kind], tokens[kind] = data, token
+        snapshot = store.snapshot()
+        assert {key: one.raw for key, one in snapshot.layers.items()} == layers
+        assert {key: one.raw for key, one in snapshot.images.items()} == images
