@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import stat
@@ -78,6 +79,7 @@ class Place(t.NamedTuple):
     runroot: str
     options: t.Dict[str, str]
     rootless: bool
+    image_stores: t.Tuple[str, ...] = ()
 
 
 class Made(t.NamedTuple):
@@ -96,6 +98,7 @@ def place_of(store: Store) -> Place:
         str(store.runroot),
         dict(store.options),
         store.user is not None,
+        tuple(store.read_only),
     )
 
 
@@ -110,7 +113,14 @@ def inside(store: Store, function: t.Callable[..., t.Any], *arguments: t.Any) ->
 @contextlib.contextmanager
 def opened(place: Place) -> t.Iterator[Driver]:
     with view_of(place.graphroot, place.driver) as view:
-        home = DriverHome(place.graphroot, place.runroot, place.options, place.rootless, view)
+        home = DriverHome(
+            place.graphroot,
+            place.runroot,
+            place.options,
+            place.rootless,
+            view,
+            place.image_stores,
+        )
         yield open_driver(place.driver, home)
 
 
@@ -127,7 +137,7 @@ def config_of(place: Place) -> StoreConfig:
         driver=place.driver,
         options=place.options,
         imagestore="",
-        additional_image_stores=(),
+        additional_image_stores=place.image_stores,
         additional_layer_stores=(),
         transient=False,
         rootless=place.rootless,
@@ -455,3 +465,50 @@ def test_a_hostile_layer_directory(make_store: MakeStore, small_image: Image) ->
     folder.joinpath("diff").symlink_to("/etc")
     with pytest.raises(StoreError):
         inside(store, make, image["id"], ["0:100000:65536"], "auto")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("vfs", {}),
+        ("overlay-forced", {}),
+        ("overlay-forced", METACOPY),
+        ("btrfs", {}),
+        ("rootless-overlay", {}),
+    ],
+)
+def test_what_is_pushed_has_the_same_digests(
+    make_store: MakeStore, small_image: Image, kind: str, options: t.Dict[str, str]
+) -> None:
+    """An image committed from a container on our layer holds the blobs of the original one."""
+    store = make_store(kind, small_image, options=options)
+    items = ["0:1:20000"] if store.user else ["0:100000:65536"]
+    image = store.image(small_image.name)
+    made = Made(*inside(store, make, image["id"], items, "auto"))
+    arguments = [word for item in items for word in ("--uidmap", item, "--gidmap", item)]
+    container = store.create(small_image.name, *arguments)
+    assert store.layer(store.container(container)["layer"])["parent"] == made.layer_id
+    store.podman("commit", "-q", container, "localhost/committed:1")
+    digests = []
+    for name in (small_image.name, "localhost/committed:1"):
+        folder = store.base / "tmp" / name.rpartition("/")[2].partition(":")[0]
+        store.skopeo("copy", "-q", f"containers-storage:{name}", f"dir:{folder}")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        digests.append([one["digest"] for one in manifest["layers"]])
+    assert digests[1][: len(digests[0])] == digests[0]
+
+
+def test_parents_in_a_read_only_store(make_store: MakeStore, small_image: Image) -> None:
+    shared = make_store("overlay-forced", small_image)
+    store = make_store("overlay-forced", read_only=[str(shared.graphroot)])
+    container = store.create(small_image.name)
+    store.podman("commit", "-q", container, "localhost/upper:1")
+    image = store.image("localhost/upper:1")
+    parent = store.layer(image["layer"])["parent"]
+    assert not store.layer_folder(parent).exists()
+    made = Made(*inside(store, make, image["id"], ["0:100000:65536"], "auto"))
+    notes = store.layer_folder(made.layer_id) / "diff" / "home" / "user" / "notes"
+    assert os.lstat(notes).st_uid == 101000
+    arguments = ["--uidmap=0:100000:65536", "--gidmap=0:100000:65536"]
+    mapped = store.create("localhost/upper:1", *arguments)
+    assert store.layer(store.container(mapped)["layer"])["parent"] == made.layer_id

@@ -203,8 +203,11 @@ class OverlayDriver(Driver):
                 )
 
     def _metacopy(self) -> bool:
-        """Whether runtimes mount this store with metacopy=on."""
+        """Whether runtimes mount this store with metacopy=on, and have not found that it fails."""
         if self.home.rootless:
+            return False
+        found = f"metacopy({self.home.options.get('mountopt', '')})-false"
+        if os.path.lexists(os.path.join(self.home.runroot, "overlay", found)):
             return False
         given = [one for one in self._mount_options() if one.startswith("metacopy=")]
         if given:

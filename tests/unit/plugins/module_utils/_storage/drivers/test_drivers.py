@@ -1,0 +1,465 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Drivers on folders made by hand: what they find, what they refuse, and in which order they move."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.drivers import overlay, view
+from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.base import (
+    Driver,
+    DriverHome,
+    explained,
+    view_of,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.overlay import (
+    OverlayDriver,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.registry import (
+    REGISTRY,
+    open_driver,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.vfs import VfsDriver
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    NoSpace,
+    PermissionDenied,
+    StorageError,
+    StoreError,
+    TreeError,
+    UnsupportedDriver,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapping import (
+    Mapping,
+    Shift,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+BASE, TOP, MINE, OTHER = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
+SAME = Shift(Mapping(), Mapping())
+
+
+def home(tmp_path: pathlib.Path, **options: str) -> DriverHome:
+    return DriverHome(str(tmp_path), str(tmp_path / "run"), options, False, str(tmp_path))
+
+
+def short(layer_id: str) -> str:
+    return layer_id[0].upper() * 26
+
+
+def layer(store: pathlib.Path, layer_id: str, *lowers: str) -> pathlib.Path:
+    """An overlay layer as containers/storage 1.43 writes it."""
+    folder = store / "overlay" / layer_id
+    for name in ("diff", "work"):
+        (folder / name).mkdir(parents=True)
+    (folder / "link").write_text(short(layer_id))
+    if lowers:
+        (folder / "lower").write_text(":".join(f"l/{short(one)}" for one in lowers))
+    (store / "overlay" / "l").mkdir(exist_ok=True)
+    (store / "overlay" / "l" / short(layer_id)).symlink_to(f"../{layer_id}/diff")
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Two layers, one on the other, with a file each."""
+    for layer_id, lowers in ((BASE, ()), (TOP, (BASE,))):
+        (layer(tmp_path, layer_id, *lowers) / "diff" / layer_id[0]).write_text("x" * 10)
+    return tmp_path
+
+
+@pytest.fixture
+def driver(store: pathlib.Path) -> OverlayDriver:
+    return OverlayDriver(home(store))
+
+
+def staged(driver: Driver, store: pathlib.Path, layer_id: str = MINE) -> pathlib.Path:
+    into = store / "staging"
+    into.mkdir()
+    driver.stage([TOP, BASE], SAME, "auto", str(into), layer_id)
+    return into
+
+
+# What a layer is made of
+
+
+def test_an_intact_layer(driver: OverlayDriver) -> None:
+    assert driver.exists(TOP)
+    assert driver.damage(TOP, [BASE]) is None
+    assert driver.dependencies(TOP) == [BASE]
+    assert driver.dependents(BASE) == [TOP]
+    assert driver.links() == {short(BASE): BASE, short(TOP): TOP}
+
+
+def test_a_layer_that_is_not_there(driver: OverlayDriver) -> None:
+    assert not driver.exists(MINE)
+    assert "missing" in (driver.damage(MINE) or "")
+    with pytest.raises(StoreError, match="Pull or load"):
+        driver.measure(MINE)
+
+
+def remove_diff(folder: pathlib.Path) -> None:
+    for one in (folder / "diff").iterdir():
+        one.unlink()
+    (folder / "diff").rmdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda g: remove_diff(g / TOP), "diff of layer"),
+        (lambda g: (g / TOP / "link").unlink(), "link of layer"),
+        (lambda g: (g / TOP / "link").write_text("../../../etc/passwd"), "26 letters"),
+        (lambda g: (g / "l" / short(TOP)).unlink(), "short name"),
+        (lambda g: (g / "l" / short(BASE)).unlink(), "names l/AAA"),
+        (lambda g: remove_diff(g / BASE), "which it rests on, is missing"),
+        (lambda g: (g / BASE).rename(g / OTHER), "directory of layer aaa"),
+        (lambda g: (g / TOP / "lower-layers").write_text(OTHER), "contradict"),
+    ],
+)
+def test_damage(
+    driver: OverlayDriver,
+    store: pathlib.Path,
+    harm: t.Callable[[pathlib.Path], t.Any],
+    words: str,
+) -> None:
+    harm(store / "overlay")
+    assert words in (driver.damage(TOP, [BASE]) or "")
+
+
+def test_a_layer_of_a_read_only_store(tmp_path: pathlib.Path) -> None:
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    layer(shared, BASE)
+    layer(own, TOP, BASE)
+    driver = OverlayDriver(
+        DriverHome(str(own), str(tmp_path), {}, False, str(own), (str(shared), "/nowhere"))
+    )
+    assert driver.damage(TOP, [BASE]) is None
+    assert driver.dependencies(TOP) == [BASE]
+    assert not driver.exists(BASE)
+    assert "is missing" in (OverlayDriver(home(own)).damage(TOP, [BASE]) or "")
+
+
+@given(st.text(max_size=63) | st.text("0123456789abcdef", min_size=65, max_size=66))
+def test_only_ids_are_taken_for_ids(name: str) -> None:
+    driver = VfsDriver(DriverHome("/nowhere", "/nowhere", {}, False, "/nowhere"))
+    for call in (driver.exists, driver.damage, driver.measure):
+        with pytest.raises(StorageError):
+            call(name)
+
+
+# Making
+
+
+def test_a_layer_is_staged_and_committed(driver: OverlayDriver, store: pathlib.Path) -> None:
+    way, found = driver.predict([TOP, BASE], SAME)
+    before = sorted(store.rglob("*"))
+    into = staged(driver, store)
+    made = into / "layer"
+    assert sorted(store.rglob("*"))[: len(before)] != []
+    assert found.files == 2
+    assert way.name in ("copy", "reflink")
+    assert {one.name for one in (made / "diff").iterdir()} == {"a", "b"}
+    assert (made / "lower").read_text() == f"l/{short(TOP)}:l/{short(BASE)}"
+    assert (made / "lower-layers").read_text() == f"{TOP}:{BASE}"
+    link = (made / "link").read_text()
+    assert overlay._LINK.fullmatch(link)
+    assert not driver.exists(MINE)
+    driver.commit(str(into), MINE)
+    assert driver.damage(MINE, [TOP, BASE]) is None
+    assert os.readlink(store / "overlay" / "l" / link) == f"../{MINE}/diff"
+    assert driver.dependencies(MINE) == [TOP, BASE]
+    assert list(into.iterdir()) == []
+    assert driver.measure(MINE).apparent >= 20
+
+
+def test_modes_of_a_staged_layer(driver: OverlayDriver, store: pathlib.Path) -> None:
+    (store / "overlay" / TOP / "diff").chmod(0o555)
+    os.utime(store / "overlay" / TOP / "diff", ns=(1, 123456789))
+    made = staged(driver, store) / "layer"
+    modes = {one.name: oct(one.stat().st_mode & 0o7777) for one in [made, *made.iterdir()]}
+    assert modes == {
+        "layer": "0o700",
+        "diff": "0o555",
+        "work": "0o700",
+        "merged": "0o700",
+        "link": "0o644",
+        "lower": "0o644",
+        "lower-layers": "0o644",
+    }
+    assert (made / "diff").stat().st_mtime_ns == 123456789
+
+
+def test_numbered_diffs_and_lost_names(driver: OverlayDriver, store: pathlib.Path) -> None:
+    """A template that a runtime has mapped, whose parent's short name is gone."""
+    top = store / "overlay" / TOP
+    (top / "diff").rename(top / "diff1")
+    (top / "diff").mkdir()
+    (store / "overlay" / "l" / short(BASE)).unlink()
+    made = staged(driver, store) / "layer"
+    assert {one.name for one in (made / "diff").iterdir()} == {"a", "b"}
+    assert (made / "lower-layers").read_text() == f"{TOP}:{BASE}"
+
+
+def test_the_drivers_chain_is_longer_than_the_records(
+    driver: OverlayDriver, store: pathlib.Path
+) -> None:
+    layer(store, OTHER, TOP, BASE)
+    into = store / "staging"
+    into.mkdir()
+    driver.stage([OTHER, BASE], SAME, "copy", str(into), MINE)
+    assert (into / "layer" / "lower-layers").read_text() == f"{OTHER}:{TOP}:{BASE}"
+    assert {one.name for one in (into / "layer" / "diff").iterdir()} == {"a", "b"}
+
+
+def test_prediction_writes_nothing(driver: OverlayDriver, store: pathlib.Path) -> None:
+    before = {path: path.lstat().st_ctime_ns for path in [store, *store.rglob("*")]}
+    driver.predict([TOP, BASE], SAME)
+    assert {path: path.lstat().st_ctime_ns for path in [store, *store.rglob("*")]} == before
+
+
+def test_a_strategy_that_is_not_to_be_had(driver: OverlayDriver, store: pathlib.Path) -> None:
+    with pytest.raises(UnsupportedDriver, match=r"Use auto, or one of: .*copy"):
+        driver.predict([TOP, BASE], SAME, "snapshot")
+
+
+@pytest.mark.parametrize(
+    ("mountopt", "cached", "first"),
+    [
+        ("nodev,metacopy=on", False, "metacopy"),
+        ("metacopy=on,metacopy=off", False, "copy"),
+        ("metacopy=off", False, "copy"),
+        ("metacopy=on", True, "copy"),
+    ],
+)
+def test_metacopy_where_the_store_has_it(
+    store: pathlib.Path, mountopt: str, cached: bool, first: str
+) -> None:
+    if cached:
+        (store / "run" / "overlay").mkdir(parents=True)
+        (store / "run" / "overlay" / f"metacopy({mountopt})-false").write_text("no")
+    ways = OverlayDriver(home(store, mountopt=mountopt)).strategies([TOP, BASE])
+    assert (ways[0].name == "metacopy") == (first == "metacopy")
+    assert ways[-1].name == "copy"
+    assert all(way.reason for way in ways)
+
+
+def test_no_metacopy_without_root(store: pathlib.Path) -> None:
+    own = home(store, mountopt="metacopy=on")
+    rootless = DriverHome(own.graphroot, own.runroot, own.options, True, own.view)
+    assert "metacopy" not in [way.name for way in OverlayDriver(rootless).strategies([TOP])]
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda g: (g / ".has-mount-program").write_text("true"), "mount program"),
+        (lambda g: (g / BASE / "composefs-data").mkdir(), "composefs"),
+        (lambda g: (g / TOP / "additionallayer").write_text("/x"), "additional layer store"),
+    ],
+)
+def test_refusals(
+    driver: OverlayDriver,
+    store: pathlib.Path,
+    harm: t.Callable[[pathlib.Path], t.Any],
+    words: str,
+) -> None:
+    (store / "overlay" / ".has-mount-program").write_text("false")
+    driver.predict([TOP, BASE], SAME)
+    harm(store / "overlay")
+    with pytest.raises(UnsupportedDriver, match=words):
+        driver.predict([TOP, BASE], SAME)
+    assert driver.measure(TOP).files
+
+
+@pytest.mark.parametrize(
+    "lower", ["l/../../etc", "/etc", "l/" + "a" * 26, "l/AAAAAAAAAAAAAAAAAAAAAAAAAA:", "x" * 70000]
+)
+def test_a_lower_that_leads_elsewhere(
+    driver: OverlayDriver, store: pathlib.Path, lower: str
+) -> None:
+    (store / "overlay" / TOP / "lower").write_text(lower)
+    with pytest.raises(StorageError):
+        driver.predict([TOP, BASE], SAME)
+
+
+@pytest.mark.parametrize("name", ["diff", "lower", "link", ""])
+def test_links_are_not_followed(driver: OverlayDriver, store: pathlib.Path, name: str) -> None:
+    victim = store / "overlay" / TOP / name
+    moved = store / "moved"
+    victim.rename(moved)
+    victim.symlink_to(moved)
+    with pytest.raises(StorageError):
+        staged(driver, store)
+
+
+def test_a_short_name_that_leads_elsewhere(driver: OverlayDriver, store: pathlib.Path) -> None:
+    link = store / "overlay" / "l" / short(BASE)
+    link.unlink()
+    link.symlink_to("/etc")
+    assert "names l/AAA" in (driver.damage(TOP) or "")
+    assert driver.links()[short(BASE)] == ""
+
+
+def test_commit_does_not_replace_a_layer(driver: OverlayDriver, store: pathlib.Path) -> None:
+    into = staged(driver, store)
+    links = driver.links()
+    with pytest.raises(StoreError):
+        driver.commit(str(into), TOP)
+    assert driver.links() == links
+    assert (into / "layer" / "diff").is_dir()
+
+
+# The order of moves
+
+
+def moves(monkeypatch: pytest.MonkeyPatch) -> t.List[str]:
+    done: t.List[str] = []
+    for name in ("rename", "symlink", "unlink"):
+        real = getattr(os, name)
+
+        def tell(*arguments: t.Any, _name: str = name, _real: t.Any = real, **named: t.Any) -> None:
+            done.append(_name)
+            _real(*arguments, **named)
+
+        monkeypatch.setattr(os, name, tell)
+    return done
+
+
+def test_the_directory_comes_before_its_short_name(
+    driver: OverlayDriver, store: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into = staged(driver, store)
+    done = moves(monkeypatch)
+    driver.commit(str(into), MINE)
+    assert done == ["rename", "symlink"]
+
+
+def test_the_short_name_goes_before_its_directory(
+    driver: OverlayDriver, store: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.commit(str(staged(driver, store)), MINE)
+    trash = store / "trash"
+    trash.mkdir()
+    done = moves(monkeypatch)
+    driver.detach(MINE, str(trash))
+    assert done == ["unlink", "rename"]
+    assert (trash / MINE / "diff").is_dir()
+    assert set(driver.links().values()) == {BASE, TOP}
+    driver.detach(MINE, str(trash))
+
+
+def test_only_the_own_short_name_is_taken_away(driver: OverlayDriver, store: pathlib.Path) -> None:
+    (store / "overlay" / TOP / "link").write_text(short(BASE))
+    trash = store / "trash"
+    trash.mkdir()
+    driver.detach(TOP, str(trash))
+    assert driver.links()[short(BASE)] == BASE
+
+
+# Orphans
+
+
+def test_orphans(driver: OverlayDriver, store: pathlib.Path) -> None:
+    folder = store / "overlay"
+    layer(store, OTHER)
+    (folder / "l" / ("Z" * 26)).symlink_to(f"../{MINE}/diff")
+    (folder / "l" / ("Y" * 26)).symlink_to("/etc")
+    (folder / "tempdirs").mkdir()
+    (folder / ("e" * 64)).write_text("a file")
+    (folder / ("f" * 64)).symlink_to("/etc")
+    found = driver.orphans({BASE, TOP})
+    assert [(one.kind, one.name) for one in found] == [("directory", OTHER), ("link", "Z" * 26)]
+    assert found[0].usage().inodes >= 3
+    assert found[1].usage().inodes == 1
+    assert found[0].changed > 1_000_000_000
+    trash = store / "trash"
+    trash.mkdir()
+    for one in found:
+        driver.drop(one, str(trash))
+    assert driver.orphans({BASE, TOP}) == []
+    assert sorted(path.name for path in trash.iterdir()) == [OTHER]
+    assert (folder / "l" / ("Y" * 26)).is_symlink()
+
+
+# vfs, the generic one
+
+
+def test_vfs(tmp_path: pathlib.Path) -> None:
+    tree = tmp_path / "vfs" / "dir" / TOP
+    tree.mkdir(parents=True)
+    (tree / "file").write_text("content")
+    tree.chmod(0o711)
+    driver = open_driver("vfs", home(tmp_path))
+    into = tmp_path / "staging"
+    into.mkdir()
+    made = driver.stage([TOP, BASE], SAME, "auto", str(into), MINE)
+    driver.commit(str(into), MINE)
+    new = tmp_path / "vfs" / "dir" / MINE
+    assert (new / "file").read_text() == "content"
+    assert new.stat().st_mode & 0o777 == 0o711
+    assert (made.files, made.apparent, made.inodes) == (1, 7, 2)
+    assert driver.damage(MINE) is None
+    assert (driver.dependencies(MINE), driver.dependents(TOP), driver.links()) == ([], [], {})
+    assert [one.name for one in driver.orphans({TOP})] == [MINE]
+    trash = tmp_path / "trash"
+    trash.mkdir()
+    driver.detach(MINE, str(trash))
+    descriptor = os.open(trash, os.O_RDONLY)
+    assert not driver.destroy(descriptor, MINE)
+    os.close(descriptor)
+    assert (trash / MINE / "file").exists()
+
+
+def test_a_template_that_is_missing(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "vfs" / "dir").mkdir(parents=True)
+    with pytest.raises(StoreError, match="has no directory"):
+        open_driver("vfs", home(tmp_path)).predict([TOP], SAME)
+
+
+def test_a_folder_that_is_missing(tmp_path: pathlib.Path) -> None:
+    for name in REGISTRY:
+        with pytest.raises(StoreError, match="cannot be worked on"):
+            open_driver(name, home(tmp_path)).exists(TOP)
+
+
+# Names, errors, views
+
+
+def test_registry(tmp_path: pathlib.Path) -> None:
+    assert isinstance(open_driver("overlay2", home(tmp_path)), OverlayDriver)
+    assert {name: kind.name for name, kind in REGISTRY.items()} == {name: name for name in REGISTRY}
+    for name in ("zfs", "devicemapper", ""):
+        with pytest.raises(UnsupportedDriver, match="btrfs, overlay, vfs"):
+            open_driver(name, home(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(28, NoSpace), (122, NoSpace), (13, PermissionDenied), (40, StoreError), (5, TreeError)],
+)
+def test_errors_of_the_system(number: int, kind: t.Type[StorageError]) -> None:
+    error = explained(OSError(number, os.strerror(number), "x"), TOP, "/g")
+    assert type(error) is kind
+    assert os.strerror(number) in str(error)
+
+
+def test_a_view_without_a_namespace(store: pathlib.Path) -> None:
+    with view_of(str(store), "overlay") as path:
+        assert path == os.path.realpath(store)
+    with view_of(str(store), "vfs") as path:
+        assert path == os.path.realpath(store)
+
+
+def test_views_that_cannot_be(store: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(StoreError), view_of(str(store / "none"), "overlay"):
+        pass
+    (store / "vfs").symlink_to(store / "overlay")
+    with pytest.raises(UnsupportedDriver, match="symbolic link"), view_of(str(store), "vfs"):
+        pass
+    assert view.view_of is view_of
