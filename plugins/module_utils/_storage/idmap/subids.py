@@ -106,6 +106,14 @@ def ranges_of(
     return ranges
 
 
+def everybodys_ranges(kind: str, sources: Sources = Sources()) -> tuple[SubIDRange, ...]:
+    """One kind ("uid" or "gid") of the subordinate IDs of all users, as far as the files tell.
+
+    :raises NamespaceError: the file cannot be read
+    """
+    return tuple(entry for _owner, entry in _entries(sources.path(kind), ()))
+
+
 def namespace_mapping(uid: int, gid: int, subids: SubIDs) -> Mapping:
     """The map of a rootless runtime's namespace: intermediate ID to host ID.
 

@@ -53,9 +53,9 @@ class Finding:
     """Something damaged or left over.
 
     ``kind``: ``entry`` (a ``mapped-layers`` entry whose layer is gone), ``missing`` (a record
-    without data), ``incomplete``, ``unreferenced`` (a whole mapped layer that no image lists),
-    ``directory``, ``link``, ``staging`` or ``trash``. ``template`` says that an image has it for
-    its own layer; ``busy`` names who works on it right now.
+    without data), ``damaged`` (data that no runtime can use), ``incomplete``, ``unreferenced`` (a
+    mapped layer that no image lists), ``directory``, ``link``, ``staging`` or ``trash``.
+    ``template`` says that an image has it for its own layer, ``ours`` that this collection made it.
     """
 
     kind: str
@@ -63,8 +63,8 @@ class Finding:
     image_ids: t.Tuple[str, ...] = ()
     created: t.Optional[float] = None
     users: t.Tuple[str, ...] = ()
-    busy: t.Optional[str] = None
     template: bool = False
+    ours: bool = False
     size: int = 0
     inodes: int = 0
 
@@ -415,39 +415,37 @@ class _Planner:
         return repairs, kept
 
     def _judge(self, one: Finding) -> Decision:
-        option, allowed = (
-            ("broken", self.policy.repair_broken)
-            if one.kind in BROKEN
-            else ("orphans", self.policy.remove_orphans)
-        )
-        least = UNREFERENCED_AGE if one.kind == "unreferenced" else self.policy.min_age
-        age = self.now - (one.created or 0.0)
-        remove = False
-        if one.busy:
-            rule, reason = "in_use", one.busy
-        elif one.users:
+        policy = self.policy
+        option, value, allowed = "orphans", "remove", policy.remove_orphans
+        if one.kind in BROKEN:
+            option, value, allowed = "broken", "repair", policy.repair_broken
+        if one.kind in LEFTOVERS or one.ours:
+            # Nobody works on it, or its lock would be held: what any run that may act takes away.
+            allowed = allowed or policy.has_rule or policy.remove_orphans or policy.repair_broken
+        least = 0.0
+        if not (one.kind in BROKEN or one.kind in LEFTOVERS or one.ours):
+            least = max(policy.min_age, UNREFERENCED_AGE if one.kind == "unreferenced" else 0.0)
+        remove, rule, reason = False, option, FINDINGS[one.kind]
+        if one.users:
             rule, reason = "in_use", "in use by " + ", ".join(one.users)
         elif one.template:
-            rule, reason = option, "it is an image's own layer, which is never touched here"
-        elif one.kind not in BROKEN and age < max(least, self.policy.min_age):
-            rule, reason = (
-                "min_age",
-                f"younger than {say_age(max(least, self.policy.min_age))}",
-            )
+            reason = "it is an image's own layer, which is never touched here"
+        elif self.now - (one.created or 0.0) < least:
+            rule, reason = "min_age", f"{reason}, younger than {say_age(least)}"
         elif not allowed:
-            verb = "repair" if option == "broken" else "remove"
-            rule, reason = option, f"{FINDINGS[one.kind]}; {option}={verb} takes it away"
+            reason = f"{reason}; {option}={value} takes it away"
         else:
             remove = True
-            rule, reason = option, FINDINGS[one.kind]
         return Decision(one.name, remove, rule, reason, (option,), one.size, one.inodes)
 
 
-BROKEN = frozenset(("entry", "missing", "incomplete"))
+BROKEN = frozenset(("entry", "missing", "damaged", "incomplete"))
+LEFTOVERS = frozenset(("staging", "trash"))
 
 FINDINGS: t.Dict[str, str] = {
     "entry": "an image lists this mapped layer, and the store has no record of it",
     "missing": "the store has a record of this mapped layer, and its data is gone",
+    "damaged": "no runtime could use this mapped layer",
     "incomplete": "this layer was never finished",
     "unreferenced": "no image and no container refers to this mapped layer",
     "directory": "a layer's folder without a record",
