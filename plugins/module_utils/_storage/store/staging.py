@@ -17,6 +17,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import time
 import typing as t
 import uuid
@@ -167,12 +168,18 @@ class StagingArea:
         found = []
         for kind in (STAGING, TRASH):
             folder = os.path.join(self.root, kind)
-            try:
-                names = sorted(os.listdir(folder))
-            except (FileNotFoundError, NotADirectoryError):
+            if not _is_folder(self.root) or not _is_folder(folder):
                 continue
+            names = sorted(os.listdir(folder))
             found += [(kind, os.path.join(folder, name)) for name in names]
         return found
+
+    @staticmethod
+    def _make(folder: str) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        if not _is_folder(folder):
+            raise StoreError(folder, "is not a directory", "Move it away; it is made anew.")
 
     @contextlib.contextmanager
     def _settled(self) -> t.Iterator[None]:
@@ -185,19 +192,25 @@ class StagingArea:
     def _open_entry(self, kind: str, name: str) -> t.Optional[LockFile]:
         """Make an entry with its lock held; None when there is one of that name."""
         for folder in (self.root, os.path.join(self.root, kind)):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder, 0o700)
+            self._make(folder)
         path = os.path.join(self.root, kind, name)
         with self._settled():
             lock = LockFile(os.path.join(path, LOCK_NAME))
             try:
                 os.mkdir(path, 0o700)
             except FileExistsError:
-                # One that died before it had a lock gets one now and is met as rubbish.
-                lock.create()
+                if not _is_folder(path):
+                    os.unlink(path)
+                else:
+                    # One that died before it had a lock gets one now and is met as rubbish.
+                    lock.create()
                 return None
             lock.create()
-            lock.acquire(fcntl.LOCK_EX, self.timeout)
+            try:
+                # Never waited for in here: whoever has it may be waiting for the short lock.
+                lock.acquire(fcntl.LOCK_EX, 0)
+            except LockTimeout:
+                return None
             return lock
 
     def _seize(self, path: str) -> t.Optional[LockFile]:
@@ -207,12 +220,12 @@ class StagingArea:
             if lock.busy_here:
                 return None
             try:
+                if not _is_folder(path):
+                    os.unlink(path)
+                    return None
                 lock.create()
                 lock.acquire(fcntl.LOCK_EX, 0)
             except (FileNotFoundError, LockTimeout):
-                return None
-            except NotADirectoryError:
-                os.unlink(path)
                 return None
             return lock
 
@@ -225,8 +238,7 @@ class StagingArea:
                     return
                 if os.path.basename(os.path.dirname(path)) != TRASH:
                     folder = os.path.join(self.root, TRASH)
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(folder, 0o700)
+                    self._make(folder)
                     target = os.path.join(
                         folder, f"{os.path.basename(path)}-{uuid.uuid4().hex[:16]}"
                     )
@@ -265,3 +277,11 @@ class StagingArea:
             ) from error
         finally:
             lock.release()
+
+
+def _is_folder(path: str) -> bool:
+    """Whether it is a directory, and no link to one."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
