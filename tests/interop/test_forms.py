@@ -16,8 +16,10 @@ import typing as t
 import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StorageError
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.grammar import (
+    Userns,
     UsernsContext,
     parse_request,
+    parse_userns,
     resolve_auto_extras,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapping import Mapping
@@ -70,6 +72,7 @@ class Ask:
     gidmap: tuple[str, ...] = ()
     subuidname: str | None = None
     subgidname: str | None = None
+    user: str = ""
 
     def words(self) -> list[str]:
         """The options for podman."""
@@ -78,6 +81,7 @@ class Ask:
         words += [f"--gidmap={item}" for item in self.gidmap]
         words += [f"--subuidname={self.subuidname}"] if self.subuidname else []
         words += [f"--subgidname={self.subgidname}"] if self.subgidname else []
+        words += [f"--user={self.user}"] if self.user else []
         return words
 
     def __str__(self) -> str:
@@ -115,6 +119,9 @@ ROOTFUL_ASKS = (
     Ask(userns="keep-id:uid=5,gid=6"),
     Ask(userns="nomap"),
     Ask(userns="auto"),
+    Ask(userns="auto", user="5000:6000"),
+    Ask(userns="auto", user="app:5001"),
+    Ask(userns="auto", user="70000"),
     Ask(userns="auto:size=500"),
     Ask(userns="auto:size=70000"),
     Ask(userns="auto:uidmapping=0:5000:1"),
@@ -196,7 +203,7 @@ def machines(lab: Lab) -> t.Iterator[t.Callable[[str], Machine]]:
                 before = path.read_text() if path.exists() else ""
                 path.write_text(
                     f"{before}{OWNER}:3000000000:500\n{OWNER}:2900000000:70000\n"
-                    "containers:2000000000:100000\ncontainers:1900000000:500\n"
+                    "containers:2000000000:300000\ncontainers:1900000000:500\n"
                     f"{GHOST}:2800000000:700\n"
                 )
             for owner in (OWNER, "containers"):
@@ -253,25 +260,31 @@ class Place:
         """The map as it will be recorded, and whether a layer is made for it."""
         context = self.context()
         request = parse_request(ask.userns, ask.uidmap, ask.gidmap, ask.subuidname, ask.subgidname)
-        if request.kind == "auto" and request.userns is not None:
-            extra = resolve_auto_extras(request.userns, context)
-            sets = [one.get(key, []) for one in self.store.layers() for key in ("uidset", "gidset")]
-            texts = {"etc/passwd": PASSWD, "etc/group": GROUP}
-            # The laboratory starts root's programs in /, and users' at home.
-            started = None if context.rootless else pathlib.Path("/etc/group").read_text()
-            ids = auto.image_ids(sets, texts.get, started)
-            size = auto.namespace_size(
-                self.runtime, auto.AutoLimits(), ids, request.userns.size, ""
-            )
+        if request.userns is not None and request.kind == "auto":
+            size, extra = self.auto(request.userns, ask.user)
             used = [read(one) for one in self.store.containers()]
             spans = auto.available_ids(context.rootless, self.subids())
             mapping = auto.allocate(size, spans, used, extra)
         else:
             mapping = request.resolve(context)
+        return self.shaped(mapping)
+
+    def auto(self, userns: Userns, user: str = "") -> tuple[int, Mapping]:
+        """Size and additional maps of an automatic namespace."""
+        sets = [one.get(key, []) for one in self.store.layers() for key in ("uidset", "gidset")]
+        texts = {"etc/passwd": PASSWD, "etc/group": GROUP}
+        # The laboratory starts root's programs in /, and users' at home.
+        started = None if self.store.user else pathlib.Path("/etc/group").read_text()
+        ids = auto.image_ids(sets, texts.get, started)
+        size = auto.namespace_size(self.runtime, auto.AutoLimits(), ids, userns.size, user)
+        return size, resolve_auto_extras(userns, self.context())
+
+    def shaped(self, mapping: Mapping) -> tuple[Mapping, Shifting]:
+        """A map in the runtime's form, and whether a layer is made for it."""
         answer = shifting(
             self.store.driver,
             self.store.options,
-            context.rootless,
+            self.store.user is not None,
             str(self.store.graphroot),
             str(self.store.runroot),
             mapping,
@@ -359,3 +372,81 @@ def test_podman_writes_what_was_predicted(
     finally:
         if done.rc == 0:
             store.podman("rm", "-f", done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("kind", ["overlay-forced", "rootless-overlay"])
+def test_slots_are_those_of_the_containers_that_run_at_once(
+    places: t.Callable[[tuple[str, str]], Place], machine: str, kind: str
+) -> None:
+    place = places((machine, kind))
+    store = place.store
+    size, extra = place.auto(parse_userns("auto"))
+    spans = auto.available_ids(store.user is not None, place.subids())
+
+    def slots() -> list[str]:
+        held = [read(one) for one in store.containers()]
+        found = auto.slots(3, size, spans, held, held, extra)
+        return [str(place.shaped(one)[0]) for one in found]
+
+    def create() -> str:
+        return store.create(NAME, "--userns=auto")
+
+    expected = slots()
+    made = [create()]
+    try:
+        assert sorted(slots()) == sorted(expected)
+        made += [create(), create()]
+        assert [str(read(store.container(one))) for one in made] == expected
+        store.podman("rm", made.pop(1))
+        assert sorted(slots()) == sorted(expected)
+        made.insert(1, create())
+        assert [str(read(store.container(one))) for one in made] == expected
+    finally:
+        store.podman("rm", "-f", *made)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("kind", ["overlay-forced", "vfs"])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        Ask(uidmap=("1000:100000:1000", "0:200000:1000")),
+        Ask(uidmap=("500:100500:500", "0:100000:500"), gidmap=("0:300000:500",)),
+        Ask(uidmap=("0:300000:500",)),
+        Ask(userns="auto"),
+        Ask(userns="auto:size=700,uidmapping=5:6000:1"),
+    ],
+    ids=str,
+)
+def test_buildah_writes_what_was_predicted(
+    places: t.Callable[[tuple[str, str]], Place], machine: str, kind: str, ask: Ask
+) -> None:
+    podman = places((machine, kind))
+    store = podman.store
+    version = ".".join(str(number) for number in store.machine.version("buildah"))
+    place = dataclasses.replace(podman, runtime=runtime("buildah", version))
+    mapping, answer = place.predict(ask)
+    assert not answer.shifts
+    words = [f"--userns={ask.userns}"] if ask.userns else []
+    words += [f"--userns-uid-map={one}" for one in ask.uidmap]
+    words += [f"--userns-gid-map={one}" for one in ask.gidmap]
+    name = store.buildah("from", *words, NAME).stdout.split()[-1]
+    try:
+        assert str(read(store.container(name))) == str(mapping)
+        assert str(mapping) in {str(read(store.layer(one))) for one in store.mapped_layers(NAME)}
+    finally:
+        store.buildah("rm", name)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_buildah_refuses_a_gid_map_alone(
+    places: t.Callable[[tuple[str, str]], Place], machine: str
+) -> None:
+    podman = places((machine, "vfs"))
+    version = ".".join(str(number) for number in podman.store.machine.version("buildah"))
+    place = dataclasses.replace(podman, runtime=runtime("buildah", version))
+    done = place.store.buildah("from", "--userns-gid-map=0:300000:500", NAME, check=False)
+    assert done.rc != 0
+    with pytest.raises(StorageError, match="needs a UID map"):
+        place.predict(Ask(gidmap=("0:300000:500",)))

@@ -274,6 +274,8 @@ class UsernsContext:
     keep_id_size: bool = True
     # podman 5.0: "@" and a default count in auto's uidmapping= and gidmapping=.
     auto_parent_ids: bool = True
+    # buildah wants a UID map beside a GID map.
+    gid_map_alone: bool = True
     # keep-id, nomap and auto are podman's words; buildah and CRI-O know some of them.
     kinds: frozenset[str] = frozenset(("host", "keep-id", "nomap", "auto"))
     program: str = "podman"
@@ -320,6 +322,12 @@ def resolve_maps(
         runtime's namespace does not have
     """
     subuidname, subgidname = subuidname or subgidname, subgidname or subuidname
+    if gid_items and not uid_items and not context.gid_map_alone:
+        raise MapError(
+            "gidmap " + ",".join(str(item) for item in gid_items),
+            f"{context.program} needs a UID map beside it",
+            "Give uidmap too.",
+        )
     uid_items, gid_items = uid_items or gid_items, gid_items or uid_items
     if not context.map_flags:
         for item in (*uid_items, *gid_items):

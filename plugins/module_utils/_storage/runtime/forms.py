@@ -53,6 +53,7 @@ def context(
             map_flags=False,
             merge_and_sort=False,
             auto_parent_ids=False,
+            gid_map_alone=runtime.name != "buildah",
             kinds=frozenset(("host", "auto")),
             program=str(runtime),
             named_ranges=names,

@@ -1,0 +1,222 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The algebra of ID maps, against a model that is a plain dict, and the reading of strings and records."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    MapError,
+    RecordError,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import (
+    EVERYTHING,
+    IDENTITY,
+    NOTHING,
+    IDMap,
+    IDRange,
+    overlapping,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+SMALL = 60
+
+
+@st.composite
+def maps(draw: st.DrawFn, empty_ranges: bool = False) -> IDMap:
+    """Maps of some ranges that overlap on neither side, in any order, over few IDs."""
+    sizes = draw(st.lists(st.integers(0 if empty_ranges else 1, 8), min_size=1, max_size=6))
+    sides = []
+    for _side in ("container", "host"):
+        order = draw(st.permutations(range(len(sizes))))
+        starts, position = {}, 0
+        for index in order:
+            position += draw(st.integers(0, 3))
+            starts[index] = position
+            position += sizes[index]
+        sides.append(starts)
+    ranges = [IDRange(sides[0][n], sides[1][n], size) for n, size in enumerate(sizes)]
+    return IDMap(tuple(ranges))
+
+
+def model(one: IDMap) -> dict[int, int]:
+    """What a map does, ID by ID."""
+    return {c + n: h + n for c, h, size in one.ranges for n in range(size)}
+
+
+@given(maps(empty_ranges=True))
+def test_lookups_agree_with_the_model(one: IDMap) -> None:
+    forth = model(one)
+    back = {host: container for container, host in forth.items()}
+    for number in range(SMALL):
+        assert one.to_host(number) == forth.get(number)
+        assert one.to_container(number) == back.get(number)
+    assert one.size == len(forth)
+    assert one.missing(range(SMALL)) == [n for n in range(SMALL) if n not in forth]
+
+
+@given(maps(empty_ranges=True))
+def test_the_normal_form_means_the_same_and_is_unique(one: IDMap) -> None:
+    normal = one.normal()
+    assert model(normal) == model(one)
+    assert normal.normal() == normal
+    assert normal.same_meaning(one)
+    assert one.sorted_by_host().normal() == normal
+    # No range can be merged with the next, none is empty.
+    if model(one):
+        assert all(entry.size for entry in normal.ranges)
+    else:
+        assert normal == NOTHING
+    for before, after in zip(normal.ranges, normal.ranges[1:]):
+        assert before.container_id + before.size <= after.container_id
+        assert (before.container_id + before.size, before.host_id + before.size) != after[:2]
+
+
+@given(maps(), maps())
+def test_meaning_is_what_the_model_compares(one: IDMap, other: IDMap) -> None:
+    assert one.same_meaning(other) == (model(one) == model(other))
+
+
+@given(maps(), maps())
+def test_composition(outer: IDMap, inner: IDMap) -> None:
+    first, second = model(inner), model(outer)
+    expected = {one: second[middle] for one, middle in first.items() if middle in second}
+    result = outer.compose(inner)
+    assert model(result) == expected
+    assert bool(expected) == (result != NOTHING)
+
+
+@given(maps(), maps(), maps())
+def test_composition_is_associative(one: IDMap, two: IDMap, three: IDMap) -> None:
+    left = one.compose(two).compose(three)
+    right = one.compose(two.compose(three))
+    assert left.same_meaning(right)
+
+
+@given(maps())
+def test_inverse(one: IDMap) -> None:
+    assert one.invert().invert() == one
+    assert model(one.invert()) == {host: container for container, host in model(one).items()}
+    circle = one.invert().compose(one)
+    assert model(circle) == {container: container for container in model(one)}
+
+
+@given(maps())
+def test_identity_is_neutral(one: IDMap) -> None:
+    assert one.compose(IDENTITY) == one
+    assert IDENTITY.compose(one) == one
+    assert one.compose(EVERYTHING).same_meaning(one)
+    assert EVERYTHING.compose(one).same_meaning(one)
+
+
+@given(maps())
+def test_strings_and_records_keep_form_and_order(one: IDMap) -> None:
+    assert IDMap.parse(one.to_strings()) == one
+    assert IDMap.from_record(one.to_record()) == one
+
+
+@given(maps())
+def test_valid_maps_are_accepted(one: IDMap) -> None:
+    one.validate()
+    assert overlapping(one.ranges) is None
+
+
+@given(maps(), st.data())
+def test_shared_ids_are_found(one: IDMap, data: st.DataObject) -> None:
+    entry = data.draw(st.sampled_from(one.ranges))
+    inside = data.draw(st.integers(0, entry.size - 1))
+    clash = IDRange(entry.container_id + inside, 5000, 1)
+    with pytest.raises(MapError, match="overlap in their container IDs"):
+        IDMap((*one.ranges, clash)).validate()
+    clash = IDRange(5000, entry.host_id + inside, 1)
+    with pytest.raises(MapError, match="overlap in their host IDs"):
+        IDMap((*one.ranges, clash)).validate()
+
+
+@given(maps())
+def test_contiguous_maps_have_no_gap_on_either_side(one: IDMap) -> None:
+    def solid(ids: t.Collection[int]) -> bool:
+        return max(ids) - min(ids) + 1 == len(ids)
+
+    forth = model(one)
+    assert one.contiguous == (solid(forth.keys()) and solid(forth.values()))
+
+
+def test_the_question_leaves_the_list_as_it_sorted_it() -> None:
+    gap_outside = IDMap.of((0, 300, 5), (5, 100, 5))
+    assert gap_outside.contiguity() == (False, IDMap.of((5, 100, 5), (0, 300, 5)))
+    gap_inside = IDMap.of((70000, 0, 1), (0, 1, 65536))
+    assert gap_inside.contiguity() == (False, IDMap.of((0, 1, 65536), (70000, 0, 1)))
+    solid = IDMap.of((1000, 0, 1), (0, 1, 1000))
+    assert solid.contiguity() == (True, IDMap.of((0, 1, 1000), (1000, 0, 1)))
+    # keep-id of root in old versions: the empty range ends up behind.
+    empty_first = IDMap.of((0, 1, 0), (0, 0, 1), (1, 1, 9))
+    assert empty_first.contiguity() == (False, IDMap.of((0, 0, 1), (0, 1, 0), (1, 1, 9)))
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (["0:1"], "is not CONTAINER_ID:HOST_ID:COUNT"),
+        (["0:1:x"], "is not CONTAINER_ID:HOST_ID:COUNT"),
+        (["0:-1:5"], "is not CONTAINER_ID:HOST_ID:COUNT"),
+        (["٣:1:5"], "is not CONTAINER_ID:HOST_ID:COUNT"),
+        ([""], "is not CONTAINER_ID:HOST_ID:COUNT"),
+        (["0:1:0"], "its count is 0"),
+        (["0:1:4294967295"], "goes beyond the highest ID, 4294967294"),
+        (["4294967295:0:1"], "goes beyond the highest ID, 4294967294"),
+        (["0:0:10", "5:100:10"], "overlap in their container IDs"),
+        (["0:0:10", "10:9:1"], "overlap in their host IDs"),
+    ],
+)
+def test_bad_strings_are_named(items: list[str], words: str) -> None:
+    with pytest.raises(MapError, match=words) as caught:
+        IDMap.parse(items)
+    assert items[-1] in str(caught.value)
+    assert caught.value.way_out
+
+
+def test_the_whole_host_is_a_map_and_no_identity() -> None:
+    whole = IDMap.parse(["0:0:4294967295"])
+    assert whole == EVERYTHING
+    assert whole != IDENTITY
+    assert whole.same_meaning(IDENTITY)
+    assert not NOTHING.same_meaning(IDENTITY)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"container_id": 0},
+        "0:1:2",
+        [1],
+        [{"container_id": "0", "host_id": 1, "size": 1}],
+        [{"container_id": 0, "host_id": 1.0, "size": 1}],
+        [{"container_id": 0, "host_id": True, "size": 1}],
+        [{"container_id": 0, "host_id": -1, "size": 1}],
+    ],
+)
+def test_bad_records_are_named(record: object) -> None:
+    with pytest.raises(RecordError, match="layer abc uidmap"):
+        IDMap.from_record(record, "layer abc uidmap")
+
+
+def test_absent_records_are_the_identity() -> None:
+    assert IDMap.from_record(None) == IDENTITY
+    assert IDMap.from_record([]) == IDENTITY
+    assert IDENTITY.to_record() == []
+    assert IDENTITY.to_host(7) == IDENTITY.to_container(7) == 7
+    assert IDENTITY.missing([1, 2]) == []
+    assert IDENTITY.root == 0
+    assert str(IDENTITY) == "identity"
+
+
+def test_root() -> None:
+    assert IDMap.of((0, 1000, 5)).root == 1000
+    assert IDMap.of((5, 1000, 5)).root is None
+    assert IDMap.of((5, 1000, 1)).root == 1000
+    assert IDMap.of((1, 0, 1), (0, 7, 1)).root == 7

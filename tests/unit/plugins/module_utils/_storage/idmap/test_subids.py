@@ -1,0 +1,177 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Subordinate IDs from files and from getsubids, and the lines proposed when there are none."""
+
+from __future__ import annotations
+
+import pathlib
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import NamespaceError
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import IDMap
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subids import (
+    Sources,
+    SubIDRange,
+    SubIDs,
+    namespace_mapping,
+    nss_service,
+    propose,
+    ranges_of,
+    subordinate_ids,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+Make = t.Callable[..., Sources]
+
+
+@pytest.fixture
+def files(tmp_path: pathlib.Path) -> Make:
+    """Sources of given texts; getsubids is a shell script, or is not installed."""
+
+    def make(
+        subuid: str = "", subgid: str = "", nsswitch: str = "", passwd: str = "", script: str = ""
+    ) -> Sources:
+        for name, text in (
+            ("subuid", subuid), ("subgid", subgid), ("nsswitch", nsswitch), ("passwd", passwd),
+        ):  # fmt: skip
+            (tmp_path / name).write_text(text)
+        program = tmp_path / "getsubids"
+        if script:
+            program.write_text(f"#!/bin/sh\n{script}\n")
+            program.chmod(0o755)
+        names = ("subuid", "subgid", "nsswitch", "passwd")
+        return Sources(*(str(tmp_path / name) for name in names), getsubids=(str(program),))
+
+    return make
+
+
+def test_entries_under_name_and_number(files: Make) -> None:
+    sources = files("alice:100000:5\n# no\n\nbob:1:1\n1500:200000:7\nalice:50000:3\n", "1500:9:9\n")
+    found = subordinate_ids("alice", 1500, sources=sources)
+    assert found.uid == ((100000, 5), (200000, 7), (50000, 3))
+    assert found.gid == ((9, 9),)
+
+
+def test_the_namespace_of_a_user(files: Make) -> None:
+    sources = files("alice:100000:5\nalice:50000:3\n", "alice:7000:10\n")
+    mapping = namespace_mapping(1500, 1600, subordinate_ids("alice", 1500, sources=sources))
+    assert mapping.uid == IDMap.of((0, 1500, 1), (1, 50000, 3), (4, 100000, 5))
+    assert mapping.gid == IDMap.of((0, 1600, 1), (1, 7000, 10))
+
+
+def test_ranges_must_not_overlap() -> None:
+    twice = (SubIDRange(100, 10), SubIDRange(105, 10))
+    with pytest.raises(NamespaceError, match=r"overlap in their host IDs.*/etc/subuid"):
+        namespace_mapping(1500, 1500, SubIDs(twice, ()))
+    with pytest.raises(NamespaceError, match=r"overlap in their host IDs.*/etc/subgid"):
+        namespace_mapping(1500, 105, SubIDs((), (SubIDRange(100, 10),)))
+
+
+def test_a_missing_range_is_proposed(files: Make) -> None:
+    sources = files(
+        "bob:100000:65536\nal:300000:5\n", "carol:165536:65536\n", passwd="x:x:231073:5:::\n"
+    )
+    with pytest.raises(NamespaceError) as caught:
+        subordinate_ids("alice", 1500, sources=sources)
+    error = caught.value
+    # 231072 would hold an account's ID, 296608 a stranger's range.
+    assert error.facts["line"] == "alice:362144:65536"
+    assert error.facts["file"] == sources.subuid
+    assert f"Add the line alice:362144:65536 to {sources.subuid}" in str(error)
+    assert "usermod --add-subuids 362144-427679 alice" in str(error)
+
+
+def test_the_file_that_lacks_the_range_is_named(files: Make) -> None:
+    sources = files("alice:100000:65536\n", "")
+    with pytest.raises(NamespaceError, match=r"subordinate GIDs.*--add-subgids") as caught:
+        subordinate_ids("alice", 1500, sources=sources)
+    assert caught.value.facts["file"] == sources.subgid
+
+
+def test_none_may_be_enough(files: Make) -> None:
+    assert subordinate_ids("alice", 1500, False, files()) == SubIDs()
+    assert namespace_mapping(1500, 1500, SubIDs()).uid == IDMap.of((0, 1500, 1))
+
+
+def test_files_may_be_absent() -> None:
+    sources = Sources("/nonexistent/a", "/nonexistent/b", "/nonexistent/c", "/nonexistent/d")
+    assert propose("alice", sources) == (100000, 65536)
+
+
+@pytest.mark.parametrize("line", ["alice:x:5", "alice:5", "alice:1:2:3", "alice:4294967290:65536"])
+def test_own_malformed_lines_are_errors(files: Make, line: str) -> None:
+    with pytest.raises(NamespaceError, match="line 2"):
+        subordinate_ids("alice", 1500, sources=files(f"bob:zzz\n{line}\n"))
+
+
+def test_lines_of_strangers_are_not(files: Make) -> None:
+    sources = files("bob:zzz\n\udcff:5\n".encode("utf-8", "surrogateescape").decode("latin-1"))
+    pathlib.Path(sources.subuid).write_bytes(b"bob:zzz\n\xff\xfe:5\nalice:100000:10\n")
+    assert ranges_of("alice", 1500, "uid", sources=sources) == ((100000, 10),)
+
+
+@pytest.mark.parametrize(
+    ("text", "service"),
+    [
+        ("", ""),
+        ("passwd: files sss\n", ""),
+        ("subid: files\n", ""),
+        ("subid:\n", ""),
+        ("subid: sss\n", "sss"),
+        ("subid:\tldap files\n", "ldap"),
+    ],
+)
+def test_nsswitch(files: Make, text: str, service: str) -> None:
+    assert nss_service(files(nsswitch=text).nsswitch) == service
+
+
+def test_nss_is_asked(files: Make) -> None:
+    script = (
+        'case "$1" in -g) echo "0: $2 700000 9";; *) echo "0: $1 500000 5"; echo "1: $1 9 1";; esac'
+    )
+    sources = files("alice:1:1\n", "alice:1:1\n", "subid: sss\n", script=script)
+    found = subordinate_ids("alice", 1500, sources=sources)
+    assert found == SubIDs(((500000, 5), (9, 1)), ((700000, 9),))
+
+
+def test_nss_without_ranges(files: Make) -> None:
+    sources = files("alice:1:1\n", nsswitch="subid: sss\n", script="echo Error >&2; exit 1")
+    with pytest.raises(NamespaceError, match=r"NSS service sss.*ipa subid-generate --owner=alice"):
+        subordinate_ids("alice", 1500, sources=sources)
+
+
+def test_nss_without_getsubids(files: Make) -> None:
+    with pytest.raises(NamespaceError, match=r"getsubids is not installed.*package uidmap"):
+        subordinate_ids("alice", 1500, sources=files(nsswitch="subid: sss\n"))
+
+
+def test_names_without_account(files: Make) -> None:
+    sources = files("ghost:100000:5\n", "ghost:100000:5\n", script="exit 1")
+    with pytest.raises(NamespaceError, match=r"no account.*useradd --system.* ghost"):
+        ranges_of("ghost", None, "uid", sources=sources)
+    assert ranges_of("ghost", None, "uid", False, sources) == ()
+    assert ranges_of("ghost", 99, "uid", sources=sources) == ((100000, 5),)
+    older = files("ghost:100000:5\n", script="echo 0: ghost 100000 5")
+    assert ranges_of("ghost", None, "uid", sources=older) == ((100000, 5),)
+
+
+def test_without_getsubids_the_files_are_believed(files: Make) -> None:
+    assert ranges_of("ghost", None, "uid", sources=files("ghost:9:5\n")) == ((9, 5),)
+
+
+@given(st.lists(st.tuples(st.integers(0, 900_000), st.integers(1, 200_000)), max_size=12))
+def test_proposals_overlap_nothing(taken: list[tuple[int, int]]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        half = len(taken) // 2
+        for name, entries in (("subuid", taken[:half]), ("subgid", taken[half:])):
+            text = "".join(f"u{n}:{start}:{size}\n" for n, (start, size) in enumerate(entries))
+            pathlib.Path(folder, name).write_text(text)
+        start, size = propose("alice", Sources(f"{folder}/subuid", f"{folder}/subgid", "", ""))
+    assert start >= 100000
+    assert size == 65536
+    assert all(other + count <= start or other >= start + size for other, count in taken)

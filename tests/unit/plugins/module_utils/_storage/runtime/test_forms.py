@@ -1,0 +1,126 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What each version understands, and the form that its store gives a map."""
+
+from __future__ import annotations
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.grammar import (
+    parse_request,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapping import (
+    UNMAPPED,
+    Mapping,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import (
+    EVERYTHING,
+    IDMap,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subids import (
+    SubIDRange,
+    SubIDs,
+    namespace_mapping,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.detect import runtime
+from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.forms import (
+    context,
+    prefer,
+    shape,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+OLD = runtime("podman", "4.3.1")
+NEW = runtime("podman", "5.8.0")
+SUBIDS = SubIDs((SubIDRange(100000, 65536),), (SubIDRange(100000, 65536),))
+# Neither side in order; solid, with a gap outside, with a gap inside.
+SOLID = IDMap.of((5, 100, 5), (0, 105, 5))
+OUTSIDE = IDMap.of((0, 300, 5), (5, 100, 5))
+INSIDE = IDMap.of((9, 105, 5), (0, 100, 5))
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "zero", "ranges", "rootful", "size", "auto"),
+    [
+        ("4.3.1", False, True, True, False, False, False),
+        ("4.4.1", False, True, False, False, False, False),
+        ("4.5.0", False, True, False, True, False, False),
+        ("4.7.0", True, True, False, True, False, False),
+        ("5.0.0", True, True, False, True, False, True),
+        ("5.1.0", True, False, False, True, False, True),
+        ("5.4.0", True, False, False, True, True, True),
+        ("5.8.2", True, False, False, True, True, True),
+    ],
+)
+def test_podman_learns(
+    version: str, flags: bool, zero: bool, ranges: bool, rootful: bool, size: bool, auto: bool
+) -> None:
+    found = context(runtime("podman", version), False, 0, 0)
+    assert (found.map_flags, found.merge_and_sort) == (flags, flags)
+    assert found.keep_zero_entry is zero
+    assert found.keep_id_needs_ranges is ranges
+    assert found.rootful_keep_id is rootful
+    assert found.keep_id_size is size
+    assert found.auto_parent_ids is auto
+    assert found.available == Mapping(EVERYTHING, EVERYTHING)
+
+
+def test_other_programs_take_maps_as_typed() -> None:
+    for name in ("buildah", "cri-o"):
+        found = context(runtime(name, "1.33"), False, 0, 0)
+        assert not found.map_flags
+        assert found.kinds == {"host", "auto"}
+        typed = parse_request(uidmap=["9:100:5", "0:50:9"]).resolve(found)
+        assert typed.uid == IDMap.of((9, 100, 5), (0, 50, 9))
+
+
+@pytest.mark.parametrize(
+    ("uid", "gid", "expected_uid", "expected_gid"),
+    [
+        (SOLID, SOLID, "0:105:5,5:100:5", "0:105:5,5:100:5"),
+        (SOLID, OUTSIDE, "0:105:5,5:100:5", "5:100:5,0:300:5"),
+        (SOLID, INSIDE, "0:105:5,5:100:5", "0:100:5,9:105:5"),
+        (OUTSIDE, SOLID, "5:100:5,0:300:5", "5:100:5,0:105:5"),
+        (INSIDE, SOLID, "0:100:5,9:105:5", "5:100:5,0:105:5"),
+    ],
+)
+def test_the_shifting_question_sorts(
+    uid: IDMap, gid: IDMap, expected_uid: str, expected_gid: str
+) -> None:
+    mapping = Mapping(uid, gid)
+    assert shape(mapping, OLD, False) == mapping
+    shaped = shape(mapping, OLD, True)
+    assert (str(shaped.uid), str(shaped.gid)) == (expected_uid, expected_gid)
+    assert shape(shaped, OLD, True) == shaped
+
+
+@given(st.permutations(range(5)), st.booleans())
+def test_shapes_keep_the_meaning(order: list[int], checked: bool) -> None:
+    pieces = [(0, 50, 5), (5, 10, 5), (10, 15, 1), (11, 90, 0), (20, 30, 2)]
+    mapping = Mapping(IDMap.of(*(pieces[n] for n in order)), SOLID)
+    for one in (OLD, NEW):
+        for typed in (False, True):
+            assert shape(mapping, one, checked, typed).same_meaning(mapping)
+
+
+def test_maps_from_elsewhere_are_merged_where_podman_does() -> None:
+    mapping = Mapping(IDMap.of((5, 105, 5), (0, 100, 5)), SOLID)
+    assert shape(mapping, OLD, False, typed=True) == mapping
+    assert str(shape(mapping, NEW, False, typed=True).uid) == "0:100:10"
+
+
+def test_keep_id_is_never_merged() -> None:
+    where = context(NEW, True, 1500, 1500, namespace_mapping(1500, 1500, SUBIDS))
+    mapping = parse_request(userns="keep-id:uid=0,gid=0").resolve(where)
+    assert str(shape(mapping, NEW, False).uid) == "0:0:1,1:1:65536"
+
+
+def test_a_form_seen_before_wins() -> None:
+    turned = Mapping(IDMap.of((0, 105, 5), (5, 100, 5)), SOLID)
+    other = Mapping(OUTSIDE, SOLID)
+    mapping = Mapping(SOLID, SOLID)
+    assert prefer(mapping, [other, turned, mapping]) == turned
+    assert prefer(mapping, [other]) == mapping
+    whole = Mapping(EVERYTHING, EVERYTHING)
+    assert prefer(whole, [UNMAPPED]) == whole
