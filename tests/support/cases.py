@@ -132,10 +132,13 @@ class Case:
                 )
                 assert (info.st_uid, info.st_gid) == wanted, path
                 assert stat.S_IFMT(info.st_mode) == stat.S_IFMT(origin.st_mode), path
+                if path == ".":
+                    # The overlay driver gives the root directory a mode of its own choice.
+                    assert oct(info.st_mode) == oct(origin.st_mode)
+                    continue
+                assert info.st_mtime_ns == origin.st_mtime_ns, path
                 if entry.kind != "symlink":
                     assert oct(info.st_mode & 0o7777) == oct(entry.mode), path
-                if path != ".":
-                    assert info.st_mtime_ns == origin.st_mtime_ns, path
                 if entry.kind != "dir":
                     assert info.st_nlink == origin.st_nlink, path
                 _assert_content(tree / path, entry)
