@@ -118,6 +118,11 @@ options:
     type: str
     choices: [fail, overflow]
     default: fail
+  lease:
+    description:
+      - For how long M(userns.storage.layer_gc) keeps a new layer though nobody uses it yet, an age such as V(30d).
+      - It begins when the layer is made. A layer that is there already keeps the lease it has.
+    type: str
 seealso:
   - module: userns.storage.image_layers_info
 author:
@@ -278,6 +283,7 @@ def main() -> None:
             },
             "force": {"type": "bool", "default": False},
             "unmapped_ids": {"type": "str", "choices": ["fail", "overflow"], "default": "fail"},
+            "lease": {"type": "str"},
             **STORE_ARGUMENTS,
         },
         mutually_exclusive=[
@@ -298,6 +304,7 @@ def main() -> None:
             strategy=params["strategy"],
             force=params["force"],
             overflow=params["unmapped_ids"] == "overflow",
+            lease=params["lease"] or "",
             check=module.check_mode,
         ),
         template.declare,

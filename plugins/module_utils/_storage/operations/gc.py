@@ -17,7 +17,6 @@ from ..idmap.mapping import Mapping
 from ..idmap.ranges import IDMap
 from ..idmap.subids import everybodys_ranges, subordinate_ids
 from ..kernel import files
-from ..store.ledger import Ledger, ledger_key
 from ..store.records import Layer
 from ..store.snapshot import Snapshot
 from . import policy as reading
@@ -45,6 +44,7 @@ from .plan import (
 )
 from .policy import Policy
 from .removing import remove_mapped_layer
+from .watching import watch
 
 # Host IDs below are nobody's subordinate ones.
 _FIRST_SUBORDINATE = 65536
@@ -204,19 +204,11 @@ class _Collection:
 
     def _watch(self) -> t.Optional[float]:
         """Note in the ledger what is in use now; since when somebody has watched."""
-        ledger = Ledger(os.path.join(self.place.store.root, "ledger.json")).load()
-        keys = {}
-        for image in self.inventory.images:
-            for one in image.mapped:
-                if one.layer is not None and not one.layer.read_only_store:
-                    keys[one.layer_id] = ledger_key(image.image.id, one.mapping)
-        used = [layer_id for layer_id in keys if self.states[layer_id].containers]
-        since = ledger.watched_since
-        ledger.observe(used, self.now, keys)
-        for layer_id in keys:
-            self.states[layer_id].last_used = ledger.last_used(layer_id)
-        if not self.request.check:
-            ledger.save()
+        ledger, since = watch(
+            self.place, self.place.store.view(), self.now, write=not self.request.check
+        )
+        for one in self.states.values():
+            one.last_used = ledger.last_used(one.layer_id)
         return since
 
     def _candidates(self) -> t.List[Candidate]:

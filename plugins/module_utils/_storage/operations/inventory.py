@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from ..drivers.base import Driver
 from ..errors import ImageUnknown, StorageError
 from ..idmap.mapping import Mapping
-from ..store.ledger import Ledger
 from ..store.records import Container, Image, Layer
 from ..store.snapshot import Snapshot
 from ..tree.measure import Usage
@@ -25,6 +24,7 @@ from .moments import from_rfc3339, say
 from .naming import Patterns, image_words
 from .opening import OpenStore, StoreRequest, opened
 from .records import LEASE_FLAG, ORIGIN, ORIGIN_FLAG
+from .watching import ledger_of
 
 NONE, APPARENT, EXCLUSIVE = "none", "apparent", "exclusive"
 
@@ -200,7 +200,7 @@ class _Taker:
         self.now = time.time()
         self.states: t.Dict[str, LayerState] = {}
         self.snapshot = place.store.snapshot()
-        self.ledger = Ledger(os.path.join(place.store.root, "ledger.json")).load()
+        self.ledger = ledger_of(place)
         self.present = self._present()
 
     def _present(self) -> t.Optional[t.Set[str]]:

@@ -17,9 +17,9 @@ import typing as t
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from .moments import AGE
+from .moments import age as age
 
-_AGE = re.compile(r"(-?\d+)([smhdw])?", re.IGNORECASE)
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)(?:\s*([A-Za-z]+))?\s*")
 _POWERS = {letter: 1 << (10 * power) for power, letter in enumerate("BKMGTPEZY")}
 _LONG_UNITS = {
@@ -99,31 +99,12 @@ class Policy:
         )
 
 
-def age(option: str, text: str) -> float:
-    """Seconds of an age. Raises ConfigError: not an age, or a negative one, which would mean
-    "younger than".
-    """
-    found = _AGE.fullmatch(text.strip())
-    if found is None:
-        raise ConfigError(
-            f"{option}: {text}",
-            "this is not an age",
-            "Write a whole number and one of s, m, h, d, w, for example 2w.",
-        )
-    number = int(found.group(1))
-    if number < 0:
-        raise ConfigError(
-            f"{option}: {text}", "an age cannot be negative here", f"Write {text.strip()[1:]}."
-        )
-    return float(number * _SECONDS[(found.group(2) or "s").lower()])
-
-
 def moment(option: str, text: str, now: float) -> float:
     """Seconds since the epoch, of a date (``2026-03-01``, ``2026-03-01T12:00:00Z``; UTC unless it
     says otherwise) or an age before ``now``.
     """
     plain = text.strip()
-    if _AGE.fullmatch(plain):
+    if AGE.fullmatch(plain):
         return now - age(option, plain)
     if plain[-1:] in ("Z", "z"):
         plain = plain[:-1] + "+00:00"

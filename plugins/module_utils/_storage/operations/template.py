@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import typing as t
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from ..store.records import Image
 from ..store.snapshot import Snapshot
 from .asking import Asker, Question, Wanted
 from .building import Building, label, template_of
+from .moments import age
 from .opening import OpenStore, StoreRequest, opened
 from .removing import refuse_if_used, remove_mapped_layer
 from .tidying import tidy
+from .watching import watch
 
 CREATED = "created"
 EXISTING = "existing"
@@ -36,6 +39,7 @@ class TemplateRequest:
     :param state: "present" or "absent"
     :param force: make the layer even where the runtime shifts IDs
     :param overflow: give IDs outside the map to the overflow ID instead of refusing them
+    :param lease: for how long (an age such as "30d") a new layer is kept though nobody uses it
     :param check: only say what would be done
     """
 
@@ -46,6 +50,7 @@ class TemplateRequest:
     strategy: str = "auto"
     force: bool = False
     overflow: bool = False
+    lease: str = ""
     check: bool = False
 
 
@@ -111,6 +116,7 @@ class _Task:
         self._place = place
         self._asker = Asker(place, request.wanted)
         self._snapshot = place.store.snapshot()
+        self._lease = time.time() + age("lease", request.lease) if request.lease else None
 
     def carry_out(self) -> t.Dict[str, t.Any]:
         act = self._present if self._request.state == "present" else self._absent
@@ -132,8 +138,11 @@ class _Task:
                 entry.action, entry.reason, entry.error = REFUSED, str(error), error
             entry.seconds = time.monotonic() - started
             _apply(after[label(entry.image)], entry)
+        changed = any(entry.action in (CREATED, REMOVED) for entry in entries)
+        if not self._request.check:
+            self._note_use(changed)
         result: t.Dict[str, t.Any] = {
-            "changed": any(entry.action in (CREATED, REMOVED) for entry in entries),
+            "changed": changed,
             "layers": [entry.result() for entry in entries],
             "store": self._place.describe(
                 bool(entries) and all(entry.question.shifting.shifts for entry in entries)
@@ -146,6 +155,11 @@ class _Task:
             if len(entries) > 1:
                 result["error"] = f"{len(refused)} of {len(entries)} refused. {result['error']}"
         return result
+
+    def _note_use(self, changed: bool) -> None:
+        """Keep the ledger; a run that changes nothing begins none. What it cannot note is no fault."""
+        with contextlib.suppress(StorageError, OSError):
+            watch(self._place, self._place.store.snapshot(), time.time(), begin=changed)
 
     def _images(self) -> t.List[Image]:
         """The images asked for, each once, in the order asked."""
@@ -171,7 +185,12 @@ class _Task:
         template = template_of(snapshot, image)
         entry.template_id = template.id
         building = Building(
-            self._place, image, entry.mapping, self._request.strategy, self._request.overflow
+            self._place,
+            image,
+            entry.mapping,
+            self._request.strategy,
+            self._request.overflow,
+            self._lease,
         )
         found = building.equal_layer(snapshot)
         damage = building.damage(snapshot, found) if found else None
