@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+import signal
 import stat
 import time
 import typing as t
@@ -26,6 +28,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.re
     open_driver,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    InternalError,
     StoreError,
     UnmappedIDs,
     UnsupportedDriver,
@@ -41,6 +44,10 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import (
     StoreConfig,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.staging import (
+    StagingArea,
+    remove_tree,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.store import (
     Store as OurStore,
@@ -305,9 +312,8 @@ def test_podman_takes_the_layer(
 
     store.podman("rm", container)
     store.podman("rmi", small_image.name)
-    assert store.leftovers(made.layer_id) == [
-        str(store.graphroot / "userns-storage" / "staging" / made.layer_id)
-    ]
+    inside(store, sweep)
+    assert store.leftovers(made.layer_id) == []
 
 
 @pytest.mark.parametrize("kind", ["vfs", "overlay-forced", "btrfs", "rootless-overlay"])
@@ -318,8 +324,16 @@ def test_detach_leaves_nothing(make_store: MakeStore, small_image: Image, kind: 
     made = Made(*inside(store, make, image["id"], items, "auto"))
     inside(store, take_away, made.layer_id)
     assert not store.layer_folder(made.layer_id).exists()
-    left = sorted(pathlib.Path(path).name for path in store.leftovers(made.layer_id))
-    assert left == [made.layer_id, f"{made.layer_id}.tar-split.gz"]
+    inside(store, sweep)
+    left = [pathlib.Path(path).name for path in store.leftovers(made.layer_id)]
+    assert left == [f"{made.layer_id}.tar-split.gz"]
+
+
+def sweep(place: Place) -> None:
+    with opened(place) as driver:
+        area = StagingArea(os.path.join(place.graphroot, "userns-storage"))
+        area.sweep(driver.destroy)
+        assert area.leftovers() == []
 
 
 def take_away(place: Place, layer_id: str) -> None:
@@ -337,10 +351,6 @@ def take_away(place: Place, layer_id: str) -> None:
         assert "missing" in missing
         descriptor = os.open(trash, os.O_RDONLY)
         if not driver.destroy(descriptor, layer_id):
-            from ansible_collections.userns.storage.plugins.module_utils._storage.store.staging import (
-                remove_tree,
-            )
-
             remove_tree(os.path.join(trash, layer_id), driver.destroy)
         os.close(descriptor)
     assert os.listdir(trash) == []
@@ -512,3 +522,85 @@ def test_parents_in_a_read_only_store(make_store: MakeStore, small_image: Image)
     arguments = ["--uidmap=0:100000:65536", "--gidmap=0:100000:65536"]
     mapped = store.create("localhost/upper:1", *arguments)
     assert store.layer(store.container(mapped)["layer"])["parent"] == made.layer_id
+
+
+def test_a_store_of_fuse_overlayfs(make_store: MakeStore, small_image: Image) -> None:
+    """The store remembers it, even when the option is gone."""
+    store = make_store("rootless-fuse", small_image)
+    image = store.image(small_image.name)
+    store.options.clear()
+    with pytest.raises(UnsupportedDriver, match="mount program"):
+        inside(store, make, image["id"], ["0:1:20000"], "auto")
+
+
+def die() -> t.NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def killed(place: Place, image_id: str, layer_id: str, moment: str) -> None:
+    """Commit a layer, or take one away, and be killed at a moment of it."""
+    mapping = Mapping(IDMap.parse(["0:100000:65536"]), IDMap.parse(["0:100000:65536"]))
+
+    def at(name: str) -> None:
+        if name == moment:
+            die()
+
+    with opened(place) as driver:
+        records = OurStore.open(config_of(place))
+        snapshot = records.snapshot()
+        chain = snapshot.chain(snapshot.images[image_id].layer)
+        ids = [layer.id for layer in chain]
+        into = staging_folder(place, layer_id)
+        driver.stage(ids, Shift(Mapping(), mapping), "copy", into, layer_id)
+        at("staged")
+        record = mapped_record(layer_id, chain[0], mapping, time.time_ns(), None)
+        with records.transaction() as transaction:
+            transaction.begin_layer(record)
+            at("begun")
+            if moment == "renamed":
+                os.symlink = lambda *_a, **_n: die()  # type: ignore[assignment]
+            driver.commit(into, layer_id)
+            at("linked")
+            transaction.finish_layer(layer_id)
+            transaction.append_mapped_layer(image_id, layer_id)
+        trash = os.path.join(place.graphroot, "userns-storage", "trash")
+        os.mkdir(trash)
+        with records.transaction(containers=True) as transaction:
+            transaction.drop_mapped_layer(layer_id)
+            transaction.mark_incomplete(layer_id)
+            at("marked")
+            if moment == "unlinked":
+                os.rename = lambda *_a, **_n: die()  # type: ignore[assignment]
+            driver.detach(layer_id, trash)
+            die()
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        *itertools.product(
+            ["overlay-forced", "vfs", "btrfs"], ["staged", "begun", "linked", "marked", "detached"]
+        ),
+        ("overlay-forced", "renamed"),
+        ("overlay-forced", "unlinked"),
+    ],
+)
+def test_podman_cleans_up_after_a_kill(
+    make_store: MakeStore, small_image: Image, kind: str, moment: str
+) -> None:
+    store = make_store(kind, small_image)
+    image = store.image(small_image.name)
+    layer_id = "0123456789abcdef" * 4
+    before = store.layer_ids()
+    with pytest.raises(InternalError, match="killed by signal 9"):
+        inside(store, killed, image["id"], layer_id, moment)
+    store.create(small_image.name)
+    assert layer_id not in store.layer_ids()
+    assert len(store.layer_ids()) == len(before) + 1
+    inside(store, sweep)
+    assert not store.layer_folder(layer_id).exists()
+    if store.driver == "overlay":
+        links = store.graphroot / "overlay" / "l"
+        assert not [link.name for link in links.iterdir() if not link.exists()]
+    assert layer_id not in store.podman("images", "--all", "--no-trunc").stdout

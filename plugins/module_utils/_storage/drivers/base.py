@@ -40,9 +40,6 @@ Progress = t.Callable[[int, int], None]
 LAYER_ID = re.compile(r"[0-9a-f]{64}")
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# The layer's name in its staging folder, beside what the store keeps there.
-STAGED = "layer"
-
 SNAPSHOT, REFLINK, METACOPY, COPY = "snapshot", "reflink", "metacopy", "copy"
 
 # Filesystems in which no two files can share data, under any kernel so far.
@@ -292,7 +289,8 @@ class Driver(abc.ABC):
             chosen = self._choose(strategy, self.strategies(chain))
             staging = os.open(into, DIRECTORY)
             undo.callback(os.close, staging)
-            staged = self._build(chosen, chain, shift, staging, into, progress)
+            name = self._staged_name(layer_id)
+            staged = self._build(chosen, chain, shift, staging, os.path.join(into, name), progress)
             files.syncfs(staging)
             return staged
 
@@ -339,6 +337,10 @@ class Driver(abc.ABC):
 
     # What a driver may do its own way
 
+    def _staged_name(self, layer_id: str) -> str:
+        """What the layer is called in its staging folder."""
+        return "layer"
+
     @abc.abstractmethod
     def _readable(self, chain: t.Sequence[str]) -> t.ContextManager[LayerStack]:
         """The template's tree, open for reading."""
@@ -353,12 +355,12 @@ class Driver(abc.ABC):
         chain: t.Sequence[str],
         shift: Shift,
         staging: int,
-        into: str,
+        target: str,
         progress: t.Optional[Progress],
     ) -> Staged:
-        os.mkdir(STAGED, 0o700, dir_fd=staging)
+        """Build the layer as ``target``, an entry to be made in the open directory ``staging``."""
+        os.mkdir(os.path.basename(target), 0o700, dir_fd=staging)
         with self._readable(chain) as stack:
-            target = os.path.join(into, STAGED)
             return self._cloned(stack, target, shift, strategy, progress)
 
     def _cloned(
@@ -378,7 +380,8 @@ class Driver(abc.ABC):
         )
 
     def _install(self, staging: int, folder: int, layer_id: str) -> None:
-        os.rename(STAGED, layer_id, src_dir_fd=staging, dst_dir_fd=folder)
+        name = self._staged_name(layer_id)
+        os.rename(name, layer_id, src_dir_fd=staging, dst_dir_fd=folder)
 
     def _uninstall(self, folder: int, layer_id: str, trash: int) -> None:
         os.rename(layer_id, layer_id, src_dir_fd=folder, dst_dir_fd=trash)

@@ -2,29 +2,44 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This module util is PRIVATE to the userns.storage collection.
-"""The btrfs driver: each layer is a subvolume; a mapped one starts as a snapshot of its template."""
+"""The btrfs driver: each layer is a subvolume; a mapped one starts as a snapshot of its template.
+
+Runtimes remove a layer whose record is flagged as incomplete when they open the store, and on btrfs
+they fail, for the whole store, if there is no subvolume of that name. So there is one at any time
+that such a record may exist: an empty subvolume, marked as ours, holds the place until the layer
+takes it, and takes it over when the layer leaves.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import time
 import typing as t
 
 from ..idmap.mapping import Shift
-from ..kernel import btrfs, files
+from ..kernel import btrfs, files, renames, xattrs
 from ..tree.measure import Usage
 from ..tree.merged import PLAIN, LayerStack
 from ..tree.shift import shift_in_place
 from .base import (
     DIRECTORY,
+    LAYER_ID,
     SNAPSHOT,
-    STAGED,
     Driver,
+    Orphan,
     Progress,
     Staged,
     Strategy,
 )
+
+# On the root of an empty subvolume that only holds a layer's place.
+_MARK = "trusted.userns.storage.placeholder"
+_MARK_OF_USERS = "user.userns.storage.placeholder"
+# Nobody takes longer from announcing a layer to putting it there.
+_LONGEST_WAIT = 86400.0
+_NO_EXCHANGE = frozenset((errno.ENOSYS, errno.EINVAL))
 
 
 class BtrfsDriver(Driver):
@@ -41,6 +56,9 @@ class BtrfsDriver(Driver):
         with self._explained(layer_id), contextlib.ExitStack() as undo:
             if not btrfs.is_subvolume(self._need_layer(undo, layer_id)):
                 return f"layer {layer_id[:12]} is a directory, not a subvolume"
+            folder = undo.enter_context(self._opened_folder())
+            if self._is_placeholder(folder, layer_id):
+                return f"the subvolume of layer {layer_id[:12]} is missing, its place is only held"
         return None
 
     def measure(self, layer_id: str, exclusive: bool = False) -> Usage:
@@ -62,24 +80,103 @@ class BtrfsDriver(Driver):
                 ways.insert(0, Strategy(SNAPSHOT, reason))
             return ways
 
-    def destroy(self, parent: int, name: str) -> bool:
-        """Delete a subvolume in one piece; as an ordinary user only where the mount allows it."""
-        try:
-            descriptor = os.open(name, DIRECTORY, dir_fd=parent)
-        except OSError:
+    def exists(self, layer_id: str) -> bool:
+        """As for every driver; a place that is only held does not count."""
+        if not super().exists(layer_id):
             return False
+        with self._explained(layer_id), self._opened_folder() as folder:
+            return not self._is_placeholder(folder, layer_id)
+
+    def stage(
+        self,
+        chain: t.Sequence[str],
+        shift: Shift,
+        strategy: str,
+        into: str,
+        layer_id: str,
+        progress: t.Optional[Progress] = None,
+    ) -> Staged:
+        """As for every driver; the layer's place is held from then on."""
+        staged = super().stage(chain, shift, strategy, into, layer_id, progress)
+        with self._explained(layer_id), self._opened_folder() as folder:
+            self._make_placeholder(folder, layer_id)
+        return staged
+
+    def orphans(self, known_ids: t.Container[str]) -> t.List[Orphan]:
+        """As for every driver, but for places that are held for a layer about to come."""
+        found = super().orphans(known_ids)
+        with self._explained(self.folder), self._opened_folder() as folder:
+            now = time.time()
+            return [
+                one
+                for one in found
+                if now - one.changed > _LONGEST_WAIT or not self._is_placeholder(folder, one.name)
+            ]
+
+    def destroy(self, parent: int, name: str) -> bool:
+        """Delete a subvolume in one piece; as an ordinary user only where the mount allows it.
+
+        What still holds the place of a layer of that name goes with it.
+        """
+        gone = _delete(parent, name)
+        if gone and LAYER_ID.fullmatch(name):
+            with contextlib.suppress(OSError), self._opened_folder() as folder:
+                if self._is_placeholder(folder, name):
+                    _delete(folder, name)
+        return gone
+
+    def _staged_name(self, layer_id: str) -> str:
+        return layer_id
+
+    def _install(self, staging: int, folder: int, layer_id: str) -> None:
         try:
-            if not btrfs.is_subvolume(descriptor):
-                return False
-        finally:
-            os.close(descriptor)
-        try:
-            btrfs.delete_subvolume(parent, name)
+            if self._is_placeholder(folder, layer_id):
+                renames.exchange(staging, layer_id, folder, layer_id)
+                return
         except OSError as error:
-            if error.errno in (errno.EPERM, errno.EACCES, errno.ENOTEMPTY):
+            if error.errno not in _NO_EXCHANGE:
+                raise
+            _delete(folder, layer_id)
+        super()._install(staging, folder, layer_id)
+
+    def _uninstall(self, folder: int, layer_id: str, trash: int) -> None:
+        os.stat(layer_id, dir_fd=folder, follow_symlinks=False)
+        try:
+            with contextlib.suppress(FileExistsError):
+                # Also what makes `destroy` look for the place, should only that be left.
+                self._make_placeholder(trash, layer_id)
+            if self._is_placeholder(folder, layer_id):
+                return
+            renames.exchange(folder, layer_id, trash, layer_id)
+        except OSError as error:
+            if error.errno not in _NO_EXCHANGE:
+                raise
+            _delete(trash, layer_id)
+            super()._uninstall(folder, layer_id, trash)
+
+    @property
+    def _mark(self) -> str:
+        return _MARK_OF_USERS if self.home.rootless else _MARK
+
+    def _make_placeholder(self, parent: int, name: str) -> None:
+        btrfs.create_subvolume(parent, name)
+        with contextlib.ExitStack() as undo:
+            made = os.open(name, DIRECTORY, dir_fd=parent)
+            undo.callback(os.close, made)
+            xattrs.put(made, self._mark, b"1")
+
+    def _is_placeholder(self, parent: int, name: str) -> bool:
+        with contextlib.ExitStack() as undo:
+            try:
+                found = os.open(name, DIRECTORY, dir_fd=parent)
+            except OSError:
                 return False
-            raise
-        return True
+            undo.callback(os.close, found)
+            try:
+                xattrs.get(found, self._mark)
+            except OSError:
+                return False
+            return btrfs.is_subvolume(found) and not os.listdir(found)
 
     @contextlib.contextmanager
     def _readable(self, chain: t.Sequence[str]) -> t.Iterator[LayerStack]:
@@ -93,23 +190,43 @@ class BtrfsDriver(Driver):
         chain: t.Sequence[str],
         shift: Shift,
         staging: int,
-        into: str,
+        target: str,
         progress: t.Optional[Progress],
     ) -> Staged:
-        target = os.path.join(into, STAGED)
+        name = os.path.basename(target)
         if strategy.name != SNAPSHOT:
-            btrfs.create_subvolume(staging, STAGED)
+            btrfs.create_subvolume(staging, name)
             with self._readable(chain) as stack:
                 return self._cloned(stack, target, shift, strategy, progress)
         with contextlib.ExitStack() as undo:
             template = self._need_layer(undo, chain[0])
             # What is not on disk yet is not in a snapshot.
             files.syncfs(template)
-            btrfs.snapshot(template, staging, STAGED)
+            btrfs.snapshot(template, staging, name)
         made = shift_in_place(target, shift, progress=progress)
         # Space is counted when the filesystem commits, and known only where quotas are on.
         files.syncfs(staging)
         with contextlib.ExitStack() as undo:
-            snapshot = os.open(STAGED, DIRECTORY, dir_fd=staging)
+            snapshot = os.open(name, DIRECTORY, dir_fd=staging)
             undo.callback(os.close, snapshot)
             return self._told(strategy, made, btrfs.exclusive_bytes(snapshot) or 0)
+
+
+def _delete(parent: int, name: str) -> bool:
+    """Delete a subvolume of an open directory; false where that is none, or is not allowed."""
+    try:
+        descriptor = os.open(name, DIRECTORY, dir_fd=parent)
+    except OSError:
+        return False
+    try:
+        if not btrfs.is_subvolume(descriptor):
+            return False
+    finally:
+        os.close(descriptor)
+    try:
+        btrfs.delete_subvolume(parent, name)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EACCES, errno.ENOTEMPTY):
+            return False
+        raise
+    return True

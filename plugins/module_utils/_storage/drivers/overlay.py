@@ -5,7 +5,7 @@
 """The overlay driver, native mounts only.
 
 The mapped layer holds the whole merged tree and, as the driver has it, is a child of its template:
-``lower`` names the template first. See the on-disk notes in docs/ for the files of a layer.
+``lower`` names the template first. The records know it as a sibling of the template.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from .base import (
     DIRECTORY,
     LAYER_ID,
     METACOPY,
-    STAGED,
     Driver,
     Orphan,
     Progress,
@@ -238,31 +237,32 @@ class OverlayDriver(Driver):
         chain: t.Sequence[str],
         shift: Shift,
         staging: int,
-        into: str,
+        target: str,
         progress: t.Optional[Progress],
     ) -> Staged:
         with contextlib.ExitStack() as undo:
             template = self._need_layer(undo, chain[0])
-            os.mkdir(STAGED, 0o700, dir_fd=staging)
-            layer = os.open(STAGED, DIRECTORY, dir_fd=staging)
+            name = os.path.basename(target)
+            os.mkdir(name, 0o700, dir_fd=staging)
+            layer = os.open(name, DIRECTORY, dir_fd=staging)
             undo.callback(os.close, layer)
             copy_label(template, layer)
-            for name in ("diff", "work", "merged"):
-                os.mkdir(name, 0o700, dir_fd=layer)
+            for folder in ("diff", "work", "merged"):
+                os.mkdir(folder, 0o700, dir_fd=layer)
             self._write_names(undo, template, layer, chain)
             if strategy.name == METACOPY:
                 return self._shifted_copy_up(undo, strategy, chain, shift, layer, progress)
-            target = os.path.join(into, STAGED, "diff")
+            diff = os.path.join(target, "diff")
             try:
                 with self._readable(chain) as stack:
-                    return self._cloned(stack, target, shift, strategy, progress)
+                    return self._cloned(stack, diff, shift, strategy, progress)
             except NeedsMount as why:
-                remove_tree(target)
+                remove_tree(diff)
                 os.mkdir("diff", 0o700, dir_fd=layer)
                 # Through an overlay no file shares its data with another one.
                 plain = Strategy(COPY, f"{why.cause}, so the template is read through a mount")
                 with self._mounted(chain) as stack:
-                    return self._cloned(stack, target, shift, plain, progress)
+                    return self._cloned(stack, diff, shift, plain, progress)
 
     def _write_names(
         self, undo: contextlib.ExitStack, template: int, layer: int, chain: t.Sequence[str]
@@ -339,7 +339,7 @@ class OverlayDriver(Driver):
 
     def _install(self, staging: int, folder: int, layer_id: str) -> None:
         with contextlib.ExitStack() as undo:
-            layer = os.open(STAGED, DIRECTORY, dir_fd=staging)
+            layer = os.open(self._staged_name(layer_id), DIRECTORY, dir_fd=staging)
             undo.callback(os.close, layer)
             link = _read(layer, "link")
             links = _opened_links(undo, folder)
