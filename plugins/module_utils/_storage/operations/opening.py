@@ -117,7 +117,7 @@ def opened(request: StoreRequest) -> t.Iterator[OpenStore]:
             options=config.options,
             rootless=config.rootless,
             view=view,
-            image_stores=config.additional_image_stores,
+            image_stores=tuple(filter(None, (config.imagestore, *config.additional_image_stores))),
         )
         yield OpenStore(
             config,
