@@ -16,6 +16,8 @@ Ranges = t.Sequence[t.Tuple[int, int, int]]
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _PRIVATE = ("trusted.overlay.", "user.overlay.")
+# How xfs shows ACLs a second time.
+_ALIASES = ("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT")
 _ACL = ("system.posix_acl_access", "system.posix_acl_default")
 _CAPABILITY = "security.capability"
 # Allocation may differ by what a filesystem does at the edges of extents.
@@ -246,7 +248,7 @@ def _xattrs(fd: int, name: bytes) -> t.Dict[str, bytes]:
     path = os.fsencode(f"/proc/self/fd/{fd}/") + name
     found = {}
     for attribute in os.listxattr(path, follow_symlinks=False):
-        if attribute.startswith(_PRIVATE):
+        if attribute.startswith(_PRIVATE) or attribute in _ALIASES:
             continue
         try:
             found[attribute] = os.getxattr(path, attribute, follow_symlinks=False)

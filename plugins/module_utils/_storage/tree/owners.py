@@ -35,6 +35,8 @@ _CAPABILITY_ROOT_AT = 20
 _ID = struct.Struct("<L")
 
 _COPIED = ("user.", "trusted.", "security.")
+# How xfs shows the very ACLs a second time, their IDs never translated.
+_ALIASES = frozenset(("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"))
 
 # What tells that an attribute cannot be read in this namespace or is gone again.
 _UNREADABLE = frozenset((errno.EOVERFLOW, errno.ENODATA))
@@ -83,7 +85,7 @@ def _translate_capability(value: bytes, shift: Shift) -> bytes:
 
 def is_copied(attribute: str) -> bool:
     """Whether an attribute belongs to a file's content, unlike what a filesystem makes up."""
-    return attribute.startswith(_COPIED) or attribute in ACLS
+    return attribute in ACLS or (attribute.startswith(_COPIED) and attribute not in _ALIASES)
 
 
 def copy_attributes(

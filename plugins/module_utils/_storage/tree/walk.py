@@ -365,7 +365,12 @@ class Worker:
                 else:
                     kind = SPECIAL
                     self._name = name
-                    if stack.is_whiteout(os.lstat(name, dir_fd=fd)):
+                    try:
+                        status = os.lstat(name, dir_fd=fd)
+                    except FileNotFoundError:
+                        # A mounted overlay lists some whiteouts, though nothing can be found there.
+                        continue
+                    if stack.is_whiteout(status):
                         closed.add(name)
                         continue
                 if not last:
