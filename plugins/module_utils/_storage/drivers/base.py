@@ -28,6 +28,7 @@ from ..errors import (
 )
 from ..idmap.mapping import Shift
 from ..kernel import files, xattrs
+from ..tree import lookup
 from ..tree.clone import CloneResult, can_reflink, clone
 from ..tree.measure import Usage, measure
 from ..tree.merged import LayerStack
@@ -193,6 +194,16 @@ class Driver(abc.ABC):
         """
         with self._explained(path):
             return measure([path])
+
+    def read_text(self, chain: t.Sequence[str], path: str) -> t.Optional[str]:
+        """The text of one file of a layer's tree, None when it has no such regular file.
+
+        :param chain: the layer and its parents
+        :param path: relative to the tree's root
+        :raises StorageError: a layer is missing or cannot be read
+        """
+        with self._explained(chain[0]), self._readable(chain) as stack:
+            return lookup.read_text(stack, path)
 
     def dependencies(self, layer_id: str) -> t.List[str]:
         """The layers whose data this one needs on disk, nearest first; none where trees are whole."""

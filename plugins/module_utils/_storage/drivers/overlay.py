@@ -22,6 +22,7 @@ from ..errors import StoreError, UnsupportedDriver
 from ..idmap.mapping import Shift
 from ..kernel import mounts
 from ..store.removal import remove_tree
+from ..tree import lookup
 from ..tree.clone import CloneResult
 from ..tree.measure import Usage, measure
 from ..tree.merged import PLAIN, LayerStack, NeedsMount
@@ -223,6 +224,14 @@ class OverlayDriver(Driver):
     def _options_of_ours(self, *names: str) -> t.List[str]:
         """Those of the store's mount options that decide how layers are read and written."""
         return [one for one in self._mount_options() if one.partition("=")[0] in names]
+
+    def read_text(self, chain: t.Sequence[str], path: str) -> t.Optional[str]:
+        """The text of one file of a layer's tree, through a mount where it must be."""
+        try:
+            return super().read_text(chain, path)
+        except NeedsMount:
+            with self._mounted(chain) as stack:
+                return lookup.read_text(stack, path)
 
     def _survey(self, chain: t.Sequence[str], shift: Shift) -> CloneResult:
         try:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import typing as t
 from dataclasses import dataclass
@@ -103,9 +104,7 @@ class _Asked:
         )
         self.runtime = _runtime(wanted.runtime)
         self._context = _context(self.runtime, place)
-        self._fixed = (
-            None if self._request.kind == "auto" else self._request.resolve(self._context)
-        )
+        self._fixed = None if self._request.kind == "auto" else self._request.resolve(self._context)
 
     def mappings(self, snapshot: Snapshot, image: Image) -> t.List[Mapping]:
         """The maps for an image; one, save for ``auto``."""
@@ -124,9 +123,11 @@ class _Asked:
             auto.image_ids(
                 (one for layer in chain for one in (layer.uidset, layer.gidset)),
                 lambda path: place.driver.read_text(ids, path),
-                _read_text(_GROUP_FILE),
+                # Root's services start in /, users at home, where there is no etc/group.
+                None if place.config.rootless else _read_text(_GROUP_FILE),
             ),
             userns.size,
+            _image_user(place, image),
         )
         return auto.slots(
             self._wanted.slots,
@@ -179,6 +180,17 @@ def _in_use(mapping: Mapping, snapshot: Snapshot, image: Image) -> Mapping:
         if layer is not None and ORIGIN_FLAG not in layer.flags:
             seen.append(layer.mapping)
     return mapping if mapping in seen else prefer(mapping, seen)
+
+
+def _image_user(place: OpenStore, image: Image) -> str:
+    """USER of the image's configuration, whose numbers podman makes room for."""
+    text = _read_text(place.store.image_data_path(image.id, f"sha256:{image.id}"))
+    try:
+        content = json.loads(text or "{}")
+        user = content["config"]["User"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return ""
+    return user if isinstance(user, str) else ""
 
 
 def _read_text(path: str) -> t.Optional[str]:

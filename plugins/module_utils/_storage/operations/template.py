@@ -12,7 +12,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..drivers.base import Staged
-from ..errors import ImageUnknown, ReadOnlyStore, StorageError
+from ..errors import ImageUnknown, MapError, ReadOnlyStore, StorageError
 from ..idmap.mapping import Mapping
 from ..store.records import Image
 from ..store.snapshot import Snapshot
@@ -205,6 +205,8 @@ class _Task:
             entry.action = NOT_NEEDED
             entry.reason = f"{_sentence(shifting.reason)} {shifting.advice}"
             return
+        if not shifting.usable:
+            raise MapError(f"map {entry.mapping}", shifting.reason, shifting.advice)
         read_only = image.store or template.read_only_store
         if read_only:
             raise ReadOnlyStore(

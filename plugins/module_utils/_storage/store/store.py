@@ -11,11 +11,13 @@ begins. So no record that refers to another one can be on disk without it.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import errno
 import os
 import pwd
+import re
 import stat
 import time
 import typing as t
@@ -287,6 +289,15 @@ class Store:
             if any(image.id == image_id for image in file.records):
                 return os.path.join(os.path.dirname(file.path), image_id)
         return os.path.join(self._folder(base, IMAGES), image_id)
+
+    def image_data_path(self, image_id: str, key: str) -> str:
+        """The file of one piece of an image's big data; it may not exist.
+
+        A key of other characters than [a-z0-9.] is stored under its base64, behind an equals sign.
+        """
+        plain = re.fullmatch(r"[a-z0-9.]+", key)
+        name = key if plain else "=" + base64.b64encode(key.encode()).decode()
+        return os.path.join(self.image_data_dir(image_id), name)
 
     def _layout(self) -> _Files:
         config = self.config
