@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import typing as t
@@ -54,6 +55,8 @@ def recorded(graphroot: str, runroot: str, transient: bool) -> t.Optional[Podman
 def _quietly(read: t.Callable[[str], PodmanStore], path: str) -> t.Optional[PodmanStore]:
     """A database that is damaged, or in a form not known here, decides nothing."""
     try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return None
         return read(path)
     except (OSError, ValueError, KeyError, IndexError, struct.error):
         return None
@@ -71,6 +74,7 @@ _BUCKET = struct.Struct("<QQ")  # root page ID (0: the page follows), sequence
 _IS_BRANCH, _IS_LEAF = 0x01, 0x02
 _BUCKET_FLAG = 0x01
 _DEPTH_LIMIT = 32
+_PAGES_LIMIT = 100_000
 _PAGE_SIZES = (4096, 8192, 16384, 32768, 65536, 1024, 2048)
 
 
@@ -79,6 +83,7 @@ class _Bolt:
 
     def __init__(self, data: bytes) -> None:
         self.data = data
+        self.pages = 0
         metas = [one for size in _PAGE_SIZES for one in (self._meta(0), self._meta(size)) if one]
         if not metas:
             raise ValueError("no meta page")
@@ -112,7 +117,8 @@ class _Bolt:
     def _entries(
         self, data: bytes, offset: int, depth: int
     ) -> t.Iterator[t.Tuple[int, bytes, bytes]]:
-        if depth > _DEPTH_LIMIT:
+        self.pages += 1
+        if depth > _DEPTH_LIMIT or self.pages > _PAGES_LIMIT:
             raise ValueError("pages in a circle")
         _id, flags, count, _overflow = _PAGE_HEADER.unpack_from(data, offset)
         start = offset + _PAGE_HEADER.size
@@ -168,14 +174,14 @@ def read_sqlite(path: str) -> PodmanStore:
     :raises ValueError: it is no SQLite file, holds no configuration, or Python lacks ``sqlite3``
     """
     journals = [f"{path}{end}" for end in ("-wal", "-journal")]
-    if not any(os.path.lexists(one) and os.path.getsize(one) for one in journals):
+    journals = [one for one in journals if os.path.isfile(one) and os.path.getsize(one)]
+    if not journals:
         return _query(path, path, "mode=ro&immutable=1")
     with tempfile.TemporaryDirectory(prefix="userns-storage-") as folder:
         copy = os.path.join(folder, SQLITE)
         shutil.copyfile(path, copy)
         for journal in journals:
-            if os.path.lexists(journal):
-                shutil.copyfile(journal, f"{copy}{journal[len(path) :]}")
+            shutil.copyfile(journal, f"{copy}{journal[len(path) :]}")
         return _query(copy, path, "mode=rw")
 
 

@@ -1,0 +1,254 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""podman's database: bolt and SQLite, whole and damaged."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pathlib
+import sqlite3
+import struct
+import sys
+import typing as t
+import zlib
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.store import libpod_db
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.libpod_db import (
+    PodmanStore,
+    recorded,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+PAGE = 4096
+GRAPH, RUN = "/srv/ä/graph", "/run/x"
+ENTRIES = {
+    b"graph-driver-name": b"vfs",
+    b"graph-root": GRAPH.encode(),
+    b"os": b"linux",
+    b"run-root": RUN.encode(),
+}
+
+
+def leaf(entries: t.Mapping[bytes, t.Tuple[int, bytes]], page: int = 0) -> bytes:
+    """A leaf page, its keys in order."""
+    body = b""
+    elements = b""
+    start = 16 * len(entries)
+    for index, (key, (flags, value)) in enumerate(sorted(entries.items())):
+        position = start - 16 * index + len(body)
+        elements += struct.pack("<IIII", flags, position, len(key), len(value))
+        body += key + value
+    return struct.pack("<QHHI", page, 2, len(entries), 0) + elements + body
+
+
+def branch(children: t.Sequence[t.Tuple[bytes, int]], page: int) -> bytes:
+    body = b""
+    elements = b""
+    for index, (key, child) in enumerate(children):
+        position = 16 * (len(children) - index) + len(body)
+        elements += struct.pack("<IIQ", position, len(key), child)
+        body += key
+    return struct.pack("<QHHI", page, 1, len(children), 0) + elements + body
+
+
+def meta(page: int, root: int, txid: int, size: int = PAGE) -> bytes:
+    body = struct.pack("<IIIIQQQQQ", 0xED0CDAED, 2, size, 0, root, 0, 2, 9, txid)
+    return struct.pack("<QHHI", page, 4, 0, 0) + body + struct.pack("<Q", libpod_db._fnv(body))
+
+
+def bolt(pages: t.Mapping[int, bytes], size: int = PAGE) -> bytes:
+    return b"".join(pages.get(number, b"").ljust(size, b"\0") for number in range(max(pages) + 1))
+
+
+def small() -> bytes:
+    """As podman leaves it: a top page with the bucket in line."""
+    inline = struct.pack("<QQ", 0, 0) + leaf({key: (0, one) for key, one in ENTRIES.items()})
+    top = leaf(
+        {b"ctr": (1, struct.pack("<QQ", 0, 0) + leaf({})), b"runtime-config": (1, inline)}, 3
+    )
+    return bolt({0: meta(0, 3, 6), 1: meta(1, 3, 5), 3: top})
+
+
+def large(size: int = PAGE) -> bytes:
+    """Branches above the leaves, and the bucket on pages of its own."""
+    names = [f"b{number:03}".encode() for number in range(40)]
+    return bolt(
+        {
+            0: meta(0, 9, 4, size),
+            1: meta(1, 3, 5, size),
+            3: branch([(names[0], 4), (b"runtime-config", 5)], 3),
+            4: leaf({name: (1, struct.pack("<QQ", 0, 0)) for name in names}, 4),
+            5: leaf({b"runtime-config": (1, struct.pack("<QQ", 6, 0))}, 5),
+            6: branch([(b"graph", 7), (b"run", 8)], 6),
+            7: leaf({key: (0, one) for key, one in ENTRIES.items() if key < b"os"}, 7),
+            8: leaf({key: (0, one) for key, one in ENTRIES.items() if key > b"os"}, 8),
+        },
+        size,
+    )
+
+
+@pytest.fixture
+def graphroot(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "g" / "libpod").mkdir(parents=True)
+    return tmp_path / "g"
+
+
+def ask(graphroot: pathlib.Path, transient: bool = False) -> t.Optional[PodmanStore]:
+    return recorded(str(graphroot), str(graphroot.parent / "r"), transient)
+
+
+@pytest.mark.parametrize("data", [small(), large(), large(16384)])
+def test_bolt(graphroot: pathlib.Path, data: bytes) -> None:
+    path = graphroot / "libpod" / "bolt_state.db"
+    path.write_bytes(data)
+    before = os.stat(path)
+    assert ask(graphroot) == PodmanStore(str(path), GRAPH, RUN, "vfs")
+    assert os.stat(path).st_mtime_ns == before.st_mtime_ns
+
+
+def test_half_written_meta_page(graphroot: pathlib.Path) -> None:
+    """The newer of the two sound meta pages counts."""
+    path = graphroot / "libpod" / "bolt_state.db"
+    data = bytearray(small())
+    data[16 + 40] ^= 0xFF
+    path.write_bytes(bytes(data))
+    found = ask(graphroot)
+    assert found is not None
+    assert found.driver == "vfs"
+    data[PAGE + 16 + 40] ^= 0xFF
+    path.write_bytes(bytes(data))
+    assert ask(graphroot) is None
+
+
+@given(st.data())
+def test_damaged_bolt(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    graphroot = tmp_path_factory.mktemp("bolt")
+    (graphroot / "libpod").mkdir()
+    content = bytearray(data.draw(st.sampled_from([small(), large()])))
+    for _ in range(data.draw(st.integers(0, 20))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    del content[data.draw(st.integers(0, len(content))) :]
+    (graphroot / "libpod" / "bolt_state.db").write_bytes(content)
+    ask(graphroot)
+
+
+def test_pages_in_a_circle(graphroot: pathlib.Path) -> None:
+    path = graphroot / "libpod" / "bolt_state.db"
+    path.write_bytes(bolt({0: meta(0, 3, 1), 3: branch([(b"a", 3), (b"b", 3)], 3)}))
+    assert ask(graphroot) is None
+
+
+def sqlite(
+    path: pathlib.Path, row: t.Optional[t.Sequence[t.Any]] = (GRAPH, RUN, "overlay")
+) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute(
+        "CREATE TABLE DBConfig(ID INTEGER PRIMARY KEY NOT NULL, SchemaVersion INTEGER NOT NULL,"
+        " OS TEXT, StaticDir TEXT, TmpDir TEXT, GraphRoot TEXT, RunRoot TEXT, GraphDriver TEXT,"
+        " VolumeDir TEXT, CHECK (ID IN (1)))"
+    )
+    if row is not None:
+        connection.execute(
+            "INSERT INTO DBConfig VALUES (1, 1, 'linux', '', '', ?, ?, ?, '')", tuple(row)
+        )
+    connection.commit()
+    connection.close()
+
+
+def test_sqlite(graphroot: pathlib.Path) -> None:
+    path = graphroot / "db.sql"
+    sqlite(path)
+    assert ask(graphroot) == PodmanStore(str(path), GRAPH, RUN, "overlay")
+    assert os.listdir(graphroot) == ["libpod", "db.sql"] or set(os.listdir(graphroot)) == {
+        "libpod",
+        "db.sql",
+    }
+    # An older podman's file counts first.
+    (graphroot / "libpod" / "bolt_state.db").write_bytes(small())
+    found = ask(graphroot)
+    assert found is not None
+    assert found.driver == "vfs"
+
+
+def test_sqlite_in_use(graphroot: pathlib.Path) -> None:
+    """What is committed but still in the journal counts, and nothing is written there."""
+    path = graphroot / "db.sql"
+    sqlite(path)
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("UPDATE DBConfig SET GraphDriver='btrfs'")
+    connection.commit()
+    before = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(graphroot)}
+    assert "db.sql-wal" in before
+    found = ask(graphroot)
+    assert found is not None
+    assert found.driver == "btrfs"
+    assert {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(graphroot)} == before
+    connection.close()
+
+
+def test_transient(graphroot: pathlib.Path) -> None:
+    sqlite(graphroot / "db.sql")
+    assert ask(graphroot, transient=True) is None
+    runroot = graphroot.parent / "r"
+    runroot.mkdir()
+    sqlite(runroot / "db.sql", (GRAPH, RUN, "btrfs"))
+    found = ask(graphroot, transient=True)
+    assert found is not None
+    assert found.driver == "btrfs"
+
+
+def test_none(graphroot: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert ask(graphroot) is None
+    assert ask(tmp_path / "no") is None
+    for data in (b"", b"x" * 10000, b"SQLite format 3\0"):
+        (graphroot / "db.sql").write_bytes(data)
+        assert ask(graphroot) is None
+    (graphroot / "db.sql").unlink()
+    for row in (None, (None, RUN, "vfs"), (GRAPH, RUN, 5.5)):
+        sqlite(graphroot / "db.sql", row)
+        found = ask(graphroot)
+        assert found is None or found.driver == "5.5"
+        (graphroot / "db.sql").unlink()
+
+
+@pytest.mark.parametrize("make", ["fifo", "link", "dir"])
+def test_odd_files(graphroot: pathlib.Path, make: str) -> None:
+    for path in (graphroot / "db.sql", graphroot / "libpod" / "bolt_state.db"):
+        if make == "fifo":
+            os.mkfifo(path)
+        elif make == "link":
+            path.symlink_to("/etc/passwd")
+        else:
+            path.mkdir()
+        assert ask(graphroot) is None
+
+
+def test_python_without_sqlite(graphroot: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sqlite(graphroot / "db.sql")
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    assert ask(graphroot) is None
+
+
+# The first pages of the file that podman 4.3.1 left of `podman --root /tmp/x/g --runroot /tmp/x/r
+# --storage-driver vfs info`.
+_PODMAN = (
+    "eNrt2s9u0zAcwPE03VhhQDdtEgcuHLiAsHrghIT2DDtx4hKSrLOUf3LcqvAOXHkGXoSX4LQXGJdJG9xwGrtzK6HkWJ"
+    "XvR4qdn/NL2ripVNsNgtaera9/Pr4Om52j9XZn39YPbB3aunj7/M2X/M+vAAAAAAAAbJ1Bx/g/3Mgfboz/XTz++O32"
+    "9d27M3oUAAAAAIDtE67qp6v5gCuzjcz2wsa/zXbgxWNTPPLiV4N2HsDF7wftfIKLz03x0IulKU69+KspDr34uymeeP"
+    "GPjeNXG693Y4rm3Z8M2nhvuH782fD+/CjLRKxV3dUfJu+8TPqkfSizWZ52ZpoX7UpJF2ncnSO1iMsk7Z0otMxTUeso"
+    "r7rOkYlQ6VTWWn3uSi0ic9HeyXXv1KpMulLUrFjeUlwWF3L67+yD1X5z48fB/WSVDtoHeGTjub26+3NLbo+NvLjJH3"
+    "v5zdUPbbyw+82c2VRF1aVIlJynSjS9NL+o2zZVlnqi82qymEzLOpPFbGFuxW9W5lPSMhaJVC5xkslPpk9MtGw1J9iW"
+    "+fKxE1WkL1e5bVttqq4+tGf3+SYAAAAA2BVuSHRkf++7/wHs0zUAAAAAAOwMN97fhfV/Fx+H68dfhqz//4fr/y0Www"
+    "EAAABgya3zu/V/N9AZ0jUAAAAAAAAAAAAAAAAAAAAAAGyNvzxTvM8="
+)
+
+
+def test_file_of_a_real_podman(graphroot: pathlib.Path) -> None:
+    path = graphroot / "libpod" / "bolt_state.db"
+    path.write_bytes(zlib.decompress(base64.b64decode(_PODMAN)))
+    assert ask(graphroot) == PodmanStore(str(path), "/tmp/x/g", "/tmp/x/r", "vfs")
