@@ -164,7 +164,9 @@ def test_nothing_is_left_of_a_store(
 
 def test_users_do_not_overlap(lab: Lab, make_user: t.Callable[..., User]) -> None:
     first, second = make_user(), make_user()
-    assert first.subuid_start + first.subuid_count <= second.subuid_start
+    ranges = [range(u.subuid_start, u.subuid_start + u.subuid_count) for u in (first, second)]
+    assert [len(r) for r in ranges] == [65536, 65536]
+    assert ranges[0].stop <= ranges[1].start or ranges[1].stop <= ranges[0].start
     assert f"{first.name}:{first.subuid_start}:65536" in pathlib.Path("/etc/subuid").read_text()
     assert f"{first.name}:{first.subuid_start}:65536" in pathlib.Path("/etc/subgid").read_text()
     users.remove_user(lab, first)

@@ -28,6 +28,7 @@ KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
     "vfs": ("vfs", "", False),
     "overlay": ("overlay", "", False),
     "overlay-forced": ("overlay", "", False),
+    "overlay-ext4": ("overlay", "ext4", False),
     "overlay-xfs": ("overlay", "xfs", False),
     "vfs-xfs": ("vfs", "xfs", False),
     "vfs-ext4": ("vfs", "ext4", False),
@@ -37,7 +38,7 @@ KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
     "rootless-fuse": ("overlay", "", True),
 }
 # Kinds whose runtime copies although the kernel could shift.
-_FORCED = ("overlay-forced", "overlay-xfs")
+_FORCED = ("overlay-forced", "overlay-ext4", "overlay-xfs")
 
 _CONTAINERS_CONF = """\
 [containers]

@@ -60,10 +60,31 @@ def _claimed(etc: pathlib.Path) -> t.Tuple[t.Set[int], t.List[t.Tuple[int, int]]
 
 
 @contextlib.contextmanager
-def _files_locked(lab: Lab) -> t.Iterator[None]:
-    with open(lab.base.parent / ".us-users.lock", "w", encoding="utf-8") as lock:
+def _numbers(lab: Lab) -> t.Iterator[t.Callable[[t.Collection[int]], int]]:
+    """Hold the lock on account files, and get UIDs that no laboratory of this machine has just used.
+
+    Laboratories share PIDs: an equal UID elsewhere would make userdel find processes of "the user".
+    """
+    with open(lab.base.parent / ".us-users.lock", "a+", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+
+        def number(taken: t.Collection[int]) -> int:
+            lock.seek(0)
+            last = int(lock.read() or 0)
+            fresh = next(n for n in _circle(last) if n not in taken)
+            lock.truncate(0)
+            lock.write(str(fresh))
+            lock.flush()
+            return fresh
+
+        yield number
+
+
+def _circle(last: int) -> t.Iterator[int]:
+    """UIDs of ordinary users, those after `last` first."""
+    first, past = 1500, 60000
+    start = last + 1 if first <= last < past - 1 else first
+    return itertools.chain(range(start, past), range(first, start))
 
 
 def add_user(
@@ -77,17 +98,20 @@ def add_user(
     machine = machine or lab.machine
     root = _root(machine)
     home = lab.folder() / "h"
-    with _files_locked(lab):
+    with _numbers(lab) as fresh:
         taken, ranges = _claimed(root / "etc")
-        number = uid or next(n for n in itertools.count(1500) if n not in taken)
+        number = uid or fresh(taken)
         name = f"us{os.getpid() % 100000}n{next(_NUMBERS)}x"
         machine.run(["groupadd", "-g", str(number), name])
         # -K keeps useradd from choosing ranges itself; -M from copying /etc/skel.
         words = ["-M", "-N", "-u", str(number), "-g", str(number), "-d", str(home)]
         words += ["-s", "/bin/bash", "-K", "SUB_UID_COUNT=0", "-K", "SUB_GID_COUNT=0"]
         machine.run(["useradd", *words, name])
-        start = max([100_000, *(end for _start, end in ranges)]) if subordinate else 0
+        start = 0
         if subordinate:
+            start = 100_000 + _RANGE * (number - 1500)
+            while any(start < end and first < start + subordinate for first, end in ranges):
+                start += _RANGE
             last = start + subordinate - 1
             words = ["--add-subuids", f"{start}-{last}", "--add-subgids", f"{start}-{last}"]
             machine.run(["usermod", *words, name])
@@ -103,8 +127,8 @@ def remove_user(lab: Lab, user: User, machine: t.Optional[Machine] = None) -> No
     machine = machine or lab.machine
     lab.remove(pathlib.Path(user.home).parent)
     machine.run(["rm", "-rf", user.runtime_dir])
-    with _files_locked(lab):
-        machine.run(["userdel", user.name], check=False)
+    with _numbers(lab):
+        machine.run(["userdel", "-f", user.name], check=False)
         machine.run(["groupdel", user.name], check=False)
         for name in ("subuid", "subgid"):
             words = ["sed", "-i", f"/^{user.name}:/d", f"/etc/{name}"]
