@@ -69,7 +69,8 @@ CASES = [
     ("overlay-forced", METACOPY, "copy", "copy"),
     ("overlay-xfs", {}, "auto", "reflink"),
     ("overlay-xfs", {}, "copy", "copy"),
-    ("overlay-xfs", METACOPY, "auto", "metacopy"),
+    ("overlay-xfs", METACOPY, "auto", "reflink"),
+    ("overlay-xfs", METACOPY, "metacopy", "metacopy"),
     ("btrfs", {}, "auto", "snapshot"),
     ("btrfs", {}, "reflink", "reflink"),
     ("btrfs", {}, "copy", "copy"),
@@ -422,6 +423,20 @@ def test_what_only_the_kernel_can_merge(make_store: MakeStore, small_image: Imag
     assert "redirect" in made.reason
     tagged = store.layer_folder(made.layer_id) / "diff" / "moved" / "tagged"
     assert os.lstat(tagged).st_uid == 100500
+
+
+def test_metacopy_above_a_layer_with_metacopy(make_store: MakeStore, small_image: Image) -> None:
+    """Podman's own layer has files without data; only the kernel can go on from there."""
+    store = make_store("overlay-forced", small_image, options=METACOPY)
+    container = store.create(small_image.name, "--uidmap=0:200000:65536", "--gidmap=0:200000:65536")
+    theirs = store.layer(store.container(container)["layer"])["parent"]
+    built = inside(store, from_mapped, theirs)
+    assert built[0] == "metacopy"
+    layer = store.graphroot / "userns-storage" / "staging" / "built" / "layer"
+    notes = layer / "diff1" / "home" / "user" / "notes"
+    assert os.lstat(notes).st_uid == 301000
+    assert os.lstat(layer / "diff1" / "bin" / "busybox").st_blocks < 20
+    assert list((layer / "diff").iterdir()) == []
 
 
 def test_a_template_that_podman_mapped(make_store: MakeStore, small_image: Image) -> None:

@@ -23,7 +23,7 @@ from ..idmap.mapping import Shift
 from ..kernel import mounts
 from ..store.removal import remove_tree
 from ..tree import lookup
-from ..tree.clone import CloneResult
+from ..tree.clone import CloneResult, clone
 from ..tree.measure import Usage, measure
 from ..tree.merged import PLAIN, LayerStack, NeedsMount
 from ..tree.shift import shift_in_place
@@ -151,13 +151,14 @@ class OverlayDriver(Driver):
     # Making
 
     def strategies(self, chain: t.Sequence[str]) -> t.List[Strategy]:
-        """Metadata-only copies where the store mounts with metacopy=on, then what works everywhere."""
+        """Files without data where the store mounts with metacopy=on, and no better way is open."""
         with self._explained(chain[0]), contextlib.ExitStack() as undo:
             self._refuse_unsupported(undo, chain)
             ways = self._copying()
             if self._metacopy():
-                reason = "the store mounts with metacopy=on, so only owners are stored"
-                ways.insert(0, Strategy(METACOPY, reason))
+                reason = "the store mounts with metacopy=on, so files need no data of their own"
+                # Shared data is as cheap, and stands by itself.
+                ways.insert(len(ways) - 1, Strategy(METACOPY, reason))
             return ways
 
     def drop(self, orphan: Orphan, trash_dir: str) -> None:
@@ -260,7 +261,8 @@ class OverlayDriver(Driver):
                 os.mkdir(folder, 0o700, dir_fd=layer)
             self._write_names(undo, template, layer, chain)
             if strategy.name == METACOPY:
-                return self._shifted_copy_up(undo, strategy, chain, shift, layer, progress)
+                made = self._without_data(undo, chain, shift, layer, target, progress)
+                return self._told(strategy, made, made.exclusive)
             diff = os.path.join(target, "diff")
             try:
                 with self._readable(chain) as stack:
@@ -272,6 +274,37 @@ class OverlayDriver(Driver):
                 plain = Strategy(COPY, f"{why.cause}, so the template is read through a mount")
                 with self._mounted(chain) as stack:
                     return self._cloned(stack, diff, shift, plain, progress)
+
+    def _without_data(
+        self,
+        undo: contextlib.ExitStack,
+        chain: t.Sequence[str],
+        shift: Shift,
+        layer: int,
+        target: str,
+        progress: t.Optional[Progress],
+    ) -> CloneResult:
+        """Make files that show the data of the layers below.
+
+        They go into ``diff1`` below an empty ``diff``, as runtimes have it: those read content for an
+        export from the ``diff`` of a layer and of its lowers, where a file without data would be all
+        zeros.
+        """
+        os.rename("diff", "diff1", src_dir_fd=layer, dst_dir_fd=layer)
+        content = os.path.join(target, "diff1")
+        try:
+            with self._readable(chain) as stack:
+                made = clone(stack, content, shift, METACOPY, progress=progress)
+        except NeedsMount:
+            remove_tree(content)
+            os.mkdir("diff1", 0o700, dir_fd=layer)
+            made = self._copied_up(undo, chain, shift, layer, progress)
+        os.mkdir("diff", 0o700, dir_fd=layer)
+        opened = [os.open(name, DIRECTORY, dir_fd=layer) for name in ("diff1", "diff")]
+        for one in opened:
+            undo.callback(os.close, one)
+        _copy_root(*opened)
+        return made
 
     def _write_names(
         self, undo: contextlib.ExitStack, template: int, layer: int, chain: t.Sequence[str]
@@ -305,26 +338,20 @@ class OverlayDriver(Driver):
                 os.fchmod(descriptor, 0o644)
                 copy_label(template, descriptor)
 
-    def _shifted_copy_up(
+    def _copied_up(
         self,
         undo: contextlib.ExitStack,
-        strategy: Strategy,
         chain: t.Sequence[str],
         shift: Shift,
         layer: int,
         progress: t.Optional[Progress],
-    ) -> Staged:
-        """Let the kernel copy up metadata alone, by changing owners through a mount.
-
-        The result becomes ``diff1`` below an empty ``diff``, as runtimes have it: they read content
-        for an export from the ``diff`` of a layer and of its lowers, and a metadata-only file of
-        ours would be all zeros there.
-        """
+    ) -> CloneResult:
+        """Let the kernel make such files, by changing owners through a mount for writing."""
         lowers = self._directories(undo, chain)
-        inner = [os.open(name, DIRECTORY, dir_fd=layer) for name in ("diff", "work", "merged")]
-        for one in inner:
+        opened = [os.open(name, DIRECTORY, dir_fd=layer) for name in ("diff1", "work", "merged")]
+        for one in opened:
             undo.callback(os.close, one)
-        upper, work, merged = inner
+        upper, work, merged = opened
         _copy_root(lowers[0], upper)
         options = ["metacopy=on", *self._options_of_ours("redirect_dir", "index", "xino")]
         mounts.overlay(merged, lowers, upper, work, options)
@@ -336,15 +363,10 @@ class OverlayDriver(Driver):
                 os.close(root)
         finally:
             mounts.unmount_surely(f"/proc/self/fd/{layer}/merged")
-        path = f"/proc/self/fd/{layer}"
-        remove_tree(f"{path}/work")
+        # With index=on it would remember the upper directory by its old place.
+        remove_tree(f"/proc/self/fd/{layer}/work")
         os.mkdir("work", 0o700, dir_fd=layer)
-        os.rename("diff", "diff1", src_dir_fd=layer, dst_dir_fd=layer)
-        os.mkdir("diff", 0o700, dir_fd=layer)
-        fresh = os.open("diff", DIRECTORY, dir_fd=layer)
-        undo.callback(os.close, fresh)
-        _copy_root(upper, fresh)
-        return self._told(strategy, made, measure([upper]).allocated)
+        return made._replace(exclusive=measure([upper]).allocated)
 
     def _install(self, staging: int, folder: int, layer_id: str) -> None:
         with contextlib.ExitStack() as undo:

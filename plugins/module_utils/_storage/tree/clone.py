@@ -38,7 +38,12 @@ from .walk import (
 )
 
 REFLINK = "reflink"
+METACOPY = "metacopy"
 COPY = "copy"
+
+# On a file of an overlay layer: its data is that of the next layer below with the same path. Empty
+# is the value without a digest (Linux 4.19).
+_METACOPY_MARK = "trusted.overlay.metacopy"
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -84,7 +89,8 @@ def clone(
     the tests. After an error the destination holds a part of the tree and is to be removed.
 
     :param destination_dir: path or descriptor of an empty directory that nobody else writes to
-    :param strategy: ``REFLINK`` or ``COPY``
+    :param strategy: ``REFLINK``, ``COPY``, or ``METACOPY``: files without data that show it in an
+        overlay mount with metacopy=on above the layers of ``stack``
     :param workers: processes; None for one per processor
     :param progress: called with files and bytes done, twice a second at most
     :raises NeedsMount: the layers cannot be read without an overlay mount
@@ -93,8 +99,8 @@ def clone(
     :raises NoSpace: the destination's filesystem or quota is full
     :raises PermissionDenied: a file may not be read or made
     """
-    if strategy not in (REFLINK, COPY):
-        raise ValueError(f"strategy is {REFLINK!r} or {COPY!r}, not {strategy!r}")
+    if strategy not in (REFLINK, METACOPY, COPY):
+        raise ValueError(f"strategy is {REFLINK!r}, {METACOPY!r} or {COPY!r}, not {strategy!r}")
     label = destination_dir if isinstance(destination_dir, str) else "destination"
     try:
         if isinstance(destination_dir, int):
@@ -108,7 +114,7 @@ def clone(
             raise
     except OSError as error:
         raise as_storage_error(error) from error
-    cloner = _Cloner(stack, label, root, shift, strategy == REFLINK)
+    cloner = _Cloner(stack, label, root, shift, strategy)
     try:
         walk = Walk(cloner, workers, progress)
         totals = walk.run()
@@ -201,12 +207,13 @@ class _Cloner(Visitor):
     """Makes each entry as it is met; directories stay private and plain until they are whole."""
 
     def __init__(
-        self, stack: LayerStack, label: str, root: int, shift: Shift, reflink: bool
+        self, stack: LayerStack, label: str, root: int, shift: Shift, strategy: str
     ) -> None:
         super().__init__(stack, label)
         self._root = root
         self._shift = shift
-        self._reflink = reflink
+        self._reflink = strategy == REFLINK
+        self._metacopy = strategy == METACOPY
         self._read = _READ | os.O_NOATIME
         # The directory at hand: made, and its topmost source with the attributes of that.
         self._made = -1
@@ -302,7 +309,10 @@ class _Cloner(Visitor):
             # A tree with IDs that cannot be mapped is only looked through for others.
             if size and self._shift.complete:
                 allocated = status.st_blocks * _BLOCK
-                if not self._reflink or not self._share(made, source):
+                if self._metacopy:
+                    os.ftruncate(made, size)
+                    xattrs.put(made, _METACOPY_MARK, b"")
+                elif not self._reflink or not self._share(made, source):
                     self.totals[ALLOCATED] += allocated
                     files.copy_data(made, source, size, sparse=allocated < size)
             shift = self._shift

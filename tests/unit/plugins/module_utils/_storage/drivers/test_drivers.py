@@ -244,7 +244,7 @@ def test_metacopy_where_the_store_has_it(
         (store / "run" / "overlay").mkdir(parents=True)
         (store / "run" / "overlay" / f"metacopy({mountopt})-false").write_text("no")
     ways = OverlayDriver(home(store, mountopt=mountopt)).strategies([TOP, BASE])
-    assert (ways[0].name == "metacopy") == (first == "metacopy")
+    assert ("metacopy" in [way.name for way in ways]) == (first == "metacopy")
     assert ways[-1].name == "copy"
     assert all(way.reason for way in ways)
 
