@@ -420,18 +420,16 @@ def _converse(
     sink, source = process.stdin, process.stdout
     if sink is None or source is None:
         raise _NoAnswer
-    with sink, source:
-        try:
-            pickle.dump((sys.path, __name__), sink, protocol=4)
-            pickle.dump(
-                (function.__module__, function.__qualname__, arguments, progress is not None),
-                sink,
-                protocol=4,
-            )
-            sink.flush()
-        except BrokenPipeError:
-            raise _NoAnswer from None
-        heard = False
+    call = (function.__module__, function.__qualname__, arguments, progress is not None)
+    try:
+        # Closing flushes once more, so a program that never read ends here in either case.
+        with sink:
+            sink.write(pickle.dumps((sys.path, __name__), protocol=4))
+            sink.write(pickle.dumps(call, protocol=4))
+    except BrokenPipeError:
+        raise _NoAnswer from None
+    heard = False
+    with source:
         for kind, payload in _frames(source):
             if kind == _ENTERED:
                 heard = True
