@@ -27,16 +27,8 @@ SUITES = ("trixie", "sid")
 _MIRROR = "http://deb.debian.org/debian"
 _PACKAGES = (
     *("acl", "attr", "btrfs-progs", "buildah", "containers-storage", "crun", "fuse-overlayfs"),
-    *(
-        "libcap2-bin",
-        "netavark",
-        "openssh-server",
-        "passwd",
-        "podman",
-        "python3",
-        "skopeo",
-        "uidmap",
-    ),
+    *("libcap2-bin", "netavark", "openssh-server", "passwd", "podman", "python3", "skopeo"),
+    "uidmap",
 )
 _INSTALL = f"""\
 set -e
