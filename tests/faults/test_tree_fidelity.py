@@ -9,15 +9,18 @@ import contextlib
 import itertools
 import os
 import pathlib
+import resource
 import shutil
-import socket
+import signal
 import stat
 import struct
 import subprocess
+import time
 import typing as t
 
 import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    NoSpace,
     StorageError,
     TreeError,
     UnmappedIDs,
@@ -30,6 +33,8 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.rang
     IDMap,
     IDRange,
 )
+from ansible_collections.userns.storage.plugins.module_utils._storage.kernel import files
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree import walk
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.clone import (
     CloneResult,
     can_reflink,
@@ -86,7 +91,7 @@ class Node(t.NamedTuple):
     default_acl: t.Tuple[int, ...] = ()
     capability: t.Optional[int] = None
     opaque: bool = False
-    children: t.Tuple[t.Tuple[bytes, "Node"], ...] = ()
+    children: t.Tuple[t.Tuple[bytes, Node], ...] = ()
 
     def __repr__(self) -> str:
         said = (
@@ -394,3 +399,292 @@ def test_shift_in_place_of_a_mounted_layer(
             assert differences(view, str(base / "merged"), old, new, ignore=("sparse",)) == []
         finally:
             mounts.detach(str(base / "merged"))
+
+
+def chain(base: pathlib.Path, names: t.Sequence[bytes]) -> None:
+    """Directories one in the other, each with a file beside it."""
+    fd = os.open(base, os.O_RDONLY)
+    for name in names:
+        os.mkdir(name, dir_fd=fd)
+        os.close(os.open(b"file", os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=fd))
+        deeper = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = deeper
+    os.close(fd)
+
+
+HIGH = IDs(((0, 100000, 65536),), ((0, 100000, 65536),))
+
+
+@pytest.mark.parametrize(("depth", "length"), [(60, 255), (2000, 10), (400, 255)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_deeper_than_any_path(
+    lab: Lab, depth: int, length: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = lab.folder()
+    names = [b"%0*d" % (length, number) for number in range(depth)]
+    for layer in ("top", "bottom"):
+        (base / layer).mkdir()
+        chain(base / layer, names)
+    # With few descriptors, and no room for a recursion.
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 24, limits[1]))
+    try:
+        directories = [str(base / "top"), str(base / "bottom")]
+        made = make(directories, base / "mapped", IDs(), HIGH, workers=workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (made.files, made.directories) == (depth, depth + 1)
+    assert differences(str(base / "top"), str(base / "mapped"), IDs(), HIGH) == []
+    assert len(os.listdir("/proc/self/fd")) == used
+    # The path before openat2(2) leads to the same.
+    monkeypatch.setattr(files, "_openat2_works", False)
+    if depth < 100:
+        make(directories, base / "again", IDs(), HIGH, workers=workers)
+        assert differences(str(base / "top"), str(base / "again"), IDs(), HIGH) == []
+    subprocess.run(["rm", "-rf", str(base)], check=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_many_entries_and_links_in_one_directory(lab: Lab, workers: int) -> None:
+    base = lab.folder()
+    for layer in ("top", "bottom"):
+        (base / layer / "wide").mkdir(parents=True)
+        (base / layer / "other").mkdir()
+        for number in range(3000):
+            path = base / layer / "wide" / f"{layer}{number}"
+            path.write_text(str(number))
+            if number % 3 == 0:
+                os.link(path, base / layer / "other" / f"{layer}{number}")
+            if number % 7 == 0:
+                os.link(path, base / layer / "wide" / f"{layer}{number}-again")
+        os.utime(base / layer / "wide", ns=(1, 2))
+        os.utime(base / layer / "other", ns=(3, 4))
+        os.utime(base / layer, ns=(5, 6))
+    os.mknod(base / "top" / "wide" / "bottom3", stat.S_IFCHR)
+    os.utime(base / "top" / "wide", ns=(1, 2))
+    (base / "view").mkdir()
+    directories = [str(base / "top"), str(base / "bottom")]
+    lower = ":".join(directories)
+    mounts.mount("-t", "overlay", "-o", f"ro,lowerdir={lower}", "test", str(base / "view"))
+    try:
+        told: t.List[t.Tuple[int, int]] = []
+        made = make(
+            directories,
+            base / "mapped",
+            IDs(),
+            HIGH,
+            workers=workers,
+            progress=lambda count, size: told.append((count, size)),
+        )
+        assert differences(str(base / "view"), str(base / "mapped"), IDs(), HIGH) == []
+        assert told[-1] == (made.files + made.directories, made.apparent)
+        assert told == sorted(told)
+    finally:
+        mounts.detach(str(base / "view"))
+
+
+def tree_of(base: pathlib.Path, count: int, size: int = 10) -> str:
+    root = base / "template"
+    for number in range(count):
+        path = root / f"d{number % 50}" / f"e{number % 7}" / f"f{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+    return str(root)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_full_filesystem(lab: Lab, workers: int) -> None:
+    base = lab.folder()
+    template = tree_of(base, 2000, 5000)
+    (base / "small").mkdir()
+    mounts.mount("-t", "tmpfs", "-o", "size=4m", "small", str(base / "small"))
+    before = set(os.listdir("/proc/self/fd"))
+    try:
+        with pytest.raises(NoSpace, match="No space left on device") as caught:
+            make([template], base / "small" / "mapped", IDs(), HIGH, workers=workers)
+        assert caught.value.facts["path"].startswith(f"{base}/small/mapped/d")
+    finally:
+        mounts.detach(str(base / "small"))
+    assert set(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_worker_killed(lab: Lab) -> None:
+    base = lab.folder()
+    template = tree_of(base, 5000)
+
+    def kill(_count: int, _size: int) -> None:
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk, "_PROGRESS_SECONDS", 0.0)
+        with pytest.raises(TreeError, match="killed by signal 9"):
+            make([template], base / "mapped", IDs(), HIGH, workers=2, progress=kill)
+    assert children() == []
+
+
+def test_workers_die_with_their_leader(lab: Lab) -> None:
+    base = lab.folder()
+    template = tree_of(base, 5000)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+
+        def stop(_count: int, _size: int) -> None:
+            if children():
+                os.write(writing, " ".join(map(str, children())).encode())
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        walk._PROGRESS_SECONDS = 0.0
+        make([template], base / "mapped", IDs(), HIGH, workers=2, progress=stop)
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    workers = [int(word) for word in os.read(reading, 1000).split()]
+    os.close(reading)
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def children() -> t.List[int]:
+    pid = os.getpid()
+    return [
+        int(word) for word in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ]
+
+
+def test_all_unmapped_ids_are_named(lab: Lab) -> None:
+    base = lab.folder()
+    template = tree_of(base, 1500)
+    for number, (uid, gid) in enumerate([(70000, 0), (0, 80000), (90000, 90001)]):
+        os.chown(os.path.join(template, f"d{number}"), uid, gid)
+    path = os.path.join(template, "d3")
+    entries = [(1, 7, -1), (2, 7, 70001), (4, 7, -1), (16, 7, -1), (32, 7, -1)]
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    os.setxattr(path, "system.posix_acl_default", value)
+    with pytest.raises(UnmappedIDs) as caught:
+        make([template], base / "mapped", IDs(), HIGH, workers=2)
+    expected = {"uids": [70000, 70001, 90000], "gids": [80000, 90001]}
+    assert {kind: caught.value.facts[kind] for kind in expected} == expected
+    with LayerStack([template], "trusted") as stack, pytest.raises(UnmappedIDs) as caught:
+        survey(stack, Shift(Mapping(), mapping(HIGH)))
+    assert {kind: caught.value.facts[kind] for kind in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "on"),
+    [
+        ("trusted.overlay.redirect", b"/other", "d1"),
+        ("trusted.overlay.opaque", b"x", "d1"),
+        ("trusted.overlay.metacopy", b"", "d1/e1/f1"),
+        ("trusted.overlay.whiteout", b"y", "d1/e1/f1"),
+    ],
+)
+def test_what_only_the_kernel_reads(lab: Lab, attribute: str, value: bytes, on: str) -> None:
+    base = lab.folder()
+    template = tree_of(base, 50)
+    os.setxattr(os.path.join(template, on), attribute, value)
+    with pytest.raises(NeedsMount, match=attribute):
+        make([template], base / "mapped", IDs(), HIGH)
+    with LayerStack([template], "trusted") as stack, pytest.raises(NeedsMount):
+        survey(stack)
+    make([template], base / "plain", IDs(), HIGH, family="plain")
+
+
+def test_racing_attacker_leads_nobody_astray(lab: Lab) -> None:
+    base = lab.folder()
+    secret = base / "secret"
+    secret.mkdir()
+    (secret / "f").write_text("secret")
+    before = os.stat(secret / "f")
+    template = base / "template"
+    for number in range(30):
+        (template / f"d{number}").mkdir(parents=True)
+        for entry in range(20):
+            (template / f"d{number}" / f"f{entry}").write_text("x")
+        (template / f"d{number}" / "f").write_text("x")
+    pid = os.fork()
+    if pid == 0:
+        # Directories and files are symbolic links half of the time.
+        while True:
+            for number in range(30):
+                path = template / f"d{number}"
+                with contextlib.suppress(OSError):
+                    os.rename(path, template / f"kept{number}")
+                    os.symlink(secret, path)
+                    os.unlink(path)
+                    os.rename(template / f"kept{number}", path)
+                    os.rename(path / "f", path / "kept")
+                    os.symlink(secret / "f", path / "f")
+                    os.unlink(path / "f")
+                    os.rename(path / "kept", path / "f")
+    try:
+        for attempt in range(150):
+            target = base / f"mapped{attempt}"
+            with contextlib.suppress(StorageError):
+                make([str(template)], target, IDs(), HIGH, workers=1 + attempt % 2)
+            for folder, _folders, names in os.walk(target):
+                for name in names:
+                    path = pathlib.Path(folder, name)
+                    assert path.is_symlink() or path.read_text() in ("x", "")
+            with contextlib.suppress(StorageError):
+                shift_in_place(str(template), Shift(mapping(HIGH), mapping(HIGH), True))
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    after = os.stat(secret / "f")
+    assert (after.st_uid, after.st_gid) == (before.st_uid, before.st_gid)
+    assert os.stat(secret).st_uid == 0
+
+
+def test_symlinked_layer_is_refused(lab: Lab) -> None:
+    base = lab.folder()
+    os.symlink("/etc", base / "layer")
+    with pytest.raises(OSError, match="Not a directory"):
+        LayerStack([str(base / "layer")], "trusted")
+
+
+def test_device_without_privilege(lab: Lab) -> None:
+    base = lab.folder()
+    (base / "template").mkdir()
+    os.mknod(base / "template" / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    os.chmod(base, 0o777)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setresgid(1234, 1234, 1234)
+            os.setresuid(1234, 1234, 1234)
+            make([str(base / "template")], base / "mapped", IDs(), IDs(), workers=1)
+        except TreeError as error:
+            status = 0 if "null: is a device (1:3)" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_parents_default_acl_is_not_inherited(lab: Lab) -> None:
+    base = lab.folder()
+    template = tree_of(base, 100)
+    (base / "strict").mkdir()
+    entries = [(1, 7, -1), (2, 7, 5), (4, 7, -1), (16, 7, -1), (32, 0, -1)]
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    os.setxattr(base / "strict", "system.posix_acl_default", value)
+    make([template], base / "strict" / "mapped", IDs(), HIGH)
+    assert differences(template, str(base / "strict" / "mapped"), IDs(), HIGH) == []
+
+
+def test_reflink_where_there_is_none(lab: Lab) -> None:
+    base = lab.folder()
+    template = tree_of(base, 3)
+    assert not can_reflink(str(base))
+    with pytest.raises(TreeError, match="cannot share data"):
+        make([template], base / "mapped", IDs(), HIGH, strategy="reflink")

@@ -15,6 +15,7 @@ import typing as t
 
 from . import files
 
+_SYNC = 0x9408
 _SUBVOL_CREATE = 0x5000940E
 _SNAP_DESTROY = 0x5000940F
 _SNAP_CREATE_V2 = 0x50009417
@@ -43,6 +44,16 @@ _LONGEST_NAME = 255
 def is_subvolume(fd: int) -> bool:
     """Whether an open directory is the root of a subvolume."""
     return os.fstat(fd).st_ino == _FIRST_FREE_INODE and files.filesystem_type(fd) == "btrfs"
+
+
+def sync(fd: int) -> None:
+    """Write everything, and have the cleaner begin with subvolumes that were deleted.
+
+    syncfs(2) does the first only, and leaves the second to the next commit of its own accord.
+
+    :raises OSError: ENOTTY (no btrfs), EIO ...
+    """
+    fcntl.ioctl(fd, _SYNC)
 
 
 def create_subvolume(parent_fd: int, name: str) -> None:

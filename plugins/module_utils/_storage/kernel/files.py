@@ -266,9 +266,12 @@ def _have_openat2() -> bool:
     """Whether the kernel has openat2(2) and nobody forbids it (old seccomp filters: EPERM)."""
     global _openat2_works
     if _openat2_works is None:
+        root = os.open("/", _STEP)
         try:
-            os.close(_openat2(os.open("/", _STEP), b".", _STEP))
+            os.close(_openat2(root, b".", _STEP))
             _openat2_works = True
         except OSError:
             _openat2_works = False
+        finally:
+            os.close(root)
     return _openat2_works

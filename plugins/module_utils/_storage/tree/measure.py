@@ -55,7 +55,7 @@ class _Place(t.NamedTuple):
 
 
 def measure(paths: t.Iterable[t.Union[str, int]], exclusive: bool = False) -> Usage:
-    """Measure trees together, each inode once; what vanishes meanwhile is left out.
+    """Measure separate trees together, each inode once; what vanishes meanwhile is left out.
 
     Mounts below the given paths are not entered.
 

@@ -281,10 +281,9 @@ class Worker:
                 try:
                     attributes = attribute_names(fd)
                     content = stack.content(attributes)
-                    # The kernel merges the roots of layers whatever they carry.
-                    last = position + 1 == len(layers) or (
-                        stack.is_opaque(fd, attributes) and path != ""
-                    )
+                    opaque = stack.is_opaque(fd, attributes)
+                    # The kernel merges the roots of layers even where one is opaque.
+                    last = position + 1 == len(layers) or (opaque and path != "")
                     if position == 0:
                         token = visitor.enter(path, fd, content)
                     linked: t.List[LinkedEntry] = []

@@ -1,0 +1,176 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Tests of kernel/files.py."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import pathlib
+import struct
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.kernel import files
+
+Maker = t.Callable[[str], int]
+
+
+@pytest.fixture
+def opened(tmp_path: pathlib.Path) -> t.Iterator[Maker]:
+    """Makes empty files, open for reading and writing."""
+    fds: t.List[int] = []
+
+    def make(name: str) -> int:
+        fds.append(os.open(tmp_path / name, os.O_RDWR | os.O_CREAT, 0o600))
+        return fds[-1]
+
+    yield make
+    for fd in fds:
+        os.close(fd)
+
+
+def content(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 14, (1 << 14) + 1, 3 << 18])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS, errno.EINVAL])
+def test_copy_data(
+    opened: Maker,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    sparse: bool,
+    refusal: t.Optional[int],
+) -> None:
+    def refuse(*_arguments: t.Any) -> int:
+        raise OSError(refusal, "no")
+
+    if refusal is not None:
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    data = os.urandom(size)
+    source, target = opened("source"), opened("target")
+    os.write(source, data)
+    files.copy_data(target, source, size, sparse)
+    assert content(target) == data
+
+
+def test_copy_data_keeps_holes(opened: Maker) -> None:
+    source, target = opened("source"), opened("target")
+    os.pwrite(source, b"begin", 0)
+    os.pwrite(source, b"middle", 64 << 20)
+    os.ftruncate(source, 128 << 20)
+    files.copy_data(target, source, 128 << 20)
+    assert os.fstat(target).st_size == 128 << 20
+    assert os.fstat(target).st_blocks <= os.fstat(source).st_blocks + 64
+    assert os.pread(target, 6, 64 << 20) == b"middle"
+    assert os.pread(target, 6, 0) == b"begin\0"
+
+
+def test_copy_data_of_nothing_but_a_hole(opened: Maker) -> None:
+    source, target = opened("source"), opened("target")
+    os.ftruncate(source, 1 << 30)
+    files.copy_data(target, source, 1 << 30)
+    assert os.fstat(target).st_size == 1 << 30
+    assert os.fstat(target).st_blocks == 0
+
+
+def test_copy_data_says_what_went_wrong(opened: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: t.Any) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "copy_file_range", full, raising=False)
+    source, target = opened("source"), opened("target")
+    os.write(source, b"x" * (1 << 15))
+    with pytest.raises(OSError, match="full"):
+        files.copy_data(target, source, 1 << 15, False)
+
+
+def test_shared_bytes(opened: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    extents = [(number << 20, 4096, 0x2000 if number % 3 == 0 else 0) for number in range(300)]
+
+    def fiemap(_fd: int, request: int, buffer: t.Any, _mutate: bool) -> int:
+        assert request == 0xC020660B
+        start, _length, _flags, _mapped, room, _reserved = struct.unpack_from("=QQLLLL", buffer)
+        answer = [extent for extent in extents if extent[0] >= start][:room]
+        struct.pack_into("=L", buffer, 20, len(answer))
+        for index, (logical, length, flags) in enumerate(answer):
+            if logical == extents[-1][0]:
+                flags |= 1
+            struct.pack_into(
+                "=QQQQQLLLL", buffer, 32 + 56 * index, logical, 0, length, 0, 0, flags, 0, 0, 0
+            )
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", fiemap)
+    assert files.shared_bytes(opened("file")) == (300 * 4096, 100 * 4096)
+
+
+def test_filesystem_type() -> None:
+    assert files.filesystem_type("/proc") == "proc"
+    fd = os.open("/proc", os.O_RDONLY)
+    try:
+        assert files.filesystem_type(fd) == "proc"
+    finally:
+        os.close(fd)
+
+
+def test_syncfs(opened: Maker) -> None:
+    files.syncfs(opened("file"))
+
+
+@pytest.fixture(params=["openat2", "stepwise"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "stepwise":
+        monkeypatch.setattr(files, "_openat2_works", False)
+
+
+@pytest.mark.usefixtures("_way")
+class TestOpenBeneath:
+    def open(self, root: pathlib.Path, path: str) -> int:
+        fd = os.open(root, os.O_RDONLY)
+        try:
+            return files.open_beneath(fd, path, os.O_RDONLY)
+        finally:
+            os.close(fd)
+
+    def test_file(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        (tmp_path / "a" / "b" / "c").write_text("found")
+        fd = self.open(tmp_path, "a/b/c")
+        assert content(fd) == b"found"
+        os.close(fd)
+
+    def test_root_itself(self, tmp_path: pathlib.Path) -> None:
+        fd = self.open(tmp_path, "")
+        assert os.fstat(fd).st_ino == tmp_path.stat().st_ino
+        os.close(fd)
+
+    def test_longer_than_path_max(self, tmp_path: pathlib.Path) -> None:
+        name = "n" * 255
+        fd = os.open(tmp_path, os.O_RDONLY)
+        for _level in range(40):
+            os.mkdir(name, dir_fd=fd)
+            deeper = os.open(name, os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = deeper
+        found = self.open(tmp_path, "/".join([name] * 40))
+        assert os.fstat(found).st_ino == os.fstat(fd).st_ino
+        os.close(found)
+        os.close(fd)
+
+    @pytest.mark.parametrize("path", ["link", "link/file", "folder/link/file"])
+    def test_symbolic_links_are_refused(self, tmp_path: pathlib.Path, path: str) -> None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "file").write_text("x")
+        (tmp_path / "link").symlink_to("folder")
+        (tmp_path / "folder" / "link").symlink_to(".")
+        with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
+            self.open(tmp_path, path)
+
+    def test_missing(self, tmp_path: pathlib.Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            self.open(tmp_path, "no/such")

@@ -1,0 +1,190 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Tests of clone, survey, shift_in_place and measure that need no privileges."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pathlib
+import stat
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    NoSpace,
+    PermissionDenied,
+    TreeError,
+    UnmappedIDs,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapping import (
+    Mapping,
+    Shift,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import (
+    IDMap,
+    IDRange,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.clone import clone
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.measure import measure
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.merged import LayerStack
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.shift import (
+    shift_in_place,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.survey import survey
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.walk import (
+    as_storage_error,
+    shown,
+)
+
+SAME = Shift(Mapping(), Mapping())
+
+
+def listing(root: pathlib.Path) -> t.Dict[str, t.Any]:
+    """All that matters of a tree, by path."""
+    found: t.Dict[str, t.Any] = {}
+    inodes: t.Dict[int, str] = {}
+    for folder, folders, names in os.walk(os.fsencode(root)):
+        for name in sorted([b".", *folders, *names]):
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            relative = os.fsdecode(os.path.relpath(path, os.fsencode(root)))
+            what: t.Any = None
+            if stat.S_ISREG(status.st_mode):
+                with open(path, "rb") as file:
+                    what = (file.read(), inodes.setdefault(status.st_ino, relative))
+            elif stat.S_ISLNK(status.st_mode):
+                what = os.readlink(path)
+            found[relative] = (status.st_mode, status.st_mtime_ns, what)
+    return found
+
+
+def template(root: pathlib.Path) -> pathlib.Path:
+    (root / "usr" / "bin").mkdir(parents=True)
+    (root / "usr" / "bin" / "tool").write_text("#!/bin/sh\n")
+    (root / "usr" / "bin" / "tool").chmod(0o4755)
+    os.link(root / "usr" / "bin" / "tool", root / "usr" / "bin" / "same")
+    os.link(root / "usr" / "bin" / "tool", root / "same")
+    (root / "link").symlink_to("/nowhere")
+    os.mkfifo(root / "fifo", 0o620)
+    with open(os.path.join(os.fsencode(root), b"\xff\n"), "wb") as file:
+        file.write(b"odd")
+    (root / "empty").mkdir(mode=0o1777)
+    for number in range(900):
+        path = root / "many" / str(number % 4) / str(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(number))
+    for folder, folders, names in os.walk(root):
+        for index, name in enumerate([*names, *folders, "."]):
+            path = pathlib.Path(folder, name)
+            os.utime(path, ns=(1, 10**9 + index), follow_symlinks=False)
+    return root
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_clone(tmp_path: pathlib.Path, workers: int) -> None:
+    root, copy = template(tmp_path / "root"), tmp_path / "copy"
+    copy.mkdir()
+    expected = listing(root)
+    before = os.listdir("/proc/self/fd")
+    with LayerStack([str(root)], "trusted") as stack:
+        made = clone(stack, str(copy), SAME, workers=workers)
+        assert survey(stack, SAME, workers)[:4] == made[:4]
+    assert listing(copy) == expected
+    assert (made.files, made.directories, made.inodes) == (906, 9, 913)
+    usage = measure([str(root), str(root)])
+    assert (usage.inodes, usage.files, usage.apparent) == (913, 904, made.apparent)
+    shift_in_place(str(copy), SAME, workers=workers)
+    assert listing(copy) == expected
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_merged(tmp_path: pathlib.Path) -> None:
+    top, middle, bottom, copy = (tmp_path / name for name in ("top", "middle", "bottom", "copy"))
+    for path, text in (
+        (top / "both" / "a", "top"),
+        (top / "file", "top"),
+        (middle / "both" / "b", "middle"),
+        (middle / "file" / "hidden", "middle"),
+        (middle / "folder", "middle"),
+        (bottom / "both" / "a", "bottom"),
+        (bottom / "both" / "c", "bottom"),
+        (bottom / "folder" / "hidden", "bottom"),
+        (bottom / "only" / "here", "bottom"),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    copy.mkdir()
+    with LayerStack([str(path) for path in (top, middle, bottom)], "trusted") as stack:
+        clone(stack, str(copy), SAME)
+    found = {path: what[2][0] for path, what in listing(copy).items() if what[2]}
+    assert found == {
+        "both/a": b"top",
+        "both/b": b"middle",
+        "both/c": b"bottom",
+        "file": b"top",
+        "folder": b"middle",
+        "only/here": b"bottom",
+    }
+
+
+def test_unmapped(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "copy").mkdir()
+    ids = [IDMap((IDRange(own + 1, 100000, 1),)) for own in (os.getuid(), os.getgid())]
+    with LayerStack([str(tmp_path / "root")], "trusted") as stack:
+        with pytest.raises(UnmappedIDs) as caught:
+            clone(stack, str(tmp_path / "copy"), Shift(Mapping(), Mapping(*ids)))
+        with pytest.raises(UnmappedIDs):
+            survey(stack, Shift(Mapping(), Mapping(*ids)))
+    assert caught.value.facts["uids"] == [os.getuid()]
+    assert caught.value.facts["gids"] == [os.getgid()]
+
+
+def test_destination_in_use(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a").write_text("a")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "a").write_text("b")
+    with LayerStack([str(tmp_path / "root")], "trusted") as stack:
+        with pytest.raises(TreeError, match="copy/a: File exists"):
+            clone(stack, str(tmp_path / "copy"), SAME)
+        with pytest.raises(TreeError, match="No such file"):
+            clone(stack, str(tmp_path / "none"), SAME)
+        with pytest.raises(ValueError, match="reflink"):
+            clone(stack, str(tmp_path / "copy"), SAME, "magic")
+
+
+def test_measure_of_what_is_not_there(tmp_path: pathlib.Path) -> None:
+    assert measure([str(tmp_path / "none")]) == (0, 0, 0, 0, 0)
+
+
+def test_measure_of_a_file(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("text")
+    usage = measure([str(tmp_path / "file")], exclusive=True)
+    assert usage[:3] == (1, 1, 4)
+    assert usage.exclusive == usage.allocated
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, NoSpace),
+        (errno.EDQUOT, NoSpace),
+        (errno.EACCES, PermissionDenied),
+        (errno.EPERM, PermissionDenied),
+        (errno.EIO, TreeError),
+    ],
+)
+def test_errors(number: int, kind: t.Type[Exception]) -> None:
+    error = as_storage_error(OSError(number, os.strerror(number), "some/path"))
+    assert type(error) is kind
+    assert error.facts == {"path": "some/path", "errno": number}
+    assert "some/path" in str(error)
+
+
+def test_shown() -> None:
+    assert shown("plain") == "plain"
+    assert shown(os.fsdecode(b"\xff")) == "\\xff"
+    assert len(shown("x" * 10**6)) < 1100
