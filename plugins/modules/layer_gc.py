@@ -232,7 +232,7 @@ kept:
   type: list
   elements: dict
   contains: *entry
-failed:
+failures:
   description: What could not be removed. The module then fails, after all the rest was done.
   returned: always
   type: list

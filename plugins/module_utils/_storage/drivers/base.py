@@ -205,6 +205,19 @@ class Driver(abc.ABC):
         with self._explained(chain[0]), self._readable(chain) as stack:
             return lookup.read_text(stack, path)
 
+    def settle(self) -> None:
+        """Have on disk what was written, and freed what was deleted as far as that is to be had.
+
+        :raises StorageError: something could not be written
+        """
+        with self._explained(self.home.graphroot), contextlib.ExitStack() as undo:
+            directory = os.open(self.home.view, DIRECTORY & ~os.O_NOFOLLOW)
+            undo.callback(os.close, directory)
+            self._settle(directory)
+
+    def _settle(self, directory: int) -> None:
+        files.syncfs(directory)
+
     def dependencies(self, layer_id: str) -> t.List[str]:
         """The layers whose data this one needs on disk, nearest first; none where trees are whole."""
         return []

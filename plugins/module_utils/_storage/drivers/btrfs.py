@@ -70,6 +70,10 @@ class BtrfsDriver(Driver):
             usage = super().measure(layer_id, exclusive and counted is None)
             return usage if counted is None else usage._replace(exclusive=counted)
 
+    def _settle(self, directory: int) -> None:
+        super()._settle(directory)
+        btrfs.sync(directory)
+
     def strategies(self, chain: t.Sequence[str]) -> t.List[Strategy]:
         """A snapshot, where the template is a subvolume; then what works everywhere."""
         with self._explained(chain[0]), contextlib.ExitStack() as undo:

@@ -16,7 +16,6 @@ from ..errors import ImageUnknown, LayerInUse, NamespaceError, StorageError, Sto
 from ..idmap.mapping import Mapping
 from ..idmap.ranges import IDMap
 from ..idmap.subids import everybodys_ranges, subordinate_ids
-from ..kernel import files
 from ..store.records import Layer
 from ..store.snapshot import Snapshot
 from . import policy as reading
@@ -164,11 +163,13 @@ class _Collection:
             ]
         elif made.removals or made.repairs:
             self._apply(made)
+            # What is gone need not be found gone by the next run.
+            watch(self.place, self.place.store.snapshot(), self.now)
         result: t.Dict[str, t.Any] = {
             "changed": bool(self.removed or self.repaired),
             "removed": self.removed,
             "kept": self.kept,
-            "failed": self.failed,
+            "failures": self.failed,
             "repaired": self.repaired,
             "findings": self.reported,
             "space_reclaimed": self.freed[0],
@@ -315,12 +316,8 @@ class _Collection:
 
     def _settled(self) -> t.Tuple[int, int]:
         """Free bytes and inodes, once all that was written and deleted is on disk."""
-        descriptor = os.open(self.place.config.graphroot, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            files.syncfs(descriptor)
-            found = os.fstatvfs(descriptor)
-        finally:
-            os.close(descriptor)
+        self.place.driver.settle()
+        found = os.statvfs(self.place.config.graphroot)
         return found.f_bfree * found.f_frsize, found.f_ffree
 
     def _remove(self, decision: Decision) -> None:
