@@ -334,6 +334,25 @@ def faults(session: nox.Session) -> None:
     pytest(session, "tests/faults")
 
 
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Show a container's first start without and with a pre-mapped image."""
+    show(session, "tests/demo/first_start.py")
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure what the README's figures are made of."""
+    show(session, "tests/benchmarks/run.py")
+
+
+def show(session: nox.Session, script: str) -> None:
+    with workshop.collection_tree(session.name) as tree, session.chdir(tree):
+        found = str(tree.parents[2])
+        command = (sys.executable, script, *session.posargs)
+        run(session, *command, ANSIBLE_COLLECTIONS_PATH=found, PYTHONPATH=found)
+
+
 def pytest(
     session: nox.Session,
     folder: str,
@@ -351,7 +370,7 @@ def pytest(
             with session.chdir(tree):
                 session.run(
                     str(tools / "bin/python"),
-                    *("-m", "pytest", "-p", "no:cacheprovider", folder),
+                    *("-m", "pytest", "-p", "no:cacheprovider", "--timeout=900", folder),
                     *options,
                     *session.posargs,
                     f"--junitxml={output / name}.xml",
