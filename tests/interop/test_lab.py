@@ -28,6 +28,7 @@ COPIES = {
     "overlay-xfs": True,
     "vfs-xfs": True,
     "vfs-ext4": True,
+    "overlay-ext4": True,
     "btrfs": True,
     "rootless-overlay": True,
     "rootless-vfs": True,
