@@ -1,0 +1,60 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Variables as people type them."""
+
+from __future__ import annotations
+
+import pytest
+from ansible_collections.userns.storage.plugins.plugin_utils import _texts
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, []),
+        ("", []),
+        ("alice", ["alice"]),
+        (" alice, bob\ncarol\r\n", ["alice", "bob", "carol"]),
+        (["alice", "bob carol"], ["alice", "bob", "carol"]),
+    ],
+)
+def test_words(value, expected):
+    assert _texts.words(value) == expected
+
+
+def test_words_refuse_what_is_no_text():
+    with pytest.raises(ValueError, match="neither a text"):
+        _texts.words({"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("", []),
+        ("keep-id", [{"userns": "keep-id"}]),
+        ("keep-id:uid=1000,gid=1000", [{"userns": "keep-id:uid=1000,gid=1000"}]),
+        ("auto:size=4096 slots=3; nomap", [{"userns": "auto:size=4096", "slots": 3}, {"userns": "nomap"}]),
+        ("0:100000:65536", [{"uidmap": ["0:100000:65536"]}]),
+        (
+            "0:1:1000,1000:0:1/0:5:10\n+u1:@2:1",
+            [{"uidmap": ["0:1:1000", "1000:0:1"], "gidmap": ["0:5:10"]}, {"uidmap": ["+u1:@2:1"]}],
+        ),
+        ('subuidname=web runtime="podman 5.4.2"', [{"subuidname": "web", "runtime": "podman 5.4.2"}]),
+        (
+            ["keep-id", {"userns": "auto", "uidmap": None, "slots": 2}],
+            [{"userns": "keep-id"}, {"userns": "auto", "slots": 2}],
+        ),
+    ],
+)  # fmt: skip
+def test_mappings(value, expected):
+    assert _texts.mappings(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value", ["keepid", "keep-id 3", "slots=two", [7], 7, "keep-id colour=red"]
+)
+def test_mappings_refuse(value):
+    with pytest.raises(ValueError, match="mapping|neither|invalid literal"):
+        _texts.mappings(value)
