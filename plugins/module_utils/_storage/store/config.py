@@ -73,6 +73,7 @@ _ROOTLESS_DRIVERS = ("btrfs", "overlay", "overlay2", "vfs")
 # Tried in this order where none is set; vfs is never taken for being there already.
 _PRIORITY = ("overlay", "btrfs", "zfs", "vfs")
 _ROOTLESS_OVERLAY_KERNEL = (5, 13)
+_EXPLICIT_PATHS_COUNT = (1, 59)
 
 _SIZE_LIMIT = 1024 * 1024
 
@@ -118,14 +119,18 @@ def discover(
     environ: t.Mapping[str, str],
     account: t.Optional[Account],
     rootless: bool,
+    storage_version: t.Optional[t.Tuple[int, ...]] = None,
 ) -> StoreConfig:
     """The store that podman would use with these options and this environment. Creates nothing.
 
     :param account: whose store it is; not needed for the rootful one
     :param rootless: whether the runtime would run without the host's root rights
+    :param storage_version: the runtime's version of containers/storage; where it matters and is
+        None, what has been written decides
     :raises ConfigError: a file is missing, unreadable or malformed, or settings contradict
     """
-    return _Discovery(overrides, environ, account, rootless and not _is_root(account)).run()
+    rootless = rootless and not _is_root(account)
+    return _Discovery(overrides, environ, account, rootless, storage_version).run()
 
 
 def _is_root(account: t.Optional[Account]) -> bool:
@@ -139,6 +144,7 @@ class _Discovery:
         environ: t.Mapping[str, str],
         account: t.Optional[Account],
         rootless: bool,
+        storage_version: t.Optional[t.Tuple[int, ...]],
     ) -> None:
         if rootless and account is None:
             raise ConfigError("rootless store", "belongs to no account", "Set `user`.")
@@ -146,6 +152,7 @@ class _Discovery:
         self.environ = environ
         self.account = account
         self.rootless = rootless
+        self.storage_version = storage_version
         self.uid = account.uid if account and rootless else 0
 
     def run(self) -> StoreConfig:
@@ -216,9 +223,11 @@ class _Discovery:
         explicit = self._explicit_file()
         system = self._read(explicit) if explicit else self._system_settings()
         path = explicit or self._user_file()
-        own = self._inherited(system)
+        own = self._inherited(system, bool(explicit))
         if os.path.exists(path):
             settings = self._read(path)
+            if explicit and self._paths_are_ignored(settings, own):
+                return self._expanded(own)
             if not settings.runroot:
                 settings.runroot = own.runroot
                 settings.sources["runroot"] = own.sources["runroot"]
@@ -230,8 +239,22 @@ class _Discovery:
             return self._expanded(settings)
         return self._expanded(own)
 
-    def _inherited(self, system: _Settings) -> _Settings:
-        """What a user without a file of their own gets: little of the system's."""
+    def _paths_are_ignored(self, settings: _Settings, own: _Settings) -> bool:
+        """Whether the runtime takes only driver and options from CONTAINERS_STORAGE_CONF.
+
+        podman and buildah with containers/storage before 1.59 do when they run rootless.
+        """
+        if self.storage_version is not None:
+            return self.storage_version < _EXPLICIT_PATHS_COUNT
+        theirs = self._expand(settings.graphroot or own.graphroot, "graphroot", settings.source)
+        default = self._expand(own.graphroot, "graphroot", own.source)
+        return not _written(theirs) and _written(default)
+
+    def _inherited(self, system: _Settings, explicit: bool) -> _Settings:
+        """What a user without a file of their own gets: little of the system's.
+
+        :param explicit: ``system`` is a file that was named, whose options all count
+        """
         result = _Settings(system.source, auto_userns=dict(system.auto_userns))
         result.runroot = os.path.join(self._runtime_dir(), "containers")
         result.sources["runroot"] = "default"
@@ -250,7 +273,10 @@ class _Discovery:
         if self.environ.get("STORAGE_DRIVER"):
             result.driver = _canonical(self.environ["STORAGE_DRIVER"])
             result.sources["driver"] = "STORAGE_DRIVER"
-        if result.driver == "overlay":
+        if explicit:
+            result.options = list(system.options)
+            result.imagestore = system.imagestore
+        elif result.driver == "overlay":
             kept = [one for one in system.options if "ignore_chown_errors" in one]
             result.options = kept[:1]
         if not result.driver:
@@ -289,7 +315,8 @@ class _Discovery:
             ) from error
         if len(data) > _SIZE_LIMIT:
             raise ConfigError(path, f"is larger than {_SIZE_LIMIT} bytes", "Correct the file.")
-        return self._with_environment(_settings_of(toml.loads(data, path), path))
+        driver = self.environ.get("STORAGE_DRIVER", "")
+        return self._with_environment(_settings_of(toml.loads(data, path), path, driver))
 
     def _with_environment(self, settings: _Settings) -> _Settings:
         driver = self.environ.get("STORAGE_DRIVER")
@@ -381,8 +408,11 @@ class _Discovery:
         return order[0]
 
 
-def _settings_of(content: toml.Table, path: str) -> _Settings:
-    """One parsed storage.conf as settings, its driver options in containers/storage's order."""
+def _settings_of(content: toml.Table, path: str, driver: str) -> _Settings:
+    """One parsed storage.conf as settings, its driver options in containers/storage's order.
+
+    :param driver: the driver that counts instead of the file's, if any
+    """
     reader = _Checked(path)
     storage = reader.table(content, "storage")
     options = reader.table(storage, "options")
@@ -390,7 +420,7 @@ def _settings_of(content: toml.Table, path: str) -> _Settings:
         path,
         graphroot=reader.text(storage, "graphroot"),
         runroot=reader.text(storage, "runroot"),
-        driver=reader.text(storage, "driver"),
+        driver=driver or reader.text(storage, "driver"),
         priority=tuple(reader.texts(storage, "driver_priority")),
         rootless_path=reader.text(storage, "rootless_storage_path"),
         imagestore=reader.text(storage, "imagestore") or reader.text(options, "imagestore"),
@@ -503,6 +533,14 @@ def split_options(
 
 def _canonical(driver: str) -> str:
     return "overlay" if driver == "overlay2" else driver
+
+
+def _written(graphroot: str) -> bool:
+    """Whether a runtime has used that graphroot."""
+    try:
+        return any(name.endswith("-layers") for name in os.listdir(graphroot))
+    except OSError:
+        return False
 
 
 def _private_to(path: str, uid: int) -> bool:

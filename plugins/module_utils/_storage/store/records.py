@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import typing as t
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -92,7 +93,8 @@ def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> Raw:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object,
     parse_float=_Number,
-    parse_int=_integer,
+    # Older Pythons take ever longer to convert ever longer numbers; newer ones refuse by themselves.
+    parse_int=None if hasattr(sys, "get_int_max_str_digits") else _integer,
     parse_constant=_constant,
 )
 
@@ -135,6 +137,16 @@ def _check_id(value: t.Any) -> str:
     if not isinstance(value, str):
         return "is not a string"
     return "" if not value or _ID.fullmatch(value) else "is not 64 lower-case hexadecimal digits"
+
+
+def _check_uint32s(value: t.Any) -> str:
+    if not isinstance(value, list):
+        return "is not a list"
+    if not value:
+        return ""
+    if set(map(type, value)) != {int}:
+        return "has an entry that is not a whole number"
+    return "" if min(value) >= 0 and max(value) < 2**32 else "has an entry that is no ID"
 
 
 def _check_list(check: t.Callable[[t.Any], str]) -> t.Callable[[t.Any], str]:
@@ -184,9 +196,9 @@ _ID_RANGES = _check_list(_check_map(_INT64))
 _SIZES = _check_map(_INT64)
 _DIGESTS = _check_map(_check_string)
 _OPEN_MAP = _check_map(lambda _value: "")
-_UINT32S = _check_list(_whole(0, 2**32 - 1))
 
-_Checks = t.Dict[str, t.Callable[[t.Any], str]]
+_Check = t.Callable[[t.Any], str]
+_Checks = t.Dict[str, _Check]
 
 _LAYER_FIELDS: _Checks = {
     "id": _check_id,
@@ -201,8 +213,8 @@ _LAYER_FIELDS: _Checks = {
     "toc-digest": _check_string,
     "diff-size": _INT64,
     "compression": _INT64,
-    "uidset": _UINT32S,
-    "gidset": _UINT32S,
+    "uidset": _check_uint32s,
+    "gidset": _check_uint32s,
     "flags": _OPEN_MAP,
     "uidmap": _ID_RANGES,
     "gidmap": _ID_RANGES,
@@ -332,6 +344,8 @@ class Record:
                     self._refuse(index, key, f"is spelt otherwise than {key.lower()!r}")
                 if _too_deep(value):
                     self._refuse(index, key, f"is nested more than {_DEPTH_LIMIT} deep")
+            elif check is _check_string and type(value) is str:
+                continue
             elif value is not None:
                 wrong = check(value)
                 if not wrong and key == "flags" and _too_deep(value):
@@ -602,6 +616,7 @@ def _split(data: bytes, path: str) -> t.Iterator[t.Tuple[t.Any, bytes]]:
         text = data.decode("utf-8", "surrogateescape")
         # Where every character is one byte the positions are those of the bytes.
         single = len(text) == len(data)
+        decode = _DECODER.raw_decode
         at = _space(text, 0)
         if text.startswith("null", at) and _space(text, at + 4) == len(text):
             return
@@ -610,7 +625,7 @@ def _split(data: bytes, path: str) -> t.Iterator[t.Tuple[t.Any, bytes]]:
         at = _space(text, at + 1)
         if text[at : at + 1] != "]":
             while True:
-                value, end = _DECODER.raw_decode(text, at)
+                value, end = decode(text, at)
                 yield value, (data[at:end] if single else _bytes(text[at:end]))
                 index += 1
                 at = _space(text, end)

@@ -46,7 +46,7 @@ class Workspace:
 class Leftover:
     """Something in our folder that nobody works on any more.
 
-    :ivar kind: "staging" or "trash"
+    :ivar kind: "staging", "trash", or "records" for a half-written file of records
     :ivar modified: when its top folder last changed, seconds since the epoch
     """
 

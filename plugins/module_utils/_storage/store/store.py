@@ -56,7 +56,7 @@ from .records import (
 )
 from .removal import Destroy, remove_tree
 from .snapshot import Snapshot
-from .staging import StagingArea
+from .staging import Leftover, StagingArea
 
 OWN_FOLDER = "userns-storage"
 
@@ -121,6 +121,12 @@ class _File(t.Generic[R]):
         self._fresh: t.Optional[bytes] = None
         self._fresh_key: _FileKey = _ABSENT
 
+    @property
+    def temporary(self) -> str:
+        """Only the holder of the lock writes it, so that a name of our own cannot clash."""
+        directory, name = os.path.split(self.path)
+        return os.path.join(directory, f".tmp-{name}{OWN_FOLDER}")
+
     def load(self) -> int:
         """Read the file if it may have changed, under the lock; the number of bytes read."""
         token = self.area.lock.token() if self.area.lock.held else b""
@@ -166,9 +172,7 @@ class _File(t.Generic[R]):
     def write(self, records: t.List[R]) -> None:
         """Replace the file, under the exclusive lock: token, data, rename, directory."""
         self._key = None
-        directory, name = os.path.split(self.path)
-        # Only the holder of the lock writes here, so a name of our own cannot clash.
-        temporary = os.path.join(directory, f".tmp-{name}{OWN_FOLDER}")
+        directory, temporary = os.path.dirname(self.path), self.temporary
         data = serialise(records)
         token = self.area.lock.touch()
         discard(temporary)
@@ -197,8 +201,7 @@ class _File(t.Generic[R]):
 
     def discard_leftovers(self) -> None:
         """Remove what a killed writer of ours left, under the exclusive lock."""
-        directory, name = os.path.split(self.path)
-        discard(os.path.join(directory, f".tmp-{name}{OWN_FOLDER}"))
+        discard(self.temporary)
 
 
 @dataclass
@@ -265,6 +268,38 @@ class Store:
             yield path
         finally:
             self.staging.discard(path, destroy)
+
+    def leftovers(self) -> t.List[Leftover]:
+        """What killed runs of this collection have left and ``sweep`` would delete. Writes nothing.
+
+        :raises PermissionDenied: our folder cannot be read
+        """
+        with _explained(self.config):
+            found = self.staging.leftovers()
+            for path in self._temporary_files():
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(Leftover("records", path, os.lstat(path).st_mtime))
+            return found
+
+    def sweep(self, destroy: t.Optional[Destroy] = None) -> t.List[str]:
+        """Delete what killed runs of this collection have left; live work is left alone.
+
+        :param destroy: see ``removal.remove_tree``
+        :returns: the paths that were deleted
+        :raises StoreError: something cannot be deleted; everything else has been
+        """
+        with _explained(self.config):
+            temporary = self._temporary_files()
+            if temporary and not self.config.imagestore:
+                # Under the locks whoever writes such a file is dead.
+                with self.transaction(containers=True):
+                    pass
+            removed = [path for path in temporary if not os.path.lexists(path)]
+            return removed + self.staging.sweep(destroy)
+
+    def _temporary_files(self) -> t.List[str]:
+        files = [file for file in self._all_files() if file.read_only_store is None]
+        return [file.temporary for file in files if os.path.lexists(file.temporary)]
 
     def _folder(self, base: str, kind: str) -> str:
         return os.path.join(base, f"{self.config.driver}-{kind}")

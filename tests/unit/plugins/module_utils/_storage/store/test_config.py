@@ -39,6 +39,7 @@ class Host:
             path.mkdir()
         monkeypatch.setattr(config, "ADMIN_FILE", str(self.admin))
         monkeypatch.setattr(config, "VENDOR_FILE", str(self.vendor))
+        monkeypatch.setattr(config, "_GRAPHROOT", str(base / "default"))
         self.account = Account("alice", os.getuid() or 1000, 1000, str(self.home))
 
     def write(self, path: t.Union[str, pathlib.Path], text: str) -> str:
@@ -63,7 +64,7 @@ def host(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 def test_rootful_defaults(host: Host) -> None:
     found = host.rootful()
-    assert found.graphroot == "/var/lib/containers/storage"
+    assert found.graphroot == f"{host.base}/default"
     assert found.runroot == "/run/containers/storage"
     assert found.options == {}
     assert not found.rootless
@@ -119,7 +120,7 @@ def test_search_order(host: Host) -> None:
     assert host.rootful().graphroot == "/vendor"
     host.write(host.admin, '[storage]\ndriver = "vfs"')
     # The first file counts alone.
-    assert host.rootful().graphroot == "/var/lib/containers/storage"
+    assert host.rootful().graphroot == f"{host.base}/default"
     host.write("xdg/containers/storage.conf", '[storage]\ngraphroot = "/xdg"')
     assert host.rootful(XDG_CONFIG_HOME=str(host.base / "xdg")).graphroot == "/xdg"
     assert host.rootful(XDG_CONFIG_HOME=str(host.base / "no")).driver == "vfs"
@@ -252,6 +253,45 @@ def test_rootless_file_counts_alone(host: Host) -> None:
     assert host.rootless(CONTAINERS_STORAGE_CONF=other).graphroot == "/other"
 
 
+def test_rootless_with_a_named_file(host: Host) -> None:
+    """containers/storage before 1.59 takes driver and options from it, but no paths."""
+    path = host.write(
+        "named.conf",
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{host.base}/named"\nrunroot = "/rr"\n'
+        'imagestore = "/i"\n[storage.options]\nadditionalimagestores = ["/ro"]\n'
+        '[storage.options.overlay]\nmountopt = "nodev"\n',
+    )
+    environ = {"HOME": str(host.home), "XDG_RUNTIME_DIR": str(host.run)}
+    default = host.home / ".local/share/containers/storage"
+
+    def found(version: t.Optional[t.Tuple[int, ...]]) -> t.Tuple[str, str]:
+        for overrides, more in (
+            (StoreOverrides(storage_conf=path), {}),
+            (NONE, {"CONTAINERS_STORAGE_CONF": path}),
+        ):
+            result = discover(overrides, {**environ, **more}, host.account, True, version)
+            assert result.options == {"mountopt": "nodev"}
+            assert result.additional_image_stores == ("/ro",)
+            assert (result.driver, result.imagestore) == ("overlay", "/i")
+        return result.graphroot, result.runroot
+
+    old, new = (str(default), f"{host.run}/containers"), (f"{host.base}/named", "/rr")
+    assert found((1, 43, 0)) == found((1, 58, 9)) == old
+    assert found((1, 59, 1)) == found((1, 62)) == new
+    # Without a version the one that has been written is meant.
+    assert found(None) == new
+    (default / "overlay-layers").mkdir(parents=True)
+    assert found(None) == old
+    (host.base / "named" / "overlay-layers").mkdir(parents=True)
+    assert found(None) == new
+
+
+def test_options_are_those_of_the_driver_that_counts(host: Host) -> None:
+    host.write(host.admin, FULL.replace('"overlay2"', '"vfs"'))
+    assert host.rootful().options["ignore_chown_errors"] == "false"
+    assert host.rootful(STORAGE_DRIVER="overlay").options["force_mask"] == "shared"
+
+
 def test_runtime_folder(host: Host, tmp_path: pathlib.Path) -> None:
     usual = f"/run/user/{host.account.uid}"
     expected = usual if os.path.isdir(usual) else f"{tmp_path}/storage-run-{host.account.uid}"
@@ -266,7 +306,7 @@ def test_runtime_folder(host: Host, tmp_path: pathlib.Path) -> None:
 def test_root_is_never_rootless(host: Host) -> None:
     found = discover(NONE, {}, Account("root", 0, 0, "/root"), True)
     assert not found.rootless
-    assert found.graphroot == "/var/lib/containers/storage"
+    assert found.graphroot == f"{host.base}/default"
     with pytest.raises(ConfigError, match="user"):
         discover(NONE, {}, None, True)
 

@@ -628,7 +628,8 @@ def test_a_write_that_fails_changes_nothing(
         transaction.begin_layer(mapped(C))
 
 
-def test_leftovers_of_a_killed_writer_go(disk: Disk) -> None:
+@pytest.mark.parametrize("swept", [False, True])
+def test_leftovers_of_a_killed_writer_go(disk: Disk, swept: bool) -> None:
     for kind in ("layers", "images"):
         disk.path(kind, f".tmp-{kind}.jsonuserns-storage").write_bytes(b"half")
     others = disk.path("layers", ".tmp-layers.json123456")
@@ -636,8 +637,13 @@ def test_leftovers_of_a_killed_writer_go(disk: Disk) -> None:
     store = disk.open()
     store.snapshot()
     assert disk.path("layers", ".tmp-layers.jsonuserns-storage").exists()
-    with store.transaction():
-        pass
+    assert [one.kind for one in store.leftovers()] == ["records", "records"]
+    if swept:
+        assert len(store.sweep()) == 2
+    else:
+        with store.transaction():
+            pass
+    assert store.leftovers() == store.sweep() == []
     assert not disk.path("layers", ".tmp-layers.jsonuserns-storage").exists()
     assert not disk.path("images", ".tmp-images.jsonuserns-storage").exists()
     assert others.exists()

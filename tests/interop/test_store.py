@@ -1,0 +1,721 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The store module against the real programs: what they write we read, and the other way round."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import signal
+import subprocess
+import time
+import traceback
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    PermissionDenied,
+    ReadOnlyStore,
+    StoreError,
+    UnsupportedDriver,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import (
+    Account,
+    StoreConfig,
+    StoreOverrides,
+    discover,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.libpod_db import (
+    read_bolt,
+    read_sqlite,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.store import Store
+from support.hosts import Host
+from support.images import Image
+from support.lab import Lab
+from support.machines import ROOT
+from support.stores import Store as RealStore
+from support.stores import disk_state
+from support.users import User
+
+MAP = [{"container_id": 0, "host_id": 100000, "size": 65536}]
+MAP_OPTIONS = ("--uidmap=0:100000:65536", "--gidmap=0:100000:65536")
+
+MakeStore = t.Callable[..., RealStore]
+
+
+def opened(real: RealStore, **changes: t.Any) -> Store:
+    config = StoreConfig(str(real.graphroot), str(real.runroot), real.driver)
+    return Store.open(dataclasses.replace(config, **changes), lock_timeout=20)
+
+
+def copy(source: t.Any, target: t.Any) -> None:
+    subprocess.run(["cp", "-a", "--reflink=auto", str(source), str(target)], check=True)
+
+
+def mapped_record(store: Store, template: str) -> t.Dict[str, t.Any]:
+    """The record a runtime would write for a mapped copy of a layer."""
+    raw = dict(store.snapshot().layers[template].raw)
+    raw.pop("names", None)
+    raw.update(id=secrets.token_hex(32), uidmap=MAP, gidmap=MAP, created="2026-01-02T03:04:05Z")
+    return raw
+
+
+def add_mapped(store: Store, image_name: str) -> str:
+    """Make a mapped layer in a vfs store; the data is a plain copy, so its owners are wrong."""
+    image = store.snapshot().resolve_image(image_name)
+    record = mapped_record(store, image.layer)
+    layer_id = record["id"]
+    folder = os.path.join(store.config.graphroot, "vfs", "dir")
+    with store.staging.claim(f"{image.id} map") as workspace:
+        copy(os.path.join(folder, image.layer), f"{workspace.path}/tree")
+        split = f"{workspace.path}/split"
+        shutil.copyfile(store.tar_split_path(image.layer), split)
+        with store.transaction() as transaction:
+            transaction.begin_layer(record)
+            os.rename(f"{workspace.path}/tree", os.path.join(folder, layer_id))
+            transaction.install_tar_split(layer_id, split)
+            transaction.finish_layer(layer_id)
+            transaction.append_mapped_layer(image.id, layer_id)
+    return str(layer_id)
+
+
+def take_away(store: Store, layer_id: str) -> None:
+    folder = os.path.join(store.config.graphroot, "vfs", "dir")
+    with store.trash(layer_id) as trash, store.transaction(containers=True) as transaction:
+        transaction.drop_mapped_layer(layer_id)
+        transaction.mark_incomplete(layer_id)
+        if os.path.exists(os.path.join(folder, layer_id)):
+            os.rename(os.path.join(folder, layer_id), os.path.join(trash, layer_id))
+        transaction.remove_layer(layer_id, trash)
+
+
+# Records
+
+
+@pytest.mark.parametrize("kind", ["vfs", "overlay", "rootless-vfs"])
+def test_reads_what_podman_writes(kind: str, make_store: MakeStore, small_image: Image) -> None:
+    real = make_store(kind, small_image)
+    # A name must not turn up twice: the rootless user's home is private.
+    container = real.create(small_image.name, "--name=web")
+    before = real.snapshot_of_disk()
+    store = opened(real)
+    snapshot = store.snapshot()
+    assert {one.id: one.raw for one in snapshot.layers.values()} == {
+        one["id"]: one for one in real.layers()
+    }
+    assert {one.id: one.raw for one in snapshot.images.values()} == {
+        one["id"]: one for one in real.images()
+    }
+    assert list(snapshot.containers) == [container]
+    found = snapshot.containers[container]
+    assert (found.name, found.podman_name) == ("web", "web")
+    assert found.image_name == small_image.name
+    assert snapshot.containers_on(snapshot.images[found.image].layer) == [found]
+    assert all(
+        os.path.exists(store.tar_split_path(one))
+        for one in snapshot.layers
+        if not snapshot.layers[one].names
+    )
+    assert before.changes(real.snapshot_of_disk()) == []
+    for reference in (
+        "small:1",
+        small_image.name,
+        found.image,
+        found.image[:12],
+        "sha256:" + found.image,
+    ):
+        listed = json.loads(real.podman("inspect", "--type=image", reference).stdout)
+        assert snapshot.resolve_image(reference).id == listed[0]["Id"]
+        digest = listed[0]["Digest"]
+    for reference in (f"small@{digest}", f"localhost/small@{digest}"):
+        listed = json.loads(real.podman("inspect", "--type=image", reference).stdout)
+        assert snapshot.resolve_image(reference).id == listed[0]["Id"]
+
+
+def test_podman_uses_our_record(make_store: MakeStore, small_image: Image) -> None:
+    real = make_store("vfs", small_image)
+    store = opened(real)
+    layer_id = add_mapped(store, small_image.name)
+    before = real.layer_ids()
+    container = real.create(small_image.name, *MAP_OPTIONS)
+    (own,) = real.layer_ids() - before
+    assert real.layer(own)["parent"] == layer_id
+    assert [one.id for one in store.snapshot().containers_on(layer_id)] == [container]
+    real.podman("rm", container)
+    assert real.layer_ids() == before
+    assert real.podman("images", "-q", "--no-trunc").stdout.split()
+    take_away(store, layer_id)
+    assert real.layer_ids() == before - {layer_id}
+    assert real.leftovers(layer_id) == []
+    real.podman("rmi", small_image.name)
+    assert real.layers() == real.images() == []
+
+
+def test_flags_survive_podmans_rewrites(
+    make_store: MakeStore, small_image: Image, host: t.Callable[[str], Host]
+) -> None:
+    """Runtimes drop fields they do not know, but not the keys of the open map `flags`."""
+    for machine in (None, host("trixie")):
+        real = make_store("vfs", small_image, machine=machine)
+        store = opened(real)
+        layer_id = add_mapped(store, small_image.name)
+        flags = {"userns.storage": {"lease": "2026-02-03T00:00:00Z", "origin": "ours"}}
+        with store.transaction() as transaction:
+            transaction.update_layer(layer_id, lambda raw, new=flags: raw.update(flags=new))
+        container = real.create(small_image.name, *MAP_OPTIONS)
+        real.podman("rm", container)
+        assert store.snapshot().layers[layer_id].flags == flags
+        assert next(iter(store.snapshot().images.values())).mapped_layers == (layer_id,)
+
+
+def test_running_service_and_we_see_each_other(make_store: MakeStore, small_image: Image) -> None:
+    real = make_store("vfs", small_image)
+    store = opened(real)
+    with real.service() as service:
+
+        def size() -> int:
+            (image,) = service.call("GET", "images/json")
+            return int(image["Size"])
+
+        plain = size()
+        layer_id = add_mapped(store, small_image.name)
+        more = size()
+        assert more > plain
+        take_away(store, layer_id)
+        assert size() == plain
+        for number in range(5):
+            made = service.call(
+                "POST", "containers/create", {"image": small_image.name, "name": f"c{number}"}
+            )
+            assert made["Id"] in store.snapshot().containers
+            service.call("DELETE", f"containers/{made['Id']}")
+            assert made["Id"] not in store.snapshot().containers
+
+
+def test_locks_keep_podman_out(make_store: MakeStore, small_image: Image) -> None:
+    real = make_store("vfs", small_image)
+    store = opened(real)
+    with store.transaction():
+        process = real.machine.popen(
+            ["podman", "images", "-q"], env=real.env(), stdout=subprocess.PIPE
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=1.5)
+    assert process.communicate(timeout=60)[0].strip()
+
+
+def test_podman_keeps_us_out_for_no_longer_than_it_works(
+    make_store: MakeStore, small_image: Image
+) -> None:
+    """Busy podmans and busy transactions of ours: nobody fails, nothing is lost."""
+    real = make_store("vfs", small_image)
+    store = opened(real)
+    script = (
+        "for i in 1 2 3 4 5 6; do"
+        f" podman create --name $0-$i {small_image.name} true && podman rm $0-$i || exit 1;"
+        " done"
+    )
+    processes = [
+        real.machine.popen(
+            ["sh", "-c", script, f"w{number}"],
+            env=real.env(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]
+    rounds = 0
+    while any(process.poll() is None for process in processes):
+        layer_id = add_mapped(store, small_image.name)
+        take_away(store, layer_id)
+        rounds += 1
+    for process in processes:
+        assert process.wait() == 0, process.communicate()[1]
+    assert rounds
+    assert len(real.layers()) == len(small_image.layers)
+    assert real.containers() == []
+    assert real.mapped_layers(small_image.name) == []
+
+
+def test_read_only_store(make_store: MakeStore, small_image: Image) -> None:
+    shared = make_store("vfs", small_image)
+    real = make_store("vfs", read_only=[str(shared.graphroot)])
+    real.podman("images")
+    config = discover(StoreOverrides(storage_conf=str(real.storage_conf)), {}, None, False)
+    assert config.additional_image_stores == (str(shared.graphroot),)
+    before = disk_state(shared.graphroot)
+    store = Store.open(config)
+    image = store.snapshot().resolve_image(small_image.name)
+    assert image.store == str(shared.graphroot)
+    assert {one.read_only_store for one in store.snapshot().chain(image.layer)} == {image.store}
+    with store.transaction() as transaction, pytest.raises(ReadOnlyStore):
+        transaction.append_mapped_layer(image.id, image.layer)
+    assert before.changes(disk_state(shared.graphroot)) == []
+    container = real.create(small_image.name)
+    own = store.snapshot().layers[store.snapshot().containers[container].layer]
+    assert (own.parent, own.read_only_store) == (image.layer, None)
+
+
+@pytest.mark.parametrize("how", ["transient", "imagestore", "rm"])
+def test_other_layouts_of_newer_podmans(
+    how: str, make_store: MakeStore, small_image: Image, host: t.Callable[[str], Host]
+) -> None:
+    """Volatile records, a transient store and an image store apart, as podman 5.8 writes them."""
+    real = make_store("overlay", machine=host("sid"))
+    images = real.base / "i"
+    text = real.storage_conf.read_text()
+    if how == "transient":
+        real.storage_conf.write_text(f"{text}transient_store = true\n")
+    elif how == "imagestore":
+        images.mkdir(mode=0o700)
+        real.storage_conf.write_text(f'{text}imagestore = "{images}"\n')
+    real.skopeo("copy", "-q", small_image.source, f"containers-storage:{small_image.name}")
+    container = real.create(small_image.name, *(("--rm",) if how == "rm" else ()))
+    config = discover(StoreOverrides(storage_conf=str(real.storage_conf)), {}, None, False)
+    assert config.transient == (how == "transient")
+    store = Store.open(config)
+    before = disk_state(real.base)
+    snapshot = store.snapshot()
+    image = snapshot.resolve_image("small:1")
+    assert [one.id for one in snapshot.containers.values()] == [container]
+    assert snapshot.containers[container].volatile == (how != "imagestore")
+    layers = snapshot.chain(snapshot.containers[container].layer)
+    assert len(layers) == len(small_image.layers) + 1
+    assert layers[1].id == image.layer
+    assert {one.location for one in layers[1:]} == {
+        "imagestore" if how == "imagestore" else "stable"
+    }
+    assert layers[0].location == ("stable" if how == "imagestore" else "volatile")
+    assert disk_state(real.base).changes(before) == []
+    if how == "imagestore":
+        assert config.imagestore == str(images)
+        with pytest.raises(UnsupportedDriver), store.transaction():
+            pass
+        return
+    with store.transaction(containers=True) as transaction:
+        transaction.update_layer(layers[0].id, lambda raw: raw.update(flags={"x": 1}))
+    assert store.snapshot().layers[layers[0].id].location == "volatile"
+    assert real.podman("ps", "-aq", "--no-trunc").stdout.split() == [container]
+    real.podman("rm", container)
+    assert store.snapshot().containers == {}
+
+
+# Discovery, compared with what podman says itself
+
+
+def compare(
+    lab: Lab,
+    machine: t.Any,
+    options: t.Sequence[str] = (),
+    overrides: t.Optional[StoreOverrides] = None,
+    user: t.Optional[User] = None,
+    env: t.Optional[t.Mapping[str, str]] = None,
+) -> StoreConfig:
+    """Ask both; whether podman has run there before makes no difference but for its database."""
+    environ = machine.environ(user, env) if user else machine.environ(ROOT, env)
+    account = Account(user.name, user.uid, user.gid, user.home) if user else None
+
+    # containers/storage's version, as far as it makes a difference.
+    version = (1, 59) if machine.version("podman") >= (5, 6) else (1, 57)
+
+    def ours() -> StoreConfig:
+        given = overrides or StoreOverrides()
+        return discover(given, environ, account, user is not None, version)
+
+    first = ours()
+    words = ["podman", *options, "info", "--format=json"]
+    command = machine.command(words, account=user, env=env)
+    if user:
+        # podman info reads the cgroup's controllers, which a user may not be allowed to.
+        hide = 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"'
+        inside = ["unshare", "-m", "--propagation=private", "sh", "-c", hide, "sh"]
+        command[len(machine.prefix) : len(machine.prefix)] = inside
+    answer = subprocess.run(command, capture_output=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    told = json.loads(answer.stdout)["store"]
+    found = ours()
+    theirs: t.Dict[str, str] = {}
+    stores: t.List[str] = []
+    for key, value in (told["graphOptions"] or {}).items():
+        name = key.lower().partition(".")[2]
+        if isinstance(value, dict):
+            value = value["Executable"]
+        if name in ("imagestore", "additionalimagestore"):
+            stores += value.split(",")
+        else:
+            theirs[name] = value
+    for config in (first, found):
+        assert config.graphroot == told["graphRoot"]
+        assert config.runroot == told["runRoot"]
+        assert config.driver == told["graphDriverName"]
+    assert found.options == theirs
+    assert list(found.additional_image_stores) == stores
+    return found
+
+
+@pytest.fixture
+def etc(lab: Lab) -> t.Iterator[pathlib.Path]:
+    """/etc/containers/storage.conf of the laboratory; it is taken away again."""
+    path = pathlib.Path("/etc/containers/storage.conf")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def test_rootful_discovery(lab: Lab, etc: pathlib.Path) -> None:
+    base = lab.folder()
+    lab.on_close(lambda: lab.remove(base))
+
+    def text(name: str, driver: str = "vfs", more: str = "") -> str:
+        return (
+            f'[storage]\ndriver = "{driver}"\n'
+            f'graphroot = "{base}/{name}/g"\nrunroot = "{base}/{name}/r"\n{more}'
+        )
+
+    etc.write_text(text("etc", more='[storage.options]\nignore_chown_errors = "true"\n'))
+    assert compare(lab, lab.machine).graphroot == f"{base}/etc/g"
+    other = base / "env.conf"
+    other.write_text(text("env", "overlay2", '[storage.options.overlay]\nmountopt = "nodev"\n'))
+    env = {"CONTAINERS_STORAGE_CONF": str(other)}
+    assert compare(lab, lab.machine, env=env).options == {"mountopt": "nodev"}
+    # The database of the first use wins over a driver set later, but not over an option.
+    other.write_text(text("env", "vfs"))
+    assert compare(lab, lab.machine, env=env).driver == "overlay"
+    other.write_text(text("drv", "vfs", '[storage.options.overlay]\nmountopt = "nodev"\n'))
+    env["STORAGE_DRIVER"] = "overlay"
+    compare(lab, lab.machine, env=env)
+    env["STORAGE_OPTS"] = "overlay.mountopt=nosuid,.skip_mount_home=true"
+    assert compare(lab, lab.machine, env=env).options["skip_mount_home"] == "true"
+    xdg = base / "xdg"
+    (xdg / "containers").mkdir(parents=True)
+    (xdg / "containers" / "storage.conf").write_text(text("xdg"))
+    compare(lab, lab.machine, env={"XDG_CONFIG_HOME": str(xdg)})
+    options = ["--root", f"{base}/o/g", "--runroot", f"{base}/o/r", "--storage-driver", "overlay"]
+    overrides = StoreOverrides("", f"{base}/o/g", f"{base}/o/r", "overlay")
+    compare(lab, lab.machine, options, overrides)
+    more = dataclasses.replace(overrides, storage_options=("overlay.mountopt=nodev",))
+    compare(lab, lab.machine, [*options, "--storage-opt", "overlay.mountopt=nodev"], more)
+    # Only the graphroot: the database knows the rest.
+    found = compare(lab, lab.machine, options[:2], StoreOverrides(graphroot=f"{base}/o/g"))
+    assert (found.runroot, found.driver) == (f"{base}/o/r", "overlay")
+
+
+def test_rootless_discovery(lab: Lab, etc: pathlib.Path, make_user: t.Callable[..., User]) -> None:
+    user = make_user()
+    found = compare(lab, lab.machine, user=user)
+    assert found.graphroot == f"{user.home}/.local/share/containers/storage"
+    assert found.runroot == f"{user.runtime_dir}/containers"
+
+    # Elsewhere, so that no database says what has been before.
+    user = make_user()
+    etc.write_text(
+        '[storage]\ndriver = "vfs"\ngraphroot = "/nowhere/g"\nrunroot = "/nowhere/r"\n'
+        f'rootless_storage_path = "{user.home}/$UID/s"\n[storage.options]\nsize = "1G"\n'
+    )
+    assert compare(lab, lab.machine, user=user).graphroot == f"{user.home}/{user.uid}/s"
+    compare(
+        lab,
+        lab.machine,
+        user=user,
+        env={"STORAGE_DRIVER": "vfs", "XDG_DATA_HOME": f"{user.home}/d"},
+    )
+    user.write(
+        ".config/containers/storage.conf",
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{user.home}/own"\n'
+        '[storage.options.overlay]\nmountopt = "nodev"\n',
+    )
+    found = compare(lab, lab.machine, user=user)
+    assert (found.driver, found.options) == ("overlay", {"mountopt": "nodev"})
+    user.write(
+        "xdg/containers/storage.conf", f'[storage]\ndriver = "vfs"\ngraphroot = "{user.home}/x"\n'
+    )
+    compare(lab, lab.machine, user=user, env={"XDG_CONFIG_HOME": f"{user.home}/xdg"})
+
+
+@pytest.mark.parametrize("name", ["local", "trixie", "sid"])
+def test_rootless_discovery_with_a_named_file(
+    name: str, lab: Lab, make_user: t.Callable[..., User], host: t.Callable[[str], Host]
+) -> None:
+    """podman 4.3.1 and 5.4.2 ignore the file's paths, 5.8 does not."""
+    machine = lab.machine if name == "local" else host(name)
+    user = make_user(machine)
+    path = user.write(
+        "s.conf",
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{user.home}/x"\nrunroot = "{user.home}/r"\n'
+        '[storage.options.overlay]\nmountopt = "nodev"\n',
+    )
+    env = {"CONTAINERS_STORAGE_CONF": str(path)}
+    found = compare(lab, machine, user=user, env=env)
+    assert (found.graphroot == f"{user.home}/x") == (name == "sid")
+    account = Account(user.name, user.uid, user.gid, user.home)
+    unasked = discover(StoreOverrides(), machine.environ(user, env), account, True)
+    assert unasked.graphroot == found.graphroot
+
+
+def test_rootful_discovery_of_podman_5(lab: Lab, host: t.Callable[[str], Host]) -> None:
+    machine = host("trixie")
+    base = lab.folder()
+    lab.on_close(lambda: lab.remove(base))
+    conf = base / "s.conf"
+    conf.write_text(f'[storage]\ndriver = "vfs"\ngraphroot = "{base}/g"\nrunroot = "{base}/r"\n')
+    env = {"CONTAINERS_STORAGE_CONF": str(conf)}
+    compare(lab, machine, env=env)
+    conf.write_text(conf.read_text().replace("vfs", "overlay").replace("/r", "/r2"))
+    found = compare(lab, machine, env=env)
+    assert (found.driver, found.runroot) == ("vfs", f"{base}/r")
+    assert found.sources["driver"].endswith("db.sql")
+
+
+def test_databases(make_store: MakeStore, host: t.Callable[[str], Host]) -> None:
+    real = make_store("vfs")
+    real.podman("info")
+    found = read_bolt(str(real.graphroot / "libpod" / "bolt_state.db"))
+    told = (found.graphroot, found.runroot, found.driver)
+    assert told == (str(real.graphroot), str(real.runroot), "vfs")
+    real = make_store("vfs", machine=host("trixie"))
+    real.podman("info")
+    with real.service():
+        before = real.snapshot_of_disk()
+        found = read_sqlite(str(real.graphroot / "db.sql"))
+        told = (found.graphroot, found.runroot, found.driver)
+        assert told == (str(real.graphroot), str(real.runroot), "vfs")
+        assert before.changes(real.snapshot_of_disk()) == []
+
+
+# What is refused
+
+
+def test_wrong_driver_and_unwritten_store(make_store: MakeStore, small_image: Image) -> None:
+    real = make_store("vfs", small_image)
+    before = real.snapshot_of_disk()
+    with pytest.raises(StoreError, match="belongs to driver vfs"):
+        opened(real, driver="overlay")
+    assert before.changes(real.snapshot_of_disk()) == []
+    fresh = make_store("overlay")
+    with pytest.raises(StoreError) as caught:
+        opened(fresh)
+    assert not fresh.graphroot.exists()
+    # The way out is a command that can be typed.
+    command = caught.value.way_out.split("`")[1]
+    fresh.machine.run(["sh", "-c", command], env=fresh.env())
+    assert opened(fresh).snapshot().images == {}
+
+
+def test_somebody_elses_store(
+    make_store: MakeStore, small_image: Image, make_user: t.Callable[..., User]
+) -> None:
+    real = make_store("vfs", small_image)
+    user = make_user()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setgroups([])
+            os.setresgid(user.gid, user.gid, user.gid)
+            os.setresuid(user.uid, user.uid, user.uid)
+            try:
+                opened(real).snapshot()
+            except PermissionDenied as error:
+                code = 0 if "become: true" in error.way_out else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# Kills
+
+_CALLS = (
+    "open",
+    "write",
+    "pwrite",
+    "fdatasync",
+    "fsync",
+    "rename",
+    "unlink",
+    "mkdir",
+    "rmdir",
+    "fchmod",
+    "ftruncate",
+)
+
+
+def killed_after(number: int, work: t.Callable[[], t.Any]) -> bool:
+    """Run `work` in a child that is killed before its call with that number; False if it ended first."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def wrapped(real: t.Callable[..., t.Any]) -> t.Callable[..., t.Any]:
+            def call(*words: t.Any, **options: t.Any) -> t.Any:
+                nonlocal count
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count += 1
+                return real(*words, **options)
+
+            return call
+
+        code = 1
+        try:
+            for name in _CALLS:
+                setattr(os, name, wrapped(getattr(os, name)))
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL, status
+    return status != 0
+
+
+def test_killed_at_every_step(make_store: MakeStore) -> None:
+    """After each kill real podman takes the store, and the next run ends as wanted, without rubbish."""
+    real = make_store("vfs")
+    tar = real.base / "tmp" / "tiny.tar"
+    subprocess.run(["tar", "-C", "/etc", "-cf", str(tar), "hostname"], check=True)
+    name = "localhost/tiny:1"
+    real.podman("import", tar, name)
+    saved = real.base / "saved"
+    copy(real.graphroot, saved)
+    plain = {one["id"] for one in real.layers()}
+
+    def reset() -> None:
+        shutil.rmtree(real.graphroot)
+        copy(saved, real.graphroot)
+
+    def accepted() -> None:
+        told = real.podman("images", "-aq", "--no-trunc")
+        assert told.stdout.split() == [f"sha256:{real.image(name)['id']}"]
+        assert "rror" not in told.stderr
+        known = real.layer_ids()
+        assert plain <= known
+        assert set(real.mapped_layers(name)) <= known
+        # podman has deleted what was incomplete; nothing else of its records has changed.
+        assert not any(one.get("flags", {}).get("incomplete") for one in real.layers())
+        for layer_id in known:
+            assert real.layer_folder(layer_id).is_dir()
+
+    def add() -> None:
+        add_mapped(opened(real), name)
+
+    def rubbish() -> t.List[str]:
+        store = opened(real)
+        store.sweep()
+        known = real.layer_ids()
+        found = [name for name in os.listdir(real.graphroot / "vfs" / "dir") if name not in known]
+        found += [
+            name
+            for name in os.listdir(store.layers_dir)
+            if name.partition(".")[0] not in {*known, "layers"}
+        ]
+        for folder in ("staging", "trash"):
+            path = os.path.join(store.root, folder)
+            found += os.listdir(path) if os.path.isdir(path) else []
+        return found
+
+    number = 0
+    while killed_after(number, add):
+        opened(real).snapshot()
+        accepted()
+        mapped = real.mapped_layers(name)
+        if not mapped:
+            # A layer that was finished but not entered is a plain layer to every program.
+            for layer_id in real.layer_ids() - plain:
+                take_away(opened(real), layer_id)
+            add()
+            mapped = real.mapped_layers(name)
+        assert real.layer_ids() == plain | set(mapped)
+        assert len(mapped) == 1
+        assert rubbish() == []
+        number += 1
+        reset()
+    added = number
+    assert added > 25
+
+    shutil.rmtree(saved)
+    (layer_id,) = real.mapped_layers(name)
+    copy(real.graphroot, saved)
+    number = 0
+    while killed_after(number, lambda: take_away(opened(real), layer_id)):
+        opened(real).snapshot()
+        accepted()
+        if layer_id in real.layer_ids():
+            take_away(opened(real), layer_id)
+        assert real.layer_ids() == plain
+        assert real.mapped_layers(name) == []
+        assert rubbish() == []
+        number += 1
+        reset()
+    assert number > 25
+    assert real.layer_ids() == plain
+
+
+# Speed
+
+
+@pytest.mark.timing
+def test_large_store(make_store: MakeStore) -> None:
+    """200 images, 10,000 layers, 1,000 of them mapped: read in less time than containers-storage."""
+    real = make_store("vfs")
+    real.podman("info")
+    layers: t.List[t.Dict[str, t.Any]] = []
+    images = []
+    for number in range(200):
+        parent = ""
+        for _ in range(45):
+            layer = {"id": secrets.token_hex(32), "created": "2026-01-02T03:04:05.123456789Z"}
+            if parent:
+                layer["parent"] = parent
+            layer["diff-digest"] = layer["compressed-diff-digest"] = (
+                f"sha256:{secrets.token_hex(32)}"
+            )
+            layers.append({**layer, "diff-size": 10240, "uidset": [0, 1, 33], "gidset": [0, 1, 33]})
+            before, parent = parent, layer["id"]
+        mapped = []
+        for _ in range(5):
+            mapped.append(secrets.token_hex(32))
+            layers.append(
+                {**layers[-1], "id": mapped[-1], "parent": before, "uidmap": MAP, "gidmap": MAP}
+            )
+        images.append(
+            {
+                "id": secrets.token_hex(32),
+                "names": [f"localhost/i{number}:1"],
+                "layer": parent,
+                "mapped-layers": mapped,
+            }
+        )
+    (real.graphroot / "vfs-layers" / "layers.json").write_text(
+        json.dumps(layers, separators=(",", ":"))
+    )
+    (real.graphroot / "vfs-images" / "images.json").write_text(
+        json.dumps(images, separators=(",", ":"))
+    )
+    for kind in ("layers", "images"):
+        path = real.graphroot / f"vfs-{kind}" / f"{kind}.lock"
+        path.write_bytes(os.urandom(64))
+    theirs = min(real.timed(lambda: real.storage_cli("layers", "--json")) for _ in range(3))
+
+    def read() -> None:
+        assert len(opened(real).snapshot().layers) == 10_000
+
+    ours = min(real.timed(read) for _ in range(3))
+    assert ours < theirs
+    store = opened(real)
+    store.snapshot()
+    started = time.perf_counter()
+    with store.transaction() as transaction:
+        transaction.update_layer(layers[0]["id"], lambda raw: raw.update(metadata="x"))
+    print(
+        f"read {ours:.3f} s (containers-storage {theirs:.3f} s), "
+        f"one change {time.perf_counter() - started:.3f} s, locked {transaction.seconds_held:.3f} s"
+    )
+    assert transaction.seconds_held < 0.5
