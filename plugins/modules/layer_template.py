@@ -91,6 +91,14 @@ options:
       subgidname: *subgidname
       runtime: *runtime
       slots: *slots
+  users:
+    description:
+      - Work in the rootless stores of all these users, one after the other. The module must run as root for that.
+      - What is refused to one user does not keep the others from theirs. The module fails in the end and tells all.
+      - Where the list is empty there is nothing to do.
+      - Mutually exclusive with O(user), O(graphroot) and O(runroot).
+    type: list
+    elements: str
   state:
     description:
       - V(present) makes the mapped layers that are missing.
@@ -152,6 +160,18 @@ EXAMPLES = r"""
       - userns: keep-id
     user: runner
 
+- name: Pre-map the toolbox image for everybody who uses it on this workstation
+  userns.storage.layer_template:
+    images: registry.example.org/toolbox:latest
+    userns: keep-id
+    users: [alice, bob]
+
+- name: Pre-map what the units of a quadlet host ask for
+  userns.storage.layer_template:
+    images: "{{ item.images }}"
+    mappings: "{{ item.mappings }}"
+  loop: "{{ lookup('ansible.builtin.file', 'web.container') | userns.storage.unit_mapping }}"
+
 - name: Take the layer of an old range away
   userns.storage.layer_template:
     images: docker.io/library/postgres:17
@@ -161,17 +181,22 @@ EXAMPLES = r"""
 
 RETURN = r"""
 layers:
-  description: One entry for each image and map.
+  description:
+    - One entry for each user, image and map. One that is refused does not keep the others from being worked on.
   returned: always
   type: list
   elements: dict
   contains:
+    user:
+      description: Whose store it is in, V(root) for the rootful one.
+      type: str
+      sample: alice
     image_id:
-      description: The image.
+      description: The image. Empty where none answers to the reference.
       type: str
       sample: 5d0da3dc976460b72c77d94c8a1ad043720b0416bfc16c52c45d4847e53fadb6
     image_names:
-      description: Its names.
+      description: Its names, or the reference that no image answers to.
       type: list
       elements: str
     layer_id:
@@ -196,6 +221,11 @@ layers:
     reason:
       description: Why, in words.
       type: str
+      sample: The vfs driver cannot shift IDs, so podman 5.4.2 copies the image for each map.
+    advice:
+      description: What would change whether a layer is needed.
+      type: str
+      sample: The overlay driver needs no copies for root on Linux 5.19 or later.
     strategy:
       description: How the tree was made. Only for V(created).
       type: str
@@ -216,9 +246,42 @@ layers:
       type: float
 store:
   description: The store that was worked on.
-  returned: always
+  returned: when O(users) is not given
   type: dict
   contains:
+    graphroot:
+      description: Its graph root.
+      type: str
+    runroot:
+      description: Its run root.
+      type: str
+    driver:
+      description: Its graph driver.
+      type: str
+    backing_filesystem:
+      description: The filesystem under the graph root.
+      type: str
+    rootless:
+      description: Whether it is a user's own.
+      type: bool
+    shifting:
+      description: Whether the runtime shifts IDs for these maps and so needs no copies.
+      type: bool
+stores:
+  description:
+    - All stores that were worked on, each with what RV(store) would tell of it, and with its user.
+    - One that could not be worked on at all has only C(user) and C(error).
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    user:
+      description: Whose store it is, V(root) for the rootful one.
+      type: str
+    error:
+      description: Why nothing could be done in it.
+      returned: when nothing could be done
+      type: str
     graphroot:
       description: Its graph root.
       type: str
@@ -242,8 +305,18 @@ store:
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.userns.storage.plugins.module_utils._module import STORE_ARGUMENTS, run
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations import template
+from ansible_collections.userns.storage.plugins.module_utils._module import (
+    STORE_ARGUMENTS,
+    run,
+    run_for_users,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
+    several,
+    template,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.opening import (
+    StoreRequest,
+)
 
 _MAPS = ("uidmap", "gidmap", "subuidname", "subgidname")
 _MAPPING: t.Dict[str, t.Dict[str, t.Any]] = {
@@ -275,6 +348,7 @@ def main() -> None:
                 "mutually_exclusive": _EXCLUSIVE,
                 "required_one_of": [("userns", *_MAPS)],
             },
+            "users": {"type": "list", "elements": "str"},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "strategy": {
                 "type": "str",
@@ -289,14 +363,16 @@ def main() -> None:
         mutually_exclusive=[
             *_EXCLUSIVE,
             *(("mappings", option) for option in ("userns", *_MAPS)),
+            # One place cannot be the store of several users.
+            *(("users", option) for option in ("user", "graphroot", "runroot")),
         ],
         required_one_of=[("userns", *_MAPS, "mappings")],
         supports_check_mode=True,
     )
     params = module.params
-    run(
-        module,
-        lambda store: template.TemplateRequest(
+
+    def request(store: StoreRequest) -> template.TemplateRequest:
+        return template.TemplateRequest(
             store=store,
             images=tuple(params["images"]),
             wanted=tuple(_wanted(one) for one in params["mappings"] or [params]),
@@ -306,9 +382,11 @@ def main() -> None:
             overflow=params["unmapped_ids"] == "overflow",
             lease=params["lease"] or "",
             check=module.check_mode,
-        ),
-        template.declare,
-    )
+        )
+
+    if params["users"] is None:
+        run(module, request, template.declare)
+    run_for_users(module, params["users"], request, template.declare, several.joined)
 
 
 def _wanted(options: t.Mapping[str, t.Any]) -> template.Wanted:

@@ -11,7 +11,7 @@ import os
 import typing as t
 from dataclasses import dataclass
 
-from ..errors import ConfigError, NamespaceError
+from ..errors import ConfigError, NamespaceError, StorageError
 from ..idmap.grammar import Request, UsernsContext, parse_request, resolve_auto_extras
 from ..idmap.mapping import Mapping
 from ..idmap.subids import SubIDs, namespace_mapping, ranges_of, subordinate_ids
@@ -52,10 +52,13 @@ class Question:
     shifting: Shifting
 
 
+Answer = t.Union[Question, StorageError]
+
+
 class Asker:
     """Knows what the runtimes of this host will ask a store for.
 
-    :raises MapError: a map is malformed or cannot be had here
+    :raises MapError: a map is malformed
     :raises ConfigError: no runtime is installed, or an unknown one is named
     :raises NamespaceError: the user has no subordinate IDs
     """
@@ -64,20 +67,29 @@ class Asker:
         self._place = place
         self._asked = [_Asked(one, place) for one in wanted]
 
-    def questions(self, snapshot: Snapshot, image: Image) -> t.List[Question]:
+    def answers(self, snapshot: Snapshot, image: Image) -> t.List[Answer]:
         """The maps to be there for an image, each once, in the order asked.
 
-        :raises MapError: too few IDs are free for ``auto``, or the image needs more than are allowed
-        :raises StorageError: the image cannot be read
+        In place of a map that cannot be had stands the reason: the runtime refuses it, too few IDs are
+        free for ``auto``, the image needs more than are allowed or cannot be read.
         """
         found: t.Dict[Mapping, Question] = {}
+        answers: t.List[Answer] = []
         for asked in self._asked:
-            for mapping in asked.mappings(snapshot, image):
-                answer = self._shifting(mapping, asked.runtime)
-                literal = shape(mapping, asked.runtime, answer.sorts)
-                literal = _in_use(literal, snapshot, image)
-                found.setdefault(literal, Question(literal, answer))
-        return list(found.values())
+            try:
+                for mapping in asked.mappings(snapshot, image):
+                    question = self._question(mapping, asked.runtime, snapshot, image)
+                    if found.setdefault(question.mapping, question) is question:
+                        answers.append(question)
+            except StorageError as error:
+                answers.append(error)
+        return answers
+
+    def _question(
+        self, mapping: Mapping, runtime: Runtime, snapshot: Snapshot, image: Image
+    ) -> Question:
+        answer = self._shifting(mapping, runtime)
+        return Question(_in_use(shape(mapping, runtime, answer.sorts), snapshot, image), answer)
 
     def _shifting(self, mapping: Mapping, runtime: Runtime) -> Shifting:
         config = self._place.config
@@ -104,12 +116,14 @@ class _Asked:
         )
         self.runtime = _runtime(wanted.runtime)
         self._context = _context(self.runtime, place)
-        self._fixed = None if self._request.kind == "auto" else self._request.resolve(self._context)
 
     def mappings(self, snapshot: Snapshot, image: Image) -> t.List[Mapping]:
-        """The maps for an image; one, save for ``auto``."""
-        if self._fixed is not None:
-            return [self._fixed]
+        """The maps for an image; one, save for ``auto``.
+
+        :raises StorageError: it cannot be had here
+        """
+        if self._request.kind != "auto":
+            return [self._request.resolve(self._context)]
         userns = self._request.userns
         if userns is None or not image.layer:
             return []

@@ -16,6 +16,7 @@ from ..errors import ImageUnknown, MapError, ReadOnlyStore, StorageError
 from ..idmap.mapping import Mapping
 from ..store.records import Image
 from ..store.snapshot import Snapshot
+from ..tree.workshop import CRAFT
 from .asking import Asker, Question, Wanted
 from .building import Building, label, template_of
 from .moments import age
@@ -56,10 +57,16 @@ class TemplateRequest:
 
 @dataclass
 class Entry:
-    """What became of one image and one map."""
+    """What became of one image and one map.
 
-    image: Image
-    question: Question
+    :param names: of the image; the reference where no image answers to it
+    :param image: None where no image answers
+    :param question: None where the map cannot be had
+    """
+
+    names: t.List[str]
+    image: t.Optional[Image] = None
+    question: t.Optional[Question] = None
     action: str = REFUSED
     reason: str = ""
     layer_id: str = ""
@@ -69,23 +76,24 @@ class Entry:
     lock_seconds: float = 0.0
     error: t.Optional[StorageError] = None
 
-    @property
-    def mapping(self) -> Mapping:
-        """The map, as the runtime writes it."""
-        return self.question.mapping
+    def refuse(self, error: StorageError) -> None:
+        """Nothing becomes of it."""
+        self.action, self.reason, self.error = REFUSED, str(error), error
 
-    def result(self) -> t.Dict[str, t.Any]:
+    def result(self, user: str) -> t.Dict[str, t.Any]:
         """The entry as the module returns it."""
-        staged = self.staged
+        staged, question = self.staged, self.question
         return {
-            "image_id": self.image.id,
-            "image_names": list(self.image.names),
+            "user": user,
+            "image_id": self.image.id if self.image else "",
+            "image_names": self.names,
             "layer_id": self.layer_id,
             "template_id": self.template_id,
-            "uidmap": self.mapping.uid.to_strings(),
-            "gidmap": self.mapping.gid.to_strings(),
+            "uidmap": question.mapping.uid.to_strings() if question else [],
+            "gidmap": question.mapping.gid.to_strings() if question else [],
             "action": self.action,
             "reason": self.reason,
+            "advice": question.shifting.advice if question else "",
             "strategy": staged.strategy if staged else None,
             "files": staged.files if staged else None,
             "size_apparent": staged.apparent if staged else None,
@@ -98,13 +106,13 @@ class Entry:
 def declare(request: TemplateRequest) -> t.Dict[str, t.Any]:
     """Bring the mapped layers of ``request`` into the wanted state.
 
-    Bad input fails before anything is changed. From there on one refused image does not stop the others; the
-    result then has an ``error``.
+    What cannot be read fails before anything is changed. From there on one refused pair of image and map does not
+    stop the others; the result then has an ``error``, and the ``facts`` of it where there is just one.
 
     :returns: the module's result
-    :raises StorageError: an image, a map or the store itself is not what it should be
+    :raises StorageError: a map is malformed, or the store itself is not what it should be
     """
-    with opened(request.store) as place:
+    with opened(request.store, CRAFT) as place:
         return _Task(request, place).carry_out()
 
 
@@ -119,75 +127,85 @@ class _Task:
         self._lease = time.time() + age("lease", request.lease) if request.lease else None
 
     def carry_out(self) -> t.Dict[str, t.Any]:
-        act = self._present if self._request.state == "present" else self._absent
-        images = self._images()
-        entries = [
-            Entry(image, question)
-            for image in images
-            for question in self._asker.questions(self._snapshot, image)
-        ]
+        place = self._place
+        entries = list(self._entries())
+        images = {entry.image.id: entry.image for entry in entries if entry.image}.values()
         before = {label(image): _maps(self._snapshot, image) for image in images}
         after = {name: list(maps) for name, maps in before.items()}
-        if not self._request.check and tidy(self._place, self._snapshot):
-            self._snapshot = self._place.store.snapshot()
+        if not self._request.check and tidy(place, self._snapshot):
+            self._snapshot = place.store.snapshot()
         for entry in entries:
-            started = time.monotonic()
-            try:
-                act(entry)
-            except StorageError as error:
-                entry.action, entry.reason, entry.error = REFUSED, str(error), error
-            entry.seconds = time.monotonic() - started
-            _apply(after[label(entry.image)], entry)
+            self._act(entry)
+            if entry.image and entry.question:
+                _apply(after[label(entry.image)], entry.action, entry.question.mapping)
         changed = any(entry.action in (CREATED, REMOVED) for entry in entries)
         if not self._request.check:
             self._note_use(changed)
-        result: t.Dict[str, t.Any] = {
+        user = place.account.name if place.account else "root"
+        asked = [entry.question for entry in entries if entry.question]
+        shifting = bool(asked) and all(question.shifting.shifts for question in asked)
+        store = place.describe(shifting)
+        return {
             "changed": changed,
-            "layers": [entry.result() for entry in entries],
-            "store": self._place.describe(
-                bool(entries) and all(entry.question.shifting.shifts for entry in entries)
-            ),
+            "layers": [entry.result(user) for entry in entries],
+            "store": store,
+            "stores": [{"user": user, **store}],
             "diff": {"before": before, "after": after},
+            **_refusals(entries),
         }
-        refused = [entry.error for entry in entries if entry.error]
-        if refused:
-            result["error"] = " ".join(str(error) for error in refused)
-            if len(entries) > 1:
-                result["error"] = f"{len(refused)} of {len(entries)} refused. {result['error']}"
-        return result
 
     def _note_use(self, changed: bool) -> None:
         """Keep the ledger; a run that changes nothing begins none. What it cannot note is no fault."""
         with contextlib.suppress(StorageError, OSError):
             watch(self._place, self._place.store.snapshot(), time.time(), begin=changed)
 
-    def _images(self) -> t.List[Image]:
-        """The images asked for, each once, in the order asked."""
-        images: t.Dict[str, Image] = {}
+    def _entries(self) -> t.Iterator[Entry]:
+        """Each image, once, with each of its maps, in the order asked."""
+        seen: t.Set[str] = set()
         for reference in self._request.images:
             try:
                 image = self._snapshot.resolve_image(reference)
-            except ImageUnknown:
-                if self._request.state == "absent":
-                    continue
-                raise
-            images.setdefault(image.id, image)
-        return list(images.values())
+            except StorageError as error:
+                if self._request.state == "present" or not isinstance(error, ImageUnknown):
+                    yield Entry([reference], reason=str(error), error=error)
+                continue
+            if image.id in seen:
+                continue
+            seen.add(image.id)
+            for answer in self._asker.answers(self._snapshot, image):
+                entry = Entry(list(image.names), image)
+                if isinstance(answer, Question):
+                    entry.question = answer
+                else:
+                    entry.refuse(answer)
+                yield entry
 
-    def _present(self, entry: Entry) -> None:
-        image, snapshot = entry.image, self._snapshot
+    def _act(self, entry: Entry) -> None:
+        """Make of an entry what is asked; what was refused stays so."""
+        if not entry.image or not entry.question:
+            return
+        act = self._present if self._request.state == "present" else self._absent
+        started = time.monotonic()
+        try:
+            act(entry, entry.image, entry.question)
+        except StorageError as error:
+            entry.refuse(error)
+        entry.seconds = time.monotonic() - started
+
+    def _present(self, entry: Entry, image: Image, question: Question) -> None:
+        snapshot, mapping = self._snapshot, question.mapping
         if not image.layer:
             entry.action, entry.reason = NOT_NEEDED, "The image has no layers."
             return
-        if entry.mapping.identity:
-            entry.action, entry.reason = NOT_NEEDED, _sentence(entry.question.shifting.reason)
+        if mapping.identity:
+            entry.action, entry.reason = NOT_NEEDED, _sentence(question.shifting.reason)
             return
         template = template_of(snapshot, image)
         entry.template_id = template.id
         building = Building(
             self._place,
             image,
-            entry.mapping,
+            mapping,
             self._request.strategy,
             self._request.overflow,
             self._lease,
@@ -200,13 +218,13 @@ class _Task:
             return
         if found:
             refuse_if_used(snapshot, found.id)
-        shifting = entry.question.shifting
+        shifting = question.shifting
         if shifting.shifts and not self._request.force:
             entry.action = NOT_NEEDED
             entry.reason = f"{_sentence(shifting.reason)} {shifting.advice}"
             return
         if not shifting.usable:
-            raise MapError(f"map {entry.mapping}", shifting.reason, shifting.advice)
+            raise MapError(f"map {mapping}", shifting.reason, shifting.advice)
         read_only = image.store or template.read_only_store
         if read_only:
             raise ReadOnlyStore(
@@ -231,13 +249,12 @@ class _Task:
             staged = entry.staged
             entry.reason = f"{_sentence(shifting.reason)} By {staged.strategy}: {staged.reason}."
 
-    def _absent(self, entry: Entry) -> None:
-        image = entry.image
+    def _absent(self, entry: Entry, image: Image, question: Question) -> None:
         found = [
             layer_id
             for layer_id in image.mapped_layers
             if layer_id in self._snapshot.layers
-            and self._snapshot.layers[layer_id].mapping.same_form(entry.mapping)
+            and self._snapshot.layers[layer_id].mapping.same_form(question.mapping)
         ]
         if not found:
             entry.action, entry.reason = NOT_NEEDED, "There is no layer with this map."
@@ -265,14 +282,26 @@ def _maps(snapshot: Snapshot, image: Image) -> t.List[t.Dict[str, t.List[str]]]:
     ]
 
 
-def _apply(maps: t.List[t.Dict[str, t.List[str]]], entry: Entry) -> None:
+def _apply(maps: t.List[t.Dict[str, t.List[str]]], action: str, mapping: Mapping) -> None:
     """Bring what a diff shows of an image up to date with what became of one map."""
-    this = _as_diff(entry.mapping)
-    if entry.action == CREATED and this not in maps:
+    this = _as_diff(mapping)
+    if action == CREATED and this not in maps:
         maps.append(this)
-    if entry.action == REMOVED:
+    if action == REMOVED:
         maps[:] = [one for one in maps if one != this]
 
 
 def _as_diff(mapping: Mapping) -> t.Dict[str, t.List[str]]:
     return {"uidmap": mapping.uid.to_strings(), "gidmap": mapping.gid.to_strings()}
+
+
+def _refusals(entries: t.Sequence[Entry]) -> t.Dict[str, t.Any]:
+    """The result's ``error`` and ``facts``, empty when nothing was refused."""
+    refused = [entry.error for entry in entries if entry.error]
+    if not refused:
+        return {}
+    # One mapping that cannot be had is told once, not for each image.
+    message = " ".join(dict.fromkeys(str(error) for error in refused))
+    if len(entries) > 1:
+        message = f"{len(refused)} of {len(entries)} refused. {message}"
+    return {"error": message, "facts": refused[0].facts if len(refused) == 1 else {}}

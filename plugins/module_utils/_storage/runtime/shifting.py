@@ -154,7 +154,14 @@ def _other_driver(driver_name: str, runtime: Runtime) -> Shifting:
 def _mount_program(program: str, mapping: Mapping, runtime: Runtime) -> Shifting:
     name = os.path.basename(program)
     if mapping.contiguous:
-        return Shifting(True, _no_copy(f"{name} shifts the IDs", runtime), _FORCE, sorts=True)
+        return Shifting(
+            True,
+            _no_copy(f"{name} shifts the IDs", runtime),
+            f"A mapped layer would be shifted by {name} once more, so none is made. Without "
+            "mount_program in storage.conf the kernel's overlay mounts mapped layers.",
+            sorts=True,
+            usable=False,
+        )
     return Shifting(
         False,
         f"{name} shifts contiguous maps only and this one has gaps, "
