@@ -17,6 +17,7 @@ from ..errors import TreeError, UnmappedIDs
 from ..idmap.mapping import Shift
 from ..kernel import files, xattrs
 from . import owners
+from .craft import CloneResult as CloneResult
 from .merged import LayerStack, attribute_names
 from .walk import (
     ALLOCATED,
@@ -55,24 +56,6 @@ _BLOCK = 512
 # FICLONE answers this for single files that cannot share (no copy-on-write, swap files).
 _NOT_THIS_FILE = frozenset((errno.EINVAL, errno.ETXTBSY))
 _NOT_HERE = frozenset((errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY, errno.ENOSYS))
-
-
-class CloneResult(t.NamedTuple):
-    """What a tree holds.
-
-    * files: names of anything but directories
-    * directories: with the root
-    * inodes: hard-linked files once
-    * apparent: bytes that all but directories claim, each inode once
-    * exclusive: bytes of disk that the tree shares with no other, reckoned from its source
-    """
-
-    files: int
-    directories: int
-    inodes: int
-    apparent: int
-    exclusive: int
-    strategy: str
 
 
 def clone(

@@ -12,7 +12,7 @@ import stat
 import typing as t
 
 from ..kernel import files
-from .walk import as_storage_error
+from .trouble import as_storage_error
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -32,6 +32,8 @@ import typing as t
 from ..errors import InternalError, NoSpace, PermissionDenied, StorageError, TreeError
 from ..kernel import libc
 from .merged import LayerStack, attribute_names
+from .trouble import as_storage_error as as_storage_error
+from .trouble import shown as shown
 
 # Kinds of entries, as a directory's listing tells them.
 FILE, SYMLINK, SPECIAL = range(3)
@@ -61,7 +63,6 @@ _LONG_PATH = 4096
 _LONGEST_MESSAGE = 1 << 17
 _ENTRIES_BEFORE_FORK = 512
 _PROGRESS_SECONDS = 0.5
-_SHOWN_PATH = 1024
 
 _PR_SET_PDEATHSIG = 1
 _FRAME = struct.Struct("=L")
@@ -72,25 +73,6 @@ _PART_MESSAGE, _DONE_MESSAGE, _FAIL_MESSAGE = range(3)
 # What a worker says: (kind, ...) as below; marshalled between processes of one interpreter.
 Message = t.Tuple[t.Any, ...]
 Emit = t.Callable[[Message], None]
-
-
-def shown(path: str) -> str:
-    """A path for messages: printable whatever its bytes, and of bounded length."""
-    if len(path) > _SHOWN_PATH:
-        path = f"{path[: _SHOWN_PATH // 2]}[...]{path[-_SHOWN_PATH // 2 :]}"
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def as_storage_error(error: OSError) -> StorageError:
-    """The same failure as one of our own family."""
-    subject = str(error.filename) if error.filename is not None else "tree"
-    facts: t.Dict[str, t.Any] = {"path": subject, "errno": error.errno}
-    cause = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(subject, cause, "Make room, or raise the quota, and run it again.", **facts)
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return PermissionDenied(subject, cause, "Run it as the owner of the store.", **facts)
-    return TreeError(subject, cause, **facts)
 
 
 class Visitor(abc.ABC):
@@ -106,7 +88,7 @@ class Visitor(abc.ABC):
         self.totals: Totals = [0, 0, 0, 0, 0]
 
     def ids(self) -> t.Optional[IDs]:
-        """IDs met that cannot be mapped, at most ``MOST_IDS`` of each kind; None if there are none."""
+        """IDs met that cannot be mapped, ``MOST_IDS`` of each kind at most; None: there are none."""
         return None
 
     @abc.abstractmethod

@@ -1,0 +1,38 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""What it takes to make trees, as a value: who only looks and removes carries none of it along."""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass
+
+
+class CloneResult(t.NamedTuple):
+    """What a tree holds.
+
+    * files: names of anything but directories
+    * directories: with the root
+    * inodes: hard-linked files once
+    * apparent: bytes that all but directories claim, each inode once
+    * exclusive: bytes of disk that the tree shares with no other, reckoned from its source
+    """
+
+    files: int
+    directories: int
+    inodes: int
+    apparent: int
+    exclusive: int
+    strategy: str
+
+
+@dataclass(frozen=True)
+class Craft:
+    """The functions of the same names: see ``clone``, ``survey`` and ``shift`` beside this file."""
+
+    clone: t.Callable[..., CloneResult]
+    survey: t.Callable[..., CloneResult]
+    shift_in_place: t.Callable[..., CloneResult]
+    can_reflink: t.Callable[[str], bool]
