@@ -92,15 +92,14 @@ class Building:
         :raises UnmappedIDs: the image holds IDs that the map does not cover
         :raises NoSpace: there is no room for it
         """
-        chain = snapshot.chain(template_of(snapshot, self._image).id)
-        self._check_recorded_ids(chain)
-        return self._survey(chain)
+        return self._survey(self._chain(snapshot))
 
     def make(self) -> Outcome:
         """Build the layer and put it in place, unless an equal one is there by then.
 
         :raises StorageError: it cannot be made; the store is as it was
         """
+        self._check(self._chain(self._place.store.snapshot()))
         for _attempt in range(_ATTEMPTS):
             try:
                 return self._attempt()
@@ -128,10 +127,7 @@ class Building:
                     return Outcome(found.id, None)
                 remove_mapped_layer(place, found.id)
                 snapshot = place.store.snapshot()
-            chain = snapshot.chain(template_of(snapshot, self._image).id)
-            self._check_recorded_ids(chain)
-            if self._room_may_be_short(chain):
-                self._survey(chain)
+            chain = self._chain(snapshot)
             layer_id = new_layer_id(snapshot.layers)
             tar_split = self._stage_tar_split(chain[0].id, workspace.path)
             staged = place.driver.stage(
@@ -196,6 +192,18 @@ class Building:
 
     def _shift(self, template: Layer) -> Shift:
         return Shift(template.mapping, self._mapping, self._overflow)
+
+    def _chain(self, snapshot: Snapshot) -> t.List[Layer]:
+        """The template and its parents, whose recorded IDs the map covers."""
+        chain = snapshot.chain(template_of(snapshot, self._image).id)
+        self._check_recorded_ids(chain)
+        return chain
+
+    def _check(self, chain: t.Sequence[Layer]) -> None:
+        """Refuse what cannot be made before anything is written, by a walk only where records are silent."""
+        silent = any(not layer.uidset or not layer.gidset for layer in chain)
+        if (silent and not self._overflow) or self._room_may_be_short(chain):
+            self._survey(chain)
 
     def _check_recorded_ids(self, chain: t.Sequence[Layer]) -> None:
         """By the ID sets of the records; the tree itself is checked while it is read."""
