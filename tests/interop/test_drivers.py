@@ -52,6 +52,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.stag
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.store import (
     Store as OurStore,
 )
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.workshop import CRAFT
 
 if t.TYPE_CHECKING:
     from support.images import Image
@@ -128,6 +129,7 @@ def opened(place: Place) -> t.Iterator[Driver]:
             place.rootless,
             view,
             place.image_stores,
+            CRAFT,
         )
         yield open_driver(place.driver, home)
 

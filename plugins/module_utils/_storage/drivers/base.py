@@ -19,6 +19,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..errors import (
+    InternalError,
     NoSpace,
     PermissionDenied,
     StorageError,
@@ -29,11 +30,10 @@ from ..errors import (
 from ..idmap.mapping import Shift
 from ..kernel import files, xattrs
 from ..tree import lookup
-from ..tree.clone import CloneResult, can_reflink, clone
+from ..tree.craft import CloneResult, Craft
 from ..tree.measure import Usage, measure
 from ..tree.merged import LayerStack
 from ..tree.roots import top_owners
-from ..tree.survey import survey
 from .view import view_of as view_of
 
 Progress = t.Callable[[int, int], None]
@@ -63,6 +63,7 @@ class DriverHome:
     :param options: the driver's own options, prefix stripped, keys in lower case
     :param view: the graphroot to work through, see :func:`view_of`
     :param image_stores: graphroots of read-only image stores, where parents may lie
+    :param craft: what it takes to make layers; None for a driver that only looks and removes
     """
 
     graphroot: str
@@ -71,6 +72,7 @@ class DriverHome:
     rootless: bool
     view: str
     image_stores: t.Tuple[str, ...] = ()
+    craft: t.Optional[Craft] = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,16 @@ class Driver(abc.ABC):
     def folder(self) -> str:
         """The folder that holds the layers, as seen through the view."""
         return os.path.join(self.home.view, *self.places)
+
+    @property
+    def craft(self) -> Craft:
+        """What it takes to make layers.
+
+        :raises InternalError: the driver was opened without it
+        """
+        if self.home.craft is None:
+            raise InternalError(f"driver {self.name}", "was opened to look and to remove only")
+        return self.home.craft
 
     # Asking
 
@@ -267,7 +279,7 @@ class Driver(abc.ABC):
     def _copying(self) -> t.List[Strategy]:
         filesystem = files.filesystem_type(self.home.view) or "this filesystem"
         # Asked for where it may be, for it takes a (nameless) file to find out.
-        if filesystem not in _NEVER_SHARING and can_reflink(self.home.view):
+        if filesystem not in _NEVER_SHARING and self.craft.can_reflink(self.home.view):
             return [
                 Strategy(REFLINK, f"{filesystem} lets files share their data"),
                 Strategy(COPY, "plain copies work everywhere"),
@@ -371,7 +383,7 @@ class Driver(abc.ABC):
 
     def _survey(self, chain: t.Sequence[str], shift: Shift) -> CloneResult:
         with self._readable(chain) as stack:
-            return survey(stack, shift)
+            return self.craft.survey(stack, shift)
 
     def _build(
         self,
@@ -395,7 +407,7 @@ class Driver(abc.ABC):
         strategy: Strategy,
         progress: t.Optional[Progress],
     ) -> Staged:
-        made = clone(stack, target, shift, strategy=strategy.name, progress=progress)
+        made = self.craft.clone(stack, target, shift, strategy=strategy.name, progress=progress)
         return self._told(strategy, made, made.exclusive)
 
     def _told(self, strategy: Strategy, made: CloneResult, exclusive: int) -> Staged:

@@ -22,7 +22,6 @@ from ..idmap.mapping import Shift
 from ..kernel import btrfs, files, renames, xattrs
 from ..tree.measure import Usage
 from ..tree.merged import PLAIN, LayerStack
-from ..tree.shift import shift_in_place
 from .base import (
     DIRECTORY,
     LAYER_ID,
@@ -207,7 +206,7 @@ class BtrfsDriver(Driver):
             # What is not on disk yet is not in a snapshot.
             files.syncfs(template)
             btrfs.snapshot(template, staging, name)
-        made = shift_in_place(target, shift, progress=progress)
+        made = self.craft.shift_in_place(target, shift, progress=progress)
         # Space is counted when the filesystem commits, and known only where quotas are on.
         files.syncfs(staging)
         with contextlib.ExitStack() as undo:

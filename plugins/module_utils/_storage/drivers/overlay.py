@@ -23,11 +23,9 @@ from ..idmap.mapping import Shift
 from ..kernel import mounts
 from ..store.removal import remove_tree
 from ..tree import lookup
-from ..tree.clone import CloneResult, clone
+from ..tree.craft import CloneResult
 from ..tree.measure import Usage, measure
 from ..tree.merged import PLAIN, LayerStack, NeedsMount
-from ..tree.shift import shift_in_place
-from ..tree.survey import survey
 from .base import (
     COPY,
     DIRECTORY,
@@ -239,7 +237,7 @@ class OverlayDriver(Driver):
             return super()._survey(chain, shift)
         except NeedsMount:
             with self._mounted(chain) as stack:
-                return survey(stack, shift)
+                return self.craft.survey(stack, shift)
 
     def _build(
         self,
@@ -294,7 +292,7 @@ class OverlayDriver(Driver):
         content = os.path.join(target, "diff1")
         try:
             with self._readable(chain) as stack:
-                made = clone(stack, content, shift, METACOPY, progress=progress)
+                made = self.craft.clone(stack, content, shift, METACOPY, progress=progress)
         except NeedsMount:
             remove_tree(content)
             os.mkdir("diff1", 0o700, dir_fd=layer)
@@ -358,7 +356,7 @@ class OverlayDriver(Driver):
         try:
             root = os.open("merged", DIRECTORY, dir_fd=layer)
             try:
-                made = shift_in_place(root, shift, relink=True, progress=progress)
+                made = self.craft.shift_in_place(root, shift, relink=True, progress=progress)
             finally:
                 os.close(root)
         finally:

@@ -20,6 +20,7 @@ from ..kernel import files
 from ..store.config import Account, StoreConfig, StoreOverrides, discover
 from ..store.staging import StagingArea
 from ..store.store import Store
+from ..tree.craft import Craft
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,12 @@ def account_named(name: t.Optional[str]) -> t.Optional[Account]:
 
 
 @contextlib.contextmanager
-def opened(request: StoreRequest) -> t.Iterator[OpenStore]:
+def opened(request: StoreRequest, craft: t.Optional[Craft] = None) -> t.Iterator[OpenStore]:
     """Open the store that ``request`` names. Writes nothing.
 
     To be called inside :func:`..userns.run`: it makes mounts in the caller's private mount namespace.
 
+    :param craft: for those who may make layers, ``tree.workshop.CRAFT``
     :raises StorageError: the store is not to be found, not readable, or of an unsupported kind
     """
     config = discover(
@@ -118,6 +120,7 @@ def opened(request: StoreRequest) -> t.Iterator[OpenStore]:
             rootless=config.rootless,
             view=view,
             image_stores=tuple(filter(None, (config.imagestore, *config.additional_image_stores))),
+            craft=craft,
         )
         yield OpenStore(
             config,

@@ -29,7 +29,7 @@ import time
 import traceback
 import typing as t
 
-from ..errors import InternalError, NoSpace, PermissionDenied, StorageError, TreeError
+from ..errors import InternalError, StorageError, TreeError
 from ..kernel import libc
 from .merged import LayerStack, attribute_names
 from .trouble import as_storage_error as as_storage_error

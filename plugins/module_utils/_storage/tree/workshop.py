@@ -11,6 +11,4 @@ from .craft import Craft
 from .shift import shift_in_place
 from .survey import survey
 
-CRAFT = Craft(
-    clone=clone, survey=survey, shift_in_place=shift_in_place, can_reflink=can_reflink
-)
+CRAFT = Craft(clone=clone, survey=survey, shift_in_place=shift_in_place, can_reflink=can_reflink)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import typing as t
@@ -26,6 +27,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.re
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.vfs import VfsDriver
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    InternalError,
     NoSpace,
     PermissionDenied,
     StorageError,
@@ -37,6 +39,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapp
     Mapping,
     Shift,
 )
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.workshop import CRAFT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,7 +48,8 @@ SAME = Shift(Mapping(), Mapping())
 
 
 def home(tmp_path: pathlib.Path, **options: str) -> DriverHome:
-    return DriverHome(str(tmp_path), str(tmp_path / "run"), options, False, str(tmp_path))
+    place = str(tmp_path)
+    return DriverHome(place, str(tmp_path / "run"), options, False, place, craft=CRAFT)
 
 
 def short(layer_id: str) -> str:
@@ -251,7 +255,7 @@ def test_metacopy_where_the_store_has_it(
 
 def test_no_metacopy_without_root(store: pathlib.Path) -> None:
     own = home(store, mountopt="metacopy=on")
-    rootless = DriverHome(own.graphroot, own.runroot, own.options, True, own.view)
+    rootless = dataclasses.replace(own, rootless=True)
     assert "metacopy" not in [way.name for way in OverlayDriver(rootless).strategies([TOP])]
 
 
@@ -463,3 +467,10 @@ def test_views_that_cannot_be(store: pathlib.Path, tmp_path: pathlib.Path) -> No
     with pytest.raises(UnsupportedDriver, match="symbolic link"), view_of(str(store), "vfs"):
         pass
     assert view.view_of is view_of
+
+
+def test_a_driver_opened_to_look_makes_nothing(store: pathlib.Path) -> None:
+    driver = OverlayDriver(dataclasses.replace(home(store), craft=None))
+    assert driver.damage(TOP, [BASE]) is None
+    with pytest.raises(InternalError, match="to look and to remove only"):
+        driver.predict([TOP, BASE], SAME)
