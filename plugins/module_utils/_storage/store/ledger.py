@@ -17,6 +17,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..idmap.mapping import Mapping
+from .explained import explained
 from .locks import LockFile
 from .staging import LOCK_NAME
 
@@ -55,16 +56,17 @@ class Ledger:
     def load(self) -> Ledger:
         """Read the file; one that is absent or broken is an empty ledger.
 
-        :raises OSError: it is there and cannot be read
+        :raises StoreError: it is there and cannot be read
         """
         self._entries, self._since, self._news = {}, None, False
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        try:
-            descriptor = os.open(self.path, flags)
-        except (FileNotFoundError, NotADirectoryError):
-            return self
-        with os.fdopen(descriptor, "rb") as file:
-            data = file.read(_SIZE_LIMIT + 1)
+        with explained(self.path):
+            try:
+                descriptor = os.open(self.path, flags)
+            except (FileNotFoundError, NotADirectoryError):
+                return self
+            with os.fdopen(descriptor, "rb") as file:
+                data = file.read(_SIZE_LIMIT + 1)
         try:
             content = json.loads(data.decode("utf-8")) if len(data) <= _SIZE_LIMIT else None
             self._take(content)
@@ -144,18 +146,19 @@ class Ledger:
 
         :returns: whether it was written
         :raises LockTimeout: another run holds our folder
-        :raises OSError: it cannot be written
+        :raises StoreError: it cannot be written
         """
         if not self._news:
             return False
         folder = os.path.dirname(self.path)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-        lock = LockFile(os.path.join(folder, LOCK_NAME))
-        lock.create()
-        with lock.exclusive(_LOCK_SECONDS):
-            self._merge(Ledger(self.path).load())
-            self._write()
+        with explained(folder):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            lock = LockFile(os.path.join(folder, LOCK_NAME))
+            lock.create()
+            with lock.exclusive(_LOCK_SECONDS):
+                self._merge(Ledger(self.path).load())
+                self._write()
         self._news = False
         return True
 

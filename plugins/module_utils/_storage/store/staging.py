@@ -13,7 +13,6 @@ garbage collection of containers/storage would take them for layers.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -24,6 +23,7 @@ import uuid
 from dataclasses import dataclass
 
 from ..errors import LockTimeout, StoreError
+from .explained import explained
 from .locks import LockFile
 from .removal import Destroy, remove_tree
 
@@ -89,10 +89,11 @@ class StagingArea:
             lock = self._open_entry(STAGING, name)
             if lock is None:
                 lock = LockFile(os.path.join(path, LOCK_NAME))
-                try:
-                    lock.acquire(fcntl.LOCK_EX, max(deadline - time.monotonic(), 0))
-                except (FileNotFoundError, NotADirectoryError):
-                    continue
+                with explained(path):
+                    try:
+                        lock.acquire(fcntl.LOCK_EX, max(deadline - time.monotonic(), 0))
+                    except (FileNotFoundError, NotADirectoryError):
+                        continue
                 # What is there now was left by a worker that died, or is no longer at its place.
                 self._retire(path, lock, destroy)
                 continue
@@ -132,13 +133,12 @@ class StagingArea:
             if lock.busy_here:
                 continue
             try:
-                with lock.shared(0):
+                missing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+                with explained(path), missing, lock.shared(0):
                     pass
             except LockTimeout:
                 continue
-            except (FileNotFoundError, NotADirectoryError):
-                pass
-            with contextlib.suppress(FileNotFoundError):
+            with explained(path), contextlib.suppress(FileNotFoundError):
                 found.append(Leftover(kind, path, os.lstat(path).st_mtime))
         return found
 
@@ -166,17 +166,17 @@ class StagingArea:
 
     def _entries(self) -> t.List[t.Tuple[str, str]]:
         found = []
-        for kind in (STAGING, TRASH):
-            folder = os.path.join(self.root, kind)
-            if not _is_folder(self.root) or not _is_folder(folder):
-                continue
-            names = sorted(os.listdir(folder))
-            found += [(kind, os.path.join(folder, name)) for name in names]
+        with explained(self.root):
+            for kind in (STAGING, TRASH):
+                folder = os.path.join(self.root, kind)
+                if not _is_folder(self.root) or not _is_folder(folder):
+                    continue
+                names = sorted(os.listdir(folder))
+                found += [(kind, os.path.join(folder, name)) for name in names]
         return found
 
-    @staticmethod
-    def _make(folder: str) -> None:
-        with contextlib.suppress(FileExistsError):
+    def _make(self, folder: str) -> None:
+        with explained(self.root), contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)
         if not _is_folder(folder):
             raise StoreError(folder, "is not a directory", "Move it away; it is made anew.")
@@ -185,16 +185,20 @@ class StagingArea:
     def _settled(self) -> t.Iterator[None]:
         """Hold the short lock of the whole folder."""
         lock = LockFile(os.path.join(self.root, LOCK_NAME))
-        lock.create()
-        with lock.exclusive(self.timeout):
+        with explained(self.root):
+            lock.create()
+            lock.acquire(fcntl.LOCK_EX, self.timeout)
+        try:
             yield
+        finally:
+            lock.release()
 
     def _open_entry(self, kind: str, name: str) -> t.Optional[LockFile]:
         """Make an entry with its lock held; None when there is one of that name."""
         for folder in (self.root, os.path.join(self.root, kind)):
             self._make(folder)
         path = os.path.join(self.root, kind, name)
-        with self._settled():
+        with explained(self.root), self._settled():
             lock = LockFile(os.path.join(path, LOCK_NAME))
             try:
                 os.mkdir(path, 0o700)
@@ -215,7 +219,7 @@ class StagingArea:
 
     def _seize(self, path: str) -> t.Optional[LockFile]:
         """Lock an entry nobody holds; None when somebody does or it is gone."""
-        with self._settled():
+        with explained(self.root), self._settled():
             lock = LockFile(os.path.join(path, LOCK_NAME))
             if lock.busy_here:
                 return None
@@ -232,7 +236,7 @@ class StagingArea:
     def _retire(self, path: str, lock: LockFile, destroy: t.Optional[Destroy]) -> None:
         """Delete an entry that this process has locked, out of others' way first."""
         try:
-            with self._settled():
+            with explained(self.root), self._settled():
                 if not self._is_place_of(path, lock):
                     lock.release()
                     return
@@ -260,21 +264,13 @@ class StagingArea:
     def _delete(self, path: str, lock: LockFile, destroy: t.Optional[Destroy]) -> None:
         """Delete a trash entry; its lock goes last, so that no sweep meets it half-way."""
         try:
-            for name in os.listdir(path):
-                if name != LOCK_NAME:
-                    remove_tree(os.path.join(path, name), destroy)
-            with self._settled():
-                os.unlink(os.path.join(path, LOCK_NAME))
-                os.rmdir(path)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return
-            raise StoreError(
-                path,
-                f"cannot be deleted: {error.strerror}",
-                "The next run tries again.",
-                path=path,
-            ) from error
+            with explained(path), contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(path):
+                    if name != LOCK_NAME:
+                        remove_tree(os.path.join(path, name), destroy)
+                with self._settled():
+                    os.unlink(os.path.join(path, LOCK_NAME))
+                    os.rmdir(path)
         finally:
             lock.release()
 

@@ -16,7 +16,6 @@ import contextlib
 import copy
 import errno
 import os
-import pwd
 import re
 import stat
 import time
@@ -26,14 +25,13 @@ from dataclasses import dataclass
 from ..errors import (
     InternalError,
     LayerInUse,
-    NoSpace,
-    PermissionDenied,
     ReadOnlyStore,
     RecordError,
     StoreError,
     UnsupportedDriver,
 )
 from .config import StoreConfig
+from .explained import explained
 from .locks import LockFile
 from .records import (
     CONTAINERS,
@@ -236,7 +234,7 @@ class Store:
         :raises PermissionDenied: it cannot be read
         """
         store = cls(config, lock_timeout)
-        with _explained(config):
+        with explained(config.graphroot):
             store._check()
         return store
 
@@ -262,7 +260,7 @@ class Store:
         :param destroy: see ``removal.remove_tree``
         :raises StoreError: something in it cannot be deleted; the next sweep tries again
         """
-        with _explained(self.config):
+        with explained(self.config.graphroot):
             path = self.staging.trash(name)
         try:
             yield path
@@ -274,7 +272,7 @@ class Store:
 
         :raises PermissionDenied: our folder cannot be read
         """
-        with _explained(self.config):
+        with explained(self.config.graphroot):
             found = self.staging.leftovers()
             for path in self._temporary_files():
                 with contextlib.suppress(FileNotFoundError):
@@ -288,7 +286,7 @@ class Store:
         :returns: the paths that were deleted
         :raises StoreError: something cannot be deleted; everything else has been
         """
-        with _explained(self.config):
+        with explained(self.config.graphroot):
             temporary = self._temporary_files()
             if temporary and not self.config.imagestore:
                 # Under the locks whoever writes such a file is dead.
@@ -439,7 +437,7 @@ class Store:
         :raises RecordError: a file of records cannot be understood
         :raises PermissionDenied: a file cannot be read
         """
-        with _explained(self.config):
+        with explained(self.config.graphroot):
             deadline = time.monotonic() + self.lock_timeout
             with contextlib.ExitStack() as stack:
                 for kind in (LAYERS, IMAGES, CONTAINERS):
@@ -489,7 +487,7 @@ class Store:
                 "and such a store is only read here",
                 "Work on the image store as a store of its own, or drop `imagestore`.",
             )
-        with _explained(self.config):
+        with explained(self.config.graphroot):
             locks, started = self._take(containers)
         transaction = Transaction(self, self._files, started)
         try:
@@ -575,7 +573,7 @@ class Transaction:
     def install_tar_split(self, layer_id: str, staged_path: str) -> None:
         """Move a staged tar-split file to its place; it is durable once the layer is finished."""
         self._own_layer(layer_id)
-        with _explained(self._store.config):
+        with explained(self._store.config.graphroot):
             descriptor = os.open(staged_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 os.fchmod(descriptor, 0o600)
@@ -647,7 +645,7 @@ class Transaction:
             )
         if not layer.incomplete:
             layer = self.mark_incomplete(layer_id)
-        with _explained(self._store.config):
+        with explained(self._store.config.graphroot):
             _move(self._store.tar_split_path(layer_id), trash)
             _move(self._store.layer_data_dir(layer_id), trash, f"{layer_id}.data")
         file = self._file(self._files.layers, layer)
@@ -714,7 +712,7 @@ class Transaction:
         data = self._store.image_data_dir(image_id)
         file = self._file(self._files.images, image)
         self._write(file, [one for one in file.records if one.id != image_id])
-        with _explained(self._store.config):
+        with explained(self._store.config.graphroot):
             _move(data, trash, f"{image_id}.image")
 
     # Inside
@@ -753,7 +751,7 @@ class Transaction:
     def _write(self, file: _File[R], records: t.List[R]) -> None:
         if self._ended is not None:
             raise InternalError(file.path, "is to be written after the transaction")
-        with _explained(self._store.config):
+        with explained(self._store.config.graphroot):
             file.write(records)
 
 
@@ -808,50 +806,3 @@ def sync_directory(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _explained(config: StoreConfig) -> t.Iterator[None]:
-    """Turn the system's errors into ours, each with a way out."""
-    try:
-        yield
-    except OSError as error:
-        path = os.fsdecode(error.filename) if error.filename else config.graphroot
-        cause = (error.strerror or str(error)).lower()
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise PermissionDenied(
-                path,
-                f"cannot be used by UID {os.geteuid()}: {cause}",
-                f"Run with `become: true`, or set `user: {_owner(config.graphroot)}`.",
-                path=path,
-            ) from error
-        if error.errno == errno.EROFS:
-            raise PermissionDenied(
-                path, f"cannot be written: {cause}", "Mount its filesystem writable.", path=path
-            ) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(
-                path,
-                f"cannot be written: {cause}",
-                f"Free space or raise the quota; `df -h {config.graphroot}` and "
-                f"`df -i {config.graphroot}` tell what is left.",
-                path=path,
-            ) from error
-        raise StoreError(
-            path, cause, "`dmesg` may tell more about the filesystem.", path=path, errno=error.errno
-        ) from error
-
-
-def _owner(path: str) -> str:
-    """The account whose store it is, as far as one can see."""
-    while path != "/":
-        try:
-            uid = os.stat(path).st_uid
-        except OSError:
-            path = os.path.dirname(path)
-            continue
-        try:
-            return pwd.getpwuid(uid).pw_name
-        except KeyError:
-            return str(uid)
-    return "OWNER"

@@ -267,6 +267,29 @@ def test_destroy_is_passed_on(area: StagingArea, monkeypatch: pytest.MonkeyPatch
     assert asked == [destroy, destroy]
 
 
+@pytest.mark.parametrize("number", [13, 28, 30, 5])
+def test_system_errors_are_explained(
+    area: StagingArea, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with area.claim("x"):
+        pass
+    os.makedirs(os.path.join(area.root, "trash", "rubbish"))
+
+    def fail(*_words: t.Any, **_options: t.Any) -> t.Any:
+        raise OSError(number, os.strerror(number), "/some/path")
+
+    for name in ("mkdir", "open", "rename", "rmdir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            for action in (
+                lambda: area.claim("y").__enter__(),
+                lambda: area.trash("z"),
+                area.sweep,
+            ):
+                with contextlib.suppress(StoreError):
+                    action()
+
+
 def test_many_at_once(area: StagingArea) -> None:
     """Claims, trash and sweeps by several processes and threads: nobody loses work, nothing stays."""
     script = (
