@@ -1,0 +1,167 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""layer_template for several users, images and maps at once: what is refused does not stop the rest."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+from support.cases import Case
+from support.images import Image
+from support.lab import Lab
+from support.modules import run_module
+from support.users import User
+
+MakeCase = t.Callable[..., Case]
+Json = t.Dict[str, t.Any]
+
+
+@pytest.fixture
+def pair(make_case: MakeCase) -> t.List[Case]:
+    """Two users' stores, each with the small image."""
+    return [make_case("rootless-overlay") for _number in range(2)]
+
+
+def owner(case: Case) -> str:
+    """Name of the user whose store it is."""
+    assert case.store.user is not None
+    return case.store.user.name
+
+
+def call(lab: Lab, users: t.Sequence[str], image: Image, **more: t.Any) -> Json:
+    """layer_template as root, for users' keep-id containers."""
+    options = more.pop("options", {})
+    args = {"images": [image.name], "userns": "keep-id", "users": list(users), **more}
+    return run_module(lab, "layer_template", args, **options)
+
+
+def actions(result: Json) -> t.List[t.Tuple[str, str]]:
+    """Whose entry it is, and what became of it."""
+    return [(entry["user"], entry["action"]) for entry in result["layers"]]
+
+
+def test_each_podman_takes_its_layer(lab: Lab, pair: t.List[Case]) -> None:
+    users = [owner(case) for case in pair]
+    image = pair[0].image
+    before = [case.store.snapshot_of_disk() for case in pair]
+    foreseen = call(lab, users, image, options={"check": True, "diff": True})
+    for case, state in zip(pair, before):
+        assert state.changes(case.store.snapshot_of_disk()) == []
+    # A user named twice is one user.
+    made = call(lab, [*users, users[0]], image, options={"diff": True})
+    for result in (foreseen, made):
+        assert result["changed"] is True
+        assert actions(result) == [(user, "created") for user in users]
+        assert "store" not in result
+        assert [one["user"] for one in result["stores"]] == users
+        assert [one["graphroot"] for one in result["stores"]] == [
+            str(case.store.graphroot) for case in pair
+        ]
+    assert foreseen["diff"] == made["diff"]
+    for case in pair:
+        maps = {"uidmap": case.map, "gidmap": case.map}
+        assert made["diff"]["before"][owner(case)] == {image.name: []}
+        assert made["diff"]["after"][owner(case)] == {image.name: [maps]}
+    for case, entry in zip(pair, made["layers"]):
+        assert entry["uidmap"] == case.map
+        container = case.store.container(case.create())
+        assert case.mapped() == [entry["layer_id"]]
+        assert case.store.layer(container["layer"])["parent"] == entry["layer_id"]
+    again = call(lab, users, image)
+    assert again["changed"] is False
+    assert actions(again) == [(user, "existing") for user in users]
+
+
+def test_a_user_who_cannot_does_not_stop_the_others(
+    lab: Lab, pair: t.List[Case], make_user: t.Callable[..., User]
+) -> None:
+    first, last = (owner(case) for case in pair)
+    bare = make_user(subordinate=0).name
+    users = [first, bare, "nobody-of-that-name", last]
+    for check in (True, False):
+        result = call(lab, users, pair[0].image, options={"fails": True, "check": check})
+        assert result["changed"] is True
+        assert actions(result) == [(first, "created"), (last, "created")]
+        assert [one["user"] for one in result["stores"]] == users
+        assert [("error" in one) for one in result["stores"]] == [False, True, True, False]
+        assert result["msg"].startswith("2 of 4 ")
+        assert f"{bare}: has no subordinate UIDs" in result["msg"]
+        assert "nobody-of-that-name: no such user" in result["msg"]
+    assert [len(case.mapped()) for case in pair] == [1, 1]
+
+
+def test_users_do_not_go_with_one_place(lab: Lab, small_image: Image) -> None:
+    for other in ("user", "graphroot", "runroot"):
+        result = call(lab, ["root"], small_image, options={"fails": True}, **{other: "/nowhere"})
+        assert "mutually exclusive" in result["msg"]
+        assert other in result["msg"]
+
+
+def test_nobody_is_nothing_to_do(lab: Lab, small_image: Image) -> None:
+    result = call(lab, [], small_image)
+    assert (result["changed"], result["layers"], result["stores"]) == (False, [], [])
+
+
+def test_only_root_works_for_others(lab: Lab, pair: t.List[Case]) -> None:
+    mine, other = pair
+    users = [owner(mine), owner(other)]
+    options = {"fails": True, "user": mine.store.user}
+    result = call(lab, users, mine.image, options=options)
+    assert actions(result) == [(users[0], "created")]
+    assert "become: true" in result["stores"][1]["error"]
+    assert [len(case.mapped()) for case in pair] == [1, 0]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_one_refused_pair_does_not_stop_the_others(check: bool, make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    mappings = [
+        {"uidmap": ["0:100000:1000"]},
+        {"uidmap": ["0:100000:65536"]},
+        {"userns": "auto:size=4000000000"},
+        {"subuidname": "nobody-of-that-name"},
+        {"uidmap": ["0:300000:65536"]},
+    ]
+    asked = {"images": ["localhost/never:1", case.image.name], "mappings": mappings}
+    result = case.call("layer_template", asked, fails=True, check=check)
+    assert [entry["action"] for entry in result["layers"]] == [
+        *("refused", "refused", "created", "refused", "refused", "created"),
+    ]
+    reasons = [entry["reason"] for entry in result["layers"]]
+    assert "localhost/never:1" in reasons[0]
+    assert result["layers"][0]["image_names"] == ["localhost/never:1"]
+    assert result["layers"][0]["image_id"] == ""
+    assert "which the map does not cover" in reasons[1]
+    assert "nobody-of-that-name" in reasons[4]
+    assert result["changed"] is True
+    assert result["msg"].startswith("4 of 6 refused. ")
+    for number in (0, 1, 3, 4):
+        assert reasons[number] in result["msg"]
+    made = [entry["layer_id"] for entry in result["layers"] if entry["layer_id"]]
+    assert case.mapped() == made
+    assert len(made) == (0 if check else 2)
+
+
+def test_what_is_misspelled_changes_nothing(make_case: MakeCase) -> None:
+    case = make_case("vfs")
+    before = case.store.snapshot_of_disk()
+    for word, bad in (
+        ("0:1:x", {"uidmap": ["0:1:x"]}),
+        ("keep-it", {"userns": "keep-it"}),
+        ("tape", {"userns": "auto", "runtime": "tape"}),
+    ):
+        mappings = [{"uidmap": ["0:100000:65536"]}, bad]
+        asked = {"images": [case.image.name], "mappings": mappings}
+        result = case.call("layer_template", asked, fails=True)
+        assert word in result["msg"]
+        assert not result.get("changed")
+        assert before.changes(case.store.snapshot_of_disk()) == []
+
+
+def test_the_answer_says_what_would_change_it(make_case: MakeCase) -> None:
+    copied = make_case("vfs").layer_template()["layers"][0]
+    assert "overlay driver needs no copies" in copied["advice"]
+    shifted = make_case("overlay").layer_template()["layers"][0]
+    assert shifted["advice"] in shifted["reason"]

@@ -1,0 +1,78 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One result of those of several users."""
+
+from __future__ import annotations
+
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    InternalError,
+    NamespaceError,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.several import (
+    joined,
+)
+
+
+def result(user: str, changed: bool, **more: object) -> dict[str, object]:
+    return {
+        "changed": changed,
+        "layers": [{"user": user}],
+        "store": {"graphroot": f"/home/{user}"},
+        "stores": [{"user": user, "graphroot": f"/home/{user}"}],
+        "diff": {"before": {"image": []}, "after": {"image": [user]}},
+        **more,
+    }
+
+
+def test_all_comes_back_in_order() -> None:
+    both = joined({"bob": result("bob", False, warnings=["slow"]), "alice": result("alice", True)})
+    assert both == {
+        "changed": True,
+        "layers": [{"user": "bob"}, {"user": "alice"}],
+        "stores": [
+            {"user": "bob", "graphroot": "/home/bob"},
+            {"user": "alice", "graphroot": "/home/alice"},
+        ],
+        "warnings": ["slow"],
+        "diff": {
+            "before": {"bob": {"image": []}, "alice": {"image": []}},
+            "after": {"bob": {"image": ["bob"]}, "alice": {"image": ["alice"]}},
+        },
+    }
+
+
+def test_nobody_is_nothing_to_do() -> None:
+    nothing = joined({})
+    assert (nothing["changed"], nothing["layers"], nothing["stores"]) == (False, [], [])
+    assert "error" not in nothing
+
+
+def test_a_user_without_a_store_does_not_hide_the_others() -> None:
+    error = NamespaceError("user bob", "has no subordinate IDs", "Add a line.", line="bob:1:2")
+    both = joined({"bob": error, "alice": result("alice", True)})
+    assert both["changed"]
+    assert both["stores"][0] == {"user": "bob", "error": str(error)}
+    assert both["layers"] == [{"user": "alice"}]
+    assert list(both["diff"]["after"]) == ["alice"]
+    assert both["error"] == f"1 of 2 users met with a refusal. For bob: {error}"
+    assert both["facts"] == {}
+
+
+def test_refusals_of_all_are_told() -> None:
+    both = joined(
+        {
+            "bob": result("bob", True, error="1 of 2 refused. No room.", facts={"free": 1}),
+            "alice": InternalError("the work", "failed", trace="Traceback"),
+        }
+    )
+    assert both["changed"]
+    assert both["error"] == (
+        "2 of 2 users met with a refusal. For bob: 1 of 2 refused. No room. For alice: the work: failed."
+    )
+    assert both["facts"] == {"trace": "Traceback"}
+
+
+def test_facts_of_an_only_user_are_kept() -> None:
+    one = joined({"bob": result("bob", False, error="No room.", facts={"free": 1})})
+    assert (one["error"], one["facts"]) == ("For bob: No room.", {"free": 1})
