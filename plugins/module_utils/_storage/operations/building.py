@@ -115,7 +115,7 @@ class Building:
 
     def _attempt(self) -> Outcome:
         place = self._place
-        with place.staging.claim(
+        with place.store.staging.claim(
             f"{self._image.id} {self._mapping}", destroy=place.driver.destroy
         ) as workspace:
             snapshot = place.store.snapshot()

@@ -364,16 +364,13 @@ class _Collection:
             transaction.drop_mapped_layer(layer_id)
 
     def _drop_orphan(self, path: str) -> None:
-        trash = self.place.staging.trash("orphan")
-        try:
-            with self.place.store.transaction() as transaction:
-                # Under the lock nobody can be half-way through making a layer of it.
-                for orphan in self.place.driver.orphans(transaction.snapshot.layers):
-                    if orphan.path == path:
-                        self.place.driver.drop(orphan, trash)
-                        break
-        finally:
-            self.place.staging.discard(trash, self.place.driver.destroy)
+        store, driver = self.place.store, self.place.driver
+        with store.trash("orphan", driver.destroy) as trash, store.transaction() as transaction:
+            # Under the lock nobody can be half-way through making a layer of it.
+            for orphan in driver.orphans(transaction.snapshot.layers):
+                if orphan.path == path:
+                    driver.drop(orphan, trash)
+                    break
 
     def _sweep(self, made: Plan) -> None:
         wanted = {
@@ -382,7 +379,7 @@ class _Collection:
             if finding.kind in LEFTOVERS
         }
         try:
-            self.place.staging.sweep(self.place.driver.destroy)
+            self.place.store.sweep(self.place.driver.destroy)
         except (StorageError, OSError) as error:
             for path, entry in wanted.items():
                 if os.path.lexists(path):

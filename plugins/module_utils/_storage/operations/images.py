@@ -306,12 +306,10 @@ class _Removal:
         if not self.step.write:
             self.layers += _doomed_layers(self.snapshot, self.snapshot.images[image_id])
             return
-        trash = self.place.staging.trash(image_id)
-        try:
-            with self.place.store.transaction(containers=True) as transaction:
+        store = self.place.store
+        with store.trash(image_id, self.place.driver.destroy) as trash:
+            with store.transaction(containers=True) as transaction:
                 self._detach(transaction, image_id, trash)
-        finally:
-            self.place.staging.discard(trash, self.place.driver.destroy)
 
     def _detach(self, transaction: Transaction, image_id: str, trash: str) -> None:
         """The image's record first, then mapped layers, then its own ones from the top down."""

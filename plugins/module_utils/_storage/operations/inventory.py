@@ -424,7 +424,7 @@ class _Taker:
                 found.append(
                     Orphan(suspect.kind, suspect.name, suspect.path, suspect.changed, usage)
                 )
-        for leftover in self.place.staging.leftovers():
+        for leftover in self.place.store.leftovers():
             usage = None
             if self.measure != NONE:
                 try:

@@ -18,7 +18,6 @@ from ..drivers.view import view_of
 from ..errors import ConfigError, PermissionDenied
 from ..kernel import files
 from ..store.config import Account, StoreConfig, StoreOverrides, discover
-from ..store.staging import StagingArea
 from ..store.store import Store
 from ..tree.craft import Craft
 
@@ -42,12 +41,11 @@ class StoreRequest:
 
 @dataclass(frozen=True)
 class OpenStore:
-    """One store, opened: its configuration, its records, its driver, and our own corner of it."""
+    """One store, opened: its configuration, its records and its driver."""
 
     config: StoreConfig
     store: Store
     driver: Driver
-    staging: StagingArea
     account: t.Optional[Account]
 
     def describe(self, shifting: t.Optional[bool] = None) -> t.Dict[str, t.Any]:
@@ -126,6 +124,5 @@ def opened(request: StoreRequest, craft: t.Optional[Craft] = None) -> t.Iterator
             config,
             store,
             open_driver(config.driver, home),
-            StagingArea(store.root, request.lock_timeout),
             request.account,
         )

@@ -80,8 +80,7 @@ def remove_mapped_layer(
     :raises LayerInUse: somebody uses it by now
     :raises StorageError: whatever ``condition`` says
     """
-    trash = place.staging.trash(layer_id)
-    try:
+    with place.store.trash(layer_id, place.driver.destroy) as trash:
         with place.store.transaction(containers=True) as transaction:
             refuse_if_used(transaction.snapshot, layer_id)
             if condition is not None:
@@ -90,6 +89,4 @@ def remove_mapped_layer(
             transaction.mark_incomplete(layer_id)
             place.driver.detach(layer_id, trash)
             transaction.remove_layer(layer_id, trash)
-    finally:
-        place.staging.discard(trash, place.driver.destroy)
     return Removed(layer_id, transaction.seconds_held)

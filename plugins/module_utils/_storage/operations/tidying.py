@@ -42,7 +42,7 @@ def tidy(place: OpenStore, snapshot: Snapshot) -> t.List[str]:
     for layer in abandoned(snapshot):
         remove_mapped_layer(place, layer.id, functools.partial(_refuse_if_taken, layer.id))
         removed.append(layer.id)
-    return removed + place.staging.sweep(place.driver.destroy)
+    return removed + place.store.sweep(place.driver.destroy)
 
 
 def _refuse_if_taken(layer_id: str, snapshot: Snapshot) -> None:
