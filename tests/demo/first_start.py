@@ -35,7 +35,9 @@ def main() -> None:
 
         _title(f"podman run --userns={USERNS}, as it is")
         waited = _start(with_copy, image)
-        print(f"First start: {waited:.2f} s. podman copied the image, while all its other commands waited.")
+        print(
+            f"First start: {waited:.2f} s. podman copied the image, while all its other commands waited."
+        )
 
         _title("The same with a pre-mapped layer: ansible-playbook")
         _premap(lab, with_layer, image)
@@ -96,9 +98,7 @@ def _premap(lab: Lab, store: Store, image: Image) -> None:
     }
     program = pathlib.Path(sys.executable).parent / "ansible-playbook"
     interpreter = "ansible_python_interpreter=/usr/bin/python3"
-    subprocess.run(
-        [program, playbook, "-e", interpreter], check=True, env=environment, cwd=folder
-    )
+    subprocess.run([program, playbook, "-e", interpreter], check=True, env=environment, cwd=folder)
 
 
 def _sizes(store: Store, image: Image) -> t.Tuple[int, int]:

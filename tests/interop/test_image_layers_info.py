@@ -177,7 +177,7 @@ class TestRealCost:
     ) -> None:
         shared = make_store(kind, flat_image)
         store = make_store(kind, read_only=[str(shared.graphroot)])
-        containers = [store.create(flat_image.name, *options(MAPS[0])) for _ in range(3)]
+        containers = [store.create(flat_image.name, *options(MAPS[0])) for _round in range(3)]
         image = only(look(store)["images"])
         assert image["read_only_store"] == str(shared.graphroot)
         assert image["mapped_layers"] == []

@@ -322,7 +322,7 @@ class TestUse:
                     record["created"] = "2021-01-01T00:00:00Z"
 
         edit(store, "layers", age)
-        for _ in range(3):
+        for _round in range(3):
             name = store.create(small_image.name, *options(MAPS[0]))
             assert collect(store, unused_for="1d")["removed"] == []
             store.podman("rm", name)
@@ -434,7 +434,7 @@ class TestSpace:
 def free(store: Store) -> int:
     """Free bytes of the store's filesystem, once it has freed all that was deleted."""
     seen: t.List[int] = []
-    for _ in range(60):
+    for _round in range(60):
         if store.driver == "btrfs":
             subprocess.run(
                 ["btrfs", "subvolume", "sync", str(store.graphroot)],

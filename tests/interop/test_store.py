@@ -670,7 +670,7 @@ def test_large_store(make_store: MakeStore) -> None:
     images = []
     for number in range(200):
         parent = ""
-        for _ in range(45):
+        for _round in range(45):
             layer = {"id": secrets.token_hex(32), "created": "2026-01-02T03:04:05.123456789Z"}
             if parent:
                 layer["parent"] = parent
@@ -680,7 +680,7 @@ def test_large_store(make_store: MakeStore) -> None:
             layers.append({**layer, "diff-size": 10240, "uidset": [0, 1, 33], "gidset": [0, 1, 33]})
             before, parent = parent, layer["id"]
         mapped = []
-        for _ in range(5):
+        for _round in range(5):
             mapped.append(secrets.token_hex(32))
             layers.append(
                 {**layers[-1], "id": mapped[-1], "parent": before, "uidmap": MAP, "gidmap": MAP}
@@ -702,12 +702,12 @@ def test_large_store(make_store: MakeStore) -> None:
     for kind in ("layers", "images"):
         path = real.graphroot / f"vfs-{kind}" / f"{kind}.lock"
         path.write_bytes(os.urandom(64))
-    theirs = min(real.timed(lambda: real.storage_cli("layers", "--json")) for _ in range(3))
+    theirs = min(real.timed(lambda: real.storage_cli("layers", "--json")) for _round in range(3))
 
     def read() -> None:
         assert len(opened(real).snapshot().layers) == 10_000
 
-    ours = min(real.timed(read) for _ in range(3))
+    ours = min(real.timed(read) for _round in range(3))
     assert ours < theirs
     store = opened(real)
     store.snapshot()

@@ -34,7 +34,6 @@ from ..tree.craft import CloneResult, Craft
 from ..tree.measure import Usage, measure
 from ..tree.merged import LayerStack
 from ..tree.roots import top_owners
-from .view import view_of as view_of
 
 Progress = t.Callable[[int, int], None]
 
@@ -61,7 +60,7 @@ class DriverHome:
     """Where a driver's data lies.
 
     :param options: the driver's own options, prefix stripped, keys in lower case
-    :param view: the graphroot to work through, see :func:`view_of`
+    :param view: the graphroot to work through, see :func:`.view.view_of`
     :param image_stores: graphroots of read-only image stores, where parents may lie
     :param craft: what it takes to make layers; None for a driver that only looks and removes
     """

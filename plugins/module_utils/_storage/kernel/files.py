@@ -190,7 +190,7 @@ def _type_of_mount(fd: int) -> str:
     mount_id = ""
     with open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as lines:
         for line in lines:
-            key, _, value = line.partition(":")
+            key, _mark, value = line.partition(":")
             if key == "mnt_id":
                 mount_id = value.strip()
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:

@@ -125,6 +125,6 @@ class Tools:
             f"[storage.options.{self.driver}]",
         ]
         for option in self.store.storage_options:
-            key, _, value = option.partition("=")
+            key, _mark, value = option.partition("=")
             lines.append(f"{key.rpartition('.')[2]} = {json.dumps(value)}")
         return "\n".join(lines) + "\n"

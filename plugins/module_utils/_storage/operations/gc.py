@@ -42,7 +42,7 @@ from .plan import (
     prospects,
 )
 from .policy import Policy
-from .removing import remove_mapped_layer
+from .removing import condemned, remove_mapped_layer
 from .watching import watch
 
 # Host IDs below are nobody's subordinate ones.
@@ -157,9 +157,10 @@ class _Collection:
             self.removed += [self._entry(one) for one in made.removals]
             self.repaired += [_finding_entry(*one) for one in made.repairs]
             self.freed = [
-                sum(one.size for one in made.removals) + sum(one.size for one, _ in made.repairs),
+                sum(one.size for one in made.removals)
+                + sum(one.size for one, _rest in made.repairs),
                 sum(one.inodes for one in made.removals)
-                + sum(one.inodes for one, _ in made.repairs),
+                + sum(one.inodes for one, _rest in made.repairs),
             ]
         elif made.removals or made.repairs:
             self._apply(made)
@@ -255,6 +256,7 @@ class _Collection:
     def _findings(self) -> t.List[Finding]:
         found = []
         seen = set()
+        begun = condemned(self.place)
         for one in self.states.values():
             kind = ""
             if one.layer is None:
@@ -265,7 +267,7 @@ class _Collection:
                 kind = one.status
             if kind:
                 seen.add(one.layer_id)
-                found.append(_layer_finding(kind, one))
+                found.append(_layer_finding(kind, one, one.ours or one.layer_id in begun))
         snapshot = self.place.store.view()
         for layer in snapshot.layers.values():
             if layer.incomplete and not layer.read_only_store and layer.id not in seen:
@@ -462,7 +464,7 @@ def _users(one: LayerState) -> t.Tuple[str, ...]:
     )
 
 
-def _layer_finding(kind: str, one: LayerState) -> Finding:
+def _layer_finding(kind: str, one: LayerState, ours: bool) -> Finding:
     return Finding(
         kind=kind,
         name=one.layer_id,
@@ -470,7 +472,7 @@ def _layer_finding(kind: str, one: LayerState) -> Finding:
         created=one.created,
         users=_users(one),
         template=_is_own_layer(one),
-        ours=one.ours and kind in (INCOMPLETE, UNREFERENCED),
+        ours=ours and kind in (INCOMPLETE, UNREFERENCED),
         size=one.usage.exclusive if one.usage else 0,
         inodes=one.usage.inodes if one.usage else 0,
     )

@@ -307,9 +307,9 @@ class _Removal:
             self.layers += _doomed_layers(self.snapshot, self.snapshot.images[image_id])
             return
         store = self.place.store
-        with store.trash(image_id, self.place.driver.destroy) as trash:
-            with store.transaction(containers=True) as transaction:
-                self._detach(transaction, image_id, trash)
+        destroy = self.place.driver.destroy
+        with store.trash(image_id, destroy) as trash, store.transaction(True) as transaction:
+            self._detach(transaction, image_id, trash)
 
     def _detach(self, transaction: Transaction, image_id: str, trash: str) -> None:
         """The image's record first, then mapped layers, then its own ones from the top down."""

@@ -376,13 +376,13 @@ class _Planner:
                 remove = True
                 freed += one.size
                 rule = rules[0][0]
-                reason = "; ".join(dict.fromkeys(reason for _, reason in rules))
+                reason = "; ".join(dict.fromkeys(reason for _first, reason in rules))
             decision = Decision(
                 layer_id=one.layer_id,
                 remove=remove,
                 rule=rule,
                 reason=reason,
-                wanted_by=tuple(dict.fromkeys(rule for rule, _ in rules)),
+                wanted_by=tuple(dict.fromkeys(rule for rule, _rest in rules)),
                 size=one.size,
                 inodes=one.inodes,
             )

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import os
 import typing as t
 from dataclasses import dataclass
 
 from ..errors import LayerInUse, StoreError
 from ..store.snapshot import Snapshot
+from ..store.staging import TRASH
 from .opening import OpenStore
 
 
@@ -80,13 +82,25 @@ def remove_mapped_layer(
     :raises LayerInUse: somebody uses it by now
     :raises StorageError: whatever ``condition`` says
     """
-    with place.store.trash(layer_id, place.driver.destroy) as trash:
-        with place.store.transaction(containers=True) as transaction:
-            refuse_if_used(transaction.snapshot, layer_id)
-            if condition is not None:
-                condition(transaction.snapshot)
-            transaction.drop_mapped_layer(layer_id)
-            transaction.mark_incomplete(layer_id)
-            place.driver.detach(layer_id, trash)
-            transaction.remove_layer(layer_id, trash)
+    store, driver = place.store, place.driver
+    with store.trash(layer_id, driver.destroy) as trash, store.transaction(True) as transaction:
+        refuse_if_used(transaction.snapshot, layer_id)
+        if condition is not None:
+            condition(transaction.snapshot)
+        transaction.drop_mapped_layer(layer_id)
+        transaction.mark_incomplete(layer_id)
+        driver.detach(layer_id, trash)
+        transaction.remove_layer(layer_id, trash)
     return Removed(layer_id, transaction.seconds_held)
+
+
+def condemned(place: OpenStore) -> t.Set[str]:
+    """Layers whose removal a killed run had begun: its folder in the trash still bears their IDs.
+
+    One of them may be whole and in no image, cut off between the two, and is nobody's any more.
+    """
+    return {
+        os.path.basename(one.path).partition("-")[0]
+        for one in place.store.leftovers()
+        if one.kind == TRASH
+    }

@@ -14,18 +14,20 @@ from ..store.records import Layer
 from ..store.snapshot import Snapshot
 from .opening import OpenStore
 from .records import ORIGIN, ORIGIN_FLAG
-from .removing import remove_mapped_layer
+from .removing import condemned, remove_mapped_layer
 
 
-def abandoned(snapshot: Snapshot) -> t.List[Layer]:
+def abandoned(snapshot: Snapshot, begun: t.Container[str] = ()) -> t.List[Layer]:
     """Layers of ours that no image mentions, or that are marked incomplete.
+
+    :param begun: IDs of layers, whoever made them, whose removal has begun
 
     While one is being put in place the store's locks are held, so what a reader sees like this belongs to nobody.
     """
     return [
         layer
         for layer in snapshot.layers.values()
-        if layer.flags.get(ORIGIN_FLAG) == ORIGIN
+        if (layer.flags.get(ORIGIN_FLAG) == ORIGIN or layer.id in begun)
         and not layer.read_only_store
         and (layer.incomplete or snapshot.image_of_layer(layer.id) is None)
         and not snapshot.children(layer.id)
@@ -39,14 +41,15 @@ def tidy(place: OpenStore, snapshot: Snapshot) -> t.List[str]:
     :raises StorageError: something cannot be removed
     """
     removed = []
-    for layer in abandoned(snapshot):
-        remove_mapped_layer(place, layer.id, functools.partial(_refuse_if_taken, layer.id))
+    begun = condemned(place)
+    for layer in abandoned(snapshot, begun):
+        remove_mapped_layer(place, layer.id, functools.partial(_refuse_if_taken, layer.id, begun))
         removed.append(layer.id)
     return removed + place.store.sweep(place.driver.destroy)
 
 
-def _refuse_if_taken(layer_id: str, snapshot: Snapshot) -> None:
-    if all(layer.id != layer_id for layer in abandoned(snapshot)):
+def _refuse_if_taken(layer_id: str, begun: t.Container[str], snapshot: Snapshot) -> None:
+    if all(layer.id != layer_id for layer in abandoned(snapshot, begun)):
         raise StoreError(
             f"layer {layer_id[:12]}", "was taken into use meanwhile", "Run the task again."
         )

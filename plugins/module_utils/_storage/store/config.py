@@ -516,7 +516,7 @@ def split_options(
     images: t.List[str] = []
     layers: t.List[str] = []
     for option in options:
-        key, _, value = option.partition("=")
+        key, _mark, value = option.partition("=")
         name = key.strip().lower()
         for prefix in (f"{driver}.", f"{driver}2.", "."):
             if name.startswith(prefix):

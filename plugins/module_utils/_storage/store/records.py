@@ -11,6 +11,7 @@ from: what is not changed is written back as it stood, unknown fields and odd nu
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import typing as t
@@ -685,7 +686,7 @@ def _encode(value: t.Any, pieces: t.List[str], depth: int) -> None:
     elif isinstance(value, _Number):
         pieces.append(value.literal)
     elif isinstance(value, float):
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             raise ValueError(f"{value} is no JSON number")
         pieces.append(float.__repr__(value))
     elif isinstance(value, (list, tuple)):

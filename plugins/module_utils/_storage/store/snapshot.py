@@ -168,7 +168,7 @@ class Snapshot:
         return [image for image in self.images.values() if text in image.digests]
 
     def _by_completed_name(self, text: str) -> t.Iterator[t.List[Image]]:
-        name, _, digest = text.partition("@")
+        name, _mark, digest = text.partition("@")
         if not name or (digest and not _DIGEST.fullmatch(digest)):
             return
         repository, tag = split_tag(name)

@@ -590,7 +590,9 @@ class TestFindings:
         result = decide(
             (), Policy(), findings=(Finding("entry", "x"), Finding("link", "y", created=1.0))
         )
-        assert [decision.reason.rpartition("; ")[2] for _, decision in result.findings_kept] == [
+        assert [
+            decision.reason.rpartition("; ")[2] for _first, decision in result.findings_kept
+        ] == [
             "broken=repair takes it away",
             "orphans=remove takes it away",
         ]
@@ -647,7 +649,7 @@ def test_a_thousand_layers_are_planned_in_a_fifth_of_a_second() -> None:
         max_freed=Amount(10**12),
     )
     disk = Disk(10**12, 10**11, 10**7, 10**6)
-    best = min(_planning_time(layers, policy, disk) for _ in range(3))
+    best = min(_planning_time(layers, policy, disk) for _round in range(3))
     assert best < 0.2
 
 

@@ -129,7 +129,7 @@ def test_damaged_bolt(tmp_path_factory: pytest.TempPathFactory, data: st.DataObj
     graphroot = tmp_path_factory.mktemp("bolt")
     (graphroot / "libpod").mkdir()
     content = bytearray(data.draw(st.sampled_from([small(), large()])))
-    for _ in range(data.draw(st.integers(0, 20))):
+    for _round in range(data.draw(st.integers(0, 20))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(0, len(content))) :]
     (graphroot / "libpod" / "bolt_state.db").write_bytes(content)

@@ -61,7 +61,9 @@ def free_for_others(path: str, exclusive: bool = True) -> bool:
     """Ask from another process, since this one's own locks never stand in its way."""
     how = "LOCK_EX" if exclusive else "LOCK_SH"
     script = f"import fcntl,os,sys; fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.{how} | fcntl.LOCK_NB)"
-    done = subprocess.run([sys.executable, "-c", script, path], stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", script, path], stderr=subprocess.DEVNULL, check=False
+    )
     return done.returncode == 0
 
 
@@ -145,13 +147,13 @@ def test_gets_in_between_busy_writers(path: str) -> None:
     )
     writers = [
         subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE)
-        for _ in range(3)
+        for _round in range(3)
     ]
     try:
         for writer in writers:
             assert writer.stdout is not None
             writer.stdout.readline()
-        for _ in range(10):
+        for _round in range(10):
             with LockFile(path).exclusive(20):
                 assert not free_for_others(path)
     finally:
@@ -165,14 +167,14 @@ def test_threads_exclude_each_other(path: str) -> None:
     most = []
 
     def work() -> None:
-        for _ in range(20):
+        for _round in range(20):
             with LockFile(path).exclusive(20):
                 inside.append(1)
                 most.append(len(inside))
                 time.sleep(0.0005)
                 inside.pop()
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work) for _round in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -245,7 +247,7 @@ def test_token(path: str) -> None:
 
 
 def test_tokens_differ() -> None:
-    assert len({fresh_token() for _ in range(1000)}) == 1000
+    assert len({fresh_token() for _round in range(1000)}) == 1000
 
 
 def test_missing_and_odd_files(tmp_path: pathlib.Path) -> None:

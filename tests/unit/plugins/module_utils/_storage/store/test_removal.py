@@ -183,7 +183,7 @@ def test_what_cannot_go_is_named_and_the_rest_goes(
 
 def test_descriptors_are_given_back(tree: pathlib.Path) -> None:
     before = os.listdir("/proc/self/fd")
-    for _ in range(3):
+    for _round in range(3):
         deep = tree / "/".join("abcdef")
         deep.mkdir(parents=True)
         remove_tree(str(tree))

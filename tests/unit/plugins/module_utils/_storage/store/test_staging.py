@@ -297,7 +297,7 @@ def test_many_at_once(area: StagingArea) -> None:
         "from ansible_collections.userns.storage.plugins.module_utils._storage.store.staging import StagingArea\n"
         "random.seed(int(sys.argv[2]))\n"
         "area = StagingArea(sys.argv[1], timeout=60)\n"
-        "for _ in range(30):\n"
+        "for _round in range(30):\n"
         "    step = random.choice(['claim', 'claim', 'trash', 'sweep'])\n"
         "    if step == 'claim':\n"
         "        with area.claim(random.choice('ab')) as w:\n"

@@ -264,7 +264,7 @@ def test_damaged_records(disk: Disk, data: bytes) -> None:
     store.snapshot()
     disk.path("layers").write_bytes(data)
     before = disk.state()
-    for _ in range(2):
+    for _round in range(2):
         with pytest.raises(RecordError, match=r"layers\.json"):
             store.snapshot()
         with pytest.raises(RecordError), store.transaction():
