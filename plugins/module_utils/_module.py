@@ -29,7 +29,8 @@ class Request(t.Protocol):
     """What every operation takes: a frozen dataclass that says, first, which store is meant."""
 
     @property
-    def store(self) -> StoreRequest: ...
+    def store(self) -> StoreRequest:
+        """The store options."""
 
 
 _Asked = t.TypeVar("_Asked", bound=Request)
