@@ -198,10 +198,16 @@ class _Cloner(Visitor):
         self._reflink = strategy == REFLINK
         self._metacopy = strategy == METACOPY
         self._read = _READ | os.O_NOATIME
+        # Whether new files get the very mode that they are made with.
+        self._exact = False
         # The directory at hand: made, and its topmost source with the attributes of that.
         self._made = -1
         self._source = -1
         self._attributes: t.List[str] = []
+
+    def settle(self) -> None:
+        os.umask(0)
+        self._exact = True
 
     def close(self) -> None:
         """Close the destination."""
@@ -286,7 +292,8 @@ class _Cloner(Visitor):
         attributes = attribute_names(source)
         if attributes:
             attributes = self.stack.content(attributes)
-        made = os.open(name, _CREATE, 0o600, dir_fd=self._made)
+        mode = stat.S_IMODE(status.st_mode)
+        made = os.open(name, _CREATE, mode & 0o777, dir_fd=self._made)
         try:
             size = status.st_size
             # A tree with IDs that cannot be mapped is only looked through for others.
@@ -303,7 +310,9 @@ class _Cloner(Visitor):
             os.fchown(made, shift.uid(status.st_uid), shift.gid(status.st_gid))
             if attributes:
                 owners.copy_attributes(made, source, attributes, shift)
-            os.fchmod(made, stat.S_IMODE(status.st_mode))
+            # An inode's change has its price, and nobody else enters unfinished directories.
+            if mode & 0o7000 or attributes or not self._exact:
+                os.fchmod(made, mode)
             os.utime(made, ns=(status.st_atime_ns, status.st_mtime_ns))
         finally:
             os.close(made)

@@ -90,6 +90,9 @@ class _Shifter(Visitor):
     def ids(self) -> t.Optional[IDs]:
         return unmapped_ids(self._shift)
 
+    def settle(self) -> None:
+        pass
+
     def enter(self, path: str, fd: int, attributes: t.List[str]) -> Token:
         status = os.fstat(fd)
         self.totals[DIRECTORIES] += 1

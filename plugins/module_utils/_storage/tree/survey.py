@@ -57,6 +57,9 @@ class _Surveyor(Visitor):
     def ids(self) -> t.Optional[IDs]:
         return None if self._shift is None else unmapped_ids(self._shift)
 
+    def settle(self) -> None:
+        pass
+
     def enter(self, path: str, fd: int, attributes: t.List[str]) -> Token:
         self.totals[DIRECTORIES] += 1
         self.totals[INODES] += 1

@@ -92,6 +92,10 @@ class Visitor(abc.ABC):
         return None
 
     @abc.abstractmethod
+    def settle(self) -> None:
+        """Begin life in a process that does nothing else."""
+
+    @abc.abstractmethod
     def enter(self, path: str, fd: int, attributes: t.List[str]) -> Token:
         """Begin a directory. ``fd`` is its topmost layer's and stays open until ``leave``."""
 
@@ -688,6 +692,7 @@ def _serve(worker: Worker, leader: int, jobs: socket.socket, mouth: int) -> None
     if os.getppid() != leader:
         return
     worker.visitor.totals = [0, 0, 0, 0, 0]
+    worker.visitor.settle()
 
     def emit(message: Message) -> None:
         data = marshal.dumps(message)
