@@ -205,8 +205,8 @@ orphans:
   contains:
     kind:
       description:
-        - V(directory), data without a record; V(link), a short name of overlay that leads nowhere; V(staging) and V(trash), left by a run of
-          this collection that was killed; V(layer), a mapped layer that no image lists, with all that RV(images[].mapped_layers) has.
+        - V(directory), data without a record; V(link), a short name of overlay that leads nowhere; V(staging), V(trash) and V(records), left by
+          a run of this collection that was killed; V(layer), a mapped layer that no image lists, with all that RV(images[].mapped_layers) has.
       type: str
     id:
       description: The layer's ID, or the name.

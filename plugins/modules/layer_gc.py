@@ -247,7 +247,7 @@ repaired:
     kind:
       description:
         - V(entry), V(missing), V(damaged) or V(incomplete), see O(broken); V(unreferenced), V(directory) or V(link), see O(orphans);
-          V(staging) or V(trash), left by a killed run of this collection.
+          V(staging), V(trash) or V(records), left by a killed run of this collection.
       type: str
     id:
       description: The layer's ID, or a name.

@@ -54,7 +54,8 @@ class Finding:
 
     ``kind``: ``entry`` (a ``mapped-layers`` entry whose layer is gone), ``missing`` (a record
     without data), ``damaged`` (data that no runtime can use), ``incomplete``, ``unreferenced`` (a
-    mapped layer that no image lists), ``directory``, ``link``, ``staging`` or ``trash``.
+    mapped layer that no image lists), ``directory``, ``link``, ``staging``, ``trash`` or
+    ``records``.
     ``template`` says that an image has it for its own layer, ``ours`` that this collection made it.
     """
 
@@ -440,7 +441,7 @@ class _Planner:
 
 
 BROKEN = frozenset(("entry", "missing", "damaged", "incomplete"))
-LEFTOVERS = frozenset(("staging", "trash"))
+LEFTOVERS = frozenset(("staging", "trash", "records"))
 
 FINDINGS: t.Dict[str, str] = {
     "entry": "an image lists this mapped layer, and the store has no record of it",
@@ -452,6 +453,7 @@ FINDINGS: t.Dict[str, str] = {
     "link": "a link to a layer that is gone",
     "staging": "left over from work that was cut off",
     "trash": "left over from a removal that was cut off",
+    "records": "a file of records that was never put in place",
 }
 
 
