@@ -1,0 +1,383 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This plugin util is PRIVATE to the userns.storage collection.
+"""A fleet as one page: style, script and charts are in it, and nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import typing as t
+from html import escape
+
+from ._fleet import FAILED, OK, PARTLY, SILENT, UNREACHABLE, Fleet, Host, Store, Sums, human
+
+# Up to so many hosts each has a bar of its own; of more, the fullest, and a skyline of all.
+_BARS = 20
+_IMAGES = 40
+
+_STATES = {
+    OK: "read",
+    PARTLY: "partly read",
+    FAILED: "failed",
+    UNREACHABLE: "unreachable",
+    SILENT: "not asked",
+}
+
+_STYLE = """
+:root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#1a1f26;--soft:#56616d;--line:#dbe1e8;
+--own:#9aabbc;--kept:#2f6fd0;--freed:#d97a16;--mark:#1a1f26;--bad:#b3261e;--good:#1f7a46;--code:#eef1f5}
+@media (prefers-color-scheme:dark){:root{--bg:#12161b;--card:#1b2027;--ink:#e7ebef;--soft:#9fabb8;--line:#333c46;
+--own:#64778b;--kept:#5f9df2;--freed:#f0a04b;--mark:#fff;--bad:#ff8a80;--good:#6fce98;--code:#262d36}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);
+font:15px/1.45 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+main{max-width:1180px;margin:0 auto;padding:28px 20px 60px}
+h1{font-size:26px;line-height:1.2;margin:0 0 4px}
+h2{font-size:18px;margin:0 0 10px}
+h3{font-size:14px;margin:16px 0 6px;color:var(--soft);font-weight:600}
+p{margin:0 0 10px}.soft{color:var(--soft)}.bad{color:var(--bad)}.good{color:var(--good)}
+section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px 20px;margin-top:18px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin-top:18px}
+.tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px}
+.tile b{display:block;font-size:25px;line-height:1.25;font-weight:650;white-space:nowrap}
+.tile span{color:var(--soft);font-size:13px}
+.legend{display:flex;flex-wrap:wrap;gap:6px 18px;font-size:13px;color:var(--soft);margin-bottom:12px}
+.legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
+.legend i.mark{width:3px;height:14px;border-radius:0;background:var(--mark)}
+.own{background:var(--own);fill:var(--own)}.kept{background:var(--kept);fill:var(--kept)}
+.freed{background:var(--freed);fill:var(--freed)}
+svg{display:block;width:100%}svg .mark{stroke:var(--mark);stroke-width:3;vector-effect:non-scaling-stroke}
+svg .rail{fill:var(--line);opacity:.55}
+.bar{display:grid;grid-template-columns:minmax(90px,220px) 1fr 92px;gap:12px;align-items:center;padding:3px 0}
+.bar svg,.cell svg{height:14px;border-radius:3px}
+.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.name{overflow-wrap:anywhere}
+.sky svg{height:130px;border-bottom:1px solid var(--line)}
+.scale{display:flex;justify-content:space-between;font-size:13px;color:var(--soft)}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:14px}
+th,td{text-align:left;padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
+th{color:var(--soft);font-weight:600;white-space:nowrap}th.num,td.num{text-align:right}
+td code{overflow-wrap:normal}td:last-child,th:last-child{padding-right:0}tr:last-child td{border-bottom:0}
+code{font:13px/1.4 ui-monospace,"DejaVu Sans Mono",monospace;background:var(--code);border-radius:4px;padding:1px 5px;
+overflow-wrap:anywhere}
+input{font:inherit;color:inherit;background:var(--bg);border:1px solid var(--line);border-radius:7px;padding:6px 10px;
+width:100%;max-width:320px}
+.row{display:grid;grid-template-columns:minmax(120px,2fr) 108px 62px 62px 88px minmax(130px,2fr) 88px 70px;gap:12px;
+align-items:center}
+.head{color:var(--soft);font-size:13px;font-weight:600;padding:10px 0 6px 18px;border-bottom:1px solid var(--line)}
+details.host{border-bottom:1px solid var(--line)}details.host:last-of-type{border-bottom:0}
+summary{cursor:pointer;padding:7px 0;list-style:none;position:relative;padding-left:18px}
+summary::-webkit-details-marker{display:none}
+summary::before{content:"";position:absolute;left:2px;top:14px;border:5px solid transparent;
+border-left-color:var(--soft);border-right:0}
+details[open]>summary::before{transform:rotate(90deg)}
+.plain>summary{cursor:default}.plain>summary::before{display:none}
+.cell{display:grid;grid-template-columns:1fr 80px;gap:8px;align-items:center}
+.pill{justify-self:start;font-size:12px;font-weight:600;border:1px solid currentColor;border-radius:99px;
+padding:0 9px;white-space:nowrap}
+.said{grid-column:1/-1;margin:0;font-size:13px;overflow-wrap:anywhere}
+.store{margin:2px 0 14px 18px;padding:12px 16px;border:1px solid var(--line);border-radius:8px;background:var(--bg)}
+.store p{font-size:13px}.store>.soft{overflow-wrap:anywhere}
+footer{margin-top:22px;font-size:13px;color:var(--soft)}
+.plain .said{grid-column:3/-1}
+@media (max-width:820px){.plain .said{grid-column:1/-1}.head{display:none}
+.row{grid-template-columns:1fr auto;gap:3px 12px}.row>.num::before,.row>.cell>.num::before{content:attr(data-of) " ";
+color:var(--soft);font-size:12px}
+.row>.num{text-align:left}.row>.cell{grid-column:1/-1;grid-template-columns:1fr auto}
+.bar{grid-template-columns:minmax(80px,120px) 1fr 80px;gap:8px}.store{margin-left:0;padding:10px}}
+@media print{body{background:#fff}section,.tile{break-inside:avoid}input{display:none}}
+"""
+
+# Without it the page is the same, less the search.
+_SCRIPT = """
+const field=document.getElementById("search");
+if(field){field.hidden=false;const rows=[...document.querySelectorAll("details.host")];
+field.addEventListener("input",()=>{const word=field.value.trim().toLowerCase();
+for(const row of rows)row.hidden=word!==""&&!row.textContent.toLowerCase().includes(word)})}
+"""
+
+
+def render(fleet: Fleet, title: str, moment: str) -> str:
+    """The page.
+
+    :param moment: when the hosts were asked, in words
+    """
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{_(title)}</title><style>{_STYLE}</style></head><body><main>",
+        f'<h1>{_(title)}</h1><p class="soft">{_(moment)}. On disk is what would go with the layers; '
+        "recorded is what podman counts.</p>",
+        *_tiles(fleet),
+        *_chart(fleet),
+        *_images(fleet),
+        *_hosts(fleet),
+        "<footer>Made by userns.storage.report.</footer>",
+        f"</main><script>{_SCRIPT}</script></body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _(text: t.Any) -> str:
+    return escape(str(text), quote=True)
+
+
+def _count(number: int, one: str, more: str = "") -> str:
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
+def _tiles(fleet: Fleet) -> t.Iterator[str]:
+    sums = fleet.sums
+    unread = len(fleet.hosts) - fleet.counted(OK)
+    factor = (
+        f"{sums.mapped_on_disk / sums.mapped_recorded:.1f} times" if sums.mapped_recorded else ""
+    )
+    tiles = (
+        (human(sums.on_disk), f"on disk, {human(sums.recorded)} recorded", ""),
+        (
+            human(sums.mapped_on_disk),
+            f"in {_count(sums.mapped_layers, 'mapped layer')}"
+            + (f", {factor} what is recorded" if factor else ""),
+            "",
+        ),
+        (human(sums.freed), f"would be freed with {_count(sums.freed_layers, 'layer')}", ""),
+        (f"{sums.missing:,}", "missing for the next start", "bad" if sums.missing else "good"),
+        (
+            f"{len(fleet.hosts) - unread:,} of {len(fleet.hosts):,}",
+            "hosts wholly read",
+            "bad" if unread else "good",
+        ),
+    )
+    yield '<div class="tiles">'
+    for value, words, kind in tiles:
+        yield f'<div class="tile"><b class="{kind}">{_(value)}</b><span>{_(words)}</span></div>'
+    yield "</div>"
+
+
+_LEGEND = (
+    '<div class="legend"><span><i class="own"></i>images\' own layers</span>'
+    '<span><i class="kept"></i>mapped layers that stay</span>'
+    '<span><i class="freed"></i>mapped layers that would be freed</span>'
+    '<span><i class="mark"></i>recorded</span></div>'
+)
+
+
+def _chart(fleet: Fleet) -> t.Iterator[str]:
+    full = sorted((one for one in fleet.hosts if one.stores), key=lambda one: -one.sums.on_disk)
+    if not full:
+        return
+    top = max(max(one.sums.on_disk, one.sums.recorded) for one in full) or 1
+    yield f'<section id="chart"><h2>Bytes on disk by host</h2>{_LEGEND}'
+    if len(full) > _BARS:
+        yield from _skyline(full, top)
+        yield f"<h3>The fullest {_BARS}</h3>"
+    for host in full[:_BARS]:
+        yield (
+            f'<div class="bar"><span class="name">{_(host.name)}</span>{_bar(host.sums, top)}'
+            f'<span class="num">{human(host.sums.on_disk)}</span></div>'
+        )
+    yield "</section>"
+
+
+def _segments(sums: Sums) -> t.Iterator[t.Tuple[str, int]]:
+    yield "own", sums.own
+    yield "kept", sums.mapped_kept
+    yield "freed", min(sums.freed, sums.mapped_on_disk)
+
+
+def _bar(sums: Sums, top: int) -> str:
+    """One lying bar; the mark is what the records claim."""
+    at = 0.0
+    parts = ['<rect class="rail" width="1000" height="10"/>']
+    for kind, size in _segments(sums):
+        width = 1000 * size / top
+        if width:
+            parts.append(f'<rect class="{kind}" x="{at:.1f}" width="{width:.1f}" height="10"/>')
+        at += width
+    mark = min(1000 * sums.recorded / top, 998)
+    parts.append(f'<path class="mark" d="M{mark:.1f} 0v10"/>')
+    words = f"{human(sums.on_disk)} on disk, {human(sums.recorded)} recorded"
+    return (
+        f'<svg viewBox="0 0 1000 10" preserveAspectRatio="none" role="img" aria-label="{words}">'
+        f"<title>{words}</title>{''.join(parts)}</svg>"
+    )
+
+
+def _skyline(hosts: t.Sequence[Host], top: int) -> t.Iterator[str]:
+    width = 1000 / len(hosts)
+    parts = []
+    for place, host in enumerate(hosts):
+        height = 0.0
+        columns = []
+        for kind, size in _segments(host.sums):
+            part = 100 * size / top
+            height += part
+            if part:
+                columns.append(
+                    f'<rect class="{kind}" x="{place * width:.2f}" y="{100 - height:.2f}" '
+                    f'width="{width * 0.9:.2f}" height="{part:.2f}"/>'
+                )
+        parts.append(
+            f"<g><title>{_(host.name)}: {human(host.sums.on_disk)}</title>{''.join(columns)}</g>"
+        )
+    words = f"All {len(hosts)} hosts, the fullest first"
+    yield (
+        f'<div class="sky"><div class="scale"><span>{human(top)}</span></div>'
+        f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="{words}">{"".join(parts)}</svg>'
+        f'<div class="scale"><span>{words}</span>'
+        f"<span>{_(hosts[-1].name)}: {human(hosts[-1].sums.on_disk)}</span></div></div>"
+    )
+
+
+def _table(
+    head: t.Sequence[str], rows: t.Iterable[t.Sequence[str]], numbers: t.Collection[int] = ()
+) -> str:
+    """A table of cells that are HTML already."""
+
+    def line(cells: t.Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(
+            f"<{tag}{' class=num' if place in numbers else ''}>{cell}</{tag}>"
+            for place, cell in enumerate(cells)
+        )
+
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _images(fleet: Fleet) -> t.Iterator[str]:
+    shown = [one for one in fleet.images if one.copies or one.freed]
+    if not shown:
+        return
+    yield '<section id="images"><h2>Images by what their mapped layers hold</h2>'
+    yield _table(
+        ("image", "hosts", "copies", "recorded", "on disk", "would be freed"),
+        [
+            (
+                f"<code>{_(one.name)}</code>",
+                f"{len(one.hosts):,}",
+                f"{one.copies:,}",
+                human(one.recorded),
+                human(one.on_disk),
+                human(one.freed),
+            )
+            for one in shown[:_IMAGES]
+        ],
+        range(1, 6),
+    )
+    if len(shown) > _IMAGES:
+        yield f'<p class="soft">And {len(shown) - _IMAGES} more images.</p>'
+    yield "</section>"
+
+
+def _hosts(fleet: Fleet) -> t.Iterator[str]:
+    top = max([max(one.sums.on_disk, one.sums.recorded) for one in fleet.hosts] or [0]) or 1
+    yield '<section id="hosts"><h2>Hosts</h2>'
+    yield '<input id="search" type="search" placeholder="Host, user, image, map …" aria-label="Search hosts" hidden>'
+    yield (
+        '<div class="row head"><span>host</span><span>state</span><span class="num">images</span>'
+        '<span class="num">copies</span><span class="num">recorded</span><span>on disk</span>'
+        '<span class="num">would free</span><span class="num">missing</span></div>'
+    )
+    for host in fleet.hosts:
+        yield from _host(host, top)
+    yield "</section>"
+
+
+def _host(host: Host, top: int) -> t.Iterator[str]:
+    sums = host.sums
+    bad = "good" if host.state == OK else "bad"
+    name = f'<span class="name">{_(host.name)}</span><span class="pill {bad}">{_STATES[host.state]}</span>'
+    said = f'<p class="said bad">{_(host.message)}</p>' if host.message else ""
+    if not host.stores:
+        yield f'<details class="host plain"><summary><div class="row">{name}{said}</div></summary></details>'
+        return
+    missing = " bad" if sums.missing else ""
+    yield (
+        f'<details class="host"><summary><div class="row">{name}'
+        f'<span class="num" data-of="images">{sums.images:,}</span>'
+        f'<span class="num" data-of="copies">{sums.mapped_layers:,}</span>'
+        f'<span class="num" data-of="recorded">{human(sums.recorded)}</span>'
+        f'<span class="cell">{_bar(sums, top)}<span class="num">{human(sums.on_disk)}</span></span>'
+        f'<span class="num" data-of="would free">{human(sums.freed)}</span>'
+        f'<span class="num{missing}" data-of="missing">{sums.missing:,}</span>{said}</div></summary>'
+    )
+    for store in host.stores:
+        yield from _store(store)
+    yield "</details>"
+
+
+def _store(store: Store) -> t.Iterator[str]:
+    whose = "The rootful store" if store.user == "root" else f"The store of {store.user}"
+    yield f'<div class="store"><b>{_(whose)}</b> <span class="soft">{_(store.place)}</span>'
+    if store.problem:
+        yield f'<p class="bad">{_(store.problem)}</p>'
+    for note in store.notes:
+        yield f'<p class="soft">{_(note)}</p>'
+    broken = [image for image in store.images if image.problem]
+    for image in broken:
+        yield f'<p class="bad"><code>{_(image.name)}</code> {_(image.problem)}</p>'
+    copies = [(image, one) for image in store.images for one in image.copies]
+    if copies:
+        yield "<h3>Copies of images</h3>"
+        yield _table(
+            ("image", "map", "recorded", "on disk", "containers", "state"),
+            [
+                (
+                    f"<code>{_(image.name)}</code>",
+                    f"<code>{_(one.map)}</code>",
+                    human(one.recorded),
+                    human(one.on_disk),
+                    _(", ".join(one.containers) or "none"),
+                    _(one.status)
+                    if one.status == "ok"
+                    else f'<span class="bad">{_(one.status)}</span>',
+                )
+                for image, one in copies
+            ],
+            (2, 3),
+        )
+    if store.removals:
+        yield "<h3>Would be freed</h3>"
+        yield _table(
+            ("image", "map", "on disk", "why"),
+            [
+                (
+                    f"<code>{_(one.image)}</code>",
+                    f"<code>{_(one.map)}</code>",
+                    human(one.size),
+                    _(one.reason),
+                )
+                for one in store.removals
+            ],
+            (2,),
+        )
+    if store.prospects:
+        yield "<h3>No rule is given. Each alone would free</h3>"
+        yield _table(
+            ("rule", "layers", "on disk"),
+            [
+                (f"<code>{_(rule)}</code>", f"{layers:,}", human(size))
+                for rule, layers, size in store.prospects
+            ],
+            (1, 2),
+        )
+    if store.missing:
+        yield "<h3>Missing for the next start</h3>"
+        yield _table(
+            ("image", "map", "why"),
+            [
+                (
+                    f"<code>{_(one.image)}</code>",
+                    f"<code>{_(one.map)}</code>" if one.map else "",
+                    f'<span class="bad">{_(one.reason)}</span>' if one.refused else _(one.reason),
+                )
+                for one in store.missing
+            ],
+        )
+    yield "</div>"
