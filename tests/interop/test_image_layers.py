@@ -87,6 +87,23 @@ class TestPresent:
         assert only(again["images"])["id"] == image["id"]
         assert before.changes(store.snapshot_of_disk()) == []
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_brought_into_a_store_that_nobody_has_written(
+        self, kind: str, make_store: MakeStore, declare: Declare, small_image: Image
+    ) -> None:
+        store = make_store(kind)
+        asked: Json = {"images": "localhost/app:1", "source": small_image.source}
+        assert not declare(store, images="localhost/app:1", state="absent")["changed"]
+        before = store.snapshot_of_disk()
+        foreseen = declare(store, check=True, **asked)
+        assert before.changes(store.snapshot_of_disk()) == []
+        assert (foreseen["changed"], foreseen["images"]) == (True, [])
+        assert foreseen["store"]["graphroot"] == str(store.graphroot)
+        done = declare(store, **asked)
+        assert only(done["images"])["names"] == ["localhost/app:1"]
+        store.create("localhost/app:1", *options(store))
+        assert not declare(store, **asked)["changed"]
+
     @pytest.mark.parametrize("transport", ["oci-archive", "docker-archive", "dir"])
     def test_any_transport(
         self,

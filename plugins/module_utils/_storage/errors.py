@@ -47,6 +47,10 @@ class StoreError(StorageError):
     """The store is absent, belongs to another driver, or contradicts itself."""
 
 
+class StoreUnwritten(StoreError):
+    """No runtime has written the store yet; the facts say where and of which driver it will be."""
+
+
 class RecordError(StoreError):
     """A JSON record is unreadable, half-written or of a wrong type."""
 

@@ -16,7 +16,14 @@ import typing as t
 from dataclasses import dataclass
 
 from .. import userns
-from ..errors import ConfigError, ImageUnknown, LayerInUse, ReadOnlyStore, StorageError
+from ..errors import (
+    ConfigError,
+    ImageUnknown,
+    LayerInUse,
+    ReadOnlyStore,
+    StorageError,
+    StoreUnwritten,
+)
 from ..store.records import Image, Raw
 from ..store.snapshot import Snapshot, has_registry, split_tag
 from ..store.store import Transaction
@@ -163,7 +170,14 @@ def _present(request: ImagesRequest, names: t.Tuple[str, ...]) -> t.Dict[str, t.
 
 
 def look(step: _Step) -> t.Dict[str, t.Any]:
-    """Which image has the names, and where the store is."""
+    """Which image has the names, and where the store is; whoever brings the first image writes it."""
+    try:
+        return _look(step)
+    except StoreUnwritten as error:
+        return {"holders": {}, "current": None, "names": [], **error.facts}
+
+
+def _look(step: _Step) -> t.Dict[str, t.Any]:
     with opened(step.store) as place:
         snapshot = place.store.snapshot()
         holders = {
@@ -184,6 +198,19 @@ def look(step: _Step) -> t.Dict[str, t.Any]:
 
 def report(step: _Step) -> t.Dict[str, t.Any]:
     """The images as image_layers_info tells them; the ledger is kept on the way."""
+    try:
+        return _report(step)
+    except StoreUnwritten as error:
+        return {"images": [], "store": _unwritten(step, error)}
+
+
+def _unwritten(step: _Step, error: StoreUnwritten) -> t.Dict[str, t.Any]:
+    """A store that will be, as a result shows it."""
+    rootless = step.store.account is not None
+    return {**error.facts, "backing_filesystem": "", "rootless": rootless, "shifting": None}
+
+
+def _report(step: _Step) -> t.Dict[str, t.Any]:
     with opened(step.store) as place:
         found = take(place, step.images, step.measure).images if step.images else []
         if step.write:
@@ -224,9 +251,19 @@ def remove(step: _Step) -> t.Dict[str, t.Any]:
     """Take images away by name, ID or digest; a name of an image with further names only goes
     itself.
     """
-    with opened(step.store) as place:
-        removal = _Removal(place, step)
-        return removal.carry_out()
+    try:
+        with opened(step.store) as place:
+            removal = _Removal(place, step)
+            return removal.carry_out()
+    except StoreUnwritten as error:
+        return {
+            "changed": False,
+            "images": [],
+            "actions": [],
+            "removed_layers": [],
+            "store": _unwritten(step, error),
+            "diff": {"before": {"images": []}, "after": {"images": []}},
+        }
 
 
 class _Removal:

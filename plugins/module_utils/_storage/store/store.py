@@ -28,6 +28,7 @@ from ..errors import (
     ReadOnlyStore,
     RecordError,
     StoreError,
+    StoreUnwritten,
     UnsupportedDriver,
 )
 from .config import StoreConfig
@@ -418,14 +419,16 @@ class Store:
             )
         raise self._unwritten()
 
-    def _unwritten(self) -> StoreError:
+    def _unwritten(self) -> StoreUnwritten:
         config = self.config
-        return StoreError(
+        return StoreUnwritten(
             config.graphroot,
             f"is no store of driver {config.driver} yet, no runtime has written it",
             f"Run `podman --root {config.graphroot} --runroot {config.runroot} "
             f"--storage-driver {config.driver} info` once, or correct `graphroot`.",
+            driver=config.driver,
             graphroot=config.graphroot,
+            runroot=config.runroot,
         )
 
     # Reading
