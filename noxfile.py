@@ -218,7 +218,8 @@ def ansible_lint(session: nox.Session) -> None:
     """Run ansible-lint, production profile, on roles, playbooks and tests."""
     with workshop.collection_tree(session.name) as tree, session.chdir(tree):
         command = ("ansible-lint", "--profile", "production", "--offline", "--strict")
-        run(session, *command, ANSIBLE_COLLECTIONS_PATH=str(tree.parents[2]))
+        path = os.pathsep.join(map(str, (tree.parents[2], workshop.bundled("awx.awx"))))
+        run(session, *command, ANSIBLE_COLLECTIONS_PATH=path)
 
 
 @nox.session
@@ -354,6 +355,13 @@ def show(session: nox.Session, script: str) -> None:
         found = str(tree.parents[2])
         command = (sys.executable, script, *session.posargs)
         run(session, *command, ANSIBLE_COLLECTIONS_PATH=found, PYTHONPATH=found)
+
+
+@nox.session
+def fleet(session: nox.Session) -> None:
+    """Run roles and playbooks as AWX does, its configuration, and the report in a browser."""
+    os.environ["USERNS_STORAGE_COLLECTIONS"] = str(workshop.bundled("awx.awx"))
+    pytest(session, "tests/fleet", tools=workshop.environment("fleet"))
 
 
 def pytest(

@@ -59,6 +59,7 @@ TESTS = (
     Session("integration-oldest", ("peers",), "tests/integration/targets"),
     Session("integration-pythons", ("peers",), "tests/integration/targets"),
     Session("faults", ("peers",), "tests/faults"),
+    Session("fleet", ("peers", "browser"), "tests/fleet"),
     Session("galaxy"),
     Session("units", ("peers",)),
     Session("units-python39", ("peers",)),

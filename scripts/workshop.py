@@ -17,8 +17,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import typing as t
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,7 @@ TREES = CACHE / "trees" / _CHECKOUT
 # Debian's packages, by what needs them.
 PACKAGES = {
     "base": ("git", "python3-venv"),
+    "browser": ("chromium", "chromium-driver", "fonts-dejavu-core"),
     "lint": ("shellcheck",),
     "peers": (
         "acl",
@@ -190,6 +193,29 @@ def environment(
                 raise Trouble(f"{' '.join(install)} failed:\n{done.stdout}")
         complete.touch()
         _forget(CACHE / "venvs", f"{name}-????????????", "complete", keep=folder)
+    return folder
+
+
+def bundled(*names: str) -> Path:
+    """Collections such as "awx.awx" out of the package `ansible`, as a folder for ANSIBLE_COLLECTIONS_PATH."""
+    file = ROOT / "tests/requirements/collections.txt"
+    folder = CACHE / "collections" / hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    with _lock(CACHE / "collections.lock"):
+        missing = [
+            name
+            for name in names
+            if not (folder / "ansible_collections" / name.replace(".", "/")).exists()
+        ]
+        if missing:
+            with tempfile.TemporaryDirectory() as scratch:
+                download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+                download += ["--disable-pip-version-check", "--dest", scratch, "-r", str(file)]
+                subprocess.run(download, check=True)
+                with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                    for name in missing:
+                        prefix = f"ansible_collections/{name.replace('.', '/')}/"
+                        members = [one for one in wheel.namelist() if one.startswith(prefix)]
+                        wheel.extractall(folder, members)
     return folder
 
 
