@@ -331,7 +331,8 @@ class Driver(abc.ABC):
 
     def commit(self, into: str, layer_id: str) -> None:
         """Move a staged layer to its place. Called with the store's locks held and its record, flagged
-        as incomplete, written: whoever finds that record removes what a kill has left.
+        as incomplete, written: whoever finds that record removes what a kill has left. It is durable
+        when this returns, so that the record may say that the layer is there.
 
         :raises StorageError: a directory is there already, or the rename failed
         """
@@ -340,10 +341,12 @@ class Driver(abc.ABC):
             staging = os.open(into, DIRECTORY)
             undo.callback(os.close, staging)
             self._install(staging, folder, self._checked(layer_id))
+            sync_names(folder)
 
     def detach(self, layer_id: str, trash_dir: str) -> None:
         """Move a layer's data out of the store. Called with the store's locks held and its record
-        flagged as incomplete. Data that is not there is no error.
+        flagged as incomplete. Data that is not there is no error. It is durable when this returns, so
+        that the record may go.
 
         :param trash_dir: an existing folder on the view, where the layer keeps its ID as name
         :raises StorageError: the rename failed
@@ -354,6 +357,7 @@ class Driver(abc.ABC):
             undo.callback(os.close, trash)
             with contextlib.suppress(FileNotFoundError):
                 self._uninstall(folder, self._checked(layer_id), trash)
+                sync_names(folder)
 
     def drop(self, orphan: Orphan, trash_dir: str) -> None:
         """Move an orphan out of the store, as :meth:`detach` does with a layer.
@@ -517,6 +521,15 @@ def explained(error: OSError, subject: str, graphroot: str) -> StorageError:
     if error.errno == errno.EIO:
         return TreeError(about, f"input/output error: {cause}", "See the kernel's log.")
     return StoreError(about, f"cannot be worked on: {cause}")
+
+
+def sync_names(directory: int) -> None:
+    """Make what was renamed, made or removed in an open directory durable, where the filesystem can."""
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def copy_label(source: int, target: int) -> None:

@@ -37,6 +37,7 @@ from .base import (
     Staged,
     Strategy,
     copy_label,
+    sync_names,
 )
 
 _LINK = re.compile(r"[A-Z2-7]{26}")
@@ -377,6 +378,7 @@ class OverlayDriver(Driver):
             # The directory first: with it in place, whoever removes it finds the link's name.
             super()._install(staging, folder, layer_id)
             os.symlink(f"../{layer_id}/diff", link, dir_fd=links)
+            sync_names(links)
 
     def _uninstall(self, folder: int, layer_id: str, trash: int) -> None:
         with contextlib.ExitStack() as undo:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from ..drivers.base import COPY, Staged
 from ..errors import ImageUnknown, NoSpace, StoreChanged, StoreError, UnmappedIDs
 from ..idmap.mapping import Mapping, Shift
+from ..store.explained import explained
 from ..store.records import Image, Layer
 from ..store.snapshot import Snapshot
 from .opening import OpenStore
@@ -137,11 +139,10 @@ class Building:
 
     def _stage_tar_split(self, template_id: str, folder: str) -> t.Optional[str]:
         target = os.path.join(folder, "tar-split.gz")
-        try:
+        with explained(self._place.config.graphroot), contextlib.suppress(FileNotFoundError):
             shutil.copyfile(self._place.store.tar_split_path(template_id), target)
-        except FileNotFoundError:
-            return None
-        return target
+            return target
+        return None
 
     def _commit(
         self,
@@ -157,8 +158,8 @@ class Building:
             found = self._changes(transaction.snapshot, template)
             if found is not None:
                 return Outcome(found.id, None)
-            transaction.begin_layer(record)
             try:
+                transaction.begin_layer(record)
                 place.driver.commit(folder, layer_id)
                 if tar_split is not None:
                     transaction.install_tar_split(layer_id, tar_split)
@@ -166,10 +167,11 @@ class Building:
                 transaction.append_mapped_layer(self._image.id, layer_id)
             except BaseException:
                 # Whatever went wrong: out of the images first, the data aside, the record last.
-                transaction.drop_mapped_layer(layer_id)
-                transaction.mark_incomplete(layer_id)
-                place.driver.detach(layer_id, folder)
-                transaction.remove_layer(layer_id, folder)
+                if layer_id in transaction.snapshot.layers:
+                    transaction.drop_mapped_layer(layer_id)
+                    transaction.mark_incomplete(layer_id)
+                    place.driver.detach(layer_id, folder)
+                    transaction.remove_layer(layer_id, folder)
                 raise
         return Outcome(layer_id, staged, transaction.seconds_held)
 

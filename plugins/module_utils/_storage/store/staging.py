@@ -32,6 +32,8 @@ __all__ = ["Leftover", "StagingArea", "Workspace", "remove_tree"]
 STAGING = "staging"
 TRASH = "trash"
 LOCK_NAME = "lock"
+# The ledger while it is being written, under the short lock.
+LEDGER_TEMPORARY = "ledger.json.tmp"
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,9 @@ class StagingArea:
     def _entries(self) -> t.List[t.Tuple[str, str]]:
         found = []
         with explained(self.root):
+            temporary = os.path.join(self.root, LEDGER_TEMPORARY)
+            if _is_folder(self.root) and os.path.lexists(temporary):
+                found.append(("records", temporary))
             for kind in (STAGING, TRASH):
                 folder = os.path.join(self.root, kind)
                 if not _is_folder(self.root) or not _is_folder(folder):

@@ -193,10 +193,11 @@ class _File(t.Generic[R]):
                 error.filename = self.path
             discard(temporary)
             raise
-        sync_directory(directory)
+        # Others see it from here on, whatever becomes of the directory.
         self.records = records
         self.generation += 1
         self._key = (token, found.st_ino, found.st_mtime_ns, found.st_size)
+        sync_directory(directory)
 
     def discard_leftovers(self) -> None:
         """Remove what a killed writer of ours left, under the exclusive lock."""

@@ -193,6 +193,17 @@ def test_stray_files_go(area: StagingArea, tmp_path: pathlib.Path) -> None:
     assert_empty(area)
 
 
+def test_a_half_written_ledger_goes(area: StagingArea) -> None:
+    area.discard(area.trash("x"))
+    path = pathlib.Path(area.root, "ledger.json.tmp")
+    path.write_text("{")
+    (left,) = area.leftovers()
+    assert (left.path, left.kind) == (str(path), "records")
+    area.sweep()
+    assert not path.exists()
+    assert area.leftovers() == []
+
+
 @pytest.mark.parametrize("where", ["", "staging", "trash", "staging/x", "trash/x"])
 def test_links_are_not_followed(area: StagingArea, tmp_path: pathlib.Path, where: str) -> None:
     with area.claim("key") as workspace:

@@ -628,6 +628,26 @@ def test_a_write_that_fails_changes_nothing(
         transaction.begin_layer(mapped(C))
 
 
+def test_what_others_see_already_is_known_though_its_directory_cannot_be_synced(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = disk.open()
+
+    def fail(_path: str) -> None:
+        raise OSError(5, os.strerror(5))
+
+    with store.transaction() as transaction:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "sync_directory", fail)
+            with pytest.raises(StoreError):
+                transaction.begin_layer(mapped(C))
+        # Whoever takes the change back must find it.
+        assert list(transaction.snapshot.layers) == [A, B, C]
+        transaction.remove_layer(C, str(disk.runroot))
+    assert list(store.snapshot().layers) == [A, B]
+    assert [one["id"] for one in json.loads(disk.path("layers").read_text())] == [A, B]
+
+
 @pytest.mark.parametrize("swept", [False, True])
 def test_leftovers_of_a_killed_writer_go(disk: Disk, swept: bool) -> None:
     for kind in ("layers", "images"):
