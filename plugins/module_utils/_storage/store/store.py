@@ -575,7 +575,7 @@ class Transaction:
         return layer
 
     def install_tar_split(self, layer_id: str, staged_path: str) -> None:
-        """Move a staged tar-split file to its place; it is durable once the layer is finished."""
+        """Move a staged tar-split file to its place; it is durable when this returns."""
         self._own_layer(layer_id)
         with explained(self._store.config.graphroot):
             descriptor = os.open(staged_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -585,6 +585,7 @@ class Transaction:
             finally:
                 os.close(descriptor)
             os.rename(staged_path, self._store.tar_split_path(layer_id))
+            sync_directory(self._store.layers_dir)
 
     def finish_layer(self, layer_id: str) -> Layer:
         """Declare a layer complete."""
