@@ -41,7 +41,7 @@ p{margin:0 0 10px}.soft{color:var(--soft)}.bad{color:var(--bad)}.good{color:var(
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px 20px;margin-top:18px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin-top:18px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px}
-.tile b{display:block;font-size:25px;line-height:1.25;font-weight:650;white-space:nowrap}
+.tile b{display:block;font-size:25px;line-height:1.25;font-weight:650}
 .tile span{color:var(--soft);font-size:13px}
 .legend{display:flex;flex-wrap:wrap;gap:6px 18px;font-size:13px;color:var(--soft);margin-bottom:12px}
 .legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
@@ -80,7 +80,7 @@ details[open]>summary::before{transform:rotate(90deg)}
 padding:0 9px;white-space:nowrap}
 .said{grid-column:1/-1;margin:0;font-size:13px;overflow-wrap:anywhere}
 .store{margin:2px 0 14px 18px;padding:12px 16px;border:1px solid var(--line);border-radius:8px;background:var(--bg)}
-.store p{font-size:13px}.store>.soft{overflow-wrap:anywhere}
+.store p{font-size:13px;overflow-wrap:anywhere}.store>.soft{overflow-wrap:anywhere}
 footer{margin-top:22px;font-size:13px;color:var(--soft)}
 .plain .said{grid-column:3/-1}
 @media (max-width:820px){.plain .said{grid-column:1/-1}.head{display:none}

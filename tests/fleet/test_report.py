@@ -1,0 +1,254 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The report of a fleet: its figures, its page as a browser shows it, and its Markdown."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.filter.fleet_report import fleet_report
+from ansible_collections.userns.storage.plugins.plugin_utils import _fleet
+from support import fleets
+
+MOMENT = "25 November 2026, 03:00 UTC"
+NASTY = "<script>document.title='x'</script>\"'><img src=x onerror=alert(1)>|*`_[a](b)"
+
+# Every text against what is behind it, by the formula of WCAG 2.
+CONTRAST = """
+const parse=c=>{const m=c.match(/[\\d.]+/g).map(Number);return m.length<4?[...m,1]:m};
+const light=c=>{const f=v=>{v/=255;return v<=.04045?v/12.92:((v+.055)/1.055)**2.4};
+return .2126*f(c[0])+.7152*f(c[1])+.0722*f(c[2])};
+const behind=e=>{for(;e;e=e.parentElement){const c=parse(getComputedStyle(e).backgroundColor);if(c[3]>0)return c}
+return [255,255,255,1]};
+const found={};
+const texts="h1,h2,h3,p,td,th,code,.tile b,.tile span,.pill,.num,.name,.legend span,.soft,footer";
+for(const e of document.querySelectorAll(texts)){
+if(!e.checkVisibility())continue;
+const a=light(parse(getComputedStyle(e).color)),b=light(behind(e));
+const ratio=(Math.max(a,b)+.05)/(Math.min(a,b)+.05);
+const key=e.tagName+"."+e.className;found[key]=Math.min(found[key]??99,ratio)}
+return found
+"""
+# What sticks out of the window to the right, but for tables, which scroll.
+SPILLS = """
+const out=e=>e.checkVisibility()&&!e.closest(".wide")&&e.getBoundingClientRect().right>innerWidth+.1;
+return [...document.querySelectorAll("body *")].filter(out)
+.map(e=>e.tagName+"."+e.getAttribute("class")+" "+e.getBoundingClientRect().right+" "+e.textContent.slice(0,40))
+"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> t.Dict[int, pathlib.Path]:
+    """The pages of fleets of 3 and of 500 hosts."""
+    folder = tmp_path_factory.mktemp("pages")
+    found = {}
+    for count in (3, 500):
+        facts = fleets.hostvars(count)
+        found[count] = folder / f"{count}.html"
+        found[count].write_text(fleet_report(list(facts), facts, "html", moment=MOMENT))
+    return found
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("count", [3, 500])
+def test_a_browser_shows_the_page(browser, pages, tmp_path, count, dark, width):
+    browser.show(pages[count], width, 900, dark)
+    opened = browser.run(
+        "const e=document.querySelectorAll('details.host:not(.plain)');"
+        "for(let i=0;i<Math.min(3,e.length);i++)e[i].open=true;return e.length"
+    )
+    assert opened > 0
+    assert browser.run("return document.querySelectorAll('details.host').length") == count
+    assert browser.run(SPILLS) == []
+    assert browser.run("return document.documentElement.scrollWidth") == width
+    assert browser.run("return performance.getEntriesByType('resource').length") == 0
+    assert browser.complaints() == []
+    found = browser.run(CONTRAST)
+    assert len(found) > 10
+    assert {name: ratio for name, ratio in found.items() if ratio < 4.5} == {}
+    background = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, background[4:-1].split(","))) < 200) == dark
+    picture = tmp_path / "page.png"
+    browser.picture(picture)
+    assert picture.stat().st_size > 10_000
+    # Where one asks for them the pictures stay, to be looked at: USERNS_STORAGE_PICTURES=FOLDER.
+    keep = os.environ.get("USERNS_STORAGE_PICTURES")
+    if keep:
+        browser.run("for(const e of document.querySelectorAll('details'))e.open=false")
+        browser.picture(
+            pathlib.Path(keep) / f"report-{count}-{'dark' if dark else 'light'}-{width}.png"
+        )
+
+
+def test_the_chart_adds_up_and_each_host_has_its_bar(browser, pages):
+    browser.show(pages[3], 1280, 900)
+    facts = fleets.hostvars(3)
+    fleet = _fleet.fleet(list(facts), facts)
+    shown = browser.run(
+        "return [...document.querySelectorAll('#chart .bar')].map(b=>({name:b.querySelector('.name').textContent,"
+        "own:+(b.querySelector('.own')?.getAttribute('width')??0),kept:+(b.querySelector('.kept')?.getAttribute('width')??0),"
+        "freed:+(b.querySelector('.freed')?.getAttribute('width')??0),mark:b.querySelector('.mark').getAttribute('d')}))"
+    )
+    hosts = {one.name: one for one in fleet.hosts if one.stores}
+    top = max(one.sums.on_disk for one in hosts.values())
+    assert [one["name"] for one in shown] == sorted(
+        hosts, key=lambda name: -hosts[name].sums.on_disk
+    )
+    for one in shown:
+        sums = hosts[one["name"]].sums
+        assert one["own"] + one["kept"] + one["freed"] == pytest.approx(
+            1000 * sums.on_disk / top, abs=0.2
+        )
+        assert one["freed"] == pytest.approx(1000 * sums.freed / top, abs=0.1)
+        assert one["mark"] == f"M{1000 * sums.recorded / top:.1f} 0v10"
+
+
+def test_the_search_hides_what_is_not_meant(browser, pages):
+    browser.show(pages[500], 1280, 900)
+    look = (
+        "const f=document.getElementById('search');f.value=arguments[0];f.dispatchEvent(new Event('input'));"
+        "return [...document.querySelectorAll('details.host')].filter(e=>e.checkVisibility())"
+        ".map(e=>e.querySelector('.name').textContent)"
+    )
+    assert browser.run(look, "NODE123") == ["node123.example.org"]
+    assert len(browser.run(look, "no route to host")) == 20
+    assert len(browser.run(look, "")) == 500
+
+
+def test_names_are_texts_whatever_they_hold(browser, tmp_path):
+    facts = fleets.hostvars(3)
+    name = next(name for name, one in facts.items() if "report_found" in one)
+    facts[NASTY] = facts.pop(name)
+    store = facts[NASTY]["report_found"]["results"][0]
+    store["report_store"] = NASTY
+    store["images"][0]["names"] = [NASTY]
+    store["images"][0]["problem"] = NASTY
+    for gc in facts[NASTY]["prune_collected"]["results"]:
+        gc["notes"] = [NASTY]
+    page = tmp_path / "page.html"
+    page.write_text(fleet_report(list(facts), facts, "html", title=NASTY, moment=NASTY))
+    browser.show(page, 1280, 900)
+    assert browser.run("return document.querySelector('h1').textContent") == NASTY
+    assert browser.run("return document.title") == NASTY
+    assert browser.run(
+        "return [document.scripts.length,document.images.length,document.links.length]"
+    ) == [1, 0, 0]
+    assert browser.complaints() == []
+    text = fleet_report(list(facts), facts, "markdown", title=NASTY)
+    rows = [line for line in text.splitlines() if line.startswith("| \\<script")]
+    assert len(rows) == 1
+    assert rows[0].replace("\\|", "").count("|") == 9
+
+
+@pytest.mark.parametrize("count", [3, 500])
+def test_the_page_needs_nothing_but_itself(pages, count):
+    page = pages[count].read_text()
+    for word in ("src=", "href=", "url(", "@import", "http:", "<link"):
+        assert word not in page, word
+    assert page.count("<script>") == 1
+    assert len(page) < 8_000_000
+
+
+def test_every_host_keeps_its_row_in_the_markdown():
+    facts = fleets.hostvars(500)
+    text = fleet_report(list(facts), facts, "markdown", moment=MOMENT)
+    for name, one in facts.items():
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        if one["report_reached"].get("unreachable"):
+            assert "**unreachable** Failed to connect to the host via ssh" in row
+    assert len(text) < 200_000
+
+
+def test_the_totals_are_the_sums_of_what_was_gathered():
+    facts = fleets.hostvars(50)
+    found = [
+        one for host in facts.values() for one in host.get("report_found", {}).get("results", [])
+    ]
+    whole = [one for one in found if "totals" in one]
+    collected = [
+        one for host in facts.values() for one in host.get("prune_collected", {}).get("results", [])
+    ]
+    made = [
+        one for host in facts.values() for one in host.get("prepare_made", {}).get("layers", [])
+    ]
+    totals = fleet_report(list(facts), facts, "totals")
+    assert totals == {
+        "hosts": 50,
+        "hosts_unreachable": 2,
+        "hosts_failed": 4,
+        "images": sum(len(one["images"]) for one in whole),
+        "mapped_layers": sum(one["totals"]["mapped"]["layers"] for one in whole),
+        "bytes_recorded": sum(one["totals"]["recorded"] for one in whole),
+        "bytes_on_disk": sum(one["totals"]["exclusive"] for one in whole),
+        "bytes_of_mapped_layers": sum(one["totals"]["mapped"]["exclusive"] for one in whole),
+        "bytes_reclaimable": sum(one["space_reclaimed"] for one in collected),
+        "layers_reclaimable": sum(len(one["removed"]) for one in collected),
+        "layers_missing": sum(one["action"] == "created" for one in made),
+    }
+    assert totals["bytes_reclaimable"] > 0
+
+
+def test_states():
+    facts: t.Dict[str, t.Any] = {
+        "never": {},
+        "silent": {"report_reached": {"ping": "pong"}},
+        "lost": {
+            "report_reached": {"ping": "pong"},
+            "report_found": {"results": [{"unreachable": True, "msg": "gone"}]},
+        },
+        "empty": {
+            "report_reached": {"ping": "pong"},
+            "report_found": {
+                "results": [{"report_store": "root", "msg": "no store", "graphroot": "/g"}]
+            },
+        },
+        "other": {
+            "report_reached": {"ping": "pong"},
+            "report_found": {
+                "results": [
+                    {
+                        "report_store": "root",
+                        "msg": "of btrfs",
+                        "graphroot": "/g",
+                        "drivers": ["btrfs"],
+                    }
+                ]
+            },
+        },
+    }
+    fleet = _fleet.fleet(list(facts), facts)
+    assert {one.name: one.state for one in fleet.hosts} == {
+        "never": "silent",
+        "silent": "silent",
+        "lost": "unreachable",
+        "empty": "ok",
+        "other": "failed",
+    }
+    page = fleet_report(list(facts), facts)
+    for name in facts:
+        assert f">{name}<" in page
+
+
+def test_a_fleet_of_nobody():
+    assert "0 of 0" in fleet_report([], {})
+    assert fleet_report([], {}, "totals")["hosts"] == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (437 << 20, "437 MiB"),
+        (1536 << 20, "1.5 GiB"),
+        (5000 << 40, "5000 TiB"),
+    ],
+)
+def test_sizes_in_words(size, words):
+    assert _fleet.human(size) == words
