@@ -35,7 +35,7 @@ options:
   measure:
     description:
       - How closely to look at the disk.
-      - V(none) does not look at the layers' files.
+      - V(none) does not look into the layers, and so finds neither V(damaged) nor V(foreign_root) ones.
       - V(apparent) adds up the sizes of the files, V(exclusive) what only this layer holds on disk, which is what deleting it would free.
         It reads the extents of every file on filesystems that can share data.
     type: str

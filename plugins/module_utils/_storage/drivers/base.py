@@ -241,10 +241,11 @@ class Driver(abc.ABC):
         """Short names that the driver keeps, with the layer each stands for ("" if for none)."""
         return {}
 
-    def orphans(self, known_ids: t.Container[str]) -> t.List[Orphan]:
+    def orphans(self, known_ids: t.Container[str], thorough: bool = True) -> t.List[Orphan]:
         """Layer directories without a record. Other names in the folder are never touched.
 
         :param known_ids: the IDs of all layers with a record, in whichever file
+        :param thorough: whether to look at each short name even where there is one for each layer
         :raises StorageError: the driver's folder cannot be read
         """
         found = []

@@ -105,9 +105,9 @@ class BtrfsDriver(Driver):
             self._make_placeholder(folder, layer_id)
         return staged
 
-    def orphans(self, known_ids: t.Container[str]) -> t.List[Orphan]:
+    def orphans(self, known_ids: t.Container[str], thorough: bool = True) -> t.List[Orphan]:
         """As for every driver, but for places that are held for a layer about to come."""
-        found = super().orphans(known_ids)
+        found = super().orphans(known_ids, thorough)
         with self._explained(self.folder), self._opened_folder() as folder:
             now = time.time()
             return [

@@ -130,12 +130,16 @@ class OverlayDriver(Driver):
                     found[name] = _link_target(folder, name) or ""
         return found
 
-    def orphans(self, known_ids: t.Container[str]) -> t.List[Orphan]:
+    def orphans(self, known_ids: t.Container[str], thorough: bool = True) -> t.List[Orphan]:
         """Directories without a record, and short names of layers that have no directory."""
-        found = super().orphans(known_ids)
+        found = super().orphans(known_ids, thorough)
         with self._explained(self.folder), contextlib.ExitStack() as undo:
             parent = undo.enter_context(self._opened_folder())
             folder = _opened_links(undo, parent)
+            if not thorough and folder is not None:
+                layers = sum(LAYER_ID.fullmatch(name) is not None for name in os.listdir(parent))
+                if layers == len(os.listdir(folder)):
+                    return found
             for name, target in self.links().items():
                 if folder is None or not _LINK.fullmatch(name) or not target:
                     continue

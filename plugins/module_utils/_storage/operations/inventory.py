@@ -9,6 +9,9 @@ Nothing is changed. What is damaged is described, and the rest of the store with
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import os
 import time
 import typing as t
@@ -60,9 +63,9 @@ class LayerState:
     layer: t.Optional[Layer]
     status: str = OK
     problem: str = ""
-    containers: t.List[Container] = field(default_factory=list)
-    child_layers: t.List[str] = field(default_factory=list)
-    images: t.List[Image] = field(default_factory=list)
+    containers: t.Sequence[Container] = ()
+    child_layers: t.Sequence[str] = ()
+    images: t.Sequence[Image] = ()
     usage: t.Optional[Usage] = None
     duplicate_of: t.Optional[str] = None
     last_used: t.Optional[float] = None
@@ -89,6 +92,15 @@ class LayerState:
         """Until when it is kept though nobody uses it; seconds since the epoch."""
         lease = self.layer.flags.get(LEASE_FLAG) if self.layer else None
         return from_rfc3339(lease) if isinstance(lease, str) else None
+
+    @property
+    def created_in_words(self) -> t.Optional[str]:
+        """When it was made, as the modules return it."""
+        text = self.layer.raw.get("created") if self.layer else None
+        # As containers/storage writes it; there may be ten thousand of them.
+        if text and text[-1:] == "Z" and text[10:11] == "T" and text[:4] != "0001":
+            return str(text[:19]) + "Z"
+        return None if self.created is None else say(self.created)
 
     @property
     def in_use(self) -> bool:
@@ -145,7 +157,7 @@ def info(request: InfoRequest) -> t.Dict[str, t.Any]:
     :raises StorageError: the store cannot be opened, its records cannot be read, or a reference is
         ambiguous
     """
-    with opened(request.store) as place:
+    with opened(request.store) as place, _without_cycles():
         inventory = take(place, request.images, request.measure)
         return {
             "changed": False,
@@ -155,6 +167,18 @@ def info(request: InfoRequest) -> t.Dict[str, t.Any]:
             "totals": totals(inventory),
             "store": place.describe(),
         }
+
+
+@contextlib.contextmanager
+def _without_cycles() -> t.Iterator[None]:
+    """Spare Python the search for circles among ten thousands of records, which hold none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def take(place: OpenStore, images: t.Sequence[str] = (), measure: str = NONE) -> Inventory:
@@ -192,6 +216,12 @@ def choose(snapshot: Snapshot, references: t.Sequence[str]) -> t.List[Image]:
     ]
 
 
+@functools.lru_cache(maxsize=4096)
+def _same_meaning(one: Mapping, other: Mapping) -> bool:
+    """The same few maps are compared for each image of a store."""
+    return one.same_meaning(other)
+
+
 class _Taker:
     def __init__(self, place: OpenStore, measure: str) -> None:
         self.place = place
@@ -202,6 +232,9 @@ class _Taker:
         self.snapshot = place.store.snapshot()
         self.ledger = ledger_of(place)
         self.present = self._present()
+        self.containers: t.Dict[str, t.List[Container]] = {}
+        for container in self.snapshot.containers.values():
+            self.containers.setdefault(container.image, []).append(container)
 
     def _present(self) -> t.Optional[t.Set[str]]:
         try:
@@ -239,7 +272,8 @@ class _Taker:
         for one in found.chain:
             if one.status != OK and not found.problem:
                 found.problem = one.problem
-        self._find_duplicates(found)
+        if found.mapped:
+            self._find_duplicates(found)
         found.private_copies = self._private_copies(image)
         return found
 
@@ -255,7 +289,7 @@ class _Taker:
     def _private_copies(self, image: Image) -> t.List[t.Tuple[Container, t.Optional[Usage]]]:
         """Containers whose own layer carries the image once more, under other maps."""
         found = []
-        for container in self.snapshot.containers_of(image.id):
+        for container in self.containers.get(image.id, ()):
             own = self.snapshot.layers.get(container.layer)
             parent = self.snapshot.layers.get(own.parent) if own else None
             if own and parent and not own.mapping.same_meaning(parent.mapping):
@@ -271,12 +305,12 @@ class _Taker:
         layer = self.snapshot.layers.get(layer_id)
         state = LayerState(layer_id, layer)
         self.states[layer_id] = state
-        state.images = self.snapshot.images_of_layer(layer_id)
         if layer is None:
             state.status = MISSING
             state.problem = f"layer {layer_id[:12]} has no record"
             return state
-        state.containers = self.snapshot.containers_on(layer_id)
+        if self.containers:
+            state.containers = self.snapshot.containers_on(layer_id)
         if layer.incomplete:
             state.status, state.problem = INCOMPLETE, f"layer {layer_id[:12]} was never finished"
         elif not self._is_there(layer):
@@ -292,6 +326,7 @@ class _Taker:
         """A mapped layer: looked at more closely than others, since runtimes do not."""
         known = layer_id in self.states
         state = self._state(layer_id)
+        state.images = self.snapshot.images_of_layer(layer_id)
         if known or state.layer is None:
             return state
         own = {one.layer for one in state.containers}
@@ -299,7 +334,7 @@ class _Taker:
             one.id for one in self.snapshot.children(layer_id) if one.id not in own
         ]
         state.last_used = self.now if state.containers else self.ledger.last_used(layer_id)
-        if state.status != OK or state.layer.read_only_store:
+        if self.measure == NONE or state.status != OK or state.layer.read_only_store:
             return state
         try:
             state.dependencies = tuple(self.driver.dependencies(layer_id))
@@ -364,7 +399,7 @@ class _Taker:
             if one.layer is None or one is template:
                 continue
             for group in groups:
-                if group[0].mapping.same_meaning(one.mapping):
+                if _same_meaning(group[0].mapping, one.mapping):
                     group.append(one)
                     break
             else:
@@ -405,7 +440,7 @@ class _Taker:
     def _orphans(self) -> t.List[Orphan]:
         found: t.List[Orphan] = []
         try:
-            suspects = self.driver.orphans(self.snapshot.layers)
+            suspects = self.driver.orphans(self.snapshot.layers, self.measure != NONE)
         except StorageError:
             suspects = []
         if suspects:
@@ -461,17 +496,21 @@ def image_result(found: ImageState) -> t.Dict[str, t.Any]:
 
 def layer_result(found: LayerState) -> t.Dict[str, t.Any]:
     """A layer as the modules return it."""
-    layer = found.layer
+    layer, usage = found.layer, found.usage
     return {
         "id": found.layer_id,
-        "uidmap": found.mapping.uid.to_strings(),
-        "gidmap": found.mapping.gid.to_strings(),
-        "created": None if found.created is None else say(found.created),
+        "uidmap": layer.mapping.uid.to_strings() if layer else [],
+        "gidmap": layer.mapping.gid.to_strings() if layer else [],
+        "created": found.created_in_words,
         "recorded_size": layer.diff_size if layer else None,
-        **_sizes(found.usage),
+        "size_apparent": usage.apparent if usage else None,
+        "size_exclusive": usage.exclusive if usage else None,
+        "inodes": usage.inodes if usage else None,
         "status": found.status,
         "problem": found.problem or None,
-        "containers": [container_result(one) for one in found.containers],
+        "containers": [container_result(one) for one in found.containers]
+        if found.containers
+        else [],
     }
 
 
@@ -525,11 +564,8 @@ def unreferenced_result(found: LayerState, now: float) -> t.Dict[str, t.Any]:
 def totals(inventory: Inventory) -> t.Dict[str, t.Any]:
     """Sums over the layers of the images, each layer once; bytes and inodes."""
     every, mapped = inventory.layers(), inventory.mapped_layers()
-    free = [
-        one
-        for one in mapped
-        if not one.in_use and not any(image.layer == one.layer_id for image in one.images)
-    ]
+    own = {image.image.layer for image in inventory.images}
+    free = [one for one in mapped if not one.in_use and one.layer_id not in own]
     return {
         **_sum(every),
         "mapped": {"layers": len(mapped), **_sum(mapped)},
