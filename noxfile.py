@@ -338,6 +338,22 @@ def faults(session: nox.Session) -> None:
     pytest(session, "tests/faults")
 
 
+@nox.session
+def molecule(session: nox.Session) -> None:
+    """Run molecule's scenarios, or those named, on managed hosts of three ages."""
+    tools = workshop.environment("molecule")
+    output = workshop.WORK / "junit" / session.name
+    shutil.rmtree(output, ignore_errors=True)
+    with workshop.collection_tree(session.name) as tree:
+        try:
+            with session.chdir(tree):
+                command = (tools / "bin/python", "tests/molecule/run.py", *session.posargs)
+                path = workshop.clean_path(tools / "bin")
+                run(session, *command, MOLECULE_RESULTS=str(output), PATH=path)
+        finally:
+            report_junit(session, output)
+
+
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Show a container's first start without and with a pre-mapped image."""

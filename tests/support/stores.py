@@ -30,6 +30,9 @@ KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
     "overlay-forced": ("overlay", "", False),
     "overlay-ext4": ("overlay", "ext4", False),
     "overlay-xfs": ("overlay", "xfs", False),
+    # In memory: for what is done so often that the disk must not be waited for.
+    "overlay-tmpfs": ("overlay", "tmpfs", False),
+    "vfs-tmpfs": ("vfs", "tmpfs", False),
     "vfs-xfs": ("vfs", "xfs", False),
     "vfs-ext4": ("vfs", "ext4", False),
     "btrfs": ("btrfs", "btrfs", False),
@@ -38,9 +41,9 @@ KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
     "rootless-fuse": ("overlay", "", True),
 }
 # Kinds whose runtime copies although the kernel could shift.
-_FORCED = ("overlay-forced", "overlay-ext4", "overlay-xfs")
+_FORCED = ("overlay-forced", "overlay-ext4", "overlay-xfs", "overlay-tmpfs")
 
-_CONTAINERS_CONF = """\
+CONTAINERS_CONF = """\
 [containers]
 default_ulimits = ["nofile=1000:1000", "nproc=1000:1000"]
 netns = "host"
@@ -140,7 +143,7 @@ class Store:
                 ".config/containers/storage.conf", self._storage_conf(paths=False)
             )
             self.containers_conf = user.write(
-                ".config/containers/containers.conf", _CONTAINERS_CONF
+                ".config/containers/containers.conf", CONTAINERS_CONF
             )
         else:
             self.graphroot = self.base / "disk" / "g" if filesystem else self.base / "g"
@@ -148,7 +151,7 @@ class Store:
             self.storage_conf = self.base / "storage.conf"
             self.containers_conf = self.base / "containers.conf"
             self.storage_conf.write_text(self._storage_conf(paths=True))
-            self.containers_conf.write_text(f'{_CONTAINERS_CONF}tmp_dir = "{self.base}/t"\n')
+            self.containers_conf.write_text(f'{CONTAINERS_CONF}tmp_dir = "{self.base}/t"\n')
         self.forced = kind in _FORCED
         if self.forced and not self._env_forces():
             cache = self.runroot / "overlay"
@@ -157,6 +160,10 @@ class Store:
 
     def _format(self, filesystem: str, mib: int) -> None:
         image, disk = self.base / "disk.img", self.base / "disk"
+        if filesystem == "tmpfs":
+            disk.mkdir()
+            mounts.mount("-t", "tmpfs", "-o", f"size={mib}m", "lab", str(disk))
+            return
         with open(image, "wb") as content:
             content.truncate(mib << 20)
         # Many small files must not run out of inodes before they run out of bytes.

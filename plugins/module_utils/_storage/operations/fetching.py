@@ -23,6 +23,7 @@ from ..errors import ConfigError, StoreError
 from .opening import StoreRequest
 
 _LAST_WORDS = 2000
+_SYSTEM_CONF = "/etc/containers/storage.conf"
 
 
 class Tools:
@@ -113,6 +114,9 @@ class Tools:
                 environ["CONTAINERS_STORAGE_CONF"] = path
             elif store.storage_conf:
                 environ["CONTAINERS_STORAGE_CONF"] = store.storage_conf
+            elif account is None and os.path.exists(_SYSTEM_CONF):
+                # skopeo 1.9 (Debian 12) takes the distribution's own file before this one, as podman never does.
+                environ.setdefault("CONTAINERS_STORAGE_CONF", _SYSTEM_CONF)
             yield environ
 
     def _storage_conf(self) -> str:
