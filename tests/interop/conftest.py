@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pathlib
 import typing as t
 
 import pytest
@@ -32,3 +35,25 @@ def make_case(make_store: t.Callable[..., Store], small_image: Image) -> t.Calla
 def case(request: pytest.FixtureRequest, make_case: t.Callable[..., Case]) -> Case:
     """The four ways of use, each with a store of its own and localhost/small:1 in it."""
     return make_case(request.param)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the interop matrix as far as it was found, and keep it where that is asked for."""
+    from support import matrix
+
+    found = matrix.Matrix()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "matrix" and report.when == "call":
+                    release, versions, mode, column, cells = json.loads(value)
+                    found.versions[release] = versions
+                    for form, word in cells.items():
+                        found.cells[release, mode, column, form] = word
+    if not found.cells:
+        return
+    terminalreporter.section("interop matrix")
+    terminalreporter.write_line(matrix.render(found))
+    kept = os.environ.get("USERNS_STORAGE_MATRIX")
+    if kept:
+        matrix.merge(pathlib.Path(kept), found)

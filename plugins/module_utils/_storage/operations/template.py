@@ -210,6 +210,10 @@ class _Task:
             self._request.overflow,
             self._lease,
         )
+        shifting = question.shifting
+        if not shifting.usable and (self._request.force or not shifting.shifts):
+            # Even one that is there: the runtime may have made it and then failed to mount it.
+            raise MapError(f"map {mapping}", shifting.reason, shifting.advice)
         found = building.equal_layer(snapshot)
         damage = building.damage(snapshot, found) if found else None
         if found and damage is None:
@@ -218,13 +222,10 @@ class _Task:
             return
         if found:
             refuse_if_used(snapshot, found.id)
-        shifting = question.shifting
         if shifting.shifts and not self._request.force:
             entry.action = NOT_NEEDED
             entry.reason = f"{_sentence(shifting.reason)} {shifting.advice}"
             return
-        if not shifting.usable:
-            raise MapError(f"map {mapping}", shifting.reason, shifting.advice)
         read_only = image.store or template.read_only_store
         if read_only:
             raise ReadOnlyStore(

@@ -1,0 +1,408 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The interop matrix: predict, pre-map, let the real runtime create, and see that it took our layer.
+
+One test is one column of docs/interop-matrix.md: all forms on one kind of store of one release. Forms
+that the runtime refuses must be refused by the library too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import traceback
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage import userns
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StorageError
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import IDMap
+from ansible_collections.userns.storage.plugins.module_utils._storage.kernel import namespaces
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import template
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.asking import (
+    Wanted,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.opening import (
+    StoreRequest,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import Account
+from support import images, matrix, mounts, users
+from support.hosts import Host
+from support.lab import COLLECTION, Lab
+from support.machines import ROOT, Machine, Result
+from support.matrix import BROKEN, COPIES, GHOST, LAYER, NO_MAP, OWNER, REFUSED, SHIFTS, Form
+from support.stores import Store
+from support.users import User
+
+NAME, NAME_WITH_USER = "localhost/forms:1", "localhost/forms:user"
+PASSWD = """\
+root:x:0:0::/root:/bin/sh
+app:x:1500:1501::/:/bin/sh
+nobody:x:65534:65534::/:/bin/sh
+"""
+GROUP = "root:x:0:\nteam:x:2500:\nnogroup:x:65534:\n"
+# Whose a file is, told by the exit status: what a short container writes may get lost.
+NOT_OWNED = 3
+COMMAND = ("sh", "-c", f'[ "$(stat -c %u:%g /srv/one)" = 20:1200 ] || exit {NOT_OWNED}')
+# What podman exits with when the container does not start.
+NOT_STARTED = (125, 126, 127)
+KEPT = COLLECTION / "docs" / "interop-matrix.md"
+
+Json = t.Dict[str, t.Any]
+Key = t.Tuple[str, str, str]
+
+COLUMNS = [
+    pytest.param(*[(release, mode, column)] * 2, id=f"{release}-{mode.lower()}-{column}")
+    for release in matrix.RELEASES
+    for mode, columns in matrix.COLUMNS.items()
+    for column in columns
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(lab: Lab) -> t.List[images.Image]:
+    """An image with accounts and files of several owners, and the same with a USER."""
+    layers: t.List[images.Layer] = [
+        {
+            "etc": images.directory(),
+            "etc/passwd": images.file(PASSWD),
+            "etc/group": images.file(GROUP),
+        },
+        images.shell(),
+        {"srv": images.directory(uid=33, gid=44), "srv/one": images.file("1", uid=20, gid=1200)},
+    ]
+    return [
+        images.build(lab.folder(), layers, NAME),
+        images.build(lab.folder(), layers, NAME_WITH_USER, {"User": matrix.USER}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def machines(lab: Lab) -> t.Iterator[t.Callable[[str], Machine]]:
+    """The laboratory itself where it is Debian 12, else a root, and the other Debians; with ranges for names."""
+    made: t.Dict[str, Machine] = {}
+
+    def give(release: str) -> Machine:
+        if release not in made:
+            local = release == "bookworm" and lab.machine.version("podman")[:2] == (4, 3)
+            machine = made[release] = lab.machine if local else Host(lab, release)
+            for kind in ("subuid", "subgid"):
+                path = pathlib.Path(getattr(machine, "root", "/")) / "etc" / kind
+                before = path.read_text() if path.exists() else ""
+                path.write_text(
+                    f"{before}{OWNER}:3000000000:500\n{OWNER}:2900000000:70000\n"
+                    "containers:2000000000:300000\ncontainers:1900000000:500\n"
+                    f"{GHOST}:2800000000:700\n"
+                )
+            for owner in (OWNER, "containers"):
+                machine.run(["useradd", "--system", "--no-create-home", owner])
+        return made[release]
+
+    yield give
+    for owner in (OWNER, "containers", GHOST):
+        lab.machine.run(["userdel", owner], check=False)
+        lab.machine.run(["sed", "-i", f"/^{owner}:/d", "/etc/subuid", "/etc/subgid"])
+    for machine in made.values():
+        if isinstance(machine, Host):
+            machine.close()
+
+
+def version(machine: Machine, program: str) -> str:
+    """The program and its version, as `runtime` takes them."""
+    return f"{program} {'.'.join(map(str, machine.version(program)))}"
+
+
+@pytest.fixture
+def store(
+    request: pytest.FixtureRequest, lab: Lab, machines: t.Callable[[str], Machine]
+) -> t.Iterator[Store]:
+    """The store of a column."""
+    release, mode, column = request.param
+    kind, options = matrix.COLUMNS[mode][column]
+    machine = machines(release)
+    user = users.add_user(lab, machine) if mode == matrix.ROOTLESS else None
+    if kind == "rootless-btrfs" and user:
+        store = _on_btrfs(lab, machine, user)
+    else:
+        store = Store(lab, kind, machine=machine, user=user, options=options)
+    try:
+        yield store
+    finally:
+        store.close()
+        if user:
+            users.remove_user(lab, user, machine)
+
+
+def _on_btrfs(lab: Lab, machine: Machine, user: User) -> Store:
+    """A user's store on a btrfs of its own; a user may remove subvolumes only where a mount option says so."""
+    folder = lab.folder()
+    image, disk = folder / "disk.img", pathlib.Path(user.home) / ".local/share/containers"
+    with open(image, "wb") as content:
+        content.truncate(600 << 20)
+    lab.machine.run(["mkfs.btrfs", "-q", str(image)])
+    user.write(".local/share/containers/.keep", "")
+    mounts.mount("-o", "loop,user_subvol_rm_allowed", str(image), str(disk))
+    os.chown(disk, user.uid, user.gid)
+    store = Store(lab, "rootless-vfs", machine=machine, user=user)
+    store.driver = "btrfs"
+    user.write(".config/containers/storage.conf", '[storage]\ndriver = "btrfs"\n')
+    return store
+
+
+# Predicting and pre-mapping, in the machine
+
+
+def inside(
+    machine: Machine, environ: t.Mapping[str, str], function: t.Callable[..., t.Any], *args: t.Any
+) -> t.Any:
+    """Call a function in a child process that stands in the machine, with that environment."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if isinstance(machine, Host):
+                namespaces.setns(os.open(f"/proc/{machine.pid}/ns/mnt", os.O_RDONLY))
+            os.environ.clear()
+            os.environ.update(environ)
+            answer = (function(*args), "")
+        except BaseException:
+            answer = (None, traceback.format_exc())
+        with os.fdopen(writer, "wb") as sink:
+            pickle.dump(answer, sink)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as source:
+        result, trace = pickle.load(source)
+    os.waitpid(child, 0)
+    assert not trace, trace
+    return result
+
+
+def declare_each(requests: t.Sequence[template.TemplateRequest]) -> t.List[Json]:
+    """layer_template's operation for each of some requests."""
+    answers: t.List[Json] = []
+    for request in requests:
+        try:
+            answers.append(template.declare(request))
+        except StorageError as error:
+            answers.append({"error": str(error)})
+    return answers
+
+
+class Column:
+    """All forms on one store."""
+
+    def __init__(self, store: Store, mode: str) -> None:
+        self.store, self.mode = store, mode
+        self.runtimes = {name: version(store.machine, name) for name in ("podman", "buildah")}
+        self.found: t.Dict[str, str] = {}
+
+    def run(self) -> None:
+        """Fixed maps all at once; then, one after the other, those that depend on other containers."""
+        forms = matrix.FORMS[self.mode]
+        self._forms([form for form in forms if not form.later])
+        for form in forms:
+            if form.later:
+                self._forms([form])
+
+    def _forms(self, forms: t.Sequence[Form]) -> None:
+        asked = list(zip(forms, self._premap(forms)))
+        before = self._mapped()
+        # A runtime may make a layer before it finds out that it has to refuse.
+        for refused in (False, True):
+            batch = [
+                (form, answer, self._create(form))
+                for form, answer in asked
+                if bool(answer.get("error")) == refused
+            ]
+            self._read()
+            if not refused:
+                own = sorted(_maps_of(self._layers[one]) for one in self._mapped() - before)
+                assert own == [], f"the runtime made layers of its own: {own}"
+            for form, answer, created in batch:
+                self.found[str(form)] = self._verdict(form, answer, created)
+        for program in {form.program for form in forms}:
+            self.store.tool(program, "rm", "-a", *(["-f"] if program == "podman" else []))
+        assert self.store.containers() == []
+
+    def _read(self) -> None:
+        self._containers = {
+            name: one for one in self.store.containers() for name in (one["id"], *one["names"])
+        }
+        self._layers = {one["id"]: one for one in self.store.layers()}
+
+    def _verdict(self, form: Form, answer: Json, created: t.Sequence[Result]) -> str:
+        # Without a store or a readable map there are no entries.
+        entries = answer.get("layers") or [{"action": "refused", "reason": answer["error"]}]
+        if len(entries) == 1 and entries[0]["action"] == "refused":
+            entries *= len(created)
+        try:
+            assert len(entries) == len(created)
+            words = [self._word(form, entry, done) for entry, done in zip(entries, created)]
+            if form.slots > 1 and self.store.kind in ("overlay-forced", "rootless-overlay"):
+                self._come_and_go(form, entries, created)
+        except AssertionError as failure:
+            return f"WRONG: {failure}"
+        return " and ".join(dict.fromkeys(words))
+
+    def _come_and_go(
+        self, form: Form, entries: t.Sequence[Json], created: t.Sequence[Result]
+    ) -> None:
+        """The slots stay those that they are, whichever containers fill them."""
+
+        def slots() -> t.List[t.Any]:
+            (answer,) = self._premap([form])
+            assert answer["changed"] is False
+            return sorted((one["uidmap"], one["gidmap"]) for one in answer["layers"])
+
+        expected = [(one["uidmap"], one["gidmap"]) for one in entries]
+        assert slots() == sorted(expected)
+        self.store.podman("rm", _identity(created[1]))
+        assert slots() == sorted(expected)
+        (once_more,) = self._create(dataclasses.replace(form, slots=1))
+        assert _maps_of(self.store.container(_identity(once_more))) == expected[1]
+
+    def _word(self, form: Form, entry: Json, done: Result) -> str:
+        if entry["action"] != "refused":
+            return self._taken(form, entry, done)
+        if done.rc != 0:
+            return REFUSED
+        if "mount program" in entry["reason"]:
+            return self._copied(entry, done)
+        # IDs that the user does not have, and layers that the kernel does not mount, are met only now.
+        if form.program == "buildah":
+            started = self.store.buildah("mount", _identity(done), check=False)
+            refused = started.rc != 0
+        else:
+            started = self.store.podman("start", "-a", _identity(done), check=False)
+            refused = started.rc in NOT_STARTED
+        assert refused, f"the runtime accepts what was refused: {entry['reason']}\n{started}"
+        return BROKEN
+
+    def _fill(self, form: Form) -> Form:
+        user = self.store.user
+        numbers = {"uid": user.uid, "sub": user.subuid_start} if user else {}
+        return dataclasses.replace(form, uidmap=tuple(one.format(**numbers) for one in form.uidmap))
+
+    def _premap(self, forms: t.Sequence[Form]) -> t.List[Json]:
+        store, user = self.store, self.store.user
+        account = Account(user.name, user.uid, user.gid, user.home) if user else None
+        requests = [
+            template.TemplateRequest(
+                store=StoreRequest(account=account),
+                images=(NAME_WITH_USER if form.user else NAME,),
+                wanted=(
+                    Wanted(
+                        form.userns,
+                        form.uidmap,
+                        form.gidmap,
+                        form.subuidname,
+                        form.subgidname,
+                        self.runtimes[form.program],
+                        form.slots,
+                    ),
+                ),
+                overflow=True,
+            )
+            for form in map(self._fill, forms)
+        ]
+        environ = store.machine.environ(store.account or ROOT, store.env())
+        answers = inside(store.machine, environ, userns.run, declare_each, (requests,), account)
+        return t.cast(t.List[Json], answers)
+
+    def _create(self, form: Form) -> t.List[Result]:
+        form = self._fill(form)
+        words = [*form.words(), NAME_WITH_USER if form.user else NAME]
+        if form.program == "buildah":
+            command = ["buildah", "from", *words]
+        else:
+            command = ["podman", "create", *words, *COMMAND]
+        return [self.store.tool(*command, check=False) for _number in range(form.slots)]
+
+    def _mapped(self) -> t.Set[str]:
+        """Mapped layers of both images."""
+        return {one for name in (NAME, NAME_WITH_USER) for one in self.store.mapped_layers(name)}
+
+    def _taken(self, form: Form, entry: Json, done: Result) -> str:
+        predicted = (entry["uidmap"], entry["gidmap"])
+        assert done.rc == 0, f"predicted {predicted}: {done.stderr}"
+        container = self._containers[_identity(done)]
+        assert _maps_of(container) == predicted
+        own = self._layers[container["layer"]]
+        if entry["action"] in ("created", "existing"):
+            assert own["parent"] == entry["layer_id"], "another layer was taken"
+            assert _maps_of(self._layers[own["parent"]]) == predicted
+            assert _maps_of(own) == predicted
+            if form.start:
+                started = self.store.podman("start", "-a", _identity(done), check=False)
+                assert started.rc == 0, started
+            return LAYER
+        assert entry["action"] == "not_needed", entry
+        assert own["parent"] == self.store.image(entry["image_id"])["layer"]
+        return SHIFTS if entry["uidmap"] or entry["gidmap"] else NO_MAP
+
+    def _copied(self, entry: Json, done: Result) -> str:
+        container = self._containers[_identity(done)]
+        own = self._layers[container["layer"]]
+        for record in (container, own, self._layers[own["parent"]]):
+            assert _maps_of(record) == (entry["uidmap"], entry["gidmap"])
+        assert own["parent"] in self._mapped()
+        return COPIES
+
+
+def _identity(done: Result) -> str:
+    return done.stdout.split()[-1]
+
+
+def _maps_of(record: Json) -> t.Tuple[t.List[str], t.List[str]]:
+    """The maps of a record, entry by entry in its order."""
+    uid, gid = (IDMap.from_record(record.get(key)).to_strings() for key in ("uidmap", "gidmap"))
+    return uid, gid
+
+
+@pytest.mark.parametrize(("key", "store"), COLUMNS, indirect=["store"])
+def test_runtime_takes_what_was_prepared(
+    key: Key,
+    store: Store,
+    pictures: t.List[images.Image],
+    record_property: t.Callable[[str, object], None],
+) -> None:
+    release, mode, name = key
+    for picture in pictures:
+        store.load(picture)
+    column = Column(store, mode)
+    column.run()
+    versions = ", ".join(column.runtimes.values())
+    record_property("matrix", json.dumps([release, versions, mode, name, column.found]))
+    wrong = {
+        form: text
+        for form, text in column.found.items()
+        if not matrix.WORDS.keys() >= set(matrix.words(text))
+    }
+    assert not wrong, "\n".join(f"{form}: {text}" for form, text in wrong.items())
+    kept = matrix.parse(KEPT.read_text())
+    assert kept.versions.get(release) == versions, matrix.HOW_TO_WRITE
+    expected = {form: kept.cells.get((*key, form)) for form in column.found}
+    assert column.found == expected, matrix.HOW_TO_WRITE
+
+
+def test_kept_table_is_whole_and_as_it_is_written() -> None:
+    text = KEPT.read_text()
+    kept = matrix.parse(text)
+    assert matrix.render(kept) == text
+    expected = {
+        (release, mode, column, str(form))
+        for release in matrix.RELEASES
+        for mode, columns in matrix.COLUMNS.items()
+        for column in columns
+        for form in matrix.FORMS[mode]
+    }
+    assert set(kept.cells) == expected
+    assert {word for cell in kept.cells.values() for word in matrix.words(cell)} == set(
+        matrix.WORDS
+    )
+    assert len(expected) >= 150
