@@ -1,0 +1,193 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Power lost at each call: no record points at data that may not be there. See docs/durability.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import typing as t
+
+import pytest
+from support import mounts
+from support.images import Image
+from support.injection import KILL, Call, Modules
+from support.lab import Lab
+from support.power import PowerLoss
+from support.stops import MAP, tiny_image
+from support.stores import Store
+
+PRESENT = {"images": ["localhost/tiny:1"], "uidmap": [MAP]}
+ABSENT = {**PRESENT, "state": "absent"}
+GC = {"min_age": "0", "max_copies_per_image": 0}
+SYNCS = ("fdatasync", "fsync", "syncfs")
+
+MakeStore = t.Callable[..., Store]
+
+
+class Recorded:
+    """One store, and the calls of three tasks on it, one after the other."""
+
+    def __init__(self, store: Store, modules: Modules) -> None:
+        self.store, self.modules = store, modules
+        self.losses: t.Dict[str, PowerLoss] = {}
+        for name, module, args in (
+            ("present", "layer_template", PRESENT),
+            ("absent", "layer_template", ABSENT),
+            ("again", "layer_template", PRESENT),
+            ("gc", "layer_gc", GC),
+        ):
+            self.losses[name] = self._record(module, args)
+
+    def _record(self, module: str, args: t.Mapping[str, t.Any]) -> PowerLoss:
+        root = str(self.store.graphroot)
+        before = {
+            str(path): path.read_text() for path in self.store.graphroot.glob("*-*/*.json")
+        }
+        run = self.modules.run(
+            module, {**self.store.module_args(), **args}, below=root, record=True
+        )
+        assert run.result["changed"], run.output
+        return PowerLoss(root, self.store.driver, before, run.calls)
+
+
+@pytest.fixture
+def modules(lab: Lab) -> t.Iterator[Modules]:
+    """The modules, ready to be stopped."""
+    server = Modules(lab)
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("kind", ["vfs-tmpfs", "overlay-tmpfs"])
+def test_records_never_point_at_what_may_be_lost(
+    kind: str, lab: Lab, make_store: MakeStore, modules: Modules
+) -> None:
+    store = make_store(kind, tiny_image(lab))
+    store.create("localhost/tiny:1", "--uidmap=0:300000:65536", "--gidmap=0:300000:65536")
+    recorded = Recorded(store, modules)
+    for name, loss in recorded.losses.items():
+        assert loss.check() == [], name
+        needed = needed_syncs(loss)
+        print(name, len(loss.calls), "calls;", len(needed), "syncs that cannot be left out")
+        # The model sees it when one of them is missing.
+        told = [word(call, loss.graphroot) for call in needed]
+        if name == "present":
+            assert told[0] == "syncfs userns-storage"
+            assert f"fsync {os.path.relpath(loss.layers, loss.graphroot)}" in told
+        assert told.count(f"fdatasync {store.driver}-images") == 1
+        assert told.count(f"fsync {store.driver}-images") == (name in ("absent", "gc"))
+
+
+def needed_syncs(loss: PowerLoss) -> t.List[Call]:
+    """The syncs without which something could be lost, each tried by leaving it out."""
+    found = []
+    for number, call in enumerate(loss.calls):
+        if call.name in SYNCS:
+            fewer = [*loss.calls[:number], *loss.calls[number + 1 :]]
+            if PowerLoss(loss.graphroot, loss.driver, loss.records, fewer).check():
+                found.append(call)
+    return found
+
+
+def word(call: Call, graphroot: str) -> str:
+    """The call and the folder of the store that it is about."""
+    path = os.path.relpath(call.paths[0], graphroot)
+    folder = os.path.dirname(path) if call.name == "fdatasync" else path
+    return f"{call.name} {'userns-storage' if folder.startswith('userns-storage') else folder}"
+
+
+@pytest.mark.parametrize("kind", ["overlay-ext4", "btrfs"])
+def test_a_real_filesystem_is_cut_off(
+    kind: str, lab: Lab, make_store: MakeStore, modules: Modules
+) -> None:
+    """The disk as it is at that moment, without what the kernel still held back, mounted anew."""
+    image = tiny_image(lab)
+    store = make_store(kind, image, mib=64 if kind == "overlay-ext4" else 256)
+    # Nothing is written of the filesystem's own accord while its disk is being copied.
+    mounts.mount("-o", "remount,commit=600", str(store.base / "disk"))
+    below = str(store.graphroot)
+    args = store.module_args()
+    tried = 0
+    for task, opposite in ((PRESENT, ABSENT), (ABSENT, PRESENT)):
+        modules.run("layer_template", {**args, **opposite})
+        done = modules.run("layer_template", {**args, **task}, below=below, record=True)
+        modules.run("layer_template", {**args, **opposite})
+        # A moment after each call that gives something its name, or has it on disk.
+        for at in [number + 2 for number, call in enumerate(done.calls[:-1]) if tells(call)]:
+            # From a disk at rest: Linux 6.18 cannot mount a btrfs whose log tells of files that were
+            # replaced again and again, whoever has done that.
+            subprocess.run(["sync", "-f", below], check=True)
+            run = modules.run("layer_template", {**args, **task}, below=below, at=at, what=KILL)
+            assert run.at is not None
+            with cut_off(store) as graphroot:
+                assert lost(graphroot, store.driver, image) == [], run.at
+            modules.run("layer_template", {**args, **opposite})
+            tried += 1
+    print(f"{kind}: cut off at {tried} points")
+
+
+def tells(call: Call) -> bool:
+    """Whether a call says how the store is: not those in our own folder, nor those that write data."""
+    path = call.paths[-1] if call.paths else ""
+    return call.name.startswith(("rename", "symlink", "unlink", "fsync", "fdatasync", "syncfs")) and (
+        call.name == "syncfs" or "/userns-storage" not in path
+    )
+
+
+class cut_off:  # noqa: N801
+    """The store's filesystem from a copy of its disk, which has seen no more than was written to it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._copy, self._place = store.base / "copy.img", store.base / "copy"
+
+    def __enter__(self) -> pathlib.Path:
+        source = self._store.base / "disk.img"
+        words = ["cp", "--sparse=always", "--reflink=auto", str(source), str(self._copy)]
+        subprocess.run(words, check=True)
+        self._place.mkdir(exist_ok=True)
+        if self._store.driver == "btrfs":
+            # Otherwise the kernel takes it for a device of a copy that has gone.
+            subprocess.run(["btrfs", "device", "scan", "--forget"], check=False)
+        mounts.mount("-o", "loop", str(self._copy), str(self._place))
+        return self._place / "g"
+
+    def __exit__(self, *_reason: object) -> None:
+        subprocess.run(["umount", str(self._place)], check=True)
+        self._copy.unlink()
+
+
+def lost(graphroot: pathlib.Path, driver: str, image: Image) -> t.List[str]:
+    """What the records of a store speak of and is not there, or not as it should be."""
+    records = {
+        kind: json.loads((graphroot / f"{driver}-{kind}" / f"{kind}.json").read_text())
+        for kind in ("layers", "images")
+    }
+    layers = {one["id"]: one for one in records["layers"]}
+    found = []
+    for record in records["images"]:
+        for layer_id in record.get("mapped-layers") or ():
+            layer = layers.get(layer_id)
+            if layer is None or (layer.get("flags") or {}).get("incomplete"):
+                found.append(f"the image names the layer {layer_id[:12]}: {layer}")
+    for layer_id, layer in layers.items():
+        if not layer.get("uidmap") or (layer.get("flags") or {}).get("incomplete"):
+            continue
+        if not (graphroot / f"{driver}-layers" / f"{layer_id}.tar-split.gz").stat().st_size:
+            found.append(f"the tar-split file of {layer_id[:12]}")
+        folder = graphroot / driver / ("subvolumes" if driver == "btrfs" else "") / layer_id
+        tree = folder / "diff" if driver == "overlay" else folder
+        for path, entry in image.tree().items():
+            if not os.path.lexists(tree / path):
+                found.append(f"{path} of {layer_id[:12]}")
+            elif entry.kind == "file" and (tree / path).read_bytes() != entry.content:
+                found.append(f"the content of {path} of {layer_id[:12]}")
+        if driver == "overlay":
+            name = (folder / "link").read_text()
+            if os.readlink(graphroot / "overlay" / "l" / name) != f"../{layer_id}/diff":
+                found.append(f"the short name of {layer_id[:12]}")
+    return found
