@@ -168,6 +168,9 @@ class StandIn:
     def shown(self, kind: str, number: int) -> Json:
         found = dict(self.objects[kind][number])
         found["related"] = {}
+        found["summary_fields"] = {}
+        if kind == "projects":
+            found["scm_revision"] = ""
         if kind == "job_templates":
             found["related"]["survey_spec"] = f"{found['url']}survey_spec/"
         return found

@@ -1,0 +1,98 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What AWX asks when a job is launched fits what the roles take."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import typing as t
+
+import pytest
+import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from support import awx
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+JOBS = ("prepare", "prune", "report")
+
+
+def survey(job: str) -> t.Dict[str, t.Any]:
+    found: t.Dict[str, t.Any] = json.loads((ROOT / f"awx/surveys/{job}.json").read_text())
+    return found
+
+
+def options(job: str) -> t.Dict[str, t.Any]:
+    text = (ROOT / f"roles/{job}/meta/argument_specs.yml").read_text()
+    found: t.Dict[str, t.Any] = yaml.safe_load(text)["argument_specs"]["main"]["options"]
+    return found
+
+
+def errors(job: str, answers: t.Mapping[str, t.Any]) -> t.List[str]:
+    """What the role's own validation says of these variables."""
+    spec = {
+        name: {
+            key: value for key, value in one.items() if key not in ("description", "version_added")
+        }
+        for name, one in options(job).items()
+    }
+    result = ArgumentSpecValidator(spec).validate(dict(answers))
+    return list(result.error_messages)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_controller_takes_the_survey(job):
+    awx.check_survey(survey(job))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_question_sets_a_variable_of_the_role(job):
+    assert {one["variable"] for one in survey(job)["spec"]} <= set(options(job))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_answer_is_taken(job):
+    spec = survey(job)["spec"]
+    answers = []
+    for one in spec:
+        found = [one.get("default", "")]
+        if one["type"] == "multiplechoice":
+            found += one["choices"]
+        elif one["type"] == "integer":
+            found += [one["min"], one["max"]]
+        elif not one["required"]:
+            found += [""]
+        answers.append([(one["variable"], answer) for answer in found])
+    for chosen in itertools.zip_longest(*answers):
+        pairs = [pair or answers[place][0] for place, pair in enumerate(chosen)]
+        assert errors(job, dict(pairs)) == []
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_what_is_chosen_from_is_all_that_the_role_takes(job):
+    for one in survey(job)["spec"]:
+        known = options(job)[one["variable"]]
+        if one["type"] == "multiplechoice":
+            assert one["choices"] == known.get("choices", ["true", "false"])
+            assert ("choices" in known) != (known["type"] == "bool")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_defaults_and_specs_name_the_same_variables(job):
+    defaults = yaml.safe_load((ROOT / f"roles/{job}/defaults/main.yml").read_text())
+    known = options(job)
+    assert set(defaults) == set(known)
+    for name, one in known.items():
+        if "default" in one:
+            assert one["default"] == defaults[name], name
+    literal = {name: value for name, value in defaults.items() if "{{" not in str(value)}
+    assert errors(job, literal) == []
+
+
+def test_prune_has_all_that_layer_gc_has():
+    text = (ROOT / "plugins/modules/layer_gc.py").read_text()
+    documented = yaml.safe_load(text.partition('DOCUMENTATION = r"""')[2].partition('"""')[0])
+    wanted = {f"prune_{name}" for name in documented["options"]}
+    assert set(options("prune")) == {*wanted, "prune_users", "prune_rootful"}
