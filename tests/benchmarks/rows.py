@@ -1,0 +1,327 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The measurements, one function for each part of the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import time
+import typing as t
+
+from benchmarks.ground import LockWatch, Made, Place, Waiting
+from support import images
+from support.images import Image
+from support.lab import Lab
+
+Say = t.Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the table.
+
+    :param value: what was measured, in ``unit``
+    :param bar: what it may come to at most; None for what only informs
+    :param detail: the figures that it is made of
+    """
+
+    group: str
+    work: str
+    value: float
+    bar: t.Optional[float]
+    unit: str = "x"
+    detail: t.Dict[str, t.Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        if self.bar is None:
+            return ""
+        return "met" if round(self.value, 3) <= self.bar else "missed"
+
+
+def median(values: t.Iterable[float]) -> float:
+    return statistics.median(list(values))
+
+
+def ratio(ours: t.Sequence[float], theirs: t.Sequence[float]) -> float:
+    """The median of the ratios of pairs."""
+    return median(mine / other for mine, other in zip(ours, theirs))
+
+
+def seconds(values: t.Sequence[float]) -> t.List[float]:
+    return [round(one, 3) for one in values]
+
+
+# kind of store, its options, words for it, bar against podman's own copy
+PODMAN: t.Tuple[t.Tuple[str, t.Dict[str, str], str, float], ...] = (
+    ("overlay-ext4", {}, "overlay on ext4", 0.6),
+    ("overlay-xfs", {}, "overlay on xfs, reflink", 0.25),
+    ("overlay-ext4", {"mountopt": "nodev,metacopy=on"}, "overlay on ext4, metacopy", 0.5),
+    ("vfs-ext4", {}, "vfs on ext4", 0.8),
+    ("btrfs", {}, "btrfs", 0.8),
+)
+COPIES_LIMIT = ("overlay-ext4", "overlay-xfs")
+
+
+def against_podman(lab: Lab, pictures: t.Sequence[Image], rounds: int, say: Say) -> t.List[Row]:
+    """Time to a ready mapped layer against podman, diff + apply and cp; disk taken by it."""
+    rows: t.List[Row] = []
+    for image in pictures:
+        for kind, options, words, bar in PODMAN:
+            where = f"{words}, {image.name.partition('/')[2].partition(':')[0]}"
+            say(where)
+            place = Place(lab, kind, image, **options)
+            try:
+                rows += _pairs(place, where, bar, kind, options, rounds)
+            finally:
+                place.close()
+    return rows
+
+
+def _pairs(
+    place: Place, where: str, bar: float, kind: str, options: t.Dict[str, str], rounds: int
+) -> t.List[Row]:
+    theirs: t.List[t.Tuple[float, float]] = []
+    mine: t.List[Made] = []
+    applied: t.List[float] = []
+    copies: t.List[t.Tuple[float, float]] = []
+    disk: t.List[int] = []
+
+    def podman() -> None:
+        theirs.append(place.podman())
+
+    def ours() -> None:
+        before = place.used()
+        mine.append(place.ours())
+        disk.append(place.used() - before)
+
+    def diff() -> None:
+        applied.append(place.diff_and_apply())
+
+    def copy() -> None:
+        copies.append(place.copied())
+
+    contestants = [ours, podman]
+    plain = not options
+    if plain and kind == "overlay-ext4":
+        contestants.append(diff)
+    if plain and kind in COPIES_LIMIT:
+        contestants.append(copy)
+        place.copied()
+    place.ours()
+    place.forget()
+    for number in range(rounds):
+        turn = number % len(contestants)
+        for contestant in contestants[turn:] + contestants[:turn]:
+            contestant()
+            place.forget()
+    inner = [one.inner for one in mine]
+    # What a first container waits for the copy alone: its second start does all the rest too.
+    alone = [max(first - second, 0.001) for first, second in theirs]
+    detail = {
+        "ours": seconds(inner),
+        "ours_with_start_and_imports": seconds([one.wall for one in mine]),
+        "strategy": mine[0].entry["strategy"],
+        "files": mine[0].entry["files"],
+    }
+    rows = [
+        Row(
+            "against podman's own copy",
+            where,
+            ratio(inner, alone),
+            bar,
+            detail={
+                **detail,
+                "podman_first": seconds([first for first, _second in theirs]),
+                "podman_second": seconds([second for _first, second in theirs]),
+                "ratio_to_all_of_podman_first": round(
+                    ratio(inner, [first for first, _second in theirs]), 3
+                ),
+            },
+        )
+    ]
+    if applied:
+        rows.append(
+            Row(
+                "against diff + apply",
+                where,
+                ratio(inner, applied),
+                0.25,
+                detail={**detail, "diff_apply": seconds(applied)},
+            )
+        )
+    if copies:
+        rows.append(
+            Row(
+                "against cp -a --reflink=auto",
+                where,
+                ratio(inner, [short for short, _long in copies]),
+                1.3,
+                detail={
+                    **detail,
+                    "cp": seconds([short for short, _long in copies]),
+                    "cp_on_disk": seconds([long for _short, long in copies]),
+                    "ratio_to_cp_on_disk": round(
+                        ratio(inner, [long for _short, long in copies]), 3
+                    ),
+                },
+            )
+        )
+    size = mine[0].entry["size_apparent"]
+    shares = mine[0].entry["strategy"] != "copy"
+    small_files = size < 4096 * mine[0].entry["files"]
+    rows.append(
+        Row(
+            "disk per map",
+            where,
+            round(median(disk) / size * 100, 2),
+            # Files smaller than an inode with its name cannot be had for less than an inode.
+            5.0 if shares and not small_files else None,
+            "%",
+            {
+                "bytes": disk,
+                "image_bytes": size,
+                "size_exclusive": mine[0].entry["size_exclusive"],
+                "bytes_per_entry": round(median(disk) / mine[0].entry["files"]),
+            },
+        )
+    )
+    return rows
+
+
+def tiny(lab: Lab) -> Image:
+    """An image to be filled behind the runtime's back."""
+    return images.build(lab.folder(), images.many_files_layers(1), "localhost/filled:1")
+
+
+def locks_and_waits(lab: Lab, rounds: int, say: Say) -> t.List[Row]:
+    """How long the store is locked, and how long podman waits meanwhile."""
+    rows = []
+    picture = tiny(lab)
+    for count in (10_000, 100_000):
+        say(f"locks, {count:,} files")
+        place = Place(lab, "overlay-ext4", picture, mib=1024 + count // 50)
+        place.fill(count)
+        told, seen, meanwhile, idle = [], [], [], []
+        try:
+            for _number in range(rounds):
+                with LockWatch(place.store) as watch:
+                    made = place.ours()
+                told.append(made.lock)
+                seen.append(watch.longest)
+                place.forget()
+                with Waiting(place) as waiting:
+                    place.ours()
+                meanwhile.append(waiting.waits)
+                place.forget()
+                idle.append([place.listing() for _call in range(max(10, len(waiting.waits)))])
+            theirs = []
+            with Waiting(place) as waiting:
+                place.podman()
+            theirs = waiting.waits
+        finally:
+            place.close()
+        rows.append(
+            Row(
+                "the store's locks are held",
+                f"longest, {count:,} files",
+                round(max(*told, *seen) * 1000, 1),
+                50,
+                "ms",
+                {"told_ms": [round(one * 1000, 1) for one in told],
+                 "seen_by_another_process_ms": [round(one * 1000, 1) for one in seen]},
+            )
+        )  # fmt: skip
+        rows.append(
+            Row(
+                "podman images meanwhile",
+                f"longest wait, {count:,} files",
+                median(max(busy) / max(calm) for busy, calm in zip(meanwhile, idle)),
+                2,
+                detail={
+                    "longest": seconds([max(one) for one in meanwhile]),
+                    "median": seconds([median(one) for one in meanwhile]),
+                    "idle_longest": seconds([max(one) for one in idle]),
+                    "idle_median": seconds([median(one) for one in idle]),
+                    "longest_beside_podmans_own_copy": round(max(theirs), 3),
+                },
+            )
+        )
+    return rows
+
+
+def growth(lab: Lab, most: int, rounds: int, say: Say) -> t.List[Row]:
+    """Seconds and memory as an image grows."""
+    picture = tiny(lab)
+    counts = [10_000, most]
+    taken: t.List[float] = []
+    peaks: t.List[int] = []
+    walls: t.List[t.List[float]] = []
+    for count in counts:
+        say(f"growth, {count:,} files")
+        place = Place(lab, "overlay-ext4", picture, mib=1024 + count // 50)
+        try:
+            place.fill(count)
+            runs = []
+            for _number in range(rounds if count == counts[0] else max(1, min(rounds, 3))):
+                runs.append(place.ours(watch=True))
+                if count < 500_000:
+                    place.forget()
+        finally:
+            place.close()
+        walls.append([one.inner for one in runs])
+        taken.append(median(one.inner for one in runs))
+        peaks.append(max(one.memory for one in runs))
+    factor = taken[1] / taken[0] / (counts[1] / counts[0])
+    return [
+        Row(
+            "growth",
+            f"time per file at {most:,} files, of that at {counts[0]:,}",
+            factor,
+            1.2,
+            detail={str(count): seconds(wall) for count, wall in zip(counts, walls)},
+        ),
+        Row(
+            "peak memory of all processes",
+            f"{most:,} files",
+            round(peaks[1] / 1e6, 1),
+            100,
+            "MB",
+            {str(count): peak for count, peak in zip(counts, peaks)}
+            | {"largest_process": max(one.largest for one in runs)},
+        ),
+    ]
+
+
+def in_place(lab: Lab, picture: Image, rounds: int, say: Say) -> t.List[Row]:
+    """A run that finds everything in place."""
+    say("a run that finds everything in place")
+    place = Place(lab, "overlay-ext4", picture)
+    try:
+        place.ours()
+        runs = [place.ours() for _number in range(max(rounds, 3))]
+        if any(one.entry["action"] != "existing" for one in runs):
+            raise RuntimeError("a second run did not find the first one's layer")
+    finally:
+        place.close()
+    return [
+        Row(
+            "a run that finds everything in place",
+            "inside the module",
+            round(median(one.inner for one in runs), 3),
+            0.15,
+            "s",
+            {
+                "inside": seconds([one.inner for one in runs]),
+                "process_with_imports": seconds([one.wall for one in runs]),
+            },
+        )
+    ]
+
+
+def progress(text: str) -> None:
+    """Say what is being measured."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,143 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Measures what issue and README promise, as ratios of pairs taken in one run, on loop filesystems.
+
+Needs root, podman, containers-storage, mkfs.ext4, mkfs.xfs and mkfs.btrfs. Everything happens below /tmp and is gone
+afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+import typing as t
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from benchmarks import chart, rows
+from support import hosts, images, mounts
+from support.lab import Lab
+from support.modules import SYSTEM_PYTHON
+
+PARTS = ("copies", "locks", "growth", "in-place")
+
+
+def main() -> int:
+    """0 when every bar was met."""
+    asked = _asked()
+    outside = os.getloadavg()
+    lab = Lab()
+    try:
+        about = _about(lab, asked, outside)
+        found = _measure(lab, asked)
+        about["load_after"] = [round(one, 2) for one in os.getloadavg()]
+    finally:
+        lab.close()
+    print(chart.table(found))
+    notes = [
+        f"Linux {about['kernel']}, {about['processors']} processors, {about['memory_mb']} MB; "
+        f"loop filesystems on {about['filesystem']}; {about['date']}",
+        "; ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        f"Medians of {asked.rounds} pairs; ours from options to result, podman's first container less its second one.",
+    ]
+    for note in notes:
+        print(note)
+    _write(asked.docs, found, about, notes)
+    return 1 if any(row.verdict == "missed" for row in found) else 0
+
+
+def _asked() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="pairs for each ratio (5)")
+    parser.add_argument(
+        "--million", action="store_true", help="grow to 1,000,000 files, not 200,000"
+    )
+    parser.add_argument(
+        "--only", choices=PARTS, action="append", help="only this part (repeatable)"
+    )
+    parser.add_argument("--docs", type=pathlib.Path, help="folder for benchmarks.json and .svg")
+    return parser.parse_args()
+
+
+def _measure(lab: Lab, asked: argparse.Namespace) -> t.List[rows.Row]:
+    parts = asked.only or PARTS
+    found: t.List[rows.Row] = []
+    debian = hosts.debian_image(lab)
+    if "copies" in parts:
+        many = images.build(lab.folder(), images.many_files_layers(10_000), "localhost/many:10000")
+        found += rows.against_podman(lab, (debian, many), asked.rounds, rows.progress)
+    if "in-place" in parts:
+        found += rows.in_place(lab, debian, asked.rounds, rows.progress)
+    if "locks" in parts:
+        found += rows.locks_and_waits(lab, asked.rounds, rows.progress)
+    if "growth" in parts:
+        most = 1_000_000 if asked.million else 200_000
+        found += rows.growth(lab, most, asked.rounds, rows.progress)
+    order = list(dict.fromkeys(row.group for row in found))
+    return sorted(found, key=lambda row: order.index(row.group))
+
+
+def _about(lab: Lab, asked: argparse.Namespace, load: t.Sequence[float]) -> t.Dict[str, t.Any]:
+    def first_line(*words: str) -> str:
+        done = subprocess.run(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
+
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "kernel": platform.release(),
+        "processors": len(os.sched_getaffinity(0)),
+        "memory_mb": memory >> 20,
+        "filesystem": mounts.filesystem(str(lab.base)),
+        "rounds": asked.rounds,
+        "load_before": [round(one, 2) for one in load],
+        "versions": {
+            "podman": ".".join(map(str, lab.machine.version("podman"))),
+            "containers-storage": first_line("containers-storage", "version"),
+            "python": first_line(SYSTEM_PYTHON, "--version").split()[-1],
+            "mkfs.ext4": first_line("mkfs.ext4", "-V").split()[1],
+            "mkfs.xfs": first_line("mkfs.xfs", "-V").split()[-1],
+            "mkfs.btrfs": first_line("mkfs.btrfs", "--version").split()[-1],
+        },
+    }
+
+
+def _write(
+    docs: t.Optional[pathlib.Path],
+    found: t.Sequence[rows.Row],
+    about: t.Mapping[str, t.Any],
+    notes: t.Sequence[str],
+) -> None:
+    if docs is None:
+        return
+    text = {
+        "about": dict(about),
+        "rows": [
+            {
+                "group": row.group,
+                "work": row.work,
+                "value": round(row.value, 3),
+                "unit": row.unit,
+                "bar": row.bar,
+                "verdict": row.verdict or None,
+                "detail": row.detail,
+            }
+            for row in found
+        ],
+    }
+    (docs / "benchmarks.json").write_text(json.dumps(text, indent=1) + "\n")
+    title = "userns.storage against what runtimes do by themselves: less is better"
+    (docs / "benchmarks.svg").write_text(chart.svg(found, title, notes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
