@@ -155,7 +155,7 @@ def test_requests_that_contradict_themselves(options: dict[str, t.Any]) -> None:
         parse_request(**options)
 
 
-# Forms, as podman of that version writes them (tests/interop/test_forms.py asks the real ones).
+# Forms, as podman of that version writes them (tests/interop/test_matrix.py asks the real ones).
 
 
 @pytest.mark.parametrize(
