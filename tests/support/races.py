@@ -1,0 +1,355 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""podman, buildah and our modules at work on one store at once, each at random, and what must be there in the end.
+
+Each worker has containers and images of its own, which nobody else touches, and all share one image.
+So no operation has a reason to fail, and the model of what is there in the end is the sum of what the
+workers have made and not removed.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import os
+import random
+import threading
+import time
+import traceback
+import typing as t
+
+from .images import Image
+from .lab import Lab
+from .machines import Result
+from .modules import run_module
+from .stores import Json, Store
+
+ROOTFUL_MAPS = tuple(f"0:{start}:65536" for start in (100000, 200000, 300000))
+# The same in another form: a layer of its own to every runtime.
+SPLIT_MAP = ("0:400000:1000", "1000:401000:64536")
+
+
+class Race:
+    """A race on one store. Attributes: failures (in words), done (operations by name).
+
+    :param seed: the same seed has each worker draw the same operations
+    """
+
+    def __init__(self, lab: Lab, store: Store, image: Image, seed: int) -> None:
+        self.lab, self.store, self.image, self.seed = lab, store, image, seed
+        self.failures: t.List[str] = []
+        self.done: t.Counter[str] = collections.Counter()
+        self.containers: t.Dict[str, str] = {}
+        self.images: t.Set[str] = {image.name}
+        self._guard = threading.Lock()
+        self._until = 0.0
+
+    def run(self, seconds: float, podmans: int = 2, buildahs: int = 1, ours: int = 2) -> None:
+        """Let the workers race for so long, and each end what it has begun."""
+        self._until = time.monotonic() + seconds
+        workers: t.List[t.Tuple[str, t.Type[_Worker]]] = []
+        workers += [(f"p{number}", _Podman) for number in range(podmans)]
+        workers += [(f"b{number}", _Buildah) for number in range(buildahs)]
+        workers += [(f"o{number}", _Ours) for number in range(ours)]
+        threads = [
+            threading.Thread(target=self._work, args=(kind(self, name),)) for name, kind in workers
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _work(self, worker: _Worker) -> None:
+        try:
+            while time.monotonic() < self._until:
+                worker.step()
+        except Exception:
+            self.fail(f"{worker.name}: {traceback.format_exc()}")
+
+    def fail(self, words: str) -> None:
+        """Note what went wrong."""
+        with self._guard:
+            self.failures.append(words)
+
+    def count(self, what: str) -> None:
+        """Note an operation that came to its end."""
+        with self._guard:
+            self.done[what] += 1
+
+    # The end
+
+    def settle(self) -> None:
+        """Collect all that nobody uses, and compare what is left with the model."""
+        final = {"min_age": "0", "max_copies_per_image": 0, "duplicates": True}
+        for _round in range(2):
+            result = run_module(self.lab, "layer_gc", {**self.store.module_args(), **final})
+        if result["removed"]:
+            self.fail(f"layer_gc has something to do twice: {result['removed']}")
+        self._check_names()
+        self._check_layers()
+        self._check_disk()
+        for name in sorted(self.containers):
+            done = self.store.podman("inspect", "--size", "--type=container", name, check=False)
+            if done.rc != 0 and self.containers[name] == "podman":
+                self.fail(f"podman inspect {name}: {done.stderr}")
+
+    def _check_names(self) -> None:
+        found = {one["names"][0] for one in self.store.containers()}
+        if found != set(self.containers):
+            self.fail(f"containers are {sorted(found)}, not {sorted(self.containers)}")
+        names = {name for one in self.store.images() for name in one.get("names") or ()}
+        if names != self.images:
+            self.fail(f"images are {sorted(names)}, not {sorted(self.images)}")
+        told = self.store.podman("images", "--format={{.Repository}}:{{.Tag}}").stdout.split()
+        if set(told) != self.images:
+            self.fail(f"podman lists {sorted(told)}, not {sorted(self.images)}")
+
+    def _check_layers(self) -> None:
+        layers = {one["id"]: one for one in self.store.layers()}
+        needed: t.Set[str] = set()
+        for image in self.store.images():
+            for layer_id in [image["layer"], *(image.get("mapped-layers") or ())]:
+                self._need(layers, needed, layer_id, f"image {image['id'][:12]}")
+            self._check_maps(image, layers)
+        for container in self.store.containers():
+            self._need(layers, needed, container["layer"], f"container {container['names']}")
+        for layer_id in sorted(set(layers) - needed):
+            self.fail(f"layer {layer_id[:12]} is leaked: {layers[layer_id]}")
+        for layer in layers.values():
+            if (layer.get("flags") or {}).get("incomplete"):
+                self.fail(f"layer {layer['id'][:12]} is incomplete")
+
+    def _need(
+        self, layers: t.Mapping[str, Json], needed: t.Set[str], layer_id: str, who: str
+    ) -> None:
+        while layer_id:
+            if layer_id not in layers:
+                self.fail(f"{who} has lost the layer {layer_id[:12]}")
+                return
+            needed.add(layer_id)
+            layer_id = layers[layer_id].get("parent") or ""
+
+    def _check_maps(self, image: Json, layers: t.Mapping[str, Json]) -> None:
+        maps = [
+            json.dumps([layers[one].get("uidmap"), layers[one].get("gidmap")])
+            for one in image.get("mapped-layers") or ()
+            if one in layers
+        ]
+        if len(maps) != len(set(maps)):
+            self.fail(f"image {image['id'][:12]} has two layers with one map: {maps}")
+
+    def _check_disk(self) -> None:
+        known = self.store.layer_ids()
+        for folder in (
+            self.store.layer_folder("x").parent,
+            self.store.graphroot / f"{self.store.driver}-layers",
+        ):
+            for name in os.listdir(folder):
+                layer_id = name.partition(".")[0]
+                if len(layer_id) == 64 and layer_id not in known:
+                    self.fail(f"{folder / name} belongs to no layer")
+        for layer_id in sorted(known):
+            if not self.store.layer_folder(layer_id).is_dir():
+                self.fail(f"the data of layer {layer_id[:12]} is lost")
+        links = self.store.graphroot / "overlay" / "l"
+        for link in links.iterdir() if links.is_dir() else ():
+            if not link.exists():
+                self.fail(f"{link} leads nowhere")
+        for folder in ("staging", "trash"):
+            left = self.store.graphroot / "userns-storage" / folder
+            if left.is_dir() and os.listdir(left):
+                self.fail(f"{left} holds {os.listdir(left)}")
+
+
+class _Worker:
+    """Draws operations and carries them out."""
+
+    steps: t.ClassVar[t.Mapping[str, int]] = {}
+
+    def __init__(self, race: Race, name: str) -> None:
+        self.race, self.name = race, name
+        self.random = random.Random(f"{race.seed} {race.store.kind} {name}")
+        self.numbers = itertools.count(1)
+        self.own: t.List[str] = []
+        self.own_images: t.List[str] = []
+
+    def step(self) -> None:
+        """Do one thing."""
+        (what,) = self.random.choices(list(self.steps), list(self.steps.values()))
+        step: t.Callable[[], bool] = getattr(self, what)
+        if step():
+            self.race.count(f"{type(self).__name__.strip('_').lower()} {what}")
+
+    def fresh(self) -> str:
+        """A name that nobody else has."""
+        return f"{self.name}n{next(self.numbers)}"
+
+    def maps(self) -> t.List[str]:
+        """A mapping, in the words of podman's options."""
+        if self.race.store.user:
+            return [self.random.choice(["--userns=keep-id", "--userns=nomap", "--userns=host"])]
+        one = self.random.choice([*((m,) for m in ROOTFUL_MAPS), SPLIT_MAP, ()])
+        return [f"--{kind}map={part}" for kind in ("uid", "gid") for part in one]
+
+    def tell(self, done: Result) -> bool:
+        """Note a failure; whether it was none."""
+        if done.rc != 0:
+            self.race.fail(f"{self.name}: {' '.join(done.argv)}: {done.stdout}{done.stderr}")
+        return done.rc == 0
+
+
+class _Podman(_Worker):
+    steps = {
+        "create": 6, "start": 4, "run": 3, "remove": 5, "commit": 2, "load": 1, "remove_image": 2,
+        "listing": 2, "prune": 1,
+    }  # fmt: skip
+
+    def podman(self, *words: str) -> bool:
+        return self.tell(self.race.store.podman(*words, check=False))
+
+    def create(self) -> bool:
+        name = self.fresh()
+        image = self.random.choice([self.race.image.name, *self.own_images])
+        command = ["sh", "-c", "stat -c %u /etc/passwd"]
+        if self.podman("create", "--name", name, *self.maps(), "--user=0", image, *command):
+            self.own.append(name)
+            self.race.containers[name] = "podman"
+            return True
+        return False
+
+    def start(self) -> bool:
+        return bool(self.own) and self.podman("start", "--attach", self.random.choice(self.own))
+
+    def run(self) -> bool:
+        return self.podman(
+            "run", "--rm", *self.maps(), "--user=0", self.race.image.name,
+            "sh", "-c", "test $(stat -c %u /home/user) = 1000 && echo x > /new",
+        )  # fmt: skip
+
+    def remove(self) -> bool:
+        if not self.own:
+            return False
+        name = self.own.pop(self.random.randrange(len(self.own)))
+        del self.race.containers[name]
+        return self.podman("rm", "-f", name)
+
+    def commit(self) -> bool:
+        if not self.own:
+            return False
+        name = f"localhost/{self.fresh()}:1"
+        return self._image(name, "commit", "-q", self.random.choice(self.own), name)
+
+    def load(self) -> bool:
+        name = f"localhost/{self.fresh()}:1"
+        done = self.race.store.skopeo(
+            "copy", "-q", self.race.image.source, f"containers-storage:{name}", check=False
+        )
+        if self.tell(done):
+            self.own_images.append(name)
+            self.race.images.add(name)
+            return True
+        return False
+
+    def _image(self, name: str, *words: str) -> bool:
+        if self.podman(*words):
+            self.own_images.append(name)
+            self.race.images.add(name)
+            return True
+        return False
+
+    def remove_image(self) -> bool:
+        # Its containers' images have to stay.
+        used = {c.get("image") for c in self.race.store.containers()}
+        ids = {n: i["id"] for i in self.race.store.images() for n in i.get("names") or ()}
+        free = [one for one in self.own_images if ids.get(one) not in used]
+        if not free:
+            return False
+        name = self.random.choice(free)
+        self.own_images.remove(name)
+        self.race.images.discard(name)
+        return self.podman("rmi", name)
+
+    def listing(self) -> bool:
+        return self.podman("images", "-a") and self.podman("ps", "-a")
+
+    def prune(self) -> bool:
+        return self.podman("image", "prune", "-f")
+
+
+class _Buildah(_Worker):
+    steps = {"begin": 3, "config": 2, "commit": 2, "end": 3, "listing": 1}
+
+    def buildah(self, *words: str) -> bool:
+        return self.tell(self.race.store.buildah(*words, check=False))
+
+    def begin(self) -> bool:
+        name = self.fresh()
+        maps = []
+        if not self.race.store.user:
+            part = self.random.choice(ROOTFUL_MAPS)
+            maps = [f"--userns-uid-map={part}", f"--userns-gid-map={part}"]
+        if self.buildah("from", "--name", name, *maps, self.race.image.name):
+            self.own.append(name)
+            self.race.containers[name] = "buildah"
+            return True
+        return False
+
+    def config(self) -> bool:
+        return bool(self.own) and self.buildah("config", "--env=A=1", self.random.choice(self.own))
+
+    def commit(self) -> bool:
+        if not self.own:
+            return False
+        name = f"localhost/{self.fresh()}:1"
+        if self.buildah("commit", "-q", self.random.choice(self.own), name):
+            self.own_images.append(name)
+            self.race.images.add(name)
+            return True
+        return False
+
+    def end(self) -> bool:
+        if not self.own:
+            return False
+        name = self.own.pop(self.random.randrange(len(self.own)))
+        del self.race.containers[name]
+        return self.buildah("rm", name)
+
+    def listing(self) -> bool:
+        return self.buildah("images") and self.buildah("containers")
+
+
+class _Ours(_Worker):
+    steps = {"present": 6, "absent": 3, "collect": 3, "inform": 2}
+
+    def module(self, name: str, args: Json, allowed: t.Sequence[str] = ()) -> bool:
+        store = self.race.store
+        result = run_module(
+            self.race.lab, name, {**store.module_args(), **args}, fails=None, environ=store.env()
+        )
+        if not result.get("failed"):
+            return True
+        if not any(word in result["msg"] for word in allowed):
+            self.race.fail(f"{self.name}: {name} {args}: {result['msg']}")
+        return False
+
+    def wanted(self) -> Json:
+        if self.race.store.user:
+            return {"userns": self.random.choice(["keep-id", "nomap"])}
+        return {"uidmap": list(self.random.choice([*((m,) for m in ROOTFUL_MAPS), SPLIT_MAP]))}
+
+    def present(self) -> bool:
+        return self.module("layer_template", {"images": [self.race.image.name], **self.wanted()})
+
+    def absent(self) -> bool:
+        args = {"images": [self.race.image.name], "state": "absent", **self.wanted()}
+        # A container that was there first is right.
+        return self.module("layer_template", args, ["is in use by"])
+
+    def collect(self) -> bool:
+        copies = self.random.choice([0, 1])
+        return self.module("layer_gc", {"min_age": "0", "max_copies_per_image": copies})
+
+    def inform(self) -> bool:
+        return self.module("image_layers_info", {})
