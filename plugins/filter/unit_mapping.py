@@ -174,16 +174,18 @@ class FilterModule:
 def unit_mapping(
     units: t.Any,
     pod: t.Optional[str] = None,
-    slots: int = 1,
+    slots: t.Any = 1,
     runtime: t.Optional[str] = None,
-    first_id: int = 65536,
+    first_id: t.Any = 65536,
     specifiers: t.Optional[t.Mapping[str, t.Any]] = None,
 ) -> t.List[Call]:
     """The calls of layer_template for units or manifests; see DOCUMENTATION.
 
     :raises AnsibleFilterError: what is given is no unit and no manifest, or says what cannot be
     """
-    reader = _Reader(pod, slots, runtime, first_id, specifiers or {})
+    reader = _Reader(
+        pod, _number("slots", slots), runtime, _number("first_id", first_id), specifiers or {}
+    )
     if isinstance(units, str):
         return reader.text("the unit", units)
     if isinstance(units, t.Mapping) and all(
@@ -194,6 +196,12 @@ def unit_mapping(
     raise AnsibleFilterError(
         f"unit_mapping takes the text of a unit, or a dictionary of file names and texts, not {type(units).__name__}"
     )
+
+
+def _number(name: str, value: t.Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise AnsibleFilterError(f"{name} is {value!r}, not a number from 1 on")
+    return value
 
 
 class _Reader:
@@ -207,9 +215,6 @@ class _Reader:
         first_id: int,
         specifiers: t.Mapping[str, t.Any],
     ) -> None:
-        for name, value in (("slots", slots), ("first_id", first_id)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise AnsibleFilterError(f"{name} is {value!r}, not a number from 1 on")
         if first_id + slots * _POD_SIZE > _HIGHEST:
             raise AnsibleFilterError(
                 f"{slots} slots of {_POD_SIZE} IDs from {first_id} on are more than there are"
