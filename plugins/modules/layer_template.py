@@ -314,6 +314,9 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
     several,
     template,
 )
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.asking import (
+    Wanted,
+)
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations.opening import (
     StoreRequest,
 )
@@ -389,10 +392,14 @@ def main() -> None:
     run_for_users(module, params["users"], request, template.declare, several.joined)
 
 
-def _wanted(options: t.Mapping[str, t.Any]) -> template.Wanted:
-    return template.Wanted(
-        **{name: options[name] or "" for name in ("userns", "subuidname", "subgidname", "runtime")},
-        **{name: tuple(options[name] or ()) for name in ("uidmap", "gidmap")},
+def _wanted(options: t.Mapping[str, t.Any]) -> Wanted:
+    return Wanted(
+        userns=options["userns"] or "",
+        uidmap=tuple(options["uidmap"] or ()),
+        gidmap=tuple(options["gidmap"] or ()),
+        subuidname=options["subuidname"] or "",
+        subgidname=options["subgidname"] or "",
+        runtime=options["runtime"] or "",
         slots=options["slots"],
     )
 
