@@ -44,9 +44,7 @@ class Recorded:
 
     def _record(self, module: str, args: t.Mapping[str, t.Any]) -> PowerLoss:
         root = str(self.store.graphroot)
-        before = {
-            str(path): path.read_text() for path in self.store.graphroot.glob("*-*/*.json")
-        }
+        before = {str(path): path.read_text() for path in self.store.graphroot.glob("*-*/*.json")}
         run = self.modules.run(
             module, {**self.store.module_args(), **args}, below=root, record=True
         )
@@ -133,9 +131,9 @@ def test_a_real_filesystem_is_cut_off(
 def tells(call: Call) -> bool:
     """Whether a call says how the store is: not those in our own folder, nor those that write data."""
     path = call.paths[-1] if call.paths else ""
-    return call.name.startswith(("rename", "symlink", "unlink", "fsync", "fdatasync", "syncfs")) and (
-        call.name == "syncfs" or "/userns-storage" not in path
-    )
+    return call.name.startswith(
+        ("rename", "symlink", "unlink", "fsync", "fdatasync", "syncfs")
+    ) and (call.name == "syncfs" or "/userns-storage" not in path)
 
 
 class cut_off:  # noqa: N801

@@ -56,7 +56,7 @@ class PowerLoss:
             kind: f"{graphroot}/{driver}-{kind}/{kind}.json"
             for kind in ("layers", "images", "containers")
         }
-        for kind, path in self._files.items():
+        for path in self._files.values():
             value = json.loads(records.get(path) or "[]")
             self._names[path] = [_Change(0, True, value, 0)]
         self._replay()
@@ -181,7 +181,8 @@ class PowerLoss:
             yield from (
                 path
                 for path in self._names
-                if os.path.dirname(path) == f"{self.layers}/l" and self._layer_near(path) == layer_id
+                if os.path.dirname(path) == f"{self.layers}/l"
+                and self._layer_near(path) == layer_id
             )
 
     def _layer_near(self, link: str) -> str:

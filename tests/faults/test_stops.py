@@ -1,0 +1,29 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The modules killed, or refused by the system, at each call with which they change the filesystem."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+from support.hosts import Host
+from support.lab import Lab
+from support.stops import TASKS, stop_everywhere
+from support.stores import Store
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", ["vfs-tmpfs", "overlay-tmpfs"])
+def test_stopped_at_every_call(
+    kind: str,
+    task: str,
+    lab: Lab,
+    make_store: t.Callable[..., Store],
+    host: t.Callable[[str], Host],
+) -> None:
+    machines = [lab.machine, host("trixie")]
+    scene = stop_everywhere(lab, make_store, kind, task, machines, thorough=False)
+    assert scene.problems == []
+    assert scene.tried["kill"] > 60
