@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 import signal
@@ -237,31 +236,10 @@ def entries(root: pathlib.Path) -> t.Dict[str, t.Dict[str, t.Any]]:
     return found
 
 
-@contextlib.contextmanager
-def with_metacopy(store: Store, layer_id: str) -> t.Iterator[pathlib.Path]:
-    """The tree of an overlay layer as a store that mounts with metacopy=on shows it."""
-    from support import mounts
-    from support.stores import _with_numbered
-
-    home = store.graphroot / "overlay"
-    lowers = _with_numbered(home / layer_id)
-    for word in (home / layer_id / "lower").read_text().split(":"):
-        lowers += _with_numbered((home / word).resolve().parent)
-    target = store.base / "tmp" / "merged"
-    target.mkdir()
-    joined = ":".join(map(str, lowers))
-    mounts.mount("-t", "overlay", "-o", f"ro,metacopy=on,lowerdir={joined}", "lab", str(target))
-    try:
-        yield target
-    finally:
-        mounts.detach_all(str(target))
-        target.rmdir()
-
-
 def check_same(store: Store, template: str, layer: str, new_id: t.Callable[[int], int]) -> None:
     with store.mounted(template) as old_root:
         old = entries(old_root)
-    with with_metacopy(store, layer) if store.options == METACOPY else store.mounted(layer) as root:
+    with store.mounted(layer) as root:
         new = entries(root)
     assert sorted(new) == sorted(old)
     for name, about in old.items():
@@ -492,37 +470,6 @@ def test_a_hostile_layer_directory(make_store: MakeStore, small_image: Image) ->
     folder.joinpath("diff").symlink_to("/etc")
     with pytest.raises(StoreError):
         inside(store, make, image["id"], ["0:100000:65536"], "auto")
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("vfs", {}),
-        ("overlay-forced", {}),
-        ("overlay-forced", METACOPY),
-        ("btrfs", {}),
-        ("rootless-overlay", {}),
-    ],
-)
-def test_what_is_pushed_has_the_same_digests(
-    make_store: MakeStore, small_image: Image, kind: str, options: t.Dict[str, str]
-) -> None:
-    """An image committed from a container on our layer holds the blobs of the original one."""
-    store = make_store(kind, small_image, options=options)
-    items = ["0:1:20000"] if store.user else ["0:100000:65536"]
-    image = store.image(small_image.name)
-    made = Made(*inside(store, make, image["id"], items, "auto"))
-    arguments = [word for item in items for word in ("--uidmap", item, "--gidmap", item)]
-    container = store.create(small_image.name, *arguments)
-    assert store.layer(store.container(container)["layer"])["parent"] == made.layer_id
-    store.podman("commit", "-q", container, "localhost/committed:1")
-    digests = []
-    for name in (small_image.name, "localhost/committed:1"):
-        folder = store.base / "tmp" / name.rpartition("/")[2].partition(":")[0]
-        store.skopeo("copy", "-q", f"containers-storage:{name}", f"dir:{folder}")
-        manifest = json.loads((folder / "manifest.json").read_text())
-        digests.append([one["digest"] for one in manifest["layers"]])
-    assert digests[1][: len(digests[0])] == digests[0]
 
 
 def test_parents_in_a_read_only_store(make_store: MakeStore, small_image: Image) -> None:

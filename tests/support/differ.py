@@ -68,6 +68,7 @@ def differences(
     new: IDs,
     ignore: t.Container[str] = (),
     most: int = 50,
+    own_root: t.Optional[int] = None,
 ) -> t.List[str]:
     """What differs, each with the path; an empty list for a faithful copy.
 
@@ -76,8 +77,10 @@ def differences(
     :param new: the mapped tree's maps
     :param ignore: aspects left out: "owner", "mtime", "directory mtime", "acl", "sparse" ...
     :param most: findings after which the search ends
+    :param own_root: host UID of the root of the namespace that both trees belong to: capabilities of
+        that root are honoured in all namespaces below, so they stay as they are
     """
-    differ = _Differ(old, new, ignore, most)
+    differ = _Differ(old, new, ignore, most, own_root)
     roots = [os.open(path, _DIRECTORY) for path in (template, mapped)]
     try:
         differ.walk(*roots)
@@ -88,7 +91,15 @@ def differences(
 
 
 class _Differ:
-    def __init__(self, old: IDs, new: IDs, ignore: t.Container[str], most: int) -> None:
+    def __init__(
+        self,
+        old: IDs,
+        new: IDs,
+        ignore: t.Container[str],
+        most: int,
+        own_root: t.Optional[int] = None,
+    ) -> None:
+        self.own_root = own_root
         self.old = old
         self.new = new
         self.ignore = ignore
@@ -195,6 +206,8 @@ class _Differ:
             return value[:4] + b"".join(entries)
         if attribute == _CAPABILITY and value[3] == 3:
             root = struct.unpack("<I", value[20:24])[0]
+            if root == self.own_root:
+                return value
             root = to_host(self.new.uid, to_container(self.old.uid, root))
             if not root:
                 # The kernel shows what belongs to the root who asks without the root's ID.

@@ -142,9 +142,7 @@ class Store:
             self.storage_conf = user.write(
                 ".config/containers/storage.conf", self._storage_conf(paths=False)
             )
-            self.containers_conf = user.write(
-                ".config/containers/containers.conf", CONTAINERS_CONF
-            )
+            self.containers_conf = user.write(".config/containers/containers.conf", CONTAINERS_CONF)
         else:
             self.graphroot = self.base / "disk" / "g" if filesystem else self.base / "g"
             self.runroot = self.base / "r"
@@ -337,6 +335,8 @@ class Store:
         target = self.base / "tmp" / f"m{time.monotonic_ns()}"
         target.mkdir()
         option = "userxattr," if self.user else ""
+        if "metacopy=on" in self.options.get("mountopt", ""):
+            option += "metacopy=on,"
         joined = ":".join(map(str, lowers))
         try:
             if len(lowers) == 1:
