@@ -21,13 +21,19 @@ def number(row: Row, value: t.Optional[float]) -> str:
     return f"{digits} {row.unit}"
 
 
+def line(row: Row) -> str:
+    """One row in a line."""
+    bar = f" of {number(row, row.bar)}" if row.bar is not None else ""
+    return f"{row.group}: {row.work}: {number(row, row.value)}{bar} {row.verdict}".rstrip()
+
+
 def table(rows: t.Sequence[Row]) -> str:
     """Lines of work, value, bar and verdict, as wide as they need be."""
     cells = [("work", "measured", "bar", "verdict")]
     for row in rows:
         bar = f"<= {number(row, row.bar)}" if row.bar is not None else ""
         cells.append((f"{row.group}: {row.work}", number(row, row.value), bar, row.verdict))
-    widths = [max(len(line[column]) for line in cells) for column in range(4)]
+    widths = [max(len(one[column]) for one in cells) for column in range(4)]
     lines = []
     for line in cells:
         first = line[0].ljust(widths[0])

@@ -33,24 +33,37 @@ def main() -> int:
     """0 when every bar was met."""
     asked = _asked()
     outside = os.getloadavg()
+    found: t.List[rows.Row] = []
     lab = Lab()
     try:
         about = _about(lab, asked, outside)
-        found = _measure(lab, asked)
-        about["load_after"] = [round(one, 2) for one in os.getloadavg()]
+        for row in _measure(lab, asked):
+            rows.progress(chart.line(row))
+            found.append(row)
+            about["load_after"] = [round(one, 2) for one in os.getloadavg()]
+            # What has been measured stays, whatever becomes of the rest.
+            _write(asked.docs, found, about)
     finally:
         lab.close()
-    print(chart.table(found))
-    notes = [
-        f"Linux {about['kernel']}, {about['processors']} processors, {about['memory_mb']} MB; "
-        f"loop filesystems on {about['filesystem']}; {about['date']}",
-        "; ".join(f"{name} {version}" for name, version in about["versions"].items()),
-        f"Medians of {asked.rounds} pairs; ours from options to result, podman's first container less its second one.",
-    ]
-    for note in notes:
-        print(note)
-    _write(asked.docs, found, about, notes)
+    print(chart.table(_sorted(found)))
+    print("\n".join(_notes(about)))
     return 1 if any(row.verdict == "missed" for row in found) else 0
+
+
+def _sorted(found: t.Sequence[rows.Row]) -> t.List[rows.Row]:
+    order = list(dict.fromkeys(row.group for row in found))
+    return sorted(found, key=lambda row: order.index(row.group))
+
+
+def _notes(about: t.Mapping[str, t.Any]) -> t.List[str]:
+    load = f"load {about['load_before'][0]} before, {about['load_after'][0]} after"
+    return [
+        f"Linux {about['kernel']}, {about['processors']} processors, {about['memory_mb']} MB; "
+        f"loop filesystems on {about['filesystem']}; {about['date']}; {load}",
+        "; ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        f"Medians of {about['rounds']} pairs; ours from options to result, "
+        "podman's first container less its second one.",
+    ]
 
 
 def _asked() -> argparse.Namespace:
@@ -66,22 +79,19 @@ def _asked() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(lab: Lab, asked: argparse.Namespace) -> t.List[rows.Row]:
+def _measure(lab: Lab, asked: argparse.Namespace) -> t.Iterator[rows.Row]:
     parts = asked.only or PARTS
-    found: t.List[rows.Row] = []
     debian = hosts.debian_image(lab)
+    if "in-place" in parts:
+        yield from rows.in_place(lab, debian, asked.rounds, rows.progress)
     if "copies" in parts:
         many = images.build(lab.folder(), images.many_files_layers(10_000), "localhost/many:10000")
-        found += rows.against_podman(lab, (debian, many), asked.rounds, rows.progress)
-    if "in-place" in parts:
-        found += rows.in_place(lab, debian, asked.rounds, rows.progress)
+        yield from rows.against_podman(lab, (debian, many), asked.rounds, rows.progress)
     if "locks" in parts:
-        found += rows.locks_and_waits(lab, asked.rounds, rows.progress)
+        yield from rows.locks_and_waits(lab, asked.rounds, rows.progress)
     if "growth" in parts:
         most = 1_000_000 if asked.million else 200_000
-        found += rows.growth(lab, most, asked.rounds, rows.progress)
-    order = list(dict.fromkeys(row.group for row in found))
-    return sorted(found, key=lambda row: order.index(row.group))
+        yield from rows.growth(lab, most, asked.rounds, rows.progress)
 
 
 def _about(lab: Lab, asked: argparse.Namespace, load: t.Sequence[float]) -> t.Dict[str, t.Any]:
@@ -115,7 +125,6 @@ def _write(
     docs: t.Optional[pathlib.Path],
     found: t.Sequence[rows.Row],
     about: t.Mapping[str, t.Any],
-    notes: t.Sequence[str],
 ) -> None:
     if docs is None:
         return
@@ -131,12 +140,12 @@ def _write(
                 "verdict": row.verdict or None,
                 "detail": row.detail,
             }
-            for row in found
+            for row in _sorted(found)
         ],
     }
     (docs / "benchmarks.json").write_text(json.dumps(text, indent=1) + "\n")
     title = "userns.storage against what runtimes do by themselves: less is better"
-    (docs / "benchmarks.svg").write_text(chart.svg(found, title, notes))
+    (docs / "benchmarks.svg").write_text(chart.svg(_sorted(found), title, _notes(about)))
 
 
 if __name__ == "__main__":
