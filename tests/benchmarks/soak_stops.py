@@ -1,0 +1,33 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Each task stopped at each of its calls in each way; tests/faults/test_stops.py does the half of it."""
+
+from __future__ import annotations
+
+import typing as t
+
+from support.hosts import Host
+from support.stops import TASKS, stop_everywhere
+
+if t.TYPE_CHECKING:
+    from benchmarks.soak import Place
+
+KINDS = ("vfs-tmpfs", "overlay-tmpfs", "overlay-ext4")
+
+
+def soak(place: Place) -> int:
+    """Stop everything; the number of stops that were not survived."""
+    machines = [place.lab.machine, Host(place.lab, "trixie")]
+    problems = tried = 0
+    for kind in KINDS:
+        for task in TASKS:
+            scene = stop_everywhere(
+                place.lab, place.make_store, kind, task, machines, thorough=True
+            )
+            for one in scene.problems:
+                print(one, flush=True)
+            problems += len(scene.problems)
+            tried += sum(scene.tried.values())
+    print(f"{tried} stops tried, {tried - problems} survived", flush=True)
+    return problems

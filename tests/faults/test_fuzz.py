@@ -1,0 +1,66 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whatever others have written is read or refused; scripts/bench --soak fuzz goes on for longer."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import typing as t
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.fuzz import READERS, SEEDS, read
+
+IDS = st.sampled_from(
+    ["a" * 64, "b" * 64, "c" * 64, "../" * 21 + "x", "a" * 63 + "/", "A" * 64, ""]
+)
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([2**63, 2**64, -(2**64), 10**400, 1e308]),
+    st.text(max_size=8),
+    IDS,
+    st.lists(IDS, max_size=3),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+    st.lists(
+        st.fixed_dictionaries(
+            {key: st.integers(-1, 2**33) for key in ("container_id", "host_id", "size")}
+        ),
+        max_size=3,
+    ),
+)
+KEYS = (
+    "id", "names", "parent", "layer", "image", "mapped-layers", "uidmap", "gidmap", "uidset", "flags",
+    "created", "diff-size", "metadata", "big-data-names", "digest", "big-data-digests",
+)  # fmt: skip
+# With an ID at least, so that more than the first check is reached.
+RECORD = st.builds(
+    lambda identity, more: {**more, "id": identity},
+    st.sampled_from(["a" * 64, "b" * 64, "c" * 64]),
+    st.dictionaries(st.sampled_from(KEYS), ODD, max_size=6),
+)
+USUAL = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+@pytest.mark.parametrize("name", READERS)
+@given(data=st.data())
+@USUAL
+def test_any_bytes(name: str, tmp_path: pathlib.Path, data: st.DataObject) -> None:
+    read(name, data.draw(st.binary(max_size=200)), tmp_path)
+    # Something that was once right, cut and joined.
+    seed = data.draw(st.sampled_from(SEEDS[name]))
+    start, end = sorted(data.draw(st.tuples(st.integers(0, len(seed)), st.integers(0, len(seed)))))
+    read(name, seed[:start] + data.draw(st.binary(max_size=4)) + seed[end:], tmp_path)
+    read(name, seed, tmp_path)
+
+
+@given(st.tuples(*[st.lists(RECORD, max_size=4, unique_by=lambda one: one["id"])] * 3))
+@USUAL
+def test_records_as_an_attacker_writes_them(
+    tmp_path: pathlib.Path, files: t.Tuple[t.List[t.Dict[str, t.Any]], ...]
+) -> None:
+    read("store_records", b"\n#\n".join(json.dumps(one).encode() for one in files), tmp_path)

@@ -1,0 +1,199 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What reads things that others wrote, each as a function of bytes: a result, or an error of ours, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import typing as t
+
+from ansible_collections.userns.storage.plugins.module_utils._storage import userns
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StorageError
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.grammar import (
+    UsernsContext,
+    parse_map_flags,
+    parse_request,
+    parse_userns,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapping import (
+    Mapping,
+    Shift,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import IDMap
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import policy
+from ansible_collections.userns.storage.plugins.module_utils._storage.store import (
+    ledger,
+    libpod_db,
+    records,
+    toml,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import (
+    Account,
+    StoreOverrides,
+    discover,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.snapshot import Snapshot
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree import owners
+
+_ALICE = Account("alice", 1000, 1000, "/nowhere")
+_CONTEXTS = tuple(
+    UsernsContext(
+        rootless=rootless,
+        uid=1000 if rootless else 0,
+        gid=1000 if rootless else 0,
+        available=Mapping(IDMap.parse(["0:0:65537"]), IDMap.parse(["0:0:65537"])),
+    )
+    for rootless in (True, False)
+)
+
+
+def store_records(data: bytes, _folder: pathlib.Path) -> None:
+    """The three files of records, apart by a line of its own, and all that is asked of them."""
+    parts = [*data.split(b"\n#\n"), b"", b"", b""]
+    layers = records.parse(parts[0], records.Layer, "layers.json")
+    images = records.parse(parts[1], records.Image, "images.json")
+    containers = records.parse(parts[2], records.Container, "containers.json")
+    snapshot = Snapshot(
+        {one.id: one for one in layers},
+        {one.id: one for one in images},
+        {one.id: one for one in containers},
+    )
+    for layer in layers:
+        with contextlib.suppress(StorageError):
+            snapshot.chain(layer.id)
+        snapshot.children(layer.id)
+        snapshot.containers_on(layer.id)
+        snapshot.images_of_layer(layer.id)
+        json.dumps([layer.created, layer.diff_size, layer.uidset, layer.names], default=str)
+        str(layer.mapping)
+    for image in images:
+        for name in (image.id[:4], *image.names[:3], *image.digests[:3]):
+            with contextlib.suppress(StorageError):
+                snapshot.resolve_image(name)
+    for container in containers:
+        str((container.name, container.podman_name, container.image_name, container.created))
+    again = records.parse(records.serialise(layers), records.Layer, "layers.json")
+    if [one.raw for one in again] != [one.raw for one in layers]:
+        raise AssertionError("records do not survive being written")
+
+
+def storage_conf(data: bytes, folder: pathlib.Path) -> None:
+    """A storage.conf."""
+    with contextlib.suppress(StorageError):
+        toml.loads(data, "storage.conf")
+    path = folder / "storage.conf"
+    path.write_bytes(data)
+    discover(StoreOverrides(storage_conf=str(path)), {}, _ALICE, True)
+
+
+def grammar(data: bytes, _folder: pathlib.Path) -> None:
+    """--userns, --uidmap and the plain maps."""
+    text = data.decode("utf-8", "surrogateescape")
+    for context in _CONTEXTS:
+        for options in ({"userns": text}, {"uidmap": text.split(",")}):
+            with contextlib.suppress(StorageError):
+                found = parse_request(**options).resolve(context)
+                found.uid.normal().validate()
+    with contextlib.suppress(StorageError):
+        parse_userns(text)
+    with contextlib.suppress(StorageError):
+        parse_map_flags(text.split(","))
+    IDMap.parse(text.split(",")).validate()
+
+
+def attributes(data: bytes, _folder: pathlib.Path) -> None:
+    """POSIX ACLs and capabilities of a stranger's files."""
+    shift = Shift(
+        Mapping(IDMap.parse(["0:0:65536"]), IDMap.parse(["0:0:65536"])),
+        Mapping(IDMap.parse(["0:100000:65536"]), IDMap.parse(["0:100000:65536"])),
+    )
+    for name in owners.WITH_IDS:
+        if len(owners.translate(name, data, shift)) != len(data):
+            raise AssertionError(f"{name} changes its size")
+
+
+def databases(data: bytes, folder: pathlib.Path) -> None:
+    """podman's database and our ledger, as a user could have written them."""
+    (folder / "libpod").mkdir(exist_ok=True)
+    for name in ("libpod/bolt_state.db", "db.sql", "ledger.json"):
+        (folder / name).write_bytes(data)
+        if name == "ledger.json":
+            ledger.Ledger(str(folder / name)).load()
+        else:
+            with contextlib.suppress(StorageError):
+                libpod_db.recorded(str(folder), str(folder), False)
+        (folder / name).unlink()
+
+
+def answers(data: bytes, _folder: pathlib.Path) -> None:
+    """What comes back from a process in a user's namespace."""
+    userns._load(data)
+
+
+def policies(data: bytes, _folder: pathlib.Path) -> None:
+    """Ages, moments and sizes."""
+    text = data.decode("utf-8", "surrogateescape")
+    for read in (
+        lambda: policy.moment("option", text, 1e9),
+        lambda: policy.size("option", text),
+        lambda: policy.amount("option", text).of(10**12),
+    ):
+        with contextlib.suppress(StorageError):
+            read()
+
+
+READERS: t.Mapping[str, t.Callable[[bytes, pathlib.Path], None]] = {
+    one.__name__: one
+    for one in (*(store_records, storage_conf, grammar, attributes, databases, answers, policies),)
+}
+
+_ID, _OTHER = "a" * 64, "b" * 64
+# What readers are meant for, to begin with.
+SEEDS: t.Mapping[str, t.Sequence[bytes]] = {
+    "store_records": [
+        b"\n#\n".join(
+            json.dumps(one).encode()
+            for one in (
+                [
+                    {
+                        "id": _ID,
+                        "created": "2026-01-02T03:04:05.1Z",
+                        "diff-size": 1,
+                        "uidset": [0, 1],
+                        "flags": {"incomplete": True},
+                        "uidmap": [{"container_id": 0, "host_id": 1, "size": 2}],
+                    },
+                    {"id": _OTHER, "parent": _ID, "names": ["x"]},
+                ],
+                [{"id": _ID, "layer": _OTHER, "names": ["localhost/a:1"], "mapped-layers": [_ID]}],
+                [{"id": _ID, "image": _ID, "layer": _OTHER, "metadata": '{"name":"x"}'}],
+            )
+        )
+    ],
+    "storage_conf": [
+        b'[storage]\ndriver = "overlay"\ngraphroot = "/x/$UID"\nrunroot = \'/r\'\n'
+        b'[storage.options]\nadditionalimagestores = ["/a", "/b"]\n'
+        b'[storage.options.overlay]\nmountopt = "nodev,metacopy=on"\n',
+    ],
+    "grammar": [b"keep-id:uid=1,gid=2,size=3", b"+u0:@1000:1", b"0:100000:65536,70000:1:1"],
+    "attributes": [b"\x02\0\0\0" + b"\x02\0\x07\0\xe8\x03\0\0", b"\1\0\0\3" + b"\0" * 20],
+    "databases": [b"SQLite format 3\0" + b"\0" * 100, b"\0" * 4096],
+    "answers": [b"\x80\x04N.", b"\x80\x04]\x94."],
+    "policies": [b"10m", b"1.5GiB", b"20%", b"2026-01-02T03:04:05Z"],
+}
+
+
+def read(name: str, data: bytes, folder: pathlib.Path) -> None:
+    """Have one reader read; an error of ours is as good as a result, if it can be told.
+
+    :raises Exception: anything else is a fault
+    """
+    try:
+        READERS[name](data, folder)
+    except StorageError as error:
+        json.dumps({"msg": str(error), **error.facts}, default=os.fsdecode)
+        str(error).encode("utf-8", "surrogateescape")
