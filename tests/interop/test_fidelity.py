@@ -267,3 +267,57 @@ def test_commit_export_save_and_push_are_as_without(
         path: (differ.to_host(ranges, uid), differ.to_host(ranges, gid))
         for path, (uid, gid) in plain_owners.items()
     }
+
+
+# What it costs
+
+
+@pytest.fixture(scope="session")
+def heavy_image(lab: Lab) -> Image:
+    """A few files, one of them of 24 MiB."""
+    layers = images.small_layers()
+    layers[2]["srv/blob"] = images.file(os.urandom(24 << 20), uid=1000)
+    return images.build(lab.folder(), layers, "localhost/heavy:1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "strategy"),
+    [
+        ("overlay-xfs", {}, "reflink"),
+        ("overlay-ext4", METACOPY, "metacopy"),
+        ("overlay-ext4", {}, "copy"),
+        ("btrfs", {}, "snapshot"),
+    ],
+)
+def test_size_exclusive_is_what_df_loses(
+    make_case: MakeCase,
+    heavy_image: Image,
+    kind: str,
+    options: t.Dict[str, str],
+    strategy: str,
+) -> None:
+    case = make_case(kind, heavy_image, options=options)
+    # Whatever a first run leaves beside the layer is not the layer's.
+    case.layer_template()
+    before = used(case)
+    (entry,) = case.layer_template(uidmap=[CLOSE_MAP])["layers"]
+    lost = used(case) - before
+    allowed = 0.02 * entry["size_apparent"]
+    assert entry["strategy"] == strategy
+    assert abs(lost - entry["size_exclusive"]) <= allowed
+    (found,) = (
+        one
+        for one in case.info(measure="exclusive")["images"][0]["mapped_layers"]
+        if one["id"] == entry["layer_id"]
+    )
+    assert abs(lost - found["size_exclusive"]) <= allowed
+
+
+def used(case: Case) -> int:
+    """Bytes of the store's filesystem in use, once all is written."""
+    graphroot = str(case.store.graphroot)
+    subprocess.run(["sync", "-f", graphroot], check=True)
+    if case.store.driver == "btrfs":
+        subprocess.run(["btrfs", "filesystem", "sync", graphroot], check=True)
+    space = os.statvfs(graphroot)
+    return (space.f_blocks - space.f_bfree) * space.f_frsize
