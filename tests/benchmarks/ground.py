@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import resource
 import shutil
 import struct
 import subprocess
@@ -47,7 +48,8 @@ result = userns.run(template.declare, (request,), None)
 seconds = time.perf_counter() - started
 kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 largest = max(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
-print(json.dumps([seconds, largest, result]))
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([seconds, used.ru_utime + used.ru_stime, largest, result]))
 """
 
 
@@ -57,6 +59,7 @@ class Made:
 
     :param wall: seconds of the whole process
     :param inner: seconds from the task's options to its result
+    :param cpu: seconds of processor that all of it took, imports left out
     :param lock: seconds that the store was locked, as it says
     :param memory: bytes, the largest sum of all its processes, shared pages counted once
     :param largest: bytes, the largest of its processes
@@ -64,10 +67,17 @@ class Made:
 
     wall: float
     inner: float
+    cpu: float
     lock: float
     entry: Json
     memory: int
     largest: int
+
+
+def processor_seconds() -> float:
+    """What all processes that this one has started and waited for have taken so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class Place:
@@ -146,13 +156,12 @@ class Place:
             memory = undo.enter_context(Memory(process.pid)) if watch else None
             output, _errors = process.communicate(timeout=3600)
         wall = time.perf_counter() - started
-        inner, largest, result = json.loads(output)
+        inner, cpu, largest, result = json.loads(output)
         if result.get("error"):
             raise RuntimeError(result["error"])
         (entry,) = result["layers"]
-        return Made(
-            wall, inner, entry["lock_seconds"], entry, memory.peak if memory else 0, largest
-        )
+        peak = memory.peak if memory else 0
+        return Made(wall, inner, cpu, entry["lock_seconds"], entry, peak, largest)
 
     def diff_and_apply(self) -> float:
         """Each layer as an archive into a layer with the map, by containers-storage itself."""

@@ -11,7 +11,7 @@ import sys
 import time
 import typing as t
 
-from benchmarks.ground import LockWatch, Made, Place, Waiting
+from benchmarks.ground import LockWatch, Made, Place, Waiting, processor_seconds
 from support import images
 from support.images import Image
 from support.lab import Lab
@@ -88,19 +88,29 @@ def _pairs(
     copies: t.List[t.Tuple[float, float]] = []
     disk: t.List[int] = []
 
+    # Beside a busy neighbour these tell more than the clock does.
+    cpu: t.Dict[str, t.List[float]] = {}
+
     def podman() -> None:
+        before = processor_seconds()
         theirs.append(place.podman())
+        cpu.setdefault("podman_both", []).append(processor_seconds() - before)
 
     def ours() -> None:
         before = place.used()
         mine.append(place.ours())
         disk.append(place.used() - before)
+        cpu.setdefault("ours", []).append(mine[-1].cpu)
 
     def diff() -> None:
+        before = processor_seconds()
         applied.append(place.diff_and_apply())
+        cpu.setdefault("diff_apply", []).append(processor_seconds() - before)
 
     def copy() -> None:
+        before = processor_seconds()
         copies.append(place.copied())
+        cpu.setdefault("cp", []).append(processor_seconds() - before)
 
     contestants = [ours, podman]
     plain = not options
@@ -122,6 +132,7 @@ def _pairs(
     detail = {
         "ours": seconds(inner),
         "ours_with_start_and_imports": seconds([one.wall for one in mine]),
+        "processor_seconds": {name: seconds(used) for name, used in cpu.items()},
         "strategy": mine[0].entry["strategy"],
         "files": mine[0].entry["files"],
     }
