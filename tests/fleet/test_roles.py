@@ -1,0 +1,147 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The roles on hosts of which not all are well, and on the rootful store's own storage.conf."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import typing as t
+
+import pytest
+
+LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
+MAP = "0:100000:65536"
+
+
+def test_a_report_has_a_row_for_hosts_that_are_gone_or_broken(
+    play, make_store, make_user, small_image, browser
+):
+    user = make_user()
+    mine = make_store("rootless-vfs", small_image, user=user)
+    store = make_store("vfs", small_image)
+    store.podman(
+        "create", "--name", "c", "--uidmap", MAP, "--gidmap", MAP, "localhost/small:1", "/bin/x"
+    )
+    mine.podman(
+        "create",
+        "--uidmap",
+        "0:0:1000",
+        "--uidmap",
+        "1000:1000:1000",
+        "localhost/small:1",
+        "/bin/x",
+    )
+    mine.podman("rm", "--all")
+    inventory = {
+        "all": {
+            "hosts": {
+                "gone": {
+                    "ansible_connection": "ssh",
+                    "ansible_host": "127.0.0.1",
+                    "ansible_port": 1,
+                },
+                "broken": {"ansible_python_interpreter": "/nonexistent/python"},
+                "well": {
+                    "prepare_images": "localhost/small:1 localhost/nowhere:1",
+                    "prepare_mappings": f"{MAP}\n0:200000:65536",
+                    "prune_max_copies_per_image": "0",
+                    "prune_min_age": "0",
+                    "report_users": user.name,
+                },
+            },
+            "vars": LOCAL,
+        }
+    }
+    environ = dict(store.env())
+    done = play("userns.storage.report", inventory, environ=environ)
+    for host in ("gone", "broken", "well"):
+        recap = done.recap(host)
+        assert recap["failed"] == 0, host
+        assert recap["unreachable"] == 0, host
+    text = (done.folder / "userns-storage-report.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert "**unreachable** " in rows["gone"]
+    assert "Connection refused" in rows["gone"]
+    assert "**failed** " in rows["broken"]
+    assert "/nonexistent/python" in rows["broken"]
+    assert "| ok |" in rows["well"]
+    # One in use, one not; one map is missing, and one image.
+    collected = text.partition("## What would be collected")[2].partition("## What is missing")[0]
+    assert collected.count("localhost/small:1") == 1
+    assert user.name in collected
+    missing = text.partition("## What is missing")[2]
+    assert "`0:200000:65536`" in missing
+    assert "localhost/nowhere:1" in missing
+    browser.show(done.folder / "userns-storage-report.html", 1280, 900)
+    names = "return [...document.querySelectorAll('details.host .name')].map(e=>e.textContent)"
+    assert browser.run(names) == ["gone", "broken", "well"]
+    assert browser.complaints() == []
+
+
+def test_a_report_is_limited_and_only_predicted_in_check_mode(play, make_store, small_image):
+    store = make_store("vfs", small_image)
+    inventory = {"all": {"hosts": {"one": {}, "two": {}}, "vars": {**LOCAL, "report_users": ""}}}
+    done = play(
+        "userns.storage.report", inventory, "--check", "--limit", "two", environ=dict(store.env())
+    )
+    assert done.recap("two")["changed"] == 2
+    assert not list(done.folder.glob("userns-storage-report*"))
+
+
+@pytest.fixture
+def etc_containers(lab: t.Any, tmp_path: pathlib.Path) -> t.Iterator[pathlib.Path]:
+    """A folder of this test's own in the place of /etc/containers; the laboratory's mounts are nobody else's."""
+    folder = tmp_path / "etc"
+    folder.mkdir()
+    subprocess.run(["mount", "--bind", str(folder), "/etc/containers"], check=True)
+    yield folder
+    subprocess.run(["umount", "/etc/containers"], check=True)
+
+
+@pytest.fixture
+def empty_store(lab: t.Any, tmp_path: pathlib.Path) -> t.Iterator[pathlib.Path]:
+    """An empty folder in the place of /var/lib/containers."""
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    pathlib.Path("/var/lib/containers").mkdir(exist_ok=True)
+    subprocess.run(["mount", "--bind", str(folder), "/var/lib/containers"], check=True)
+    yield folder
+    subprocess.run(["umount", "/var/lib/containers"], check=True)
+
+
+def prepare(
+    play: t.Callable[..., t.Any], *options: str, fails: bool = False, **wanted: t.Any
+) -> t.Any:
+    host = {**LOCAL, "prepare_install": False, **wanted}
+    return play("userns.storage.prepare", {"all": {"hosts": {"one": host}}}, *options, fails=fails)
+
+
+def test_the_rootful_storage_conf_keeps_every_other_byte(play, etc_containers, empty_store):
+    text = pathlib.Path("/usr/share/containers/storage.conf").read_text()
+    wanted = {"prepare_metacopy": True, "prepare_driver": "overlay"}
+    assert prepare(play, "--check", "--diff", **wanted).recap("one")["changed"] == 1
+    assert list(etc_containers.iterdir()) == []
+    assert prepare(play, **wanted).recap("one")["changed"] == 1
+    made = (etc_containers / "storage.conf").read_text()
+    added = [line for line in made.splitlines() if line not in text.splitlines()]
+    assert added == ['mountopt = "nodev,metacopy=on"'] or added == ['mountopt = "metacopy=on"']
+    assert prepare(play, **wanted).recap("one")["changed"] == 0
+
+    (etc_containers / "storage.conf").write_text('# mine\n[storage]\n  driver = "overlay" # kept')
+    assert prepare(play, **wanted).recap("one")["changed"] == 1
+    assert (etc_containers / "storage.conf").read_text() == (
+        '# mine\n[storage]\n  driver = "overlay" # kept\n\n[storage.options.overlay]\nmountopt = "metacopy=on"\n'
+    )
+    (backup,) = etc_containers.glob("storage.conf.*")
+    assert backup.read_text() == '# mine\n[storage]\n  driver = "overlay" # kept'
+
+
+def test_a_driver_is_never_changed_under_a_store(play, etc_containers, empty_store):
+    # What podman leaves of a store with the driver vfs.
+    (empty_store / "storage/vfs-layers").mkdir(parents=True)
+    (empty_store / "storage/vfs-images").mkdir()
+    done = prepare(play, fails=True, prepare_driver="overlay")
+    assert "was written by the driver vfs" in done.output
+    assert list(etc_containers.iterdir()) == []
