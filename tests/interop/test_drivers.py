@@ -21,11 +21,11 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.ba
     Driver,
     DriverHome,
     Staged,
-    view_of,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.registry import (
     open_driver,
 )
+from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.view import view_of
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
     InternalError,
     StoreError,
