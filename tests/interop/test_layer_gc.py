@@ -444,7 +444,7 @@ def free(store: Store) -> int:
         subprocess.run(["sync", "-f", str(store.graphroot)], check=True)
         found = os.statvfs(store.graphroot)
         seen.append(found.f_bfree * found.f_frsize)
-        if len(seen) > 2 and len(set(seen[-3:])) == 1:
+        if len(seen) > 4 and len(set(seen[-5:])) == 1:
             return seen[-1]
         time.sleep(0.3)
     raise AssertionError(f"the filesystem does not come to rest: {seen}")

@@ -47,8 +47,10 @@ from .watching import watch
 
 # Host IDs below are nobody's subordinate ones.
 _FIRST_SUBORDINATE = 65536
-# How long a filesystem may take to free what was deleted (seconds), and what counts as all of it.
+# For how long a filesystem may free nothing of what was deleted, and for how long it may go on
+# freeing (seconds); and what counts as all of it.
 _SETTLING = 5.0
+_LONGEST_SETTLING = 60.0
 _EXACT_ENOUGH = 0.98
 _MAGIC = frozenset("*?[")
 
@@ -309,11 +311,16 @@ class _Collection:
             self._sweep(made)
         expected = sum(one["size"] or 0 for one in self.removed + self.repaired)
         after = self._settled()
-        deadline = time.monotonic() + _SETTLING
+        now = time.monotonic()
+        end, patience = now + _LONGEST_SETTLING, now + _SETTLING
         # btrfs and xfs free in the background.
-        while after[0] - before[0] < expected * _EXACT_ENOUGH and time.monotonic() < deadline:
+        while after[0] - before[0] < expected * _EXACT_ENOUGH and now < min(end, patience):
             time.sleep(0.1)
-            after = self._settled()
+            later = self._settled()
+            now = time.monotonic()
+            if later[0] > after[0]:
+                patience = now + _SETTLING
+            after = later
         self.freed = [max(after[0] - before[0], 0), max(after[1] - before[1], 0)]
 
     def _settled(self) -> t.Tuple[int, int]:
