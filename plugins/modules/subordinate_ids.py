@@ -94,6 +94,8 @@ source:
   type: str
 """
 
+import typing as t
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StorageError
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations import granting
@@ -120,7 +122,8 @@ def main() -> None:
     try:
         result = granting.grant(request)
     except StorageError as error:
-        module.fail_json(msg=str(error), **error.facts)
+        facts: t.Dict[str, t.Any] = dict(error.facts)
+        module.fail_json(msg=str(error), **facts)
     if not module._diff:
         del result["diff"]
     module.exit_json(**result)
