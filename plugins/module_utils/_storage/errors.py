@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import typing as t
 
+# An image decides how much there is to tell; a task's result stays readable.
+_MOST_ENTRIES = 1000
+
 
 class StorageError(Exception):
     """What a user is told when something cannot be done.
@@ -15,14 +18,18 @@ class StorageError(Exception):
     :param subject: the object it is about: an image name, a path, a map
     :param cause: what is wrong with it, a clause without a full stop
     :param way_out: what to do next, a sentence or a command; may be empty
-    :param facts: JSON-able details, returned to the caller beside the message
+    :param facts: JSON-able details, returned to the caller beside the message; lists are cut off after
+        1,000 entries
     """
 
     def __init__(self, subject: str, cause: str, way_out: str = "", **facts: t.Any) -> None:
         self.subject = subject
         self.cause = cause
         self.way_out = way_out
-        self.facts = facts
+        self.facts = {
+            name: value[:_MOST_ENTRIES] if isinstance(value, (list, tuple)) else value
+            for name, value in facts.items()
+        }
         super().__init__(str(self))
 
     def __str__(self) -> str:

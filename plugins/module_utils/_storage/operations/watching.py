@@ -16,7 +16,8 @@ from .opening import OpenStore
 
 def ledger_of(place: OpenStore) -> Ledger:
     """The store's ledger, read."""
-    return Ledger(os.path.join(place.store.root, "ledger.json")).load()
+    path = os.path.join(place.store.root, "ledger.json")
+    return Ledger(path, place.store.lock_timeout).load()
 
 
 def watch(

@@ -25,7 +25,6 @@ VERSION = 1
 
 # Seen again within this many seconds is no news worth a write.
 _NEWS_SECONDS = 600.0
-_LOCK_SECONDS = 60.0
 _SIZE_LIMIT = 16 * 1024 * 1024
 
 
@@ -45,10 +44,12 @@ class Ledger:
     """The file; times are seconds since the epoch.
 
     :param path: ``ledger.json`` in our folder of the store
+    :param lock_timeout: seconds to wait for the lock of that folder
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, lock_timeout: float = 60.0) -> None:
         self.path = path
+        self.lock_timeout = lock_timeout
         self._entries: t.Dict[str, _Entry] = {}
         self._since: t.Optional[float] = None
         self._news = False
@@ -156,7 +157,7 @@ class Ledger:
                 os.mkdir(folder, 0o700)
             lock = LockFile(os.path.join(folder, LOCK_NAME))
             lock.create()
-            with lock.exclusive(_LOCK_SECONDS):
+            with lock.exclusive(self.lock_timeout):
                 self._merge(Ledger(self.path).load())
                 self._write()
         self._news = False

@@ -1,0 +1,124 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Our own tasks side by side, and beside a process that is stuck."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing as t
+
+import pytest
+from support.images import Image
+from support.lab import Lab
+from support.modules import finish_module, run_module, start_module
+from support.stops import MAP
+from support.stores import Store
+
+MakeStore = t.Callable[..., Store]
+
+# Holds a lock of containers/storage, or of ours, until it is ended.
+HOLD = """
+import fcntl, os, signal, sys
+place = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o644)
+fcntl.lockf(place, fcntl.LOCK_EX)
+print("held", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.parametrize("kind", ["vfs", "overlay-forced", "rootless-overlay"])
+def test_equal_tasks_at_once_make_one_layer(
+    kind: str, lab: Lab, make_store: MakeStore, many_files_image: t.Callable[[int], Image]
+) -> None:
+    """As from two controllers that know nothing of each other."""
+    image = many_files_image(3000)
+    store = make_store(kind, image)
+    wanted = (
+        {"userns": "keep-id", "force": True} if store.user else {"uidmap": [MAP], "force": True}
+    )
+    args = {**store.module_args(), "images": [image.name], **wanted}
+    plain = store.layer_ids()
+    tasks = [start_module(lab, "layer_template", args, environ=store.env()) for _number in range(4)]
+    results = [finish_module(task) for task in tasks]
+    assert [one.get("msg") for one in results] == [None] * 4
+    assert sorted(one["changed"] for one in results) == [False, False, False, True]
+    made = {one["layers"][0]["layer_id"] for one in results}
+    assert len(made) == 1
+    assert store.layer_ids() - plain == made
+    assert store.mapped_layers(image.name) == list(made)
+    for folder in ("staging", "trash"):
+        assert os.listdir(store.graphroot / "userns-storage" / folder) == []
+    podman = [one for one in store.layer_folder("x").parent.iterdir() if len(one.name) == 64]
+    assert len(podman) == len(store.layer_ids())
+
+
+@contextlib.contextmanager
+def stuck(path: t.Any) -> t.Iterator[int]:
+    """A stopped process that holds a lock; gives its PID."""
+    words = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process.pid
+        finally:
+            process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("lock", ["vfs-layers/layers.lock", "vfs-images/images.lock", "own"])
+@pytest.mark.parametrize("module", ["layer_template", "layer_gc", "image_layers_info"])
+def test_a_stuck_process_is_named_after_lock_timeout(
+    module: str, lock: str, lab: Lab, make_store: MakeStore, small_image: Image
+) -> None:
+    store = make_store("vfs", small_image)
+    args = {**store.module_args(), "lock_timeout": 2}
+    if module == "layer_template":
+        args.update(images=[small_image.name], uidmap=[MAP])
+    if module == "layer_gc":
+        store.podman("rm", store.create(small_image.name, f"--uidmap={MAP}", f"--gidmap={MAP}"))
+        args.update(min_age="0", max_copies_per_image=0)
+    if lock == "own":
+        (store.graphroot / "userns-storage").mkdir(mode=0o700)
+    path = store.graphroot / ("userns-storage/lock" if lock == "own" else lock)
+    layers = store.layers()
+    with stuck(path) as pid:
+        started = time.monotonic()
+        fails = not (module == "image_layers_info" and lock == "own")
+        result = run_module(lab, module, args, fails=fails)
+        # Under a busy machine the module itself takes its time.
+        assert time.monotonic() - started < 2 * 2 + 15
+        if fails:
+            assert f"process {pid}" in result["msg"]
+            assert str(path) in result["msg"]
+            assert "lock_timeout" in result["msg"]
+        assert store.layers() == layers
+    assert run_module(lab, module, args)["changed"] == (module != "image_layers_info")
+
+
+def test_stuck_equal_work_is_named_too(
+    lab: Lab, make_store: MakeStore, many_files_image: t.Callable[[int], Image]
+) -> None:
+    image = many_files_image(3000)
+    store = make_store("vfs", image)
+    args = {**store.module_args(), "images": [image.name], "uidmap": [MAP], "lock_timeout": 2}
+    staging = store.graphroot / "userns-storage" / "staging"
+    first = start_module(lab, "layer_template", args)
+    try:
+        until = time.monotonic() + 60
+        while not staging.is_dir() or not list(staging.glob("*/*/*")):
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        os.killpg(first.pid, signal.SIGSTOP)
+        result = run_module(lab, "layer_template", args, fails=True)
+        assert "stayed locked by process" in result["msg"]
+        assert str(staging) in result["msg"]
+    finally:
+        os.killpg(first.pid, signal.SIGCONT)
+    assert finish_module(first)["changed"]
+    assert len(store.mapped_layers(image.name)) == 1
