@@ -111,8 +111,8 @@ def render(fleet: Fleet, title: str, moment: str) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_(title)}</title><style>{_STYLE}</style></head><body><main>",
-        f'<h1>{_(title)}</h1><p class="soft">{_(moment)}. On disk is what would go with the layers; '
+        f"<title>{esc(title)}</title><style>{_STYLE}</style></head><body><main>",
+        f'<h1>{esc(title)}</h1><p class="soft">{esc(moment)}. On disk is what would go with the layers; '
         "recorded is what podman counts.</p>",
         *_tiles(fleet),
         *_chart(fleet),
@@ -124,7 +124,7 @@ def render(fleet: Fleet, title: str, moment: str) -> str:
     return "\n".join(parts)
 
 
-def _(text: t.Any) -> str:
+def esc(text: t.Any) -> str:
     return escape(str(text), quote=True)
 
 
@@ -156,7 +156,7 @@ def _tiles(fleet: Fleet) -> t.Iterator[str]:
     )
     yield '<div class="tiles">'
     for value, words, kind in tiles:
-        yield f'<div class="tile"><b class="{kind}">{_(value)}</b><span>{_(words)}</span></div>'
+        yield f'<div class="tile"><b class="{kind}">{esc(value)}</b><span>{esc(words)}</span></div>'
     yield "</div>"
 
 
@@ -179,7 +179,7 @@ def _chart(fleet: Fleet) -> t.Iterator[str]:
         yield f"<h3>The fullest {_BARS}</h3>"
     for host in full[:_BARS]:
         yield (
-            f'<div class="bar"><span class="name">{_(host.name)}</span>{_bar(host.sums, top)}'
+            f'<div class="bar"><span class="name">{esc(host.name)}</span>{_bar(host.sums, top)}'
             f'<span class="num">{human(host.sums.on_disk)}</span></div>'
         )
     yield "</section>"
@@ -224,14 +224,14 @@ def _skyline(hosts: t.Sequence[Host], top: int) -> t.Iterator[str]:
                     f'width="{width * 0.9:.2f}" height="{part:.2f}"/>'
                 )
         parts.append(
-            f"<g><title>{_(host.name)}: {human(host.sums.on_disk)}</title>{''.join(columns)}</g>"
+            f"<g><title>{esc(host.name)}: {human(host.sums.on_disk)}</title>{''.join(columns)}</g>"
         )
     words = f"All {len(hosts)} hosts, the fullest first"
     yield (
         f'<div class="sky"><div class="scale"><span>{human(top)}</span></div>'
         f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="{words}">{"".join(parts)}</svg>'
         f'<div class="scale"><span>{words}</span>'
-        f"<span>{_(hosts[-1].name)}: {human(hosts[-1].sums.on_disk)}</span></div></div>"
+        f"<span>{esc(hosts[-1].name)}: {human(hosts[-1].sums.on_disk)}</span></div></div>"
     )
 
 
@@ -259,7 +259,7 @@ def _images(fleet: Fleet) -> t.Iterator[str]:
         ("image", "hosts", "copies", "recorded", "on disk", "would be freed"),
         [
             (
-                f"<code>{_(one.name)}</code>",
+                f"<code>{esc(one.name)}</code>",
                 f"{len(one.hosts):,}",
                 f"{one.copies:,}",
                 human(one.recorded),
@@ -292,8 +292,8 @@ def _hosts(fleet: Fleet) -> t.Iterator[str]:
 def _host(host: Host, top: int) -> t.Iterator[str]:
     sums = host.sums
     bad = "good" if host.state == OK else "bad"
-    name = f'<span class="name">{_(host.name)}</span><span class="pill {bad}">{_STATES[host.state]}</span>'
-    said = f'<p class="said bad">{_(host.message)}</p>' if host.message else ""
+    name = f'<span class="name">{esc(host.name)}</span><span class="pill {bad}">{_STATES[host.state]}</span>'
+    said = f'<p class="said bad">{esc(host.message)}</p>' if host.message else ""
     if not host.stores:
         yield f'<details class="host plain"><summary><div class="row">{name}{said}</div></summary></details>'
         return
@@ -314,14 +314,14 @@ def _host(host: Host, top: int) -> t.Iterator[str]:
 
 def _store(store: Store) -> t.Iterator[str]:
     whose = "The rootful store" if store.user == "root" else f"The store of {store.user}"
-    yield f'<div class="store"><b>{_(whose)}</b> <span class="soft">{_(store.place)}</span>'
+    yield f'<div class="store"><b>{esc(whose)}</b> <span class="soft">{esc(store.place)}</span>'
     if store.problem:
-        yield f'<p class="bad">{_(store.problem)}</p>'
+        yield f'<p class="bad">{esc(store.problem)}</p>'
     for note in store.notes:
-        yield f'<p class="soft">{_(note)}</p>'
+        yield f'<p class="soft">{esc(note)}</p>'
     broken = [image for image in store.images if image.problem]
     for image in broken:
-        yield f'<p class="bad"><code>{_(image.name)}</code> {_(image.problem)}</p>'
+        yield f'<p class="bad"><code>{esc(image.name)}</code> {esc(image.problem)}</p>'
     copies = [(image, one) for image in store.images for one in image.copies]
     if copies:
         yield "<h3>Copies of images</h3>"
@@ -329,14 +329,14 @@ def _store(store: Store) -> t.Iterator[str]:
             ("image", "map", "recorded", "on disk", "containers", "state"),
             [
                 (
-                    f"<code>{_(image.name)}</code>",
-                    f"<code>{_(one.map)}</code>",
+                    f"<code>{esc(image.name)}</code>",
+                    f"<code>{esc(one.map)}</code>",
                     human(one.recorded),
                     human(one.on_disk),
-                    _(", ".join(one.containers) or "none"),
-                    _(one.status)
+                    esc(", ".join(one.containers) or "none"),
+                    esc(one.status)
                     if one.status == "ok"
-                    else f'<span class="bad">{_(one.status)}</span>',
+                    else f'<span class="bad">{esc(one.status)}</span>',
                 )
                 for image, one in copies
             ],
@@ -348,10 +348,10 @@ def _store(store: Store) -> t.Iterator[str]:
             ("image", "map", "on disk", "why"),
             [
                 (
-                    f"<code>{_(one.image)}</code>",
-                    f"<code>{_(one.map)}</code>",
+                    f"<code>{esc(one.image)}</code>",
+                    f"<code>{esc(one.map)}</code>",
                     human(one.size),
-                    _(one.reason),
+                    esc(one.reason),
                 )
                 for one in store.removals
             ],
@@ -362,7 +362,7 @@ def _store(store: Store) -> t.Iterator[str]:
         yield _table(
             ("rule", "layers", "on disk"),
             [
-                (f"<code>{_(rule)}</code>", f"{layers:,}", human(size))
+                (f"<code>{esc(rule)}</code>", f"{layers:,}", human(size))
                 for rule, layers, size in store.prospects
             ],
             (1, 2),
@@ -373,9 +373,11 @@ def _store(store: Store) -> t.Iterator[str]:
             ("image", "map", "why"),
             [
                 (
-                    f"<code>{_(one.image)}</code>",
-                    f"<code>{_(one.map)}</code>" if one.map else "",
-                    f'<span class="bad">{_(one.reason)}</span>' if one.refused else _(one.reason),
+                    f"<code>{esc(one.image)}</code>",
+                    f"<code>{esc(one.map)}</code>" if one.map else "",
+                    f'<span class="bad">{esc(one.reason)}</span>'
+                    if one.refused
+                    else esc(one.reason),
                 )
                 for one in store.missing
             ],

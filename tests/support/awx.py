@@ -84,7 +84,8 @@ def check_survey(survey: Json) -> None:
             )
         seen.add(one["variable"])
         default = one.get("default", "")
-        if default != "" and type(default) is not _TYPES[one["type"]]:
+        fits = isinstance(default, _TYPES[one["type"]]) and not isinstance(default, bool)
+        if default != "" and not fits:
             raise Refused(
                 f"Default value {default!r} in question {number} is not of type {one['type']}"
             )
