@@ -98,9 +98,11 @@ def test_a_hostile_image(lab: Lab, make_store: MakeStore, modules: Modules) -> N
     before = disk_state(outside)
     others = {one: os.lstat(one) for one in store.layer_folder("x").parent.iterdir()}
     args = {**store.module_args(), "images": [image.name], "uidmap": [MAP]}
-    made = modules.run("layer_template", args, record=True)
+    made = modules.run("layer_template", args, opens=True)
     result = refused_or_done(made)
     assert result["changed"], made.output
+    # Not even to read it.
+    assert not [call for call in made.calls if str(outside) in call.paths[0]]
     assert before.changes(disk_state(outside)) == []
     assert {one: os.lstat(one) for one in others} == others
     _written_below(made, store)
@@ -131,6 +133,8 @@ def _written_below(run: Run, store: Store) -> None:
     allowed += [f"{base}/{driver}-" for base in (graphroot, str(store.runroot))]
     exact = {f"{graphroot}/userns-storage", f"{graphroot}/{driver}/dir"}
     for call in run.calls:
+        if call.name.startswith("open") and not call.changes:
+            continue
         for path in call.paths:
             known = path.startswith((*allowed, "pipe:", "/dev/", "/proc/", "anon_inode:"))
             assert known or path in exact or "memfd" in path or "/dev/shm" in path, call
@@ -328,6 +332,18 @@ def test_root_is_not_tricked_by_a_users_store(tampered: Tampered, trick: str) ->
         refused_or_done(run)
         assert before.changes(disk_state(case.roots)) == [], (module, run.output)
     _still_the_users(case)
+
+
+def test_every_file_of_a_users_store_is_opened_as_the_user(tampered: Tampered) -> None:
+    case = tampered
+    case.put_back()
+    args = {**case.store.module_args(), "images": ["localhost/tiny:1"], "userns": "keep-id"}
+    for state in ("present", "absent"):
+        run = case.modules.run("layer_template", {**args, "state": state}, opens=True)
+        assert run.result["changed"], run.output
+        there = [call for call in run.calls if call.paths[0].startswith(case.user.home)]
+        assert len(there) > 50
+        assert {call.uid for call in there} == {case.user.uid}
 
 
 def _still_the_users(case: Tampered) -> None:

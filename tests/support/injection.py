@@ -99,11 +99,15 @@ class Call:
 
     :ivar paths: what it is about, absolute; two for a rename or a link
     :ivar content: of the file that is about to get the name of a file of records, else ""
+    :ivar uid: with whose rights on files, as the host counts users
+    :ivar changes: whether it would change anything
     """
 
     name: str
     paths: t.Tuple[str, ...]
     content: str = ""
+    uid: int = 0
+    changes: bool = True
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(self.paths)})"
@@ -152,6 +156,7 @@ class Modules:
         at: int = 0,
         what: str = "",
         record: bool = False,
+        opens: bool = False,
         account: t.Optional[Account] = None,
     ) -> Run:
         """Run one of our modules.
@@ -159,6 +164,8 @@ class Modules:
         :param below: only calls about paths below this folder are points
         :param at: the number of the call to stop at, from 1; 0 lets all be made
         :param what: KILL, KILL_ONE or the name of an error
+        :param record: whether the calls are to be kept
+        :param opens: whether those that open something to read it are kept too; they are no points
         :param account: who runs it; root if not given
         """
         asked = {
@@ -167,7 +174,8 @@ class Modules:
             "below": below,
             "at": at,
             "what": what,
-            "record": record,
+            "record": record or opens,
+            "opens": opens,
             "ids": [account.uid, account.gid] if account else None,
         }
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -208,7 +216,7 @@ def _root() -> Account:
 
 
 def _call(found: t.Sequence[t.Any]) -> Call:
-    return Call(found[0], tuple(found[1]), found[2])
+    return Call(found[0], tuple(found[1]), found[2], found[3], found[4])
 
 
 def _result(output: str) -> Json:
@@ -284,19 +292,20 @@ class _Memory:
         return os.path.normpath(os.path.join(base, name))
 
 
-def _looked_at(pid: int, name: str, args: t.Sequence[int]) -> t.Optional[t.List[str]]:
-    """The paths that a call would change something at; None if it would change nothing."""
+def _changes(pid: int, name: str, args: t.Sequence[int]) -> bool:
+    """Whether a call would change anything."""
+    if name in ("open", "openat", "openat2"):
+        if name == "openat2":
+            (flags,) = struct.unpack("<Q", _Memory(pid).read(args[2], 8))
+        else:
+            flags = args[1 if name == "open" else 2]
+        return bool(flags & (os.O_CREAT | os.O_TRUNC)) or flags & os.O_TMPFILE == os.O_TMPFILE
+    return name != "ioctl" or args[1] & 0xFFFFFFFF in _WRITING_IOCTLS
+
+
+def _paths(pid: int, name: str, args: t.Sequence[int]) -> t.List[str]:
+    """What a call is about."""
     memory = _Memory(pid)
-    if name in ("open", "openat"):
-        flags = args[1 if name == "open" else 2]
-        if not flags & (os.O_CREAT | os.O_TRUNC) and flags & os.O_TMPFILE != os.O_TMPFILE:
-            return None
-    if name == "openat2":
-        (flags,) = struct.unpack("<Q", memory.read(args[2], 8))
-        if not flags & (os.O_CREAT | os.O_TRUNC):
-            return None
-    if name == "ioctl" and args[1] & 0xFFFFFFFF not in _WRITING_IOCTLS:
-        return None
     paths, place = [], 0
     for form in _FORMS[name]:
         if form == "f":
@@ -308,6 +317,13 @@ def _looked_at(pid: int, name: str, args: t.Sequence[int]) -> t.Optional[t.List[
             place += 1
         place += 1
     return paths
+
+
+def _uid(pid: int) -> int:
+    """With whose rights on files a process works."""
+    with open(f"/proc/{pid}/status", encoding="utf-8") as status:
+        line = next(line for line in status if line.startswith("Uid:"))
+    return int(line.split()[4])
 
 
 class _Tracer:
@@ -383,17 +399,20 @@ class _Tracer:
         _ptrace(_SYSCALL_INFO, pid, len(buffer), ctypes.addressof(buffer))
         number, *args = struct.unpack_from("<7Q", buffer, 24)
         name = _NAMES[number]
-        paths = _looked_at(pid, name, args)
-        if paths is None:
+        changes = _changes(pid, name, args)
+        if not changes and not (self.asked["opens"] and name.startswith("open")):
             return
+        paths = _paths(pid, name, args)
         if self.below and not any((path + "/").startswith(self.below) for path in paths):
             return
-        self.points += 1
         if self.asked["record"]:
-            self.calls.append([name, paths, self._content(pid, name, paths)])
+            self.calls.append([name, paths, self._content(pid, name, paths), _uid(pid), changes])
+        if not changes:
+            return
+        self.points += 1
         if self.points != self.asked["at"]:
             return
-        self.at = [name, paths, ""]
+        self.at = [name, paths, "", 0, True]
         what = self.asked["what"]
         if what == KILL:
             for one in tuple(self.known):

@@ -84,16 +84,20 @@ class Scene:
         self._links: t.FrozenSet[str] = frozenset()
         self._good: t.Set[t.Tuple[t.FrozenSet[t.Any], bool]] = set()
         self._words: t.Dict[str, t.Set[str]] = {}
-        store.create(image.name, f"--uidmap={OTHER_MAP}", f"--gidmap={OTHER_MAP}", "--name=uses")
+        maps = [f"--uidmap={OTHER_MAP}", f"--gidmap={OTHER_MAP}"]
+        store.create(image.name, *(["--userns=nomap"] if store.user else maps), "--name=uses")
 
     # The task
 
+    def do(self, module: str, args: t.Mapping[str, t.Any]) -> None:
+        """Have a task done that changes the store."""
+        self._take(module, args)
+        done = self._run()
+        assert done.result.get("changed"), done.output
+
     def begin(self, module: str, args: t.Mapping[str, t.Any]) -> int:
         """Take a task that is to be stopped, from the store as it is now on; the number of its points."""
-        self.module = module
-        self.takes_away = module == "layer_gc" or args.get("state") == "absent"
-        self.args = {**self.store.module_args(), **args}
-        self.below = str(self.store.graphroot)
+        self._take(module, args)
         self._known = frozenset(self.store.layer_ids() | {i["id"] for i in self.store.images()})
         links = self.store.graphroot / "overlay" / "l"
         self._links = frozenset(os.listdir(links)) if links.is_dir() else frozenset()
@@ -111,6 +115,16 @@ class Scene:
         assert self._difference(self.after, self.state()) == []
         self.restore("before")
         return done.points
+
+    def _take(self, module: str, args: t.Mapping[str, t.Any]) -> None:
+        self.module = module
+        self.args = {**self.store.module_args(), **args}
+        if self.store.user:
+            # The namespace that podman gives its user by itself, in place of a range of the host's.
+            self.args.pop("uidmap", None)
+            self.args.update({"userns": "keep-id"} if module == "layer_template" else {})
+        self.takes_away = module == "layer_gc" or args.get("state") == "absent"
+        self.below = str(self.store.graphroot)
 
     def _run(self, at: int = 0, what: str = "") -> Run:
         return self.modules.run(self.module, self.args, below=self.below, at=at, what=what)
@@ -203,7 +217,7 @@ class Scene:
         if not local:
             commands.append(["containers-storage", "check"])
         for command in commands:
-            done = machine.run(command, env=store.env(), check=False)
+            done = machine.run(command, account=store.account, env=store.env(), check=False)
             assert done.rc == 0 or command[-1] == "check", f"{command}: {done.stdout}{done.stderr}"
             text = done.stderr if command[-1] == "-v" else done.stdout + done.stderr
             words.add(f"{command[1]} {done.rc}")
@@ -335,8 +349,9 @@ def stop_everywhere(
     task: str,
     machines: t.Sequence[Machine],
     thorough: bool,
+    step: int = 1,
 ) -> Scene:
-    """Stop a task at each of its points.
+    """Stop a task at each of its points, or at each so many.
 
     :param thorough: in each way; otherwise by killing it and, in turn, in one of the others, the latter
         at all points with vfs and at each third with other drivers
@@ -347,9 +362,8 @@ def stop_everywhere(
     try:
         scene = Scene(store, image, modules, machines)
         if task != "present":
-            module, args = TASKS["present"]
-            assert modules.run(module, {**store.module_args(), **args}).result["changed"]
-        scene.begin(*TASKS[task])
+            scene.do(*TASKS["present"])
+        points = scene.begin(*TASKS[task])
         at, more = 1, True
         while more:
             ways: t.Tuple[str, ...] = (KILL, WAYS[1 + at % (len(WAYS) - 1)])
@@ -359,12 +373,12 @@ def stop_everywhere(
                 ways = (KILL,)
             for way in ways:
                 more = scene.stop(way, at) and more
-            at += 1
+            at += step
     finally:
         modules.close()
     told = ", ".join(f"{number} {what}" for what, number in scene.tried.items())
     failed = f"{len(scene.problems)} not survived" if scene.problems else "all survived"
     print(
-        f"{kind} {task}: {at - 2} points; {told}; {failed}; {scene.shown} states shown to podmans"
+        f"{kind} {task}: {points} points; {told}; {failed}; {scene.shown} states shown to podmans"
     )
     return scene
