@@ -23,16 +23,16 @@ def number(row: Row, value: t.Optional[float]) -> str:
 
 def line(row: Row) -> str:
     """One row in a line."""
-    bar = f" of {number(row, row.bar)}" if row.bar is not None else ""
-    return f"{row.group}: {row.work}: {number(row, row.value)}{bar} {row.verdict}".rstrip()
+    limit = f" of {number(row, row.allowed)}" if row.allowed is not None else ""
+    return f"{row.group}: {row.work}: {number(row, row.value)}{limit} {row.verdict}".rstrip()
 
 
 def table(rows: t.Sequence[Row]) -> str:
     """Lines of work, value, bar and verdict, as wide as they need be."""
     cells = [("work", "measured", "bar", "verdict")]
     for row in rows:
-        bar = f"<= {number(row, row.bar)}" if row.bar is not None else ""
-        cells.append((f"{row.group}: {row.work}", number(row, row.value), bar, row.verdict))
+        limit = f"<= {number(row, row.allowed)}" if row.allowed is not None else ""
+        cells.append((f"{row.group}: {row.work}", number(row, row.value), limit, row.verdict))
     widths = [max(len(one[column]) for one in cells) for column in range(4)]
     lines = []
     for line in cells:
@@ -44,7 +44,7 @@ def table(rows: t.Sequence[Row]) -> str:
 
 def svg(rows: t.Sequence[Row], title: str, notes: t.Sequence[str]) -> str:
     """Each row with a bar in words as a bar on paper: its length is the share of what was allowed."""
-    shown = [row for row in rows if row.bar]
+    shown = [row for row in rows if row.allowed]
     height = 76 + _LINE * len(shown) + 16 * len(notes) + 20
     room = _WIDTH - _LEFT - _RIGHT
     # What was allowed lies at two thirds; what goes beyond the edge is cut there.
@@ -60,7 +60,7 @@ def svg(rows: t.Sequence[Row], title: str, notes: t.Sequence[str]) -> str:
     top = 62
     for index, row in enumerate(shown):
         y = top + _LINE * index
-        length = max(2.0, min(row.value / (row.bar or 1) * allowed, room))
+        length = max(2.0, min(row.value / (row.allowed or 1) * allowed, room))
         words = html.escape(f"{row.group}: {row.work}")
         parts += [
             f'<text x="{_LEFT - 8}" y="{y + 15}" text-anchor="end" fill="#1d2733" '
@@ -68,7 +68,7 @@ def svg(rows: t.Sequence[Row], title: str, notes: t.Sequence[str]) -> str:
             f'<rect x="{_LEFT}" y="{y + 3}" width="{length:.1f}" height="{_LINE - 8}" '
             f'fill="{_COLOURS[row.verdict]}"/>',
             f'<text x="{_WIDTH - _RIGHT + 8}" y="{y + 15}" fill="#1d2733">'
-            f"{number(row, row.value)} of {number(row, row.bar)}</text>",
+            f"{number(row, row.value)} of {number(row, row.allowed)}</text>",
         ]
     bottom = top + _LINE * len(shown)
     parts.append(

@@ -24,22 +24,22 @@ class Row:
     """One line of the table.
 
     :param value: what was measured, in ``unit``
-    :param bar: what it may come to at most; None for what only informs
+    :param allowed: what it may come to at most; None for what only informs
     :param detail: the figures that it is made of
     """
 
     group: str
     work: str
     value: float
-    bar: t.Optional[float]
+    allowed: t.Optional[float]
     unit: str = "x"
     detail: t.Dict[str, t.Any] = dataclasses.field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
-        if self.bar is None:
+        if self.allowed is None:
             return ""
-        return "met" if round(self.value, 3) <= self.bar else "missed"
+        return "met" if round(self.value, 3) <= self.allowed else "missed"
 
 
 def median(values: t.Iterable[float]) -> float:
@@ -69,18 +69,18 @@ COPIES_LIMIT = ("overlay-ext4", "overlay-xfs")
 def against_podman(lab: Lab, pictures: t.Sequence[Image], rounds: int, say: Say) -> t.Iterator[Row]:
     """Time to a ready mapped layer against podman, diff + apply and cp; disk taken by it."""
     for image in pictures:
-        for kind, options, words, bar in PODMAN:
+        for kind, options, words, allowed in PODMAN:
             where = f"{words}, {image.name.partition('/')[2].partition(':')[0]}"
             say(where)
             place = Place(lab, kind, image, **options)
             try:
-                yield from _pairs(place, where, bar, kind, options, rounds)
+                yield from _pairs(place, where, allowed, kind, options, rounds)
             finally:
                 place.close()
 
 
 def _pairs(
-    place: Place, where: str, bar: float, kind: str, options: t.Dict[str, str], rounds: int
+    place: Place, where: str, allowed: float, kind: str, options: t.Dict[str, str], rounds: int
 ) -> t.List[Row]:
     theirs: t.List[t.Tuple[float, float]] = []
     mine: t.List[Made] = []
@@ -141,7 +141,7 @@ def _pairs(
             "against podman's own copy",
             where,
             ratio(inner, alone),
-            bar,
+            allowed,
             detail={
                 **detail,
                 "podman_first": seconds([first for first, _second in theirs]),

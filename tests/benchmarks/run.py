@@ -136,7 +136,7 @@ def _write(
                 "work": row.work,
                 "value": round(row.value, 3),
                 "unit": row.unit,
-                "bar": row.bar,
+                "bar": row.allowed,
                 "verdict": row.verdict or None,
                 "detail": row.detail,
             }

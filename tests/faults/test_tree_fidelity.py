@@ -40,10 +40,10 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.kernel imp
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree import walk
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.clone import (
-    CloneResult,
     can_reflink,
     clone,
 )
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.craft import CloneResult
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.measure import measure
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.merged import (
     LayerStack,

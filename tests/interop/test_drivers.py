@@ -120,7 +120,8 @@ def inside(store: Store, function: t.Callable[..., t.Any], *arguments: t.Any) ->
 
 @contextlib.contextmanager
 def opened(place: Place) -> t.Iterator[Driver]:
-    with view_of(place.graphroot, place.driver) as view:
+    with contextlib.ExitStack() as undo:
+        view = undo.enter_context(view_of(place.graphroot, place.driver))
         home = DriverHome(
             place.graphroot,
             place.runroot,

@@ -150,7 +150,7 @@ def test_gathering_keeps_up_with_listing_the_layers(lab: Lab, make_store: MakeSt
         return seconds
 
     theirs, ours = [], []
-    for _ in range(3):
+    for _round in range(3):
         theirs.append(list_layers())
         ours.append(gather())
     found = ours[0]

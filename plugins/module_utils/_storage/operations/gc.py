@@ -12,7 +12,7 @@ import time
 import typing as t
 from dataclasses import asdict, dataclass
 
-from ..errors import ImageUnknown, LayerInUse, NamespaceError, StorageError, StoreError
+from ..errors import ImageUnknown, LayerInUse, LayerUnknown, NamespaceError, StorageError, StoreError
 from ..idmap.mapping import Mapping
 from ..idmap.ranges import IDMap
 from ..idmap.subids import everybodys_ranges, subordinate_ids
@@ -30,6 +30,7 @@ from .inventory import (
     container_result,
     take,
 )
+from .moments import age
 from .opening import OpenStore, StoreRequest, opened
 from .plan import (
     LEFTOVERS,
@@ -96,10 +97,10 @@ def read_policy(request: GcRequest, now: float) -> Policy:
         images=request.images,
         keep_images=request.keep_images,
         keep_mappings=request.keep_mappings,
-        min_age=reading.age("min_age", request.min_age),
+        min_age=age("min_age", request.min_age),
         duplicates=request.duplicates,
         unusable_maps=request.unusable_maps,
-        unused_for=reading.age("unused_for", request.unused_for) if request.unused_for else None,
+        unused_for=age("unused_for", request.unused_for) if request.unused_for else None,
         created_before=(
             reading.moment("created_before", request.created_before, now)
             if request.created_before
@@ -345,6 +346,9 @@ class _Collection:
         except LayerInUse as error:
             # Somebody took it into use since the plan was made: that is no failure.
             self.kept.append({**entry, "rule": "in_use", "reason": str(error)})
+        except LayerUnknown:
+            # Somebody else took it away since then: it is gone, as was wanted, but not by us.
+            return
         except (StorageError, OSError) as error:
             self.failed.append({**entry, "reason": str(error)})
         else:
@@ -361,6 +365,8 @@ class _Collection:
                 remove_mapped_layer(self.place, finding.name, _still(finding))
         except LayerInUse as error:
             self.reported.append({**entry, "rule": "in_use", "reason": str(error)})
+        except LayerUnknown:
+            return
         except (StorageError, OSError) as error:
             self.failed.append({**entry, "reason": str(error)})
         else:

@@ -109,7 +109,8 @@ def opened(request: StoreRequest, craft: t.Optional[Craft] = None) -> t.Iterator
         rootless=request.account is not None,
     )
     Store.open(config)
-    with view_of(config.graphroot, config.driver) as view:
+    with contextlib.ExitStack() as undo:
+        view = undo.enter_context(view_of(config.graphroot, config.driver))
         store = Store.open(config, lock_timeout=request.lock_timeout)
         home = DriverHome(
             graphroot=config.graphroot,

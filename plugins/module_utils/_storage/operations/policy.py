@@ -17,8 +17,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from .moments import AGE
-from .moments import age as age
+from .moments import AGE, age
 
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)(?:\s*([A-Za-z]+))?\s*")
 _POWERS = {letter: 1 << (10 * power) for power, letter in enumerate("BKMGTPEZY")}

@@ -10,7 +10,7 @@ import os
 import typing as t
 from dataclasses import dataclass
 
-from ..errors import LayerInUse, StoreError
+from ..errors import LayerInUse, LayerUnknown
 from ..store.snapshot import Snapshot
 from ..store.staging import TRASH
 from .opening import OpenStore
@@ -45,11 +45,11 @@ def refuse_if_used(snapshot: Snapshot, layer_id: str) -> None:
     """Raise when a mapped layer cannot go.
 
     :raises LayerInUse: containers or layers rest on it, or it is some image's own layer
-    :raises StoreError: there is no such layer
+    :raises LayerUnknown: there is no such layer
     """
     layer = snapshot.layers.get(layer_id)
     if layer is None:
-        raise StoreError(f"layer {layer_id[:12]}", "is not in the store")
+        raise LayerUnknown(f"layer {layer_id[:12]}", "is not in the store")
     users = users_of(snapshot, layer_id)
     if users:
         names = ", ".join(f"{one['kind']} {one['name'] or one['id'][:12]}" for one in users)

@@ -178,7 +178,7 @@ def _check_map(check: t.Callable[[t.Any], str]) -> t.Callable[[t.Any], str]:
 
 def _whole(low: int, high: int) -> t.Callable[[t.Any], str]:
     def verify(value: t.Any) -> str:
-        if type(value) is not int:
+        if isinstance(value, bool) or not isinstance(value, int):
             return "is not a whole number"
         return "" if low <= value <= high else f"is outside {low} to {high}"
 
@@ -345,7 +345,7 @@ class Record:
                     self._refuse(index, key, f"is spelt otherwise than {key.lower()!r}")
                 if _too_deep(value):
                     self._refuse(index, key, f"is nested more than {_DEPTH_LIMIT} deep")
-            elif check is _check_string and type(value) is str:
+            elif check is _check_string and isinstance(value, str):
                 continue
             elif value is not None:
                 wrong = check(value)

@@ -15,8 +15,10 @@ from ..errors import TreeError
 from ..idmap.mapping import Shift
 from ..kernel import files
 from . import owners
-from .clone import CloneResult, as_result, raise_unmapped, unmapped_ids
+from .clone import as_result, raise_unmapped, unmapped_ids
+from .craft import CloneResult
 from .merged import PLAIN, LayerStack
+from .trouble import as_storage_error, shown
 from .walk import (
     APPARENT,
     DIRECTORIES,
@@ -28,8 +30,6 @@ from .walk import (
     Token,
     Visitor,
     Walk,
-    as_storage_error,
-    shown,
 )
 
 IN_PLACE = "in place"

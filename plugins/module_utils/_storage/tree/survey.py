@@ -13,7 +13,8 @@ import typing as t
 from ..idmap.mapping import Shift
 from ..kernel import xattrs
 from . import owners
-from .clone import CloneResult, as_result, raise_unmapped, unmapped_ids
+from .clone import as_result, raise_unmapped, unmapped_ids
+from .craft import CloneResult
 from .merged import LayerStack, attribute_names
 from .walk import (
     ALLOCATED,

@@ -64,7 +64,7 @@ def test_values_of_ours_travel(value: t.Any) -> None:
 
 def test_errors_of_ours_travel() -> None:
     error = userns._load(pickle.dumps(MapError("map", "is odd", "Mend it.", ids=[1]), protocol=4))
-    assert type(error) is MapError
+    assert error.__class__ is MapError
     assert (error.subject, error.facts) == ("map", {"ids": [1]})
 
 
