@@ -128,7 +128,11 @@ def pip_settings() -> str:
 
 
 def ansible_test(
-    session: nox.Session, kind: str, *options: str, tools: Path = Path(sys.prefix)
+    session: nox.Session,
+    kind: str,
+    *options: str,
+    tools: Path = Path(sys.prefix),
+    where: tuple[str, ...] = ("--local",),
 ) -> None:
     """Run ansible-test without containers, in a copy of the collection."""
     own_home = home(tools)
@@ -141,8 +145,8 @@ def ansible_test(
             options = ("--allow-destructive", *options)
         try:
             with session.chdir(tree):
-                command = (tools / "bin/python", tools / "bin/ansible-test", kind, "--local")
-                run(session, *command, *options, **environment)
+                command = (tools / "bin/python", tools / "bin/ansible-test", kind)
+                run(session, *command, *where, *options, **environment)
         finally:
             report_junit(session, output / "junit")
 
@@ -320,7 +324,7 @@ def integration_pythons(session: nox.Session) -> None:
             "--target",
             f"controller:python={version}",
         )
-        ansible_test(session, "integration", *target, *session.posargs)
+        ansible_test(session, "integration", *session.posargs, where=target)
     if not others:
         session.log("no other Python is at hand")
 

@@ -12,7 +12,14 @@ import time
 import typing as t
 from dataclasses import asdict, dataclass
 
-from ..errors import ImageUnknown, LayerInUse, LayerUnknown, NamespaceError, StorageError, StoreError
+from ..errors import (
+    ImageUnknown,
+    LayerInUse,
+    LayerUnknown,
+    NamespaceError,
+    StorageError,
+    StoreError,
+)
 from ..idmap.mapping import Mapping
 from ..idmap.ranges import IDMap
 from ..idmap.subids import everybodys_ranges, subordinate_ids

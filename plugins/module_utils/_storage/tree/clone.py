@@ -17,8 +17,9 @@ from ..errors import TreeError, UnmappedIDs
 from ..idmap.mapping import Shift
 from ..kernel import files, xattrs
 from . import owners
-from .craft import CloneResult as CloneResult
+from .craft import CloneResult
 from .merged import LayerStack, attribute_names
+from .trouble import as_storage_error, shown
 from .walk import (
     ALLOCATED,
     APPARENT,
@@ -34,8 +35,6 @@ from .walk import (
     Totals,
     Visitor,
     Walk,
-    as_storage_error,
-    shown,
 )
 
 REFLINK = "reflink"

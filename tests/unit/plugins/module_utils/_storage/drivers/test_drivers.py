@@ -450,7 +450,7 @@ def test_registry(tmp_path: pathlib.Path) -> None:
 )
 def test_errors_of_the_system(number: int, kind: t.Type[StorageError]) -> None:
     error = explained(OSError(number, os.strerror(number), "x"), TOP, "/g")
-    assert type(error) is kind
+    assert error.__class__ is kind
     assert os.strerror(number) in str(error)
 
 

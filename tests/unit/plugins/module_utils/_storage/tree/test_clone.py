@@ -33,7 +33,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.shift
     shift_in_place,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.survey import survey
-from ansible_collections.userns.storage.plugins.module_utils._storage.tree.walk import (
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.trouble import (
     as_storage_error,
     shown,
 )
@@ -179,7 +179,7 @@ def test_measure_of_a_file(tmp_path: pathlib.Path) -> None:
 )
 def test_errors(number: int, kind: t.Type[Exception]) -> None:
     error = as_storage_error(OSError(number, os.strerror(number), "some/path"))
-    assert type(error) is kind
+    assert error.__class__ is kind
     assert error.facts == {"path": "some/path", "errno": number}
     assert "some/path" in str(error)
 
