@@ -32,8 +32,7 @@ import typing as t
 from ..errors import InternalError, StorageError, TreeError
 from ..kernel import libc
 from .merged import LayerStack, attribute_names
-from .trouble import as_storage_error as as_storage_error
-from .trouble import shown as shown
+from .trouble import as_storage_error, shown
 
 # Kinds of entries, as a directory's listing tells them.
 FILE, SYMLINK, SPECIAL = range(3)
