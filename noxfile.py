@@ -351,9 +351,10 @@ def molecule(session: nox.Session) -> None:
     with workshop.collection_tree(session.name) as tree:
         try:
             with session.chdir(tree):
-                command = (tools / "bin/python", "tests/molecule/run.py", *session.posargs)
                 path = workshop.clean_path(tools / "bin")
-                run(session, *command, MOLECULE_RESULTS=str(output), PATH=path)
+                environment = {"MOLECULE_RESULTS": str(output), "PATH": path}
+                driver = "tests/molecule/run.py"
+                run(session, tools / "bin/python", driver, *session.posargs, **environment)
         finally:
             report_junit(session, output)
 
