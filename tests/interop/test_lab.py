@@ -29,6 +29,8 @@ COPIES = {
     "vfs-xfs": True,
     "vfs-ext4": True,
     "overlay-ext4": True,
+    "overlay-tmpfs": True,
+    "vfs-tmpfs": True,
     "btrfs": True,
     "rootless-overlay": True,
     "rootless-vfs": True,
