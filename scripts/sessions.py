@@ -146,8 +146,9 @@ def many(sessions: list[Session], environment: dict[str, str]) -> int:
     counts: list[tuple[int, int]] = []
     try:
         while waiting or lonely or running:
-            while waiting and len(running) < LANES:
-                running.append(start(waiting.pop(0), environment))
+            while len(running) < LANES and (following := next_of(waiting, running)):
+                waiting.remove(following)
+                running.append(start(following, environment))
             if lonely and not waiting and not running:
                 running.append(start(lonely.pop(0), environment))
             time.sleep(0.1)
@@ -164,6 +165,12 @@ def many(sessions: list[Session], environment: dict[str, str]) -> int:
         for one_running in running:
             stop(one_running)
     return conclude(counts)
+
+
+def next_of(waiting: list[Session], running: list[Running]) -> t.Optional[Session]:
+    """The first that may run beside those that do: two of one folder change the machine alike."""
+    taken = {one.session.folder for one in running} - {"."}
+    return next((session for session in waiting if session.folder not in taken), None)
 
 
 def start(session: Session, environment: dict[str, str]) -> Running:
