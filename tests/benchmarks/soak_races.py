@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Everybody at once on a rootful and on a rootless store, for long; tests/faults/test_races.py is the short version."""
+"""Everybody at once on a rootful and on a rootless store, for long."""
 
 from __future__ import annotations
 
