@@ -24,7 +24,6 @@ from .lab import Lab, cache_dir
 from .machines import Machine
 
 SUITES = ("trixie", "sid")
-_MIRROR = "http://deb.debian.org/debian"
 _PACKAGES = (
     *("acl", "attr", "btrfs-progs", "buildah", "containers-storage", "crun", "fuse-overlayfs"),
     *("libcap2-bin", "netavark", "openssh-server", "passwd", "podman", "python3", "skopeo"),
@@ -62,7 +61,7 @@ def _quietly(words: t.Sequence[str], **options: t.Any) -> None:
 
 
 def _debootstrap(suite: str, root: pathlib.Path) -> None:
-    _quietly(["debootstrap", "--variant=minbase", suite, str(root), _MIRROR])
+    _quietly(["debootstrap", "--variant=minbase", suite, str(root)])
     # A mirror frozen in time serves releases whose date of expiry is past.
     (root / "etc/apt/apt.conf.d/99archive").write_text("Acquire::Check-Valid-Until false;\n")
 
