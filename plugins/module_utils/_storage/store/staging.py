@@ -22,7 +22,7 @@ import typing as t
 import uuid
 from dataclasses import dataclass
 
-from ..errors import LockTimeout, StoreError
+from ..errors import LockTimeout, NoSpace, StoreError
 from .explained import explained
 from .locks import LockFile
 from .removal import Destroy, remove_tree
@@ -246,17 +246,25 @@ class StagingArea:
                     lock.release()
                     return
                 if os.path.basename(os.path.dirname(path)) != TRASH:
-                    folder = os.path.join(self.root, TRASH)
-                    self._make(folder)
-                    target = os.path.join(
-                        folder, f"{os.path.basename(path)}-{uuid.uuid4().hex[:16]}"
-                    )
-                    os.rename(path, target)
-                    path = target
+                    # A full disk may take no further name: then it is deleted where it is.
+                    with contextlib.suppress(NoSpace):
+                        path = self._move_to_trash(path)
         except BaseException:
             lock.release()
             raise
         self._delete(path, lock, destroy)
+
+    def _move_to_trash(self, path: str) -> str:
+        """Where an entry is now.
+
+        :raises NoSpace: the disk is full; it is where it was
+        """
+        folder = os.path.join(self.root, TRASH)
+        target = os.path.join(folder, f"{os.path.basename(path)}-{uuid.uuid4().hex[:16]}")
+        with explained(self.root):
+            self._make(folder)
+            os.rename(path, target)
+        return target
 
     def _is_place_of(self, path: str, lock: LockFile) -> bool:
         """Whether the lock held is still the one that lies at the entry's path."""
