@@ -16,21 +16,23 @@ from .stores import Store
 class Rounds:
     """A loop that creates, starts and removes containers with user namespaces.
 
-    Attributes: failures (what went wrong, in words), collections (runs of layer_gc that came to their
+    Attributes: failures (what went wrong, in words), count (rounds run), collections (runs of layer_gc that came to their
     end meanwhile), removed (layers that they took).
     """
 
     def __init__(self, lab: Lab, store: Store, image: str, maps: t.Sequence[str]) -> None:
         self.lab, self.store, self.image, self.maps = lab, store, image, maps
         self.failures: t.List[str] = []
+        self.count = 0
         self.collections = 0
         self.removed = 0
         self._end = threading.Event()
 
     def run(self, count: int) -> None:
-        """So many rounds, each with one container on the next map."""
-        for number in range(count):
-            self._round(number, self.maps[number % len(self.maps)])
+        """So many rounds more, each with one container on the next map."""
+        for _round in range(count):
+            self._round(self.count, self.maps[self.count % len(self.maps)])
+            self.count += 1
 
     def _round(self, number: int, text: str) -> None:
         name = f"round{number}"
