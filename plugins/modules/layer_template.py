@@ -131,6 +131,19 @@ options:
       - For how long M(userns.storage.layer_gc) keeps a new layer though nobody uses it yet, an age such as V(30d).
       - It begins when the layer is made. A layer that is there already keeps the lease it has.
     type: str
+  time_limit:
+    description:
+      - Stop after so many seconds, and tell in RV(remaining) what is left to do. The next run goes on from there, with a layer that is half
+        made too. This is for maintenance windows.
+      - Some files may take longer than that, since none is left half copied. Nothing else in a run is limited.
+      - Half of a layer is kept for a day, or until the host starts again. It lies beside the store, where nothing takes it for a layer, and
+        M(userns.storage.layer_gc) leaves it alone for so long.
+      - Without it the task goes on until all is done, and shows every ten seconds or more how far it is, for each host.
+    type: int
+notes:
+  - On the controller an action plugin of the same name calls the module again and again with a O(time_limit) of its own and shows a line
+    in between. Nothing runs on when the play is interrupted. In check mode, with C(async), with O(state=absent) and with O(time_limit) it
+    calls the module once.
 seealso:
   - module: userns.storage.image_layers_info
 author:
@@ -171,6 +184,13 @@ EXAMPLES = r"""
     images: "{{ item.images }}"
     mappings: "{{ item.mappings }}"
   loop: "{{ lookup('ansible.builtin.file', 'web.container') | userns.storage.unit_mapping }}"
+
+- name: Pre-map what can be pre-mapped in the ten minutes of a maintenance window
+  userns.storage.layer_template:
+    images: registry.example.org/very/large:latest
+    userns: keep-id
+    user: runner
+    time_limit: 600
 
 - name: Take the layer of an old range away
   userns.storage.layer_template:
@@ -217,6 +237,7 @@ layers:
     action:
       description:
         - What was done, or would be in check mode. V(created), V(existing), V(removed), V(not_needed) or V(refused).
+        - V(pending) is what O(time_limit) has left to the next run.
       type: str
     reason:
       description: Why, in words.
@@ -244,6 +265,27 @@ layers:
     lock_seconds:
       description: Time for which the store's locks were held to write.
       type: float
+    progress:
+      description: How far a layer has come that was begun. None for all but some V(pending) ones.
+      type: dict
+      contains:
+        files:
+          description: Entries that are made.
+          type: int
+        bytes:
+          description: Bytes that these seem to have.
+          type: int
+        bytes_expected:
+          description: What the image's records make of the whole, of which some may not be needed.
+          type: int
+partial:
+  description: Whether O(time_limit) has left something to the next run.
+  returned: always
+  type: bool
+remaining:
+  description: How many layers it has left.
+  returned: always
+  type: int
 store:
   description: The store that was worked on.
   returned: when O(users) is not given
@@ -302,6 +344,7 @@ stores:
       type: bool
 """
 
+import time
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
@@ -361,6 +404,7 @@ def main() -> None:
             "force": {"type": "bool", "default": False},
             "unmapped_ids": {"type": "str", "choices": ["fail", "overflow"], "default": "fail"},
             "lease": {"type": "str"},
+            "time_limit": {"type": "int"},
             **STORE_ARGUMENTS,
         },
         mutually_exclusive=[
@@ -373,6 +417,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     params = module.params
+    deadline = time.monotonic() + params["time_limit"] if params["time_limit"] is not None else 0.0
 
     def request(store: StoreRequest) -> template.TemplateRequest:
         return template.TemplateRequest(
@@ -385,6 +430,7 @@ def main() -> None:
             overflow=params["unmapped_ids"] == "overflow",
             lease=params["lease"] or "",
             check=module.check_mode,
+            deadline=deadline,
         )
 
     if params["users"] is None:

@@ -29,8 +29,9 @@ from ..errors import (
 )
 from ..idmap.mapping import Shift
 from ..kernel import files, xattrs
+from ..store.removal import remove_tree
 from ..tree import lookup
-from ..tree.craft import CloneResult, Craft
+from ..tree.craft import CloneResult, Craft, Suspended
 from ..tree.measure import Usage, measure
 from ..tree.merged import LayerStack
 from ..tree.roots import top_owners
@@ -39,8 +40,12 @@ Progress = t.Callable[[int, int], None]
 
 LAYER_ID = re.compile(r"[0-9a-f]{64}")
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ_TEXT = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_WRITE_TEXT = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 SNAPSHOT, REFLINK, METACOPY, COPY = "snapshot", "reflink", "metacopy", "copy"
+# In a staging folder, the way in which its layer is being made.
+_WAY = "way"
 
 # Filesystems in which no two files can share data, under any kernel so far.
 _NEVER_SHARING = frozenset(("ext2", "ext3", "ext4", "f2fs", "tmpfs", "reiserfs", "jfs"))
@@ -312,9 +317,10 @@ class Driver(abc.ABC):
         :param chain: the template and its parents, top first
         :param shift: from the template's mapping to the wanted one
         :param strategy: a name of :meth:`strategies`, or "auto" for the first
-        :param into: an existing folder of the caller's, on the view and the driver's filesystem
+        :param into: an existing folder of the caller's, on the view and the driver's filesystem; what
+            a suspended call with the same arguments has left in it is gone on with
         :param layer_id: the ID that the layer will have
-        :param progress: called with files and bytes done
+        :param progress: called with files and bytes done; may raise Suspended
         :raises UnsupportedDriver: that strategy, or a feature of the store, is not to be had
         :raises UnmappedIDs: the tree holds IDs that the shift does not map
         :raises NoSpace: the filesystem is full
@@ -325,8 +331,11 @@ class Driver(abc.ABC):
             chosen = self._choose(strategy, self.strategies(chain))
             staging = os.open(into, DIRECTORY)
             undo.callback(os.close, staging)
-            name = self._staged_name(layer_id)
-            staged = self._build(chosen, chain, shift, staging, os.path.join(into, name), progress)
+            target = os.path.join(into, self._staged_name(layer_id))
+            if read_text(staging, _WAY) != chosen.name or chosen.name == SNAPSHOT:
+                remove_tree(target, self.destroy)
+                write_text(staging, _WAY, chosen.name)
+            staged = self._build(chosen, chain, shift, staging, target, progress)
             files.syncfs(staging)
             return staged
 
@@ -398,10 +407,14 @@ class Driver(abc.ABC):
         target: str,
         progress: t.Optional[Progress],
     ) -> Staged:
-        """Build the layer as ``target``, an entry to be made in the open directory ``staging``."""
-        os.mkdir(os.path.basename(target), 0o700, dir_fd=staging)
+        """Build the layer as ``target``, an entry of the open directory ``staging``; one that is there is
+        a part of it.
+        """
+        again = os.path.lexists(target)
+        if not again:
+            os.mkdir(os.path.basename(target), 0o700, dir_fd=staging)
         with self._readable(chain) as stack:
-            return self._cloned(stack, target, shift, strategy, progress)
+            return self._cloned(stack, target, shift, strategy, progress, again)
 
     def _cloned(
         self,
@@ -410,8 +423,11 @@ class Driver(abc.ABC):
         shift: Shift,
         strategy: Strategy,
         progress: t.Optional[Progress],
+        again: bool,
     ) -> Staged:
-        made = self.craft.clone(stack, target, shift, strategy=strategy.name, progress=progress)
+        made = self.craft.clone(
+            stack, target, shift, strategy=strategy.name, progress=progress, again=again
+        )
         return self._told(strategy, made, made.exclusive)
 
     def _told(self, strategy: Strategy, made: CloneResult, exclusive: int) -> Staged:
@@ -497,6 +513,36 @@ class Driver(abc.ABC):
             raise
         except OSError as error:
             raise explained(error, subject, self.home.graphroot) from error
+
+
+def to_the_end(progress: t.Optional[Progress]) -> t.Optional[Progress]:
+    """A progress callback for work that cannot be suspended."""
+    if progress is None:
+        return None
+    tell = progress
+
+    def tell_only(files_done: int, bytes_done: int) -> None:
+        with contextlib.suppress(Suspended):
+            tell(files_done, bytes_done)
+
+    return tell_only
+
+
+def read_text(folder: int, name: str) -> t.Optional[str]:
+    """The text of a small file in an open directory, None when there is none."""
+    try:
+        descriptor = os.open(name, _READ_TEXT, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    with open(descriptor, encoding="utf-8") as stream:
+        return stream.read(1000)
+
+
+def write_text(folder: int, name: str, text: str) -> None:
+    """Put a small file in an open directory, in the place of one that is there."""
+    descriptor = os.open(name, _WRITE_TEXT, 0o600, dir_fd=folder)
+    with open(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(text)
 
 
 def explained(error: OSError, subject: str, graphroot: str) -> StorageError:

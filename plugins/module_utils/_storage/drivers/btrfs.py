@@ -31,6 +31,7 @@ from .base import (
     Progress,
     Staged,
     Strategy,
+    to_the_end,
 )
 
 # On the root of an empty subvolume that only holds a layer's place.
@@ -198,15 +199,17 @@ class BtrfsDriver(Driver):
     ) -> Staged:
         name = os.path.basename(target)
         if strategy.name != SNAPSHOT:
-            btrfs.create_subvolume(staging, name)
+            again = os.path.lexists(target)
+            if not again:
+                btrfs.create_subvolume(staging, name)
             with self._readable(chain) as stack:
-                return self._cloned(stack, target, shift, strategy, progress)
+                return self._cloned(stack, target, shift, strategy, progress, again)
         with contextlib.ExitStack() as undo:
             template = self._need_layer(undo, chain[0])
             # What is not on disk yet is not in a snapshot.
             files.syncfs(template)
             btrfs.snapshot(template, staging, name)
-        made = self.craft.shift_in_place(target, shift, progress=progress)
+        made = self.craft.shift_in_place(target, shift, progress=to_the_end(progress))
         # Space is counted when the filesystem commits, and known only where quotas are on.
         files.syncfs(staging)
         with contextlib.ExitStack() as undo:

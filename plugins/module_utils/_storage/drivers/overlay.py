@@ -37,7 +37,10 @@ from .base import (
     Staged,
     Strategy,
     copy_label,
+    read_text,
     sync_names,
+    to_the_end,
+    write_text,
 )
 
 _LINK = re.compile(r"[A-Z2-7]{26}")
@@ -47,6 +50,8 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # Far more than the 500 lower layers that containers/storage allows.
 _LONGEST_TEXT = 1 << 17
 _MOST_LOWERS = 500
+# In a staging folder: why its template has to be read through a mount.
+_MOUNTED = "mounted"
 _METACOPY_PARAMETER = "/sys/module/overlay/parameters/metacopy"
 
 
@@ -256,27 +261,34 @@ class OverlayDriver(Driver):
         with contextlib.ExitStack() as undo:
             template = self._need_layer(undo, chain[0])
             name = os.path.basename(target)
-            os.mkdir(name, 0o700, dir_fd=staging)
+            again = os.path.lexists(target)
+            if not again:
+                os.mkdir(name, 0o700, dir_fd=staging)
             layer = os.open(name, DIRECTORY, dir_fd=staging)
             undo.callback(os.close, layer)
-            copy_label(template, layer)
-            for folder in ("diff", "work", "merged"):
-                os.mkdir(folder, 0o700, dir_fd=layer)
-            self._write_names(undo, template, layer, chain)
+            if not again:
+                copy_label(template, layer)
+                for folder in ("diff", "work", "merged"):
+                    os.mkdir(folder, 0o700, dir_fd=layer)
+                self._write_names(undo, template, layer, chain)
             if strategy.name == METACOPY:
-                made = self._without_data(undo, chain, shift, layer, target, progress)
+                made = self._without_data(undo, chain, shift, layer, target, progress, again)
                 return self._told(strategy, made, made.exclusive)
             diff = os.path.join(target, "diff")
-            try:
-                with self._readable(chain) as stack:
-                    return self._cloned(stack, diff, shift, strategy, progress)
-            except NeedsMount as why:
-                remove_tree(diff)
-                os.mkdir("diff", 0o700, dir_fd=layer)
-                # Through an overlay no file shares its data with another one.
-                plain = Strategy(COPY, f"{why.cause}, so the template is read through a mount")
-                with self._mounted(chain) as stack:
-                    return self._cloned(stack, diff, shift, plain, progress)
+            why = read_text(staging, _MOUNTED) if again else None
+            if why is None:
+                try:
+                    with self._readable(chain) as stack:
+                        return self._cloned(stack, diff, shift, strategy, progress, again)
+                except NeedsMount as error:
+                    why, again = error.cause, False
+                    remove_tree(diff)
+                    os.mkdir("diff", 0o700, dir_fd=layer)
+                    write_text(staging, _MOUNTED, why)
+            # Through an overlay no file shares its data with another one.
+            plain = Strategy(COPY, f"{why}, so the template is read through a mount")
+            with self._mounted(chain) as stack:
+                return self._cloned(stack, diff, shift, plain, progress, again)
 
     def _without_data(
         self,
@@ -286,6 +298,7 @@ class OverlayDriver(Driver):
         layer: int,
         target: str,
         progress: t.Optional[Progress],
+        again: bool,
     ) -> CloneResult:
         """Make files that show the data of the layers below.
 
@@ -293,15 +306,18 @@ class OverlayDriver(Driver):
         export from the ``diff`` of a layer and of its lowers, where a file without data would be all
         zeros.
         """
-        os.rename("diff", "diff1", src_dir_fd=layer, dst_dir_fd=layer)
+        if not again:
+            os.rename("diff", "diff1", src_dir_fd=layer, dst_dir_fd=layer)
         content = os.path.join(target, "diff1")
         try:
             with self._readable(chain) as stack:
-                made = self.craft.clone(stack, content, shift, METACOPY, progress=progress)
+                made = self.craft.clone(
+                    stack, content, shift, METACOPY, progress=progress, again=again
+                )
         except NeedsMount:
             remove_tree(content)
             os.mkdir("diff1", 0o700, dir_fd=layer)
-            made = self._copied_up(undo, chain, shift, layer, progress)
+            made = self._copied_up(undo, chain, shift, layer, to_the_end(progress))
         os.mkdir("diff", 0o700, dir_fd=layer)
         opened = [os.open(name, DIRECTORY, dir_fd=layer) for name in ("diff1", "diff")]
         for one in opened:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -19,11 +20,14 @@ from ..idmap.mapping import Mapping, Shift
 from ..store.explained import explained
 from ..store.records import Image, Layer
 from ..store.snapshot import Snapshot
+from ..tree.craft import Suspended
 from .opening import OpenStore
+from .pace import Pace
 from .records import mapped_record, new_layer_id
 from .removing import remove_mapped_layer
 
 _ATTEMPTS = 3
+_WORK = "work.json"
 _MOST_IDS_NAMED = 20
 # A directory or inode of its own for each entry, in the filesystem's usual unit (bytes).
 _BYTES_PER_INODE = 4096
@@ -47,11 +51,41 @@ class _Moved(Exception):
     """The image or its template is no longer what the tree was made from."""
 
 
+class _Work(t.NamedTuple):
+    """What a staging folder is about, kept in it for whoever goes on with suspended work.
+
+    :param how: the maps and all else that decides what the tree becomes
+    :param made: files and directories that are there already
+    """
+
+    layer_id: str
+    how: str
+    chain: t.Tuple[str, ...]
+    made: int = 0
+
+    @classmethod
+    def read(cls, folder: str) -> t.Optional[_Work]:
+        """From a staging folder; None where it is not, or not whole."""
+        try:
+            with open(os.path.join(folder, _WORK), encoding="utf-8") as stream:
+                layer_id, how, chain, made = json.load(stream)
+            return cls(str(layer_id), str(how), tuple(chain), int(made))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, folder: str) -> None:
+        """Into a staging folder."""
+        path = os.path.join(folder, _WORK)
+        with explained(path), open(path, "w", encoding="utf-8") as stream:
+            json.dump(self, stream)
+
+
 class Building:
     """The mapped layer of one image for one map.
 
     :param mapping: in the literal form that the runtime asks for
     :param overflow: give IDs outside the map to the overflow ID
+    :param pace: told of files and bytes made while ``make`` runs; may raise Suspended
     """
 
     def __init__(
@@ -62,6 +96,7 @@ class Building:
         strategy: str = "auto",
         overflow: bool = False,
         lease: t.Optional[float] = None,
+        pace: t.Optional[Pace] = None,
     ) -> None:
         self._place = place
         self._image = image
@@ -69,6 +104,7 @@ class Building:
         self._strategy = strategy
         self._overflow = overflow
         self._lease = lease
+        self._pace = pace or Pace()
 
     def equal_layer(self, snapshot: Snapshot) -> t.Optional[Layer]:
         """The layer of the image that has this map, whole or not."""
@@ -100,8 +136,11 @@ class Building:
         """Build the layer and put it in place, unless an equal one is there by then.
 
         :raises StorageError: it cannot be made; the store is as it was
+        :raises Suspended: ``pace`` has raised it; the next call goes on with what there is
         """
-        self._check(self._chain(self._place.store.snapshot()))
+        chain = self._chain(self._place.store.snapshot())
+        if not self._place.store.staging.suspended(self._key):
+            self._check(chain)
         for _attempt in range(_ATTEMPTS):
             try:
                 return self._attempt()
@@ -118,7 +157,7 @@ class Building:
     def _attempt(self) -> Outcome:
         place = self._place
         with place.store.staging.claim(
-            f"{self._image.id} {self._mapping}", destroy=place.driver.destroy
+            self._key, destroy=place.driver.destroy, fits=self._fits
         ) as workspace:
             snapshot = place.store.snapshot()
             if self._image.id not in snapshot.images:
@@ -130,12 +169,47 @@ class Building:
                 remove_mapped_layer(place, found.id)
                 snapshot = place.store.snapshot()
             chain = self._chain(snapshot)
-            layer_id = new_layer_id(snapshot.layers)
+            work = _Work.read(workspace.path) if workspace.resumed else None
+            if work is None:
+                work = self._work(new_layer_id(snapshot.layers), chain)
+                work.write(workspace.path)
+            self._pace.before = work.made
             tar_split = self._stage_tar_split(chain[0].id, workspace.path)
-            staged = place.driver.stage(
-                _ids(chain), self._shift(chain[0]), self._strategy, workspace.path, layer_id
-            )
-            return self._commit(chain[0], layer_id, workspace.path, staged, tar_split)
+            try:
+                staged = place.driver.stage(
+                    _ids(chain),
+                    self._shift(chain[0]),
+                    self._strategy,
+                    workspace.path,
+                    work.layer_id,
+                    self._pace,
+                )
+            except Suspended:
+                made = max(work.made, self._pace.files)
+                work._replace(made=made).write(workspace.path)
+                workspace.suspended = True
+                raise
+            return self._commit(chain[0], work.layer_id, workspace.path, staged, tar_split)
+
+    @property
+    def _key(self) -> str:
+        return f"{self._image.id} {self._mapping}"
+
+    def _work(self, layer_id: str, chain: t.Sequence[Layer]) -> _Work:
+        old, new = chain[0].mapping, self._mapping
+        how = f"{old} {new} {self._strategy} {self._overflow}"
+        return _Work(layer_id, how, tuple(_ids(chain)))
+
+    def _fits(self, folder: str) -> bool:
+        """Whether what is suspended there is a part of just the layer that is wanted now."""
+        found = _Work.read(folder)
+        if found is None:
+            return False
+        snapshot = self._place.store.snapshot()
+        if self._image.id not in snapshot.images or found.layer_id in snapshot.layers:
+            return False
+        wanted = self._work(found.layer_id, self._chain(snapshot))
+        return found._replace(made=0) == wanted
 
     def _stage_tar_split(self, template_id: str, folder: str) -> t.Optional[str]:
         target = os.path.join(folder, "tar-split.gz")

@@ -24,6 +24,8 @@ def joined(outcomes: t.Mapping[str, Outcome]) -> t.Dict[str, t.Any]:
     result: t.Dict[str, t.Any] = {
         "changed": False,
         "layers": [],
+        "partial": False,
+        "remaining": 0,
         "stores": [],
         "warnings": [],
         "diff": {"before": {}, "after": {}},
@@ -35,7 +37,9 @@ def joined(outcomes: t.Mapping[str, Outcome]) -> t.Dict[str, t.Any]:
             messages[user], facts = str(outcome), dict(outcome.facts)
             result["stores"].append({"user": user, "error": str(outcome)})
             continue
-        result["changed"] = result["changed"] or outcome["changed"]
+        for key in ("changed", "partial"):
+            result[key] = result[key] or outcome[key]
+        result["remaining"] += outcome["remaining"]
         for key in ("layers", "stores", "warnings"):
             result[key] += outcome.get(key, [])
         for side in ("before", "after"):

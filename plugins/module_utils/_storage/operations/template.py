@@ -16,11 +16,13 @@ from ..errors import ImageUnknown, MapError, ReadOnlyStore, StorageError
 from ..idmap.mapping import Mapping
 from ..store.records import Image
 from ..store.snapshot import Snapshot
+from ..tree.craft import Suspended
 from ..tree.workshop import CRAFT
 from .asking import Asker, Question, Wanted
 from .building import Building, label, template_of
 from .moments import age
 from .opening import OpenStore, StoreRequest, opened
+from .pace import Pace
 from .removing import refuse_if_used, remove_mapped_layer
 from .tidying import tidy
 from .watching import watch
@@ -30,6 +32,7 @@ EXISTING = "existing"
 REMOVED = "removed"
 NOT_NEEDED = "not_needed"
 REFUSED = "refused"
+PENDING = "pending"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class TemplateRequest:
     :param overflow: give IDs outside the map to the overflow ID instead of refusing them
     :param lease: for how long (an age such as "30d") a new layer is kept though nobody uses it
     :param check: only say what would be done
+    :param deadline: when to stop, on the monotonic clock; 0 for never. What is half made then is left to the next run
     """
 
     store: StoreRequest
@@ -53,6 +57,7 @@ class TemplateRequest:
     overflow: bool = False
     lease: str = ""
     check: bool = False
+    deadline: float = 0.0
 
 
 @dataclass
@@ -75,6 +80,7 @@ class Entry:
     seconds: float = 0.0
     lock_seconds: float = 0.0
     error: t.Optional[StorageError] = None
+    progress: t.Optional[t.Dict[str, int]] = None
 
     def refuse(self, error: StorageError) -> None:
         """Nothing becomes of it."""
@@ -100,6 +106,7 @@ class Entry:
             "size_exclusive": staged.exclusive if staged else None,
             "seconds": round(self.seconds, 3),
             "lock_seconds": round(self.lock_seconds, 4),
+            "progress": self.progress,
         }
 
 
@@ -125,6 +132,8 @@ class _Task:
         self._asker = Asker(place, request.wanted)
         self._snapshot = place.store.snapshot()
         self._lease = time.time() + age("lease", request.lease) if request.lease else None
+        # However short the time, a run gets something done.
+        self._begun = False
 
     def carry_out(self) -> t.Dict[str, t.Any]:
         place = self._place
@@ -138,7 +147,8 @@ class _Task:
             self._act(entry)
             if entry.image and entry.question:
                 _apply(after[label(entry.image)], entry.action, entry.question.mapping)
-        changed = any(entry.action in (CREATED, REMOVED) for entry in entries)
+        changed = any(entry.action in (CREATED, REMOVED) or entry.progress for entry in entries)
+        remaining = sum(entry.action == PENDING for entry in entries)
         if not self._request.check:
             self._note_use(changed)
         user = place.account.name if place.account else "root"
@@ -148,6 +158,8 @@ class _Task:
         return {
             "changed": changed,
             "layers": [entry.result(user) for entry in entries],
+            "partial": remaining > 0,
+            "remaining": remaining,
             "store": store,
             "stores": [{"user": user, **store}],
             "diff": {"before": before, "after": after},
@@ -202,6 +214,7 @@ class _Task:
             return
         template = template_of(snapshot, image)
         entry.template_id = template.id
+        pace = Pace(self._request.deadline)
         building = Building(
             self._place,
             image,
@@ -209,6 +222,7 @@ class _Task:
             self._request.strategy,
             self._request.overflow,
             self._lease,
+            pace,
         )
         shifting = question.shifting
         if not shifting.usable and (self._request.force or not shifting.shifts):
@@ -237,8 +251,24 @@ class _Task:
         if self._request.check:
             entry.staged = building.predict(snapshot)
             entry.action = CREATED
+        elif self._begun and pace.over:
+            entry.action, entry.reason = PENDING, "The time limit was reached before its turn came."
+            return
         else:
-            outcome = building.make()
+            self._begun = True
+            try:
+                outcome = building.make()
+            except Suspended:
+                chain = snapshot.chain(template.id)
+                expected = sum(layer.diff_size or 0 for layer in chain)
+                entry.action = PENDING
+                entry.reason = "The time limit was reached. The next run goes on from here."
+                entry.progress = {
+                    "files": pace.files,
+                    "bytes": pace.bytes,
+                    "bytes_expected": max(expected, pace.bytes),
+                }
+                return
             entry.layer_id, entry.staged = outcome.layer_id, outcome.staged
             entry.lock_seconds = outcome.lock_seconds
             entry.action = CREATED if outcome.staged else EXISTING

@@ -5,7 +5,8 @@
 """Our own folder in a store: staging for layers being built, trash for what is being deleted.
 
 ``staging/ID/`` and ``trash/ID/`` each hold a file ``lock`` that the worker keeps locked while it
-lives: what nobody has locked is rubbish. A short lock on the whole folder makes creating an entry
+lives: what nobody has locked is rubbish, unless a file ``suspended`` says that somebody is to go on
+with it. A short lock on the whole folder makes creating an entry
 with its lock one step, as seen from a sweep. Both folders are outside the driver's own, where
 garbage collection of containers/storage would take them for layers.
 """
@@ -34,14 +35,25 @@ TRASH = "trash"
 LOCK_NAME = "lock"
 # The ledger while it is being written, under the short lock.
 LEDGER_TEMPORARY = "ledger.json.tmp"
+SUSPENDED = "suspended"
+
+# For so long (seconds) somebody may come back to suspended work.
+_PATIENCE = 86400.0
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Workspace:
-    """A folder of one's own to build in; it is gone when the claim ends."""
+    """A folder of one's own to build in; it is gone when the claim ends, unless it is suspended.
+
+    :ivar resumed: whether it holds what a suspended claim of the same key has left
+    :ivar suspended: set it to leave everything to the next claim of the same key
+    """
 
     id: str
     path: str
+    resumed: bool = False
+    suspended: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class StagingArea:
         key: str,
         timeout: t.Optional[float] = None,
         destroy: t.Optional[Destroy] = None,
+        fits: t.Optional[t.Callable[[str], bool]] = None,
     ) -> t.Iterator[Workspace]:
         """An empty folder for the work named by ``key``; equal work elsewhere is waited for.
 
@@ -82,10 +95,12 @@ class StagingArea:
 
         :param key: what is built: image and maps
         :param timeout: seconds to wait for equal work
+        :param fits: told of a folder with suspended work, whether to go on with that; else it is deleted
         :raises LockTimeout: equal work goes on for longer than that
         """
-        name = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        name = _named(key)
         path = os.path.join(self.root, STAGING, name)
+        workspace = Workspace(name, path)
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         while True:
             lock = self._open_entry(STAGING, name)
@@ -96,15 +111,25 @@ class StagingArea:
                         lock.acquire(fcntl.LOCK_EX, max(deadline - time.monotonic(), 0))
                     except (FileNotFoundError, NotADirectoryError):
                         continue
+                if fits is not None and self._resumes(path, lock, fits):
+                    workspace.resumed = True
+                    break
                 # What is there now was left by a worker that died, or is no longer at its place.
                 self._retire(path, lock, destroy)
                 continue
             break
         try:
-            yield Workspace(name, path)
+            yield workspace
         finally:
             with contextlib.suppress(StoreError):
-                self._retire(path, lock, destroy)
+                if workspace.suspended:
+                    self._suspend(path, lock)
+                else:
+                    self._retire(path, lock, destroy)
+
+    def suspended(self, key: str) -> bool:
+        """Whether suspended work of that key is there to go on with."""
+        return _is_suspended(os.path.join(self.root, STAGING, _named(key)))
 
     def trash(self, name: str) -> str:
         """A new empty folder to move things into; ``discard`` it when no lock is held any more.
@@ -130,7 +155,7 @@ class StagingArea:
     def leftovers(self) -> t.List[Leftover]:
         """What a sweep would delete; writes nothing."""
         found = []
-        for kind, path in self._entries():
+        for kind, path in self._rubbish():
             lock = LockFile(os.path.join(path, LOCK_NAME), read_only=True)
             if lock.busy_here:
                 continue
@@ -152,7 +177,7 @@ class StagingArea:
         """
         removed = []
         failure: t.Optional[StoreError] = None
-        for _kind, path in self._entries():
+        for _kind, path in self._rubbish():
             try:
                 lock = self._seize(path)
                 if lock is not None:
@@ -165,6 +190,31 @@ class StagingArea:
         return removed
 
     # Inside
+
+    def _rubbish(self) -> t.List[t.Tuple[str, str]]:
+        return [(kind, path) for kind, path in self._entries() if not _is_suspended(path)]
+
+    def _resumes(self, path: str, lock: LockFile, fits: t.Callable[[str], bool]) -> bool:
+        """Take over suspended work, whose lock is held: from now on it is rubbish when this process dies."""
+        try:
+            if not (self._is_place_of(path, lock) and _is_suspended(path) and fits(path)):
+                return False
+            with explained(path):
+                os.unlink(os.path.join(path, SUSPENDED))
+        except BaseException:
+            lock.release()
+            raise
+        return True
+
+    def _suspend(self, path: str, lock: LockFile) -> None:
+        try:
+            with (
+                explained(path),
+                open(os.path.join(path, SUSPENDED), "w", encoding="ascii") as stream,
+            ):
+                stream.write(_boot_id())
+        finally:
+            lock.release()
 
     def _entries(self) -> t.List[t.Tuple[str, str]]:
         found = []
@@ -294,3 +344,27 @@ def _is_folder(path: str) -> bool:
         return stat.S_ISDIR(os.lstat(path).st_mode)
     except FileNotFoundError:
         return False
+
+
+def _named(key: str) -> str:
+    """What the folder of the work named by a key is called."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _is_suspended(path: str) -> bool:
+    """Whether somebody may still go on with what lies there; after a reboot none can tell what is whole."""
+    try:
+        with open(os.path.join(path, SUSPENDED), encoding="ascii") as stream:
+            text = stream.read(100)
+            age = time.time() - os.fstat(stream.fileno()).st_mtime
+    except (OSError, ValueError):
+        return False
+    return age <= _PATIENCE and text != "" and text == _boot_id()
+
+
+def _boot_id() -> str:
+    try:
+        with open(_BOOT_ID, encoding="ascii") as stream:
+            return stream.read().strip()
+    except OSError:
+        return ""

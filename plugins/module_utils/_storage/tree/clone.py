@@ -64,17 +64,21 @@ def clone(
     strategy: str = COPY,
     workers: t.Optional[int] = None,
     progress: t.Optional[Progress] = None,
+    again: bool = False,
 ) -> CloneResult:
     """Build the merged view of ``stack`` in an empty directory, owned as ``shift`` says.
 
     Everything of the template is kept but overlay's private attributes: see the fidelity list in
-    the tests. After an error the destination holds a part of the tree and is to be removed.
+    the tests. After an error the destination holds a part of the tree and is to be removed. An
+    exception of ``progress`` itself ends the work at once, and another call may go on with it.
 
     :param destination_dir: path or descriptor of an empty directory that nobody else writes to
     :param strategy: ``REFLINK``, ``COPY``, or ``METACOPY``: files without data that show it in an
         overlay mount with metacopy=on above the layers of ``stack``
     :param workers: processes; None for one per processor
     :param progress: called with files and bytes done, twice a second at most
+    :param again: go on with what a call with the same arguments has left: an entry with the
+        template's mtime is whole, for that is set last
     :raises NeedsMount: the layers cannot be read without an overlay mount
     :raises UnmappedIDs: the facts ``uids`` and ``gids`` name container IDs
     :raises TreeError: the tree cannot be read, or cannot be built here
@@ -96,7 +100,7 @@ def clone(
             raise
     except OSError as error:
         raise as_storage_error(error) from error
-    cloner = _Cloner(stack, label, root, shift, strategy)
+    cloner = _Cloner(stack, label, root, shift, strategy, again)
     try:
         walk = Walk(cloner, workers, progress)
         totals = walk.run()
@@ -189,13 +193,20 @@ class _Cloner(Visitor):
     """Makes each entry as it is met; directories stay private and plain until they are whole."""
 
     def __init__(
-        self, stack: LayerStack, label: str, root: int, shift: Shift, strategy: str
+        self,
+        stack: LayerStack,
+        label: str,
+        root: int,
+        shift: Shift,
+        strategy: str,
+        again: bool,
     ) -> None:
         super().__init__(stack, label)
         self._root = root
         self._shift = shift
         self._reflink = strategy == REFLINK
         self._metacopy = strategy == METACOPY
+        self._again = again
         self._read = _READ | os.O_NOATIME
         # Whether new files get the very mode that they are made with.
         self._exact = False
@@ -230,7 +241,11 @@ class _Cloner(Visitor):
         self._made = files.open_beneath(self._root, path, _DIRECTORY)
 
     def directory(self, fd: int, name: str) -> None:
-        os.mkdir(name, 0o700, dir_fd=self._made)
+        try:
+            os.mkdir(name, 0o700, dir_fd=self._made)
+        except FileExistsError:
+            if not self._again:
+                raise
 
     def leave(self, whole: bool) -> None:
         if whole:
@@ -248,13 +263,22 @@ class _Cloner(Visitor):
             for name, other_path, other in links:
                 there = files.open_beneath(self._root, other_path, _DIRECTORY)
                 try:
-                    os.link(other, name, src_dir_fd=there, dst_dir_fd=made, follow_symlinks=False)
+                    self._link(there, other, made, name)
                 finally:
                     os.close(there)
             status = os.fstat(fd)
             os.utime(made, ns=(status.st_atime_ns, status.st_mtime_ns))
         finally:
             os.close(made)
+
+    def _link(self, there: int, other: str, made: int, name: str) -> None:
+        try:
+            os.link(other, name, src_dir_fd=there, dst_dir_fd=made, follow_symlinks=False)
+        except FileExistsError:
+            if not self._again:
+                raise
+            os.unlink(name, dir_fd=made)
+            os.link(other, name, src_dir_fd=there, dst_dir_fd=made, follow_symlinks=False)
 
     def entry(self, fd: int, name: str, kind: int, linked: bool) -> t.Optional[t.Tuple[int, int]]:
         if kind == FILE:
@@ -275,6 +299,8 @@ class _Cloner(Visitor):
                 totals[FILES] += 1
             totals[INODES] += 1
             totals[APPARENT] += status.st_size
+            if self._again and self._made_before(name, status):
+                return None
             if kind == FILE:
                 if not stat.S_ISREG(status.st_mode):
                     raise _changed(name)
@@ -286,6 +312,26 @@ class _Cloner(Visitor):
         finally:
             os.close(source)
         return None
+
+    def _made_before(self, name: str, status: os.stat_result) -> bool:
+        """Whether an earlier call has made the entry at hand; what it has only begun goes."""
+        try:
+            made = os.lstat(name, dir_fd=self._made)
+        except FileNotFoundError:
+            return False
+        if (
+            made.st_mode == status.st_mode
+            and made.st_mtime_ns == status.st_mtime_ns
+            and made.st_size == status.st_size
+            and made.st_rdev == status.st_rdev
+            and made.st_uid == self._shift.uid(status.st_uid)
+            and made.st_gid == self._shift.gid(status.st_gid)
+        ):
+            if stat.S_ISREG(status.st_mode) and not (self._reflink or self._metacopy):
+                self.totals[ALLOCATED] += status.st_blocks * _BLOCK
+            return True
+        os.unlink(name, dir_fd=self._made)
+        return False
 
     def _file(self, source: int, name: str, status: os.stat_result) -> None:
         attributes = attribute_names(source)

@@ -28,6 +28,10 @@ class CloneResult(t.NamedTuple):
     strategy: str
 
 
+class Suspended(Exception):
+    """What a progress callback raises to have the work stop where it is, so that another call goes on."""
+
+
 @dataclass(frozen=True)
 class Craft:
     """The functions of the same names: see ``clone``, ``survey`` and ``shift`` beside this file."""

@@ -16,6 +16,7 @@ that share nothing but the queue of jobs:
 from __future__ import annotations
 
 import abc
+import contextlib
 import errno
 import itertools
 import marshal
@@ -31,6 +32,7 @@ import typing as t
 
 from ..errors import InternalError, StorageError, TreeError
 from ..kernel import libc
+from .craft import Suspended
 from .merged import LayerStack, attribute_names
 from .trouble import as_storage_error, shown
 
@@ -453,7 +455,9 @@ class Walk:
                 self._dismiss()
         except OSError as error:
             raise as_storage_error(error) from error
-        self._tell(last=True)
+        with contextlib.suppress(Suspended):
+            # It is too late to stop.
+            self._tell(last=True)
         return self.totals
 
     @property
@@ -531,7 +535,11 @@ class Walk:
         for process in self._processes:
             poll.register(process.results, select.POLLIN)
             by_fd[process.results] = process
-        for fd, _event in poll.poll():
+        # Whoever watches may want to end it, though a large file keeps the workers silent.
+        ready = poll.poll(_PROGRESS_SECONDS * 1000 if self._progress else None)
+        if not ready:
+            self._tell()
+        for fd, _event in ready:
             process = by_fd[fd]
             data = os.read(fd, 1 << 20)
             if not data:

@@ -18,6 +18,8 @@ def result(user: str, changed: bool, **more: object) -> dict[str, object]:
     return {
         "changed": changed,
         "layers": [{"user": user}],
+        "partial": False,
+        "remaining": 0,
         "store": {"graphroot": f"/home/{user}"},
         "stores": [{"user": user, "graphroot": f"/home/{user}"}],
         "diff": {"before": {"image": []}, "after": {"image": [user]}},
@@ -30,6 +32,8 @@ def test_all_comes_back_in_order() -> None:
     assert both == {
         "changed": True,
         "layers": [{"user": "bob"}, {"user": "alice"}],
+        "partial": False,
+        "remaining": 0,
         "stores": [
             {"user": "bob", "graphroot": "/home/bob"},
             {"user": "alice", "graphroot": "/home/alice"},
@@ -46,6 +50,17 @@ def test_nobody_is_nothing_to_do() -> None:
     nothing = joined({})
     assert (nothing["changed"], nothing["layers"], nothing["stores"]) == (False, [], [])
     assert "error" not in nothing
+
+
+def test_what_remains_is_added_up() -> None:
+    both = joined(
+        {
+            "bob": result("bob", True, partial=True, remaining=2),
+            "alice": result("alice", False),
+            "carol": result("carol", False, partial=True, remaining=1),
+        }
+    )
+    assert (both["partial"], both["remaining"]) == (True, 3)
 
 
 def test_a_user_without_a_store_does_not_hide_the_others() -> None:

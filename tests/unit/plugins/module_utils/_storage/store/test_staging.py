@@ -329,3 +329,67 @@ def test_many_at_once(area: StagingArea) -> None:
     ]
     assert [process.wait(120) for process in processes] == [0] * 4
     assert_empty(area)
+
+
+class TestSuspended:
+    @staticmethod
+    def suspend(area: StagingArea, key: str = "work") -> pathlib.Path:
+        with area.claim(key) as workspace:
+            path = pathlib.Path(workspace.path)
+            (path / "tree").mkdir()
+            workspace.suspended = True
+        return path
+
+    def test_the_next_claim_finds_it(self, area: StagingArea) -> None:
+        path = self.suspend(area)
+        assert area.suspended("work")
+        with area.claim("work", fits=lambda _path: True) as workspace:
+            assert workspace.resumed
+            assert workspace.path == str(path)
+            assert (path / "tree").is_dir()
+            assert not area.suspended("work")
+        assert not path.exists()
+
+    def test_it_can_be_suspended_again(self, area: StagingArea) -> None:
+        path = self.suspend(area)
+        with area.claim("work", fits=lambda _path: True) as workspace:
+            workspace.suspended = True
+        assert area.suspended("work")
+        assert (path / "tree").is_dir()
+
+    @pytest.mark.parametrize("fits", [None, lambda _path: False])
+    def test_what_does_not_fit_goes(
+        self, area: StagingArea, fits: t.Optional[t.Callable[[str], bool]]
+    ) -> None:
+        path = self.suspend(area)
+        with area.claim("work", fits=fits) as workspace:
+            assert not workspace.resumed
+            assert os.listdir(path) == ["lock"]
+
+    def test_sweeps_leave_it_alone(self, area: StagingArea) -> None:
+        path = self.suspend(area)
+        assert area.leftovers() == []
+        assert area.sweep() == []
+        assert (path / "tree").is_dir()
+
+    @pytest.mark.parametrize("how", ["boot", "day", "empty"])
+    def test_nobody_waits_for_it_for_ever(self, area: StagingArea, how: str) -> None:
+        path = self.suspend(area)
+        marker = path / "suspended"
+        if how == "day":
+            os.utime(marker, (time.time() - 90000,) * 2)
+        else:
+            marker.write_text("another boot" if how == "boot" else "")
+        assert not area.suspended("work")
+        assert [one.path for one in area.leftovers()] == [str(path)]
+        assert area.sweep() == [str(path)]
+
+    def test_who_takes_it_over_and_dies_leaves_rubbish(self, area: StagingArea) -> None:
+        path = self.suspend(area)
+        pid = os.fork()
+        if pid == 0:
+            with area.claim("work", fits=lambda _path: True):
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert area.sweep() == [str(path)]
+        assert not path.exists()

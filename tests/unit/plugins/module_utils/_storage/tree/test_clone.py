@@ -26,7 +26,9 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.rang
     IDMap,
     IDRange,
 )
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree import walk
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.clone import clone
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.craft import Suspended
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.measure import measure
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.merged import LayerStack
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.shift import (
@@ -188,3 +190,75 @@ def test_shown() -> None:
     assert shown("plain") == "plain"
     assert shown(os.fsdecode(b"\xff")) == "\\xff"
     assert len(shown("x" * 10**6)) < 1100
+
+
+class Stopper:
+    """A progress callback that suspends the work when it is called for the so-many-th time."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, _files: int, _size: int) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            raise Suspended
+
+
+class TestSuspended:
+    @pytest.mark.parametrize("workers", [1, 3])
+    @pytest.mark.parametrize("first", [1, 2, 5])
+    def test_goes_on_until_all_is_there(
+        self, workers: int, first: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(walk, "_PROGRESS_SECONDS", 0)
+        source = template(tmp_path / "source")
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        whole.mkdir()
+        parts.mkdir()
+        stops = 0
+        with LayerStack([str(source)], "user") as stack:
+            at_once = clone(stack, str(whole), SAME)
+            while True:
+                try:
+                    stopper = Stopper(first + stops)
+                    found = clone(
+                        stack, str(parts), SAME, workers=workers, progress=stopper, again=stops > 0
+                    )
+                    break
+                except Suspended:
+                    stops += 1
+        assert stops > 1
+        assert listing(parts) == listing(whole) == listing(source)
+        assert found == at_once
+
+    def test_what_was_only_begun_is_made_anew(self, tmp_path: pathlib.Path) -> None:
+        source = template(tmp_path / "source")
+        target = tmp_path / "target"
+        target.mkdir()
+        with LayerStack([str(source)], "user") as stack:
+            clone(stack, str(target), SAME)
+            (target / "many/1/1").write_text("2")
+            (target / "many/2/2").write_text("")
+            (target / "usr/bin/same").unlink()
+            (target / "usr/bin/same").write_text("a file of its own")
+            (target / "link").unlink()
+            clone(stack, str(target), SAME, again=True)
+        assert listing(target) == listing(source)
+
+    def test_what_is_whole_is_left_alone(self, tmp_path: pathlib.Path) -> None:
+        source = template(tmp_path / "source")
+        target = tmp_path / "target"
+        target.mkdir()
+        with LayerStack([str(source)], "user") as stack:
+            first = clone(stack, str(target), SAME)
+            before = {path: os.lstat(path).st_ino for path in target.rglob("*")}
+            again = clone(stack, str(target), SAME, again=True)
+        assert {path: os.lstat(path).st_ino for path in target.rglob("*")} == before
+        assert again == first
+
+    def test_a_folder_that_is_not_empty_is_refused(self, tmp_path: pathlib.Path) -> None:
+        source = template(tmp_path / "source")
+        target = tmp_path / "target"
+        (target / "many").mkdir(parents=True)
+        with LayerStack([str(source)], "user") as stack, pytest.raises(TreeError):
+            clone(stack, str(target), SAME)

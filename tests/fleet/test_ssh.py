@@ -1,0 +1,294 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The modules on a managed host that is reached by ssh, in each way that Ansible has to run them there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing as t
+
+import pytest
+from support import managed
+from support.modules import run_playbook
+from support.stores import Store
+
+if t.TYPE_CHECKING:
+    from support.images import Image
+    from support.lab import Lab
+    from support.users import User
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+Json = t.Dict[str, t.Any]
+MAP = "0:100000:65536"
+# More than any machine makes before a slice of no seconds ends, which is half a second.
+FILES = 12000
+
+
+def _mitogen() -> t.Dict[str, str]:
+    spec = importlib.util.find_spec("ansible_mitogen")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = pathlib.Path(spec.origin).parent / "plugins/strategy"
+    return {"ANSIBLE_STRATEGY": "mitogen_linear", "ANSIBLE_STRATEGY_PLUGINS": str(folder)}
+
+
+WAYS = {
+    "pipelining": {"ANSIBLE_PIPELINING": "true"},
+    "files": {"ANSIBLE_PIPELINING": "false"},
+    "mitogen": _mitogen(),
+}
+
+
+@pytest.fixture(scope="module")
+def remote(lab: Lab) -> managed.Managed:
+    """A host with an sshd."""
+    return managed.Managed(lab, "debian13")
+
+
+@pytest.fixture(scope="module")
+def inventory(lab: Lab, remote: managed.Managed) -> pathlib.Path:
+    """That host, for Ansible."""
+    return managed.inventory(lab.folder(), [remote])
+
+
+@pytest.fixture
+def store(lab: Lab, remote: managed.Managed) -> t.Iterator[Store]:
+    """A rootful store on it."""
+    made = Store(lab, "vfs", machine=remote.machine)
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=sorted(WAYS))
+def way(request: pytest.FixtureRequest) -> t.Dict[str, str]:
+    """Ansible's settings for one way to run a module."""
+    return WAYS[request.param]
+
+
+def _environ(lab: Lab, home: pathlib.Path, tree: t.Optional[pathlib.Path] = None) -> Json:
+    tools = pathlib.Path(sys.executable).parent
+    return {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(home),
+        "ANSIBLE_COLLECTIONS_PATH": str(tree or lab.tree),
+        "ANSIBLE_NOCOLOR": "1",
+    }
+
+
+@pytest.mark.parametrize("target", ["layer_template", "image_layers_info"])
+def test_integration_target(
+    target: str, way: t.Dict[str, str], lab: Lab, inventory: pathlib.Path
+) -> None:
+    folder = lab.folder()
+    play = {
+        "hosts": "all",
+        "gather_facts": False,
+        "roles": [target],
+        "vars": {"setup_store_install": False},
+    }
+    (folder / "play.json").write_text(json.dumps([play]))
+    environ = _environ(lab, folder)
+    environ["ANSIBLE_ROLES_PATH"] = str(
+        lab.tree / "ansible_collections/userns/storage/tests/integration/targets"
+    )
+    words = ["ansible-playbook", "-i", str(inventory), "play.json"]
+    done = lab.machine.run(words, env={**environ, **way}, cwd=str(folder), check=False)
+    assert done.rc == 0, done.stdout + done.stderr
+    assert "failed=0" in done.stdout
+
+
+def test_becoming_an_ordinary_user(
+    way: t.Dict[str, str],
+    lab: Lab,
+    remote: managed.Managed,
+    inventory: pathlib.Path,
+    small_image: Image,
+    make_user: t.Callable[..., User],
+) -> None:
+    user = make_user(remote.machine)
+    store = Store(lab, "rootless-overlay", machine=remote.machine, user=user)
+    try:
+        store.load(small_image)
+        task = {
+            "userns.storage.layer_template": {"images": small_image.name, "userns": "keep-id"},
+            "become": True,
+            "become_user": user.name,
+            "become_method": "ansible.builtin.su",
+        }
+        results = run_playbook(
+            lab,
+            [task, task],
+            inventory=str(inventory),
+            environ={**way, **_environ(lab, lab.folder())},
+        )
+        first, second = results
+        assert [one["action"] for one in first["layers"]] == ["created"], first
+        assert first["stores"][0]["user"] == user.name
+        assert [one["action"] for one in second["layers"]] == ["existing"]
+        store.create(small_image.name, "--userns=keep-id")
+        assert store.mapped_layers(small_image.name) == [first["layers"][0]["layer_id"]]
+    finally:
+        store.close()
+
+
+def _asked(store: Store, image: Image) -> Json:
+    return {**store.module_args(), "images": image.name, "uidmap": [MAP]}
+
+
+def test_async(lab: Lab, inventory: pathlib.Path, store: Store, small_image: Image) -> None:
+    store.load(small_image)
+    task = {
+        "userns.storage.layer_template": _asked(store, small_image),
+        "async": 120,
+        "poll": 1,
+    }
+    (result,) = run_playbook(lab, [task], inventory=str(inventory))
+    assert [one["action"] for one in result["layers"]] == ["created"], result
+
+
+@pytest.fixture(scope="module")
+def hasty(lab: Lab) -> pathlib.Path:
+    """The collection with an action plugin that shows something after each half second."""
+    base = lab.folder()
+    tree = base / "ansible_collections/userns/storage"
+    for name in ("plugins", "meta"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "galaxy.yml", tree)
+    slices = tree / "plugins/plugin_utils/_slices.py"
+    text = slices.read_text()
+    assert "SHORTEST = 10\n" in text
+    slices.write_text(text.replace("SHORTEST = 10\n", "SHORTEST = 0\n"))
+    return base
+
+
+def _project(lab: Lab, inventory: pathlib.Path, store: Store, image: Image) -> pathlib.Path:
+    folder = lab.folder()
+    (folder / "project").mkdir()
+    (folder / "inventory").mkdir()
+    shutil.copy(inventory, folder / "inventory/hosts.json")
+    task = {"userns.storage.layer_template": _asked(store, image)}
+    play = {"hosts": "all", "gather_facts": False, "tasks": [task]}
+    (folder / "project/play.json").write_text(json.dumps([play]))
+    return folder
+
+
+def _playbook(folder: pathlib.Path) -> t.List[str]:
+    return ["ansible-playbook", "-i", "inventory/hosts.json", "project/play.json"]
+
+
+def test_progress_is_shown_beside_the_results(
+    lab: Lab,
+    inventory: pathlib.Path,
+    store: Store,
+    hasty: pathlib.Path,
+    many_files_image: t.Callable[[int], Image],
+) -> None:
+    image = many_files_image(FILES)
+    store.load(image)
+    folder = _project(lab, inventory, store, image)
+    environ = {**_environ(lab, folder, hasty), **WAYS["pipelining"]}
+    done = lab.machine.run(_playbook(folder), env=environ, cwd=str(folder))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("debian13 | ")]
+    assert lines
+    assert f"{image.name} for {MAP}: " in lines[0]
+    assert "% done" in lines[0]
+    assert "1 of 1 layers to do" in lines[0]
+    assert "debian13 | " not in done.stdout
+    assert "changed=1" in done.stdout
+    assert len(store.mapped_layers(image.name)) == 1
+
+
+def test_progress_is_among_the_events_of_a_runner(
+    lab: Lab,
+    inventory: pathlib.Path,
+    store: Store,
+    hasty: pathlib.Path,
+    many_files_image: t.Callable[[int], Image],
+) -> None:
+    image = many_files_image(FILES)
+    store.load(image)
+    folder = _project(lab, inventory, store, image)
+    words = ["ansible-runner", "run", str(folder), "-p", "play.json", "--ident", "1", "-q"]
+    lab.machine.run(words, env=_environ(lab, folder, hasty))
+    events = [
+        json.loads(path.read_text()) for path in (folder / "artifacts/1/job_events").glob("*.json")
+    ]
+    shown = [one for one in events if f"debian13 | {image.name}" in one.get("stdout", "")]
+    assert {one["event"] for one in shown} == {"verbose"}
+    result = next(one for one in events if one["event"] == "runner_on_ok")["event_data"]["res"]
+    assert [one["action"] for one in result["layers"]] == ["created"]
+    assert (result["changed"], result["partial"], result["remaining"]) == (True, False, 0)
+
+
+def _below(pid: int) -> t.List[str]:
+    """Command lines of all processes that descend from one."""
+    children: t.Dict[int, t.List[int]] = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat", "rb") as stat:
+                parent = int(stat.read().rpartition(b")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(entry))
+    found = []
+    todo = [pid]
+    while todo:
+        for child in children.get(todo.pop(), ()):
+            todo.append(child)
+            try:
+                with open(f"/proc/{child}/cmdline", "rb") as words:
+                    found.append(words.read().replace(b"\0", b" ").decode(errors="replace"))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_play_leaves_nothing_running(
+    number: signal.Signals,
+    lab: Lab,
+    remote: managed.Managed,
+    inventory: pathlib.Path,
+    store: Store,
+    many_files_image: t.Callable[[int], Image],
+) -> None:
+    image = many_files_image(FILES)
+    store.load(image)
+    folder = _project(lab, inventory, store, image)
+    environ = {**_environ(lab, folder), **WAYS["pipelining"]}
+    play = lab.machine.popen(
+        _playbook(folder),
+        env=environ,
+        cwd=str(folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    staging = store.graphroot / "userns-storage/staging"
+    until = time.monotonic() + 120
+    while not (staging.is_dir() and os.listdir(staging)):
+        assert play.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    # As a terminal does it, to the whole process group.
+    os.killpg(play.pid, number)
+    play.wait(60)
+    until = time.monotonic() + 30
+    while any("python" in line for line in _below(remote.sshd.pid)):
+        assert time.monotonic() < until, _below(remote.sshd.pid)
+        time.sleep(0.1)
+    assert store.mapped_layers(image.name) == []
+    (left,) = os.listdir(staging)
+    assert (staging / left / "suspended").exists()
+    done = lab.machine.run(_playbook(folder), env=environ, cwd=str(folder))
+    assert "changed=1" in done.stdout
+    assert os.listdir(staging) == []
+    assert len(store.mapped_layers(image.name)) == 1
