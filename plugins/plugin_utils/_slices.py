@@ -55,7 +55,7 @@ class Slices:
             self._result["warnings"] = list(dict.fromkeys(warnings))
         if "diff" in before:
             after = result.get("diff", before["diff"])
-            self._result["diff"] = {**after, "before": before["diff"]["before"]}
+            self._result["diff"] = {**(after or {}), "before": before["diff"]["before"]}
         return self._result
 
     def line(self, now: float) -> str:

@@ -16,8 +16,8 @@ from .stores import Store
 class Rounds:
     """A loop that creates, starts and removes containers with user namespaces.
 
-    Attributes: failures (what went wrong, in words), count (rounds run), collections (runs of layer_gc that came to their
-    end meanwhile), removed (layers that they took).
+    Attributes: failures (what went wrong, in words), count (rounds run), collections (runs of layer_gc
+    that came to their end meanwhile), removed (layers that they took).
     """
 
     def __init__(self, lab: Lab, store: Store, image: str, maps: t.Sequence[str]) -> None:

@@ -31,7 +31,7 @@ import typing as t
 from . import errors
 from .errors import InternalError, NamespaceError, StorageError
 from .idmap.subids import namespace_mapping, subordinate_ids
-from .kernel import namespaces
+from .kernel import cycles, namespaces
 
 if t.TYPE_CHECKING:
     from .idmap.ranges import IDMap
@@ -355,7 +355,8 @@ def _rebuild_error(kind: t.Any, *fields: t.Any) -> t.Any:
 
 def _load(payload: bytes) -> t.Any:
     try:
-        return _Reader(io.BytesIO(payload)).load()
+        with cycles.unsearched():
+            return _Reader(io.BytesIO(payload)).load()
     except Exception as error:
         # A hostile pickle can raise anything at all.
         raise InternalError(
@@ -471,7 +472,8 @@ class _Channel:
         self._descriptor = descriptor
 
     def send(self, kind: bytes, value: t.Any) -> None:
-        payload = pickle.dumps(value, protocol=4)
+        with cycles.unsearched():
+            payload = pickle.dumps(value, protocol=4)
         data = memoryview(_HEADER.pack(kind, len(payload)) + payload)
         while data:
             data = data[os.write(self._descriptor, data) :]

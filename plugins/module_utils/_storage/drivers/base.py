@@ -181,18 +181,14 @@ class Driver(abc.ABC):
             return measure([self._need_layer(undo, layer_id)], exclusive=exclusive)
 
     def present(self) -> t.Set[str]:
-        """The IDs of all layers that have a directory in the store itself.
+        """The names of all directories in the driver's folder, those of its layers among them.
 
         :raises StorageError: the driver's folder cannot be read
         """
         with contextlib.ExitStack() as undo:
             undo.enter_context(self._explained(self.folder))
             entries = undo.enter_context(os.scandir(undo.enter_context(self._opened_folder())))
-            return {
-                entry.name
-                for entry in entries
-                if LAYER_ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-            }
+            return {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
 
     def top_owners(self, chain: t.Sequence[str]) -> t.List[t.Tuple[str, int, int]]:
         """The root directory ("") and the names in it, with their UID and GID on disk.
@@ -246,22 +242,34 @@ class Driver(abc.ABC):
         """Short names that the driver keeps, with the layer each stands for ("" if for none)."""
         return {}
 
-    def orphans(self, known_ids: t.Container[str], thorough: bool = True) -> t.List[Orphan]:
+    def orphans(
+        self,
+        known_ids: t.Collection[str],
+        thorough: bool = True,
+        present: t.Optional[t.Set[str]] = None,
+    ) -> t.List[Orphan]:
         """Layer directories without a record. Other names in the folder are never touched.
 
         :param known_ids: the IDs of all layers with a record, in whichever file
         :param thorough: whether to look at each short name even where there is one for each layer
+        :param present: what :meth:`present` has just told, not to list the folder again
         :raises StorageError: the driver's folder cannot be read
         """
-        found = []
+        names = self.present() if present is None else present
         with self._explained(self.folder), self._opened_folder() as folder:
-            for name in sorted(os.listdir(folder)):
-                if name in known_ids or not LAYER_ID.fullmatch(name):
-                    continue
-                with contextlib.suppress(FileNotFoundError):
-                    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                    if stat.S_ISDIR(status.st_mode):
-                        found.append(self._orphan("directory", name, status.st_ctime))
+            return self._strangers(folder, names, known_ids)
+
+    def _strangers(
+        self, folder: int, names: t.Set[str], known_ids: t.Collection[str]
+    ) -> t.List[Orphan]:
+        found = []
+        for name in sorted(names.difference(known_ids)):
+            if not LAYER_ID.fullmatch(name):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    found.append(self._orphan("directory", name, status.st_ctime))
         return found
 
     def _orphan(self, kind: str, name: str, changed: float) -> Orphan:

@@ -106,9 +106,14 @@ class BtrfsDriver(Driver):
             self._make_placeholder(folder, layer_id)
         return staged
 
-    def orphans(self, known_ids: t.Container[str], thorough: bool = True) -> t.List[Orphan]:
+    def orphans(
+        self,
+        known_ids: t.Collection[str],
+        thorough: bool = True,
+        present: t.Optional[t.Set[str]] = None,
+    ) -> t.List[Orphan]:
         """As for every driver, but for places that are held for a layer about to come."""
-        found = super().orphans(known_ids, thorough)
+        found = super().orphans(known_ids, thorough, present)
         with self._explained(self.folder), self._opened_folder() as folder:
             now = time.time()
             return [
@@ -206,8 +211,7 @@ class BtrfsDriver(Driver):
                 return self._cloned(stack, target, shift, strategy, progress, again)
         with contextlib.ExitStack() as undo:
             template = self._need_layer(undo, chain[0])
-            # What is not on disk yet is not in a snapshot.
-            files.syncfs(template)
+            # The kernel itself writes the template's data out first, see btrfs-subvolume(8).
             btrfs.snapshot(template, staging, name)
         made = self.craft.shift_in_place(target, shift, progress=to_the_end(progress))
         # Space is counted when the filesystem commits, and known only where quotas are on.

@@ -135,14 +135,21 @@ class OverlayDriver(Driver):
                     found[name] = _link_target(folder, name) or ""
         return found
 
-    def orphans(self, known_ids: t.Container[str], thorough: bool = True) -> t.List[Orphan]:
+    def orphans(
+        self,
+        known_ids: t.Collection[str],
+        thorough: bool = True,
+        present: t.Optional[t.Set[str]] = None,
+    ) -> t.List[Orphan]:
         """Directories without a record, and short names of layers that have no directory."""
-        found = super().orphans(known_ids, thorough)
+        names = self.present() if present is None else present
         with self._explained(self.folder), contextlib.ExitStack() as undo:
             parent = undo.enter_context(self._opened_folder())
+            found = self._strangers(parent, names, known_ids)
             folder = _opened_links(undo, parent)
             if not thorough and folder is not None:
-                layers = sum(LAYER_ID.fullmatch(name) is not None for name in os.listdir(parent))
+                others = names.difference(known_ids)
+                layers = len(names) - sum(LAYER_ID.fullmatch(name) is None for name in others)
                 if layers == len(os.listdir(folder)):
                     return found
             for name, target in self.links().items():

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import typing as t
 from dataclasses import dataclass
 
 from ..errors import MapError
@@ -33,6 +34,11 @@ class Mapping:
     def same_meaning(self, other: Mapping) -> bool:
         """Whether both map every ID alike, however they are written."""
         return self.uid.same_meaning(other.uid) and self.gid.same_meaning(other.gid)
+
+    @property
+    def meaning(self) -> t.Hashable:
+        """What is equal for all mappings that map every ID alike."""
+        return self.uid.meaning, self.gid.meaning
 
     @property
     def contiguous(self) -> bool:

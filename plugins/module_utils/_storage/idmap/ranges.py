@@ -213,7 +213,12 @@ class IDMap:
 
     def same_meaning(self, other: IDMap) -> bool:
         """Whether both map every ID alike, however they are written."""
-        return self._explicit().normal() == other._explicit().normal()
+        return self.meaning == other.meaning
+
+    @property
+    def meaning(self) -> t.Tuple[IDRange, ...]:
+        """What is equal for all maps that map every ID alike."""
+        return self._explicit().normal().ranges
 
     # Changing
 

@@ -24,8 +24,12 @@ _PROTOTYPES: t.Dict[str, t.Tuple[t.Any, ...]] = {
     "unshare": (_INT,),
     "setns": (_INT, _INT),
     "syncfs": (_INT,),
+    "sync_file_range": (_INT, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint),
     "prctl": (_INT, _ULONG, _ULONG, _ULONG, _ULONG),
 }
+
+# What no user and no group has as its number.
+_NO_ID = 0xFFFFFFFF
 
 # Calls that glibc 2.31 does not wrap; the numbers are the same on every architecture since 5.0.
 SYS_OPEN_TREE = 428
@@ -65,6 +69,14 @@ def syscall(number: int, *arguments: t.Any, path: t.Optional[str] = None) -> int
     if result < 0:
         _fail(path)
     return result
+
+
+def set_fsid(name: str, number: int) -> int:
+    """Call ``setfsuid`` or ``setfsgid``, which report no error, and return the ID now in force."""
+    function = getattr(_LIBC, name)
+    function(ctypes.c_uint32(number))
+    now: int = function(ctypes.c_uint32(_NO_ID))
+    return now & _NO_ID
 
 
 def _fail(path: t.Optional[str]) -> t.NoReturn:

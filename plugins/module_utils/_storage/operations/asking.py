@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import typing as t
@@ -23,6 +24,7 @@ from ..store.records import Image
 from ..store.snapshot import Snapshot
 from .opening import OpenStore
 from .records import ORIGIN_FLAG
+from .watching import ledger_of
 
 _GROUP_FILE = "/etc/group"
 
@@ -65,7 +67,11 @@ class Asker:
 
     def __init__(self, place: OpenStore, wanted: t.Iterable[Wanted]) -> None:
         self._place = place
-        self._asked = [_Asked(one, place) for one in wanted]
+        # What programs said of their version, to be kept in the ledger.
+        self.said: t.Dict[str, str] = {}
+        with contextlib.suppress(StorageError):
+            self.said.update(ledger_of(place).programs)
+        self._asked = [_Asked(one, place, self.said) for one in wanted]
 
     def answers(self, snapshot: Snapshot, image: Image) -> t.List[Answer]:
         """The maps to be there for an image, each once, in the order asked.
@@ -108,13 +114,13 @@ class Asker:
 class _Asked:
     """One wanted namespace, read and checked."""
 
-    def __init__(self, wanted: Wanted, place: OpenStore) -> None:
+    def __init__(self, wanted: Wanted, place: OpenStore, said: t.Dict[str, str]) -> None:
         self._wanted = wanted
         self._place = place
         self._request: Request = parse_request(
             wanted.userns, wanted.uidmap, wanted.gidmap, wanted.subuidname, wanted.subgidname
         )
-        self.runtime = _runtime(wanted.runtime)
+        self.runtime = _runtime(wanted.runtime, said)
         self._context = _context(self.runtime, place)
 
     def mappings(self, snapshot: Snapshot, image: Image) -> t.List[Mapping]:
@@ -153,8 +159,8 @@ class _Asked:
         )
 
 
-def _runtime(preferred: str) -> Runtime:
-    runtime = detect(preferred or None)
+def _runtime(preferred: str, said: t.Dict[str, str]) -> Runtime:
+    runtime = detect(preferred or None, said)
     if runtime is None:
         raise ConfigError(
             "runtime",

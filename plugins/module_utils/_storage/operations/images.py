@@ -24,7 +24,8 @@ from ..errors import (
     StorageError,
     StoreUnwritten,
 )
-from ..store.records import Image, Raw
+from ..store.fields import Raw
+from ..store.records import Image
 from ..store.snapshot import Snapshot, has_registry, split_tag
 from ..store.store import Transaction
 from .fetching import Tools

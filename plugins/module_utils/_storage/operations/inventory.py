@@ -9,9 +9,6 @@ Nothing is changed. What is damaged is described, and the rest of the store with
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import gc
 import os
 import time
 import typing as t
@@ -19,7 +16,8 @@ from dataclasses import dataclass, field
 
 from ..drivers.base import Driver
 from ..errors import ImageUnknown, StorageError
-from ..idmap.mapping import Mapping
+from ..idmap.mapping import UNMAPPED, Mapping
+from ..kernel import cycles
 from ..store.records import Container, Image, Layer
 from ..store.snapshot import Snapshot
 from ..tree.measure import Usage
@@ -39,6 +37,9 @@ FOREIGN_ROOT = "foreign_root"
 DAMAGED = "damaged"
 
 _BLOCK = 512
+_NO_SIZES: t.Dict[str, t.Optional[int]] = dict.fromkeys(
+    ("size_apparent", "size_exclusive", "inodes")
+)
 _MAGIC = frozenset("*?[")
 
 
@@ -55,12 +56,9 @@ class InfoRequest:
     measure: str = APPARENT
 
 
-@dataclass
 class LayerState:
     """One layer as found. ``layer`` is None for an ID that an image lists and no record has."""
 
-    layer_id: str
-    layer: t.Optional[Layer]
     status: str = OK
     problem: str = ""
     containers: t.Sequence[Container] = ()
@@ -70,6 +68,10 @@ class LayerState:
     duplicate_of: t.Optional[str] = None
     last_used: t.Optional[float] = None
     dependencies: t.Tuple[str, ...] = ()
+
+    def __init__(self, layer_id: str, layer: t.Optional[Layer]) -> None:
+        self.layer_id = layer_id
+        self.layer = layer
 
     @property
     def mapping(self) -> Mapping:
@@ -98,8 +100,8 @@ class LayerState:
         """When it was made, as the modules return it."""
         text = self.layer.raw.get("created") if self.layer else None
         # As containers/storage writes it; there may be ten thousand of them.
-        if text and text[-1:] == "Z" and text[10:11] == "T" and text[:4] != "0001":
-            return str(text[:19]) + "Z"
+        if text and text[-1] == "Z" and not text.startswith("0001"):
+            return f"{text[:19]}Z"
         return None if self.created is None else say(self.created)
 
     @property
@@ -157,7 +159,7 @@ def info(request: InfoRequest) -> t.Dict[str, t.Any]:
     :raises StorageError: the store cannot be opened, its records cannot be read, or a reference is
         ambiguous
     """
-    with opened(request.store) as place, _without_cycles():
+    with opened(request.store) as place, cycles.unsearched():
         inventory = take(place, request.images, request.measure)
         return {
             "changed": False,
@@ -167,18 +169,6 @@ def info(request: InfoRequest) -> t.Dict[str, t.Any]:
             "totals": totals(inventory),
             "store": place.describe(),
         }
-
-
-@contextlib.contextmanager
-def _without_cycles() -> t.Iterator[None]:
-    """Spare Python the search for circles among ten thousands of records, which hold none."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def take(place: OpenStore, images: t.Sequence[str] = (), measure: str = NONE) -> Inventory:
@@ -216,12 +206,6 @@ def choose(snapshot: Snapshot, references: t.Sequence[str]) -> t.List[Image]:
     ]
 
 
-@functools.lru_cache(maxsize=4096)
-def _same_meaning(one: Mapping, other: Mapping) -> bool:
-    """The same few maps are compared for each image of a store."""
-    return one.same_meaning(other)
-
-
 class _Taker:
     def __init__(self, place: OpenStore, measure: str) -> None:
         self.place = place
@@ -229,6 +213,8 @@ class _Taker:
         self.measure = measure
         self.now = time.time()
         self.states: t.Dict[str, LayerState] = {}
+        # By the identity of a mapping, which is kept so that it stays unique.
+        self.meanings: t.Dict[int, t.Tuple[t.Hashable, Mapping]] = {}
         self.snapshot = place.store.snapshot()
         self.ledger = ledger_of(place)
         self.present = self._present()
@@ -316,7 +302,8 @@ class _Taker:
         elif not self._is_there(layer):
             state.status = MISSING
             state.problem = f"the data of layer {layer_id[:12]} is gone"
-        state.usage = self._usage(layer_id)
+        if self.measure != NONE:
+            state.usage = self._usage(layer_id)
         return state
 
     def _is_there(self, layer: Layer) -> bool:
@@ -394,17 +381,13 @@ class _Taker:
         Containers are on the one that stays, or were last; else it is the first one recorded.
         """
         template = self.states.get(found.image.layer)
-        groups: t.List[t.List[LayerState]] = [[template]] if template else []
+        groups: t.Dict[t.Hashable, t.List[LayerState]] = {}
+        if template:
+            groups[self._meaning(template.mapping)] = [template]
         for one in found.mapped:
-            if one.layer is None or one is template:
-                continue
-            for group in groups:
-                if _same_meaning(group[0].mapping, one.mapping):
-                    group.append(one)
-                    break
-            else:
-                groups.append([one])
-        for group in groups:
+            if one.layer is not None and one is not template:
+                groups.setdefault(self._meaning(one.mapping), []).append(one)
+        for group in groups.values():
             kept = group[0]
             if kept is not template:
                 kept = max(
@@ -413,6 +396,13 @@ class _Taker:
             for one in group:
                 if one is not kept and one is not template:
                     one.duplicate_of = kept.layer_id
+
+    def _meaning(self, mapping: Mapping) -> t.Hashable:
+        """What is equal for maps that mean the same; the same few maps come with each image."""
+        known = self.meanings.get(id(mapping))
+        if known is None:
+            known = self.meanings[id(mapping)] = (mapping.meaning, mapping)
+        return known[0]
 
     # What nothing refers to
 
@@ -440,7 +430,8 @@ class _Taker:
     def _orphans(self) -> t.List[Orphan]:
         found: t.List[Orphan] = []
         try:
-            suspects = self.driver.orphans(self.snapshot.layers, self.measure != NONE)
+            thorough = self.measure != NONE
+            suspects = self.driver.orphans(self.snapshot.layers, thorough, self.present)
         except StorageError:
             suspects = []
         if suspects:
@@ -496,21 +487,18 @@ def image_result(found: ImageState) -> t.Dict[str, t.Any]:
 
 def layer_result(found: LayerState) -> t.Dict[str, t.Any]:
     """A layer as the modules return it."""
-    layer, usage = found.layer, found.usage
+    layer, usage, containers = found.layer, found.usage, found.containers
+    mapping = layer.mapping if layer and layer.mapping is not UNMAPPED else None
     return {
         "id": found.layer_id,
-        "uidmap": layer.mapping.uid.to_strings() if layer else [],
-        "gidmap": layer.mapping.gid.to_strings() if layer else [],
+        "uidmap": mapping.uid.to_strings() if mapping else [],
+        "gidmap": mapping.gid.to_strings() if mapping else [],
         "created": found.created_in_words,
         "recorded_size": layer.diff_size if layer else None,
-        "size_apparent": usage.apparent if usage else None,
-        "size_exclusive": usage.exclusive if usage else None,
-        "inodes": usage.inodes if usage else None,
+        **(_sizes(usage) if usage else _NO_SIZES),
         "status": found.status,
         "problem": found.problem or None,
-        "containers": [container_result(one) for one in found.containers]
-        if found.containers
-        else [],
+        "containers": [container_result(one) for one in containers] if containers else [],
     }
 
 
@@ -585,8 +573,10 @@ def _sum(layers: t.Sequence[LayerState]) -> t.Dict[str, int]:
 
 
 def _sizes(usage: t.Optional[Usage]) -> t.Dict[str, t.Optional[int]]:
+    if usage is None:
+        return _NO_SIZES
     return {
-        "size_apparent": usage.apparent if usage else None,
-        "size_exclusive": usage.exclusive if usage else None,
-        "inodes": usage.inodes if usage else None,
+        "size_apparent": usage.apparent,
+        "size_exclusive": usage.exclusive,
+        "inodes": usage.inodes,
     }

@@ -169,7 +169,8 @@ class _Task:
     def _note_use(self, changed: bool) -> None:
         """Keep the ledger; a run that changes nothing begins none. What it cannot note is no fault."""
         with contextlib.suppress(StorageError, OSError):
-            watch(self._place, self._place.store.snapshot(), time.time(), begin=changed)
+            snapshot, said = self._place.store.snapshot(), self._asker.said
+            watch(self._place, snapshot, time.time(), begin=changed, programs=said)
 
     def _entries(self) -> t.Iterator[Entry]:
         """Each image, once, with each of its maps, in the order asked."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import typing as t
+from types import MappingProxyType
 
 from ..store.ledger import Ledger, ledger_key
 from ..store.snapshot import Snapshot
@@ -21,13 +22,19 @@ def ledger_of(place: OpenStore) -> Ledger:
 
 
 def watch(
-    place: OpenStore, snapshot: Snapshot, now: float, write: bool = True, begin: bool = True
+    place: OpenStore,
+    snapshot: Snapshot,
+    now: float,
+    write: bool = True,
+    begin: bool = True,
+    programs: t.Mapping[str, str] = MappingProxyType({}),
 ) -> t.Tuple[Ledger, t.Optional[float]]:
     """Look at what is in use.
 
     :param now: seconds since the epoch
     :param write: whether to keep what was seen
     :param begin: whether to begin a ledger where there is none
+    :param programs: see ``Ledger.learn``
     :returns: the ledger, and since when it had watched before this
     :raises LockTimeout: another run holds our folder
     :raises OSError: the ledger cannot be written
@@ -43,6 +50,7 @@ def watch(
             if layer is not None:
                 keys[layer_id] = ledger_key(image.id, layer.mapping)
     ledger.observe([one for one in keys if snapshot.containers_on(one)], now, keys)
+    ledger.learn(programs)
     if write and (begin or since is not None):
         ledger.save()
     return ledger, since

@@ -20,6 +20,7 @@ Version = t.Tuple[int, ...]
 
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 _TIMEOUT = 60.0
+_ELF = b"\x7fELF"
 
 # Executables, in the order in which a host is searched.
 PROGRAMS = {"podman": "podman", "buildah": "buildah", "cri-o": "crio"}
@@ -132,11 +133,15 @@ def storage_version(name: str, version: Version) -> Version:
     return found
 
 
-def detect(preferred: str | None = None) -> Runtime | None:
+def detect(
+    preferred: str | None = None, said: t.MutableMapping[str, str] | None = None
+) -> Runtime | None:
     """The runtime of this host: the preferred one, else the first of podman, buildah and CRI-O.
 
     :param preferred: a program's name or path, optionally followed by a version ("podman 5.4.2"),
         which is then believed without asking the program
+    :param said: what programs said when they were asked before, by what identifies their file; the
+        same file is not asked again, and new answers are added
     :raises ConfigError: the preferred program is unknown, not installed, or does not tell its
         version
     """
@@ -155,11 +160,11 @@ def detect(preferred: str | None = None) -> Runtime | None:
                 "is not installed on this host",
                 f'Install it, or give its version too, for example "{known} 5.4.2".',
             )
-        return _ask(known, path)
+        return _ask(known, path, said)
     for known, program in PROGRAMS.items():
         path = shutil.which(program, path=_search_path())
         if path is not None:
-            return _ask(known, path)
+            return _ask(known, path, said)
     return None
 
 
@@ -169,8 +174,31 @@ def _search_path() -> str:
     return os.pathsep.join((given, "/usr/local/bin", "/usr/bin", "/usr/sbin"))
 
 
+def _ask(name: str, path: str, said: t.MutableMapping[str, str] | None) -> Runtime:
+    identity = _identity(path) if said is not None else ""
+    if said is None or not identity:
+        return runtime(name, _version(name, path), path)
+    if identity not in said:
+        said[identity] = _version(name, path)
+    return runtime(name, said[identity], path)
+
+
+def _identity(path: str) -> str:
+    """What changes whenever a program does; empty for scripts, which may call any other."""
+    real = os.path.realpath(path)
+    try:
+        with open(real, "rb") as file:
+            if file.read(len(_ELF)) != _ELF:
+                return ""
+            status = os.fstat(file.fileno())
+    except OSError:
+        return ""
+    numbers = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return f"{real} {' '.join(map(str, numbers))}"
+
+
 @functools.cache
-def _ask(name: str, path: str) -> Runtime:
+def _version(name: str, path: str) -> str:
     try:
         answer = subprocess.run(
             [path, "--version"],
@@ -189,4 +217,4 @@ def _ask(name: str, path: str) -> Runtime:
             f"does not tell its version: {error}",
             f'Try: {path} --version, or give the version, for example "{name} 5.4.2".',
         ) from error
-    return runtime(name, answer.stdout or answer.stderr, path)
+    return answer.stdout or answer.stderr

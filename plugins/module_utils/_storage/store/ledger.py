@@ -25,6 +25,7 @@ VERSION = 1
 
 # Seen again within this many seconds is no news worth a write.
 _NEWS_SECONDS = 600.0
+_MOST_PROGRAMS = 8
 _SIZE_LIMIT = 16 * 1024 * 1024
 
 
@@ -53,13 +54,15 @@ class Ledger:
         self._entries: t.Dict[str, _Entry] = {}
         self._since: t.Optional[float] = None
         self._news = False
+        # What programs said of their version, by what identifies their file; the latest last.
+        self.programs: t.Dict[str, str] = {}
 
     def load(self) -> Ledger:
         """Read the file; one that is absent or broken is an empty ledger.
 
         :raises StoreError: it is there and cannot be read
         """
-        self._entries, self._since, self._news = {}, None, False
+        self._entries, self._since, self._news, self.programs = {}, None, False, {}
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         with explained(self.path):
             try:
@@ -72,7 +75,7 @@ class Ledger:
             content = json.loads(data.decode("utf-8")) if len(data) <= _SIZE_LIMIT else None
             self._take(content)
         except (ValueError, RecursionError):
-            self._entries, self._since = {}, None
+            self._entries, self._since, self.programs = {}, None, {}
         return self
 
     def _take(self, content: t.Any) -> None:
@@ -88,6 +91,12 @@ class Ledger:
             self._entries[layer_id] = _Entry(
                 entry["key"], since if first is None else first, _moment(entry.get("last_used"))
             )
+        programs = content.get("programs", {})
+        if not isinstance(programs, dict) or not all(
+            isinstance(one, str) for one in programs.values()
+        ):
+            raise ValueError("no programs")
+        self.programs = programs
         self._since = since
 
     @property
@@ -137,6 +146,14 @@ class Ledger:
                 else:
                     known.last_used = max(known.last_used, now)
 
+    def learn(self, programs: t.Mapping[str, str]) -> None:
+        """Note what programs said of their version, see ``programs``."""
+        news = {key: said for key, said in programs.items() if self.programs.get(key) != said}
+        if news:
+            known = {key: said for key, said in self.programs.items() if key not in news}
+            self.programs = dict([*known.items(), *news.items()][-_MOST_PROGRAMS:])
+            self._news = True
+
     @property
     def changed(self) -> bool:
         """Whether there is anything worth writing."""
@@ -178,6 +195,7 @@ class Ledger:
         content = {
             "version": VERSION,
             "watched_since": self._since,
+            "programs": self.programs,
             "layers": {
                 layer_id: {
                     "key": entry.key,

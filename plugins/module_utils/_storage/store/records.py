@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 from ..errors import RecordError
-from ..idmap.mapping import Mapping
+from ..idmap.mapping import UNMAPPED, Mapping
 from ..idmap.ranges import IDENTITY, IDMap
+from .fields import CONTAINER, DEPTH_LIMIT, IMAGE, LAYER, TIME, Fields, Raw, all_good, first_fault
 
 LAYERS = "layers"
 IMAGES = "images"
@@ -30,22 +31,13 @@ STABLE = "stable"
 VOLATILE = "volatile"
 IMAGESTORE = "imagestore"
 
-Raw = t.Dict[str, t.Any]
-
 # Far beyond any real store, small enough to be read into memory.
 SIZE_LIMIT = 256 * 1024 * 1024
-# Nothing the runtimes write is deeper than 6; Python's own limit must never be met.
-_DEPTH_LIMIT = 64
 _DIGITS_LIMIT = 400
 
 _WAY_OUT = "Restore the file from a backup, or let `podman system check` tell what is damaged."
 
-_ID = re.compile(r"[0-9a-f]{64}")
 _SPACE = re.compile(r"[ \t\n\r]*")
-_TIME = re.compile(
-    r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]+))?"
-    r"(?:Z|([+-])([0-9]{2}):([0-9]{2}))"
-)
 # What Go's encoder escapes, and surrogates that UTF-8 cannot hold.
 _ESCAPED = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
@@ -91,11 +83,16 @@ def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> Raw:
     return result
 
 
+# Older Pythons take ever longer to convert ever longer numbers; newer ones refuse by themselves.
+_PARSE_INT = None if hasattr(sys, "get_int_max_str_digits") else _integer
+
+# Of a field that is there twice it takes the last, as Go does.
+_READER = json.JSONDecoder(parse_float=_Number, parse_int=_PARSE_INT, parse_constant=_constant)
+# Refuses such a field, for it could not be written back as it stood.
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object,
     parse_float=_Number,
-    # Older Pythons take ever longer to convert ever longer numbers; newer ones refuse by themselves.
-    parse_int=None if hasattr(sys, "get_int_max_str_digits") else _integer,
+    parse_int=_PARSE_INT,
     parse_constant=_constant,
 )
 
@@ -127,150 +124,9 @@ class _Subject:
         return f"{self.path}, record {self.index}{name}"
 
 
-# Checks of one field each; they answer what is wrong, or nothing
-
-
-def _check_string(value: t.Any) -> str:
-    return "" if isinstance(value, str) else "is not a string"
-
-
-def _check_id(value: t.Any) -> str:
-    if not isinstance(value, str):
-        return "is not a string"
-    return "" if not value or _ID.fullmatch(value) else "is not 64 lower-case hexadecimal digits"
-
-
-def _check_uint32s(value: t.Any) -> str:
-    if not isinstance(value, list):
-        return "is not a list"
-    if not value:
-        return ""
-    if set(map(type, value)) != {int}:
-        return "has an entry that is not a whole number"
-    return "" if min(value) >= 0 and max(value) < 2**32 else "has an entry that is no ID"
-
-
-def _check_list(check: t.Callable[[t.Any], str]) -> t.Callable[[t.Any], str]:
-    def verify(value: t.Any) -> str:
-        if not isinstance(value, list):
-            return "is not a list"
-        for item in value:
-            wrong = check(item)
-            if wrong:
-                return f"has an entry that {wrong}"
-        return ""
-
-    return verify
-
-
-def _check_map(check: t.Callable[[t.Any], str]) -> t.Callable[[t.Any], str]:
-    def verify(value: t.Any) -> str:
-        if not isinstance(value, dict):
-            return "is not an object"
-        for item in value.values():
-            wrong = check(item)
-            if wrong:
-                return f"has an entry that {wrong}"
-        return ""
-
-    return verify
-
-
-def _whole(low: int, high: int) -> t.Callable[[t.Any], str]:
-    def verify(value: t.Any) -> str:
-        if isinstance(value, bool) or not isinstance(value, int):
-            return "is not a whole number"
-        return "" if low <= value <= high else f"is outside {low} to {high}"
-
-    return verify
-
-
-def _check_time(value: t.Any) -> str:
-    if not isinstance(value, str):
-        return "is not a string"
-    return "" if _TIME.fullmatch(value) else "is not a time such as 2026-01-31T12:00:00Z"
-
-
-_INT64 = _whole(-(2**63), 2**63 - 1)
-_NAMES = _check_list(_check_string)
-_ID_RANGES = _check_list(_check_map(_INT64))
-_SIZES = _check_map(_INT64)
-_DIGESTS = _check_map(_check_string)
-_OPEN_MAP = _check_map(lambda _value: "")
-
-_Check = t.Callable[[t.Any], str]
-_Checks = t.Dict[str, _Check]
-
-_LAYER_FIELDS: _Checks = {
-    "id": _check_id,
-    "names": _NAMES,
-    "parent": _check_id,
-    "metadata": _check_string,
-    "mountlabel": _check_string,
-    "created": _check_time,
-    "compressed-diff-digest": _check_string,
-    "compressed-size": _INT64,
-    "diff-digest": _check_string,
-    "toc-digest": _check_string,
-    "diff-size": _INT64,
-    "compression": _INT64,
-    "uidset": _check_uint32s,
-    "gidset": _check_uint32s,
-    "flags": _OPEN_MAP,
-    "uidmap": _ID_RANGES,
-    "gidmap": _ID_RANGES,
-    "big-data-names": _NAMES,
-}
-
-_IMAGE_FIELDS: _Checks = {
-    "id": _check_id,
-    "digest": _check_string,
-    "names": _NAMES,
-    "names-history": _NAMES,
-    "layer": _check_id,
-    "mapped-layers": _check_list(_check_id),
-    "metadata": _check_string,
-    "big-data-names": _NAMES,
-    "big-data-sizes": _SIZES,
-    "big-data-digests": _DIGESTS,
-    "created": _check_time,
-    "flags": _OPEN_MAP,
-}
-
-_CONTAINER_FIELDS: _Checks = {
-    "id": _check_id,
-    "names": _NAMES,
-    "image": _check_id,
-    "layer": _check_id,
-    "metadata": _check_string,
-    "big-data-names": _NAMES,
-    "big-data-sizes": _SIZES,
-    "big-data-digests": _DIGESTS,
-    "created": _check_time,
-    "flags": _OPEN_MAP,
-    "uidmap": _ID_RANGES,
-    "gidmap": _ID_RANGES,
-}
-
-
-def _too_deep(value: t.Any) -> bool:
-    level = [value]
-    for _depth in range(_DEPTH_LIMIT):
-        deeper: t.List[t.Any] = []
-        for one in level:
-            if isinstance(one, dict):
-                deeper.extend(one.values())
-            elif isinstance(one, list):
-                deeper.extend(one)
-        if not deeper:
-            return False
-        level = deeper
-    return True
-
-
 def _as_time(text: t.Optional[str]) -> t.Optional[datetime]:
     """Microseconds are what Python holds; Go's zero time and impossible dates are None."""
-    match = _TIME.fullmatch(text) if text else None
+    match = TIME.fullmatch(text) if text else None
     if match is None:
         return None
     year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups()
@@ -291,70 +147,76 @@ def _as_time(text: t.Optional[str]) -> t.Optional[datetime]:
     return None if moment.year == 1 else moment
 
 
+class _Source:
+    """The bytes that records were read from; which of them are whose is found out when somebody asks."""
+
+    def __init__(self, data: bytes, path: str) -> None:
+        self._data = data
+        self._path = path
+        self._texts: t.Optional[t.List[bytes]] = None
+
+    @property
+    def texts(self) -> t.List[bytes]:
+        if self._texts is None:
+            self._texts = [text for _value, text in _split(self._data, self._path)]
+        return self._texts
+
+
 class Record:
     """One record: ``raw`` is what the JSON says, in its order. Treat it as read-only.
 
-    :ivar text: the record's own JSON
     :ivar path: the file it came from
     :ivar location: which of the store's files that is: "stable", "volatile" or "imagestore"
     :ivar read_only_store: the additional store it lives in, None for the store itself
     """
 
-    __slots__ = ("location", "mapping", "path", "raw", "read_only_store", "text")
+    __slots__ = ("_index", "_source", "location", "mapping", "path", "raw", "read_only_store")
 
     kind = ""
-    fields: t.ClassVar[_Checks] = {}
+    fields: t.ClassVar[Fields] = {}
 
     def __init__(
         self,
         raw: Raw,
-        text: bytes,
+        source: _Source,
         path: str,
         location: str = STABLE,
         read_only_store: t.Optional[str] = None,
         index: int = 0,
+        checked: bool = False,
     ) -> None:
-        """Check the types of all known fields.
+        """Check the types of all known fields, unless that has been done.
 
         :raises RecordError: a field is of a wrong type, or the ID is missing or malformed
         """
         self.raw = raw
-        self.text = text
+        self._source = source
+        self._index = index
         self.path = path
         self.location = location
         self.read_only_store = read_only_store
-        self._check(index)
+        fault = None if checked else first_fault(raw, self.fields)
+        if fault:
+            self._refuse(index, *fault)
         self.mapping = self._mapping(index)
+
+    @property
+    def text(self) -> bytes:
+        """The record's own JSON.
+
+        :raises RecordError: it cannot be written back as it stands: a field is there twice
+        """
+        return self._source.texts[self._index]
 
     def __getstate__(self) -> t.Tuple[t.Any, ...]:
         return (self.raw, self.text, self.path, self.location, self.read_only_store, self.mapping)
 
     def __setstate__(self, state: t.Tuple[t.Any, ...]) -> None:
-        (self.raw, self.text, self.path, self.location, self.read_only_store, self.mapping) = state
+        (self.raw, text, self.path, self.location, self.read_only_store, self.mapping) = state
+        self._source, self._index = _Source(b"[" + text + b"]", self.path), 0
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}>"
-
-    def _check(self, index: int) -> None:
-        fields = self.fields
-        for key, value in self.raw.items():
-            check = fields.get(key)
-            if check is None:
-                # Go matches names without regard to case: such a field would count there.
-                if key.lower() in fields:
-                    self._refuse(index, key, f"is spelt otherwise than {key.lower()!r}")
-                if _too_deep(value):
-                    self._refuse(index, key, f"is nested more than {_DEPTH_LIMIT} deep")
-            elif check is _check_string and isinstance(value, str):
-                continue
-            elif value is not None:
-                wrong = check(value)
-                if not wrong and key == "flags" and _too_deep(value):
-                    wrong = f"is nested more than {_DEPTH_LIMIT} deep"
-                if wrong:
-                    self._refuse(index, key, wrong)
-        if not self.raw.get("id"):
-            self._refuse(index, "id", "is missing")
 
     def _refuse(self, index: int, key: str, wrong: str) -> t.NoReturn:
         name = self.raw.get("id")
@@ -369,19 +231,28 @@ class Record:
         )
 
     def _mapping(self, index: int) -> Mapping:
-        uid, gid = self.raw.get("uidmap"), self.raw.get("gidmap")
+        raw = self.raw
+        uid, gid = raw.get("uidmap"), raw.get("gidmap")
         if not uid and not gid:
-            return _UNMAPPED
-        subject = str(_Subject(self.path, index, self.id))
-        return Mapping(
-            IDMap.from_record(uid, f"{subject}, uidmap") if uid else IDENTITY,
-            IDMap.from_record(gid, f"{subject}, gidmap") if gid else IDENTITY,
-        )
+            return UNMAPPED
+        # One object for all layers of a map: there may be thousands of them.
+        spelt = repr((uid, gid))
+        known = _mappings.get(spelt)
+        if known is None:
+            subject = str(_Subject(self.path, index, self.id))
+            known = Mapping(
+                IDMap.from_record(uid, f"{subject}, uidmap") if uid else IDENTITY,
+                IDMap.from_record(gid, f"{subject}, gidmap") if gid else IDENTITY,
+            )
+            if len(_mappings) < _MOST_MAPPINGS:
+                _mappings[spelt] = known
+        return known
 
     # None counts as absent, as it does in Go
 
     def _text(self, key: str) -> str:
-        return self.raw.get(key) or ""
+        text: t.Optional[str] = self.raw.get(key)
+        return text or ""
 
     def _texts(self, key: str) -> t.Tuple[str, ...]:
         return tuple(self.raw.get(key) or ())
@@ -420,7 +291,9 @@ class Record:
         return _as_time(self.raw.get("created"))
 
 
-_UNMAPPED = Mapping()
+# By the maps as they are spelt.
+_mappings: t.Dict[str, Mapping] = {}
+_MOST_MAPPINGS = 1024
 
 
 class Layer(Record):
@@ -429,17 +302,18 @@ class Layer(Record):
     __slots__ = ()
 
     kind = LAYERS
-    fields = _LAYER_FIELDS
+    fields = LAYER
 
     @property
     def parent(self) -> str:
         """The parent layer's ID, empty for none; it may live in another store."""
-        return self._text("parent")
+        return self.raw.get("parent") or ""
 
     @property
     def incomplete(self) -> bool:
         """Whether the layer is still being built, or is left over from that."""
-        return self.flags.get("incomplete") is True
+        flags: t.Optional[Raw] = self.raw.get("flags")
+        return flags is not None and flags.get("incomplete") is True
 
     @property
     def mount_label(self) -> str:
@@ -474,7 +348,7 @@ class Image(Record):
     __slots__ = ()
 
     kind = IMAGES
-    fields = _IMAGE_FIELDS
+    fields = IMAGE
 
     @property
     def layer(self) -> str:
@@ -518,7 +392,7 @@ class Container(Record):
     __slots__ = ()
 
     kind = CONTAINERS
-    fields = _CONTAINER_FIELDS
+    fields = CONTAINER
 
     @property
     def image(self) -> str:
@@ -584,9 +458,16 @@ def parse(
         return []
     if len(data) > SIZE_LIMIT:
         raise RecordError(path, f"is larger than {SIZE_LIMIT} bytes", _WAY_OUT, path=path)
+    source = _Source(data, path)
+    values = _values(data, path)
+    if all_good(values, kind.fields) and len({raw["id"] for raw in values}) == len(values):
+        return [
+            kind(raw, source, path, location, read_only_store, index, True)
+            for index, raw in enumerate(values)
+        ]
     records: t.List[R] = []
     seen: t.Set[str] = set()
-    for index, (raw, text) in enumerate(_split(data, path)):
+    for index, raw in enumerate(values):
         if not isinstance(raw, dict):
             raise RecordError(
                 str(_Subject(path, index)),
@@ -595,7 +476,7 @@ def parse(
                 path=path,
                 record=index,
             )
-        record = kind(raw, text, path, location, read_only_store, index)
+        record = kind(raw, source, path, location, read_only_store, index)
         if record.id in seen:
             raise RecordError(
                 str(_Subject(path, index, record.id)),
@@ -608,6 +489,18 @@ def parse(
         seen.add(record.id)
         records.append(record)
     return records
+
+
+def _values(data: bytes, path: str) -> t.List[t.Any]:
+    """The elements of the array."""
+    try:
+        values = _READER.decode(data.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, list):
+        return values
+    # Step by step, to tell what is wrong and where.
+    return [value for value, _text in _split(data, path)]
 
 
 def _split(data: bytes, path: str) -> t.Iterator[t.Tuple[t.Any, bytes]]:
@@ -629,6 +522,10 @@ def _split(data: bytes, path: str) -> t.Iterator[t.Tuple[t.Any, bytes]]:
                 value, end = decode(text, at)
                 yield value, (data[at:end] if single else _bytes(text[at:end]))
                 index += 1
+                # As all runtimes write it.
+                if text.startswith(",{", end):
+                    at = end + 1
+                    continue
                 at = _space(text, end)
                 mark = text[at : at + 1]
                 if mark == "]":
@@ -671,8 +568,8 @@ def encode(value: t.Any) -> bytes:
 
 
 def _encode(value: t.Any, pieces: t.List[str], depth: int) -> None:
-    if depth > _DEPTH_LIMIT + 8:
-        raise ValueError(f"nested more than {_DEPTH_LIMIT} deep")
+    if depth > DEPTH_LIMIT + 8:
+        raise ValueError(f"nested more than {DEPTH_LIMIT} deep")
     if value is None:
         pieces.append("null")
     elif value is True:

@@ -33,6 +33,7 @@ from ..errors import (
 )
 from .config import StoreConfig
 from .explained import explained
+from .fields import Raw
 from .locks import LockFile
 from .records import (
     CONTAINERS,
@@ -46,7 +47,6 @@ from .records import (
     Image,
     Layer,
     R,
-    Raw,
     Record,
     changed,
     new_record,

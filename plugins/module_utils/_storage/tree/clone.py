@@ -15,7 +15,7 @@ import typing as t
 
 from ..errors import TreeError, UnmappedIDs
 from ..idmap.mapping import Shift
-from ..kernel import files, xattrs
+from ..kernel import files, fsids, xattrs
 from . import owners
 from .craft import CloneResult
 from .merged import LayerStack, attribute_names
@@ -47,10 +47,13 @@ _METACOPY_MARK = "trusted.overlay.metacopy"
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NAMELESS = os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _BLOCK = 512
+# From so many bytes on, writing at once to the disk saves more of the wait at the end than it costs.
+_WORTH_STARTING = 1 << 16
 
 # FICLONE answers this for single files that cannot share (no copy-on-write, swap files).
 _NOT_THIS_FILE = frozenset((errno.EINVAL, errno.ETXTBSY))
@@ -210,6 +213,9 @@ class _Cloner(Visitor):
         self._read = _READ | os.O_NOATIME
         # Whether new files get the very mode that they are made with.
         self._exact = False
+        # Whether the kernel is told beforehand to whom new files belong, and to whom it is.
+        self._owning = False
+        self._owner = (-1, -1)
         # The directory at hand: made, and its topmost source with the attributes of that.
         self._made = -1
         self._source = -1
@@ -218,6 +224,8 @@ class _Cloner(Visitor):
     def settle(self) -> None:
         os.umask(0)
         self._exact = True
+        # Directories of an earlier call may hand their group down, under the mount option grpid.
+        self._owning = not self._again and fsids.keep_capabilities()
 
     def close(self) -> None:
         """Close the destination."""
@@ -338,11 +346,13 @@ class _Cloner(Visitor):
         if attributes:
             attributes = self.stack.content(attributes)
         mode = stat.S_IMODE(status.st_mode)
+        shift = self._shift
+        owner = self._owner_of(status)
         made = os.open(name, _CREATE, mode & 0o777, dir_fd=self._made)
         try:
             size = status.st_size
             # A tree with IDs that cannot be mapped is only looked through for others.
-            if size and self._shift.complete:
+            if size and shift.complete:
                 allocated = status.st_blocks * _BLOCK
                 if self._metacopy:
                     os.ftruncate(made, size)
@@ -350,9 +360,11 @@ class _Cloner(Visitor):
                 elif not self._reflink or not self._share(made, source):
                     self.totals[ALLOCATED] += allocated
                     files.copy_data(made, source, size, sparse=allocated < size)
-            shift = self._shift
+                    if allocated > _WORTH_STARTING:
+                        files.start_writing(made)
             # Owner first: chown(2) takes capabilities and setuid away.
-            os.fchown(made, shift.uid(status.st_uid), shift.gid(status.st_gid))
+            if owner:
+                os.fchown(made, *owner)
             if attributes:
                 owners.copy_attributes(made, source, attributes, shift)
             # An inode's change has its price, and nobody else enters unfinished directories.
@@ -361,6 +373,35 @@ class _Cloner(Visitor):
             os.utime(made, ns=(status.st_atime_ns, status.st_mtime_ns))
         finally:
             os.close(made)
+
+    def _owner_of(self, status: os.stat_result) -> t.Optional[t.Tuple[int, int]]:
+        """Whom what is made next has to be given to; None when it will belong to them anyway."""
+        owner = self._shift.uid(status.st_uid), self._shift.gid(status.st_gid)
+        if self._owning and (owner == self._owner or self._become(owner)):
+            return None
+        return owner
+
+    def _become(self, owner: t.Tuple[int, int]) -> bool:
+        """Have new files belong to ``owner``; False where that is not so, for whatever reason."""
+        self._owner = (-1, -1)
+        if -1 in owner:
+            return False
+        self._owning = fsids.become(*owner) and self._given(owner)
+        if self._owning:
+            self._owner = owner
+        return self._owning
+
+    def _given(self, owner: t.Tuple[int, int]) -> bool:
+        """Whether a file made here belongs to ``owner``: not under the mount option grpid."""
+        try:
+            made = os.open(".", _NAMELESS, 0o600, dir_fd=self._root)
+        except OSError:
+            return False
+        try:
+            status = os.fstat(made)
+        finally:
+            os.close(made)
+        return (status.st_uid, status.st_gid) == owner
 
     def _share(self, made: int, source: int) -> bool:
         try:
@@ -380,13 +421,15 @@ class _Cloner(Visitor):
     def _symlink(self, source: int, name: str, status: os.stat_result) -> None:
         if not stat.S_ISLNK(status.st_mode):
             raise _changed(name)
+        owner = self._owner_of(status)
         os.symlink(os.readlink("", dir_fd=source), name, dir_fd=self._made)
-        self._dress(source, name, status)
+        self._dress(source, name, status, owner)
 
     def _special(self, source: int, name: str, status: os.stat_result) -> None:
         mode = status.st_mode
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode):
             raise _changed(name)
+        owner = self._owner_of(status)
         is_device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
         try:
             os.mknod(
@@ -404,18 +447,19 @@ class _Cloner(Visitor):
                 " only the host's root can make",
                 "Rebuild the image without it, or prepare it for a rootful store.",
             ) from error
-        self._dress(source, name, status)
+        self._dress(source, name, status, owner)
 
-    def _dress(self, source: int, name: str, status: os.stat_result) -> None:
+    def _dress(
+        self,
+        source: int,
+        name: str,
+        status: os.stat_result,
+        owner: t.Optional[t.Tuple[int, int]],
+    ) -> None:
         """Owner, attributes, mode and times of what cannot be opened."""
         made, shift = self._made, self._shift
-        os.chown(
-            name,
-            shift.uid(status.st_uid),
-            shift.gid(status.st_gid),
-            dir_fd=made,
-            follow_symlinks=False,
-        )
+        if owner:
+            os.chown(name, *owner, dir_fd=made, follow_symlinks=False)
         attributes = self.stack.content(attribute_names(source, ""))
         if attributes:
             owners.copy_attributes(made, source, attributes, shift, name, "")

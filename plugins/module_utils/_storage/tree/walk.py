@@ -56,13 +56,15 @@ Progress = t.Callable[[int, int], None]
 MOST_IDS = 100
 MOST_WORKERS = 8
 
-_JOB_ENTRIES = 256
-_PART = 256
+_JOB_ENTRIES = 128
+# While there is too little to do for all, jobs are to find more.
+_FIRST_ENTRIES = 24
+_PART = 128
 _MOST_DIRECTORIES = 16
 # Longer paths are not walked down within one job, so that what a job keeps stays small.
 _LONG_PATH = 4096
 _LONGEST_MESSAGE = 1 << 17
-_ENTRIES_BEFORE_FORK = 512
+_ENTRIES_BEFORE_FORK = 48
 _PROGRESS_SECONDS = 0.5
 
 _PR_SET_PDEATHSIG = 1
@@ -181,10 +183,14 @@ class _Job:
         self.entries = entries
         self.linked = linked
 
-    def message(self, serial: int) -> Message:
-        """What a worker is told."""
+    def message(self, serial: int, budget: int) -> Message:
+        """What a worker is told.
+
+        :param budget: entries after which it leaves further directories to others
+        """
         if self.kind == _DIRECTORY_JOB:
-            return (serial, self.kind, [(place.path(), place.layers) for place in self.places])
+            directories = [(place.path(), place.layers) for place in self.places]
+            return (serial, self.kind, directories, budget)
         path, layers = self.places[0].path(), self.places[0].layers
         if self.kind == _NAMES_JOB:
             return (serial, self.kind, path, layers, self.layer, self.entries, self.linked)
@@ -213,7 +219,7 @@ class Worker:
         self._left, self._held, self._links = [], [], []
         try:
             if kind == _DIRECTORY_JOB:
-                self._directories(serial, message[2], emit)
+                self._directories(serial, message[2], message[3], emit)
             elif kind == _NAMES_JOB:
                 self._names(*message[2:])
             else:
@@ -232,9 +238,9 @@ class Worker:
         emit((_DONE_MESSAGE, serial, self._left, self._held, self._links, totals, visitor.ids()))
 
     def _directories(
-        self, serial: int, directories: t.List[t.Tuple[str, Layers]], emit: Emit
+        self, serial: int, directories: t.List[t.Tuple[str, Layers]], budget: int, emit: Emit
     ) -> None:
-        self._budget = _JOB_ENTRIES
+        self._budget = budget
         # Index of the job's directory, and the way from there.
         todo = [(index, "", layers) for index, (_path, layers) in enumerate(directories)]
         todo.reverse()
@@ -492,16 +498,19 @@ class Walk:
                 job.places.extend(self._pending.pop().places)
         return job
 
+    def _budget(self) -> int:
+        return _JOB_ENTRIES if len(self._pending) >= 2 * self._count else _FIRST_ENTRIES
+
     def _do(self, job: _Job) -> None:
         """Do a job in this process."""
         serial = next(self._serials)
         self._running[serial] = job
-        self._own.execute(job.message(serial), self._hear)
+        self._own.execute(job.message(serial, self._budget()), self._hear)
 
     def _send(self, job: _Job) -> bool:
         """Give a job to whichever worker is free first; False if the queue is full."""
         serial = next(self._serials)
-        data = marshal.dumps(job.message(serial))
+        data = marshal.dumps(job.message(serial, self._budget()))
         if len(data) > _LONGEST_MESSAGE or self._jobs is None:
             self._split_or_do(job)
             return True

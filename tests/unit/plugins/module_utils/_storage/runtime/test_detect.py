@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import shutil
 
 import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import ConfigError
@@ -77,3 +79,24 @@ def test_a_runtime_without_a_version(
     path = program(tmp_path, "podman", "no idea")
     with pytest.raises(ConfigError, match="no readable version in 'no idea'"):
         detect(path)
+
+
+def test_a_program_is_asked_once_for_as_long_as_its_file_stays(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said: dict[str, str] = {}
+    script = program(tmp_path, "podman", "podman version 5.2.1")
+    assert detect(script, said) == Runtime("podman", (5, 2, 1), (1, 55, 0), script)
+    assert said == {}, "a script may call another program tomorrow"
+    compiled = str(tmp_path / "buildah")
+    # GNU's own tools tell a version as well.
+    shutil.copy("/bin/true", compiled)
+    asked = detect("buildah", said)
+    assert asked is not None
+    (identity,) = said
+    said[identity] = "buildah version 1.39.3"
+    assert detect("buildah", said) == Runtime("buildah", (1, 39, 3), (1, 57, 1), compiled)
+    os.utime(compiled)
+    assert detect("buildah", said) == asked
+    assert len(said) == 2

@@ -123,6 +123,8 @@ def test_two_runs_at_once_lose_nothing(path: str) -> None:
         b'{"version":1,"watched_since":NaN,"layers":{}}',
         b'{"version":1,"watched_since":' + b"9" * 5000 + b',"layers":{}}',
         b'{"version":1,"watched_since":true,"layers":{}}',
+        b'{"version":1,"watched_since":1,"layers":{},"programs":[]}',
+        b'{"version":1,"watched_since":1,"layers":{},"programs":{"a":1}}',
     ],
 )
 def test_broken_file_is_an_empty_ledger(path: str, data: bytes) -> None:
@@ -179,3 +181,17 @@ def test_key() -> None:
         for gid in (one, other)
     }
     assert len(keys) == 8
+
+
+def test_what_programs_said(path: str) -> None:
+    ledger = Ledger(path).load()
+    ledger.observe([], 1000.0, {})
+    ledger.learn({f"program {number}": f"version {number}" for number in range(9)})
+    assert ledger.save()
+    ledger = Ledger(path).load()
+    assert list(ledger.programs) == [f"program {number}" for number in range(1, 9)]
+    ledger.learn({"program 3": "version 3"})
+    assert not ledger.changed
+    ledger.learn({"program 1": "version 10"})
+    assert ledger.save()
+    assert Ledger(path).load().programs["program 1"] == "version 10"

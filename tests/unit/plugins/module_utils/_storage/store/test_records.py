@@ -151,6 +151,16 @@ def test_zero_time_is_none(kind: t.Any) -> None:
 # What is malformed
 
 
+@pytest.mark.parametrize("fields", [b'"x":1,"x":2', b'"flags":{"x":1,"x":2}'])
+def test_a_field_that_is_there_twice_is_read_and_never_written(fields: bytes) -> None:
+    layer = parse(b'[{"id":"' + A.encode() + b'",' + fields + b"}]", Layer, "f")[0]
+    assert (layer.raw.get("x") or layer.flags.get("x")) == 2
+    with pytest.raises(RecordError, match="the field 'x' twice"):
+        records.serialise([layer])
+    with pytest.raises(RecordError, match="the field 'x' twice"):
+        records.changed(layer, {**layer.raw, "names": ["a"]})
+
+
 def refused(kind: t.Any, data: bytes) -> RecordError:
     with pytest.raises(RecordError) as caught:
         parse(data, kind, "/store/layers.json")
@@ -185,8 +195,6 @@ def refused(kind: t.Any, data: bytes) -> RecordError:
         b'[{"id":"' + A.encode() + b'","x":' + b"9" * 5000 + b"}]",
         b'[{"id":"' + A.encode() + b'","x":NaN}]',
         b'[{"id":"' + A.encode() + b'","x":-Infinity}]',
-        b'[{"id":"' + A.encode() + b'","x":1,"x":2}]',
-        b'[{"id":"' + A.encode() + b'","flags":{"x":1,"x":2}}]',
         b'[{"id":"' + A.encode() + b'","Parent":"' + B.encode() + b'"}]',
         b'[{"id":"' + A.encode() + b'","names":["\n"]}]',
     ],
