@@ -776,3 +776,22 @@ def test_reflink_where_there_is_none(lab: Lab) -> None:
     assert not can_reflink(str(base))
     with pytest.raises(TreeError, match="cannot share data"):
         make([template], base / "mapped", IDs(), HIGH, strategy="reflink")
+
+
+def test_groups_are_right_where_files_take_that_of_their_directory(lab: Lab) -> None:
+    base = lab.folder()
+    template = tree_of(base, 800)
+    for number in range(0, 50, 7):
+        os.chown(os.path.join(template, f"d{number}"), 33, 1000 + number)
+        os.chown(os.path.join(template, f"d{number}", "e0"), 1, 2000 + number)
+    with open(base / "disk.img", "wb") as disk:
+        disk.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", base / "disk.img"], check=True)
+    (base / "disk").mkdir()
+    mounts.mount("-o", "loop,grpid", str(base / "disk.img"), str(base / "disk"))
+    try:
+        made = base / "disk" / "mapped"
+        make([template], made, IDs(), HIGH, workers=2)
+        assert differences(template, str(made), IDs(), HIGH) == []
+    finally:
+        mounts.detach(str(base / "disk"))

@@ -195,7 +195,23 @@ def filesystem_type(path: t.Union[str, int]) -> str:
         os.close(fd)
 
 
+def mount_options(fd: int) -> t.FrozenSet[str]:
+    """The options of the filesystem that holds an open file, as /proc/self/mountinfo has them.
+
+    :returns: nothing if this mount namespace does not hold the mount
+    """
+    words = _mount_of(fd)
+    return frozenset(words[2].split(",")) if len(words) > 2 else frozenset()
+
+
 def _type_of_mount(fd: int) -> str:
+    words = _mount_of(fd)
+    name = words[0].partition(".")[0] if words else ""
+    return _SAME_FAMILY.get(name, name)
+
+
+def _mount_of(fd: int) -> t.List[str]:
+    """Type, source and options of the filesystem that an open file is on."""
     mount_id = ""
     with open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as lines:
         for line in lines:
@@ -206,9 +222,8 @@ def _type_of_mount(fd: int) -> str:
         for line in lines:
             if line.split(" ", 1)[0] == mount_id:
                 # proc(5): optional fields end at a lone hyphen, the type follows.
-                name = line.partition(" - ")[2].split(" ", 1)[0].partition(".")[0]
-                return _SAME_FAMILY.get(name, name)
-    return ""
+                return line.partition(" - ")[2].split()
+    return []
 
 
 def open_beneath(root_fd: int, path: str, flags: int) -> int:

@@ -51,6 +51,9 @@ _NAMELESS = os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
+# Mount options under which new files have their directory's group.
+_GROUP_OF_DIRECTORY = frozenset(("grpid", "bsdgroups"))
+
 _BLOCK = 512
 # From so many bytes on, writing at once to the disk saves more of the wait at the end than it costs.
 _WORTH_STARTING = 1 << 16
@@ -224,8 +227,8 @@ class _Cloner(Visitor):
     def settle(self) -> None:
         os.umask(0)
         self._exact = True
-        # Directories of an earlier call may hand their group down, under the mount option grpid.
-        self._owning = not self._again and fsids.keep_capabilities()
+        by_directory = _GROUP_OF_DIRECTORY & files.mount_options(self._root)
+        self._owning = not by_directory and fsids.keep_capabilities()
 
     def close(self) -> None:
         """Close the destination."""
@@ -392,9 +395,9 @@ class _Cloner(Visitor):
         return self._owning
 
     def _given(self, owner: t.Tuple[int, int]) -> bool:
-        """Whether a file made here belongs to ``owner``: not under the mount option grpid."""
+        """Whether a file made here does belong to ``owner``."""
         try:
-            made = os.open(".", _NAMELESS, 0o600, dir_fd=self._root)
+            made = os.open(".", _NAMELESS, 0o600, dir_fd=self._made)
         except OSError:
             return False
         try:

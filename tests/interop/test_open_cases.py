@@ -1,0 +1,204 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Reports of podman's users about its own copies, and what layer_template makes of each.
+
+E01, E05, E07 and E10 to E12 are in test_image_layers_info.py, E02 in test_layer_gc.py.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import stat
+import time
+import typing as t
+
+import pytest
+from support import images
+from support.cases import Case
+from support.images import CAP_NET_RAW, Image, capability, directory, file, link, symlink
+from support.lab import Lab
+from support.modules import finish_module
+from support.stores import Store
+
+MakeCase = t.Callable[..., Case]
+Json = t.Dict[str, t.Any]
+
+DRIVERS = ["vfs", "overlay-forced"]
+LINKS = 400
+
+
+@pytest.fixture(scope="module")
+def linked_image(lab: Lab) -> Image:
+    """E03: a file with names in two directories, and a program with 400 names."""
+    tree = {".": directory(), "a": directory(), "b": directory(), "bin": directory()}
+    tree["a/file"] = file("shared", uid=1000, gid=1000)
+    tree["b/file"] = link("a/file")
+    tree["bin/busybox"] = file("program", mode=0o755)
+    tree.update({f"bin/applet{number}": link("bin/busybox") for number in range(1, LINKS)})
+    return images.build(lab.folder(), [tree], "localhost/linked:1")
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_e03_hard_links_stay_one_file(kind: str, make_case: MakeCase, linked_image: Image) -> None:
+    case = make_case(kind, linked_image)
+    (layer,) = case.layer_template()["layers"]
+    with case.store.mounted(layer["layer_id"]) as tree:
+        first, second = os.lstat(tree / "a/file"), os.lstat(tree / "b/file")
+        assert (first.st_ino, first.st_nlink) == (second.st_ino, 2)
+        assert (first.st_uid, first.st_gid) == (101000, 101000)
+        applets = [os.lstat(path) for path in (tree / "bin").iterdir()]
+        assert len(applets) == LINKS
+        assert {one.st_ino for one in applets} == {os.lstat(tree / "bin/busybox").st_ino}
+        assert {(one.st_nlink, one.st_uid) for one in applets} == {(LINKS, 100000)}
+
+
+@pytest.fixture(scope="module")
+def privileged_image(lab: Lab) -> Image:
+    """E04: what a change of owner is apt to lose."""
+    ping = {"security.capability": capability(CAP_NET_RAW)}
+    tree = {
+        ".": directory(),
+        "su": file("su", mode=0o4755, uid=1000),
+        "wall": file("wall", mode=0o2755, gid=1000),
+        "ping": file("ping", mode=0o755, xattrs=ping),
+        "noted": file("noted", xattrs={"user.foo": b"bar"}),
+        "link": symlink("su", uid=1000),
+    }
+    return images.build(lab.folder(), [tree], "localhost/privileged:1")
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_e04_nothing_is_lost_with_the_owner(
+    kind: str, make_case: MakeCase, privileged_image: Image
+) -> None:
+    case = make_case(kind, privileged_image)
+    (layer,) = case.layer_template()["layers"]
+    with case.store.mounted(layer["layer_id"]) as tree:
+        found = {
+            path.name: (oct(stat.S_IMODE(info.st_mode)), info.st_uid, info.st_gid)
+            for path in tree.iterdir()
+            for info in [os.lstat(path)]
+        }
+        assert found == {
+            "su": ("0o4755", 101000, 100000),
+            "wall": ("0o2755", 100000, 101000),
+            "ping": ("0o755", 100000, 100000),
+            "noted": ("0o644", 100000, 100000),
+            "link": ("0o777", 101000, 100000),
+        }
+        assert os.getxattr(tree / "noted", "user.foo") == b"bar"
+        assert os.getxattr(tree / "ping", "security.capability") == capability(CAP_NET_RAW)
+        assert os.readlink(tree / "link") == "su"
+
+
+@pytest.fixture(scope="module")
+def far_owners_image(lab: Lab) -> Image:
+    """E06: files of IDs that small maps leave out."""
+    tree = {
+        ".": directory(),
+        "far": file("far", uid=70000, gid=70000),
+        "near": file("near", uid=500, gid=500),
+    }
+    return images.build(lab.folder(), [tree], "localhost/far:1")
+
+
+@pytest.mark.parametrize(
+    ("size", "named", "mapped"), [(65536, {70000}, {500}), (100, {500, 70000}, set())]
+)
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_e06_ids_outside_the_map_are_named_before_anything_is_made(
+    kind: str,
+    size: int,
+    named: t.Set[int],
+    mapped: t.Set[int],
+    make_case: MakeCase,
+    far_owners_image: Image,
+) -> None:
+    case = make_case(kind, far_owners_image)
+    before = case.store.snapshot_of_disk()
+    asked = {"uidmap": [f"0:100000:{size}"]}
+    result = case.layer_template(**asked, options={"fails": True})
+    assert set(result["uids"]) == set(result["gids"]) == named, result["msg"]
+    assert all(str(number) in result["msg"] for number in named)
+    assert not any(f" {number}" in result["msg"] for number in mapped)
+    assert before.changes(case.store.snapshot_of_disk()) == []
+    (layer,) = case.layer_template(**asked, unmapped_ids="overflow")["layers"]
+    with case.store.mounted(layer["layer_id"]) as tree:
+        owners = {path.name: os.lstat(path).st_uid for path in tree.iterdir()}
+    assert owners == {"far": 65534, "near": 100500 if mapped else 65534}
+
+
+@pytest.fixture(scope="module")
+def large_image(many_files_image: t.Callable[[int], Image]) -> Image:
+    """As E08's, of 60 directories of 150 files where that has 300."""
+    return many_files_image(9_000)
+
+
+def test_e08_nobody_waits_while_a_large_image_is_mapped(
+    make_case: MakeCase, large_image: Image
+) -> None:
+    case = make_case("overlay-forced", large_image)
+    process = case.start("layer_template", {"images": [large_image.name], **case.wanted})
+    _staged(case.store)
+    listings = 0
+    while process.poll() is None:
+        case.store.podman("images")
+        listings += 1
+    (layer,) = finish_module(process)["layers"]
+    assert layer["action"] == "created"
+    assert layer["files"] > 9_000
+    # Who had to wait for the whole copy would have come to one.
+    assert listings > 3
+    assert layer["lock_seconds"] < layer["seconds"] / 10
+
+
+@pytest.mark.parametrize("killed", ["layer_template", "podman"])
+def test_e09_a_killed_copy_leaves_nothing_behind(
+    killed: str, make_case: MakeCase, large_image: Image
+) -> None:
+    case = make_case("overlay-forced", large_image)
+    store = case.store
+    before = store.layer_ids()
+    if killed == "podman":
+        process = store.machine.popen(
+            ["podman", "create", *case.podman_args, large_image.name, "true"],
+            env=store.env(),
+        )
+        _wait(lambda: _incomplete(store))
+    else:
+        process = case.start("layer_template", {"images": [large_image.name], **case.wanted})
+        _staged(store)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (layer,) = case.layer_template()["layers"]
+    assert layer["action"] == "created"
+    case.assert_podman_is_well()
+    assert store.layer_ids() == before | {layer["layer_id"]}
+    assert _incomplete(store) == []
+    names = (path.name for path in (store.graphroot / "overlay").iterdir())
+    assert {name for name in names if len(name) == 64} == store.layer_ids()
+    assert not list((store.graphroot / "userns-storage/staging").iterdir())
+    assert str(store.graphroot / "overlay/") not in pathlib.Path("/proc/mounts").read_text()
+    (info,) = case.info()["images"]
+    assert [one["status"] for one in info["mapped_layers"]] == ["ok"]
+    assert info["mapped_layers"][0]["inodes"] > 9_000
+
+
+def _incomplete(store: Store) -> t.List[str]:
+    return [one["id"] for one in store.layers() if one.get("flags", {}).get("incomplete")]
+
+
+def _staged(store: Store) -> None:
+    """Wait until the copy has begun."""
+    staging = store.graphroot / "userns-storage/staging"
+    _wait(lambda: list(staging.glob("*/layer/diff/data/*")))
+
+
+def _wait(condition: t.Callable[[], t.Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
