@@ -86,6 +86,7 @@ class Place:
     def __init__(self, lab: Lab, kind: str, image: Image, mib: int = 2048, **options: str) -> None:
         self.lab, self.image = lab, image
         self.store = Store(lab, kind, options=options, mib=mib)
+        self._write_directly()
         self.store.load(image)
         # podman's own first steps in a store are not what is measured.
         self.store.podman("rm", self.store.create(image.name))
@@ -94,6 +95,11 @@ class Place:
     @property
     def template(self) -> str:
         return str(self.store.image(self.image.name)["layer"])
+
+    def _write_directly(self) -> None:
+        """Keep the loop device's file out of the page cache, so that it behaves like a disk."""
+        found = self.store.tool("findmnt", "-n", "-o", "SOURCE", "-T", self.store.graphroot)
+        self.store.tool("losetup", "--direct-io=on", found.stdout.strip())
 
     def close(self) -> None:
         self.store.close()

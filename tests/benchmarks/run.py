@@ -59,7 +59,7 @@ def _notes(about: t.Mapping[str, t.Any]) -> t.List[str]:
     load = f"load {about['load_before'][0]} before, {about['load_after'][0]} after"
     return [
         f"Linux {about['kernel']}, {about['processors']} processors, {about['memory_mb']} MB; "
-        f"loop filesystems on {about['filesystem']}; {about['date']}; {load}",
+        f"loop filesystems (direct I/O) on {about['filesystem']}; {about['date']}; {load}",
         "; ".join(f"{name} {version}" for name, version in about["versions"].items()),
         f"Medians of {about['rounds']} pairs; ours from options to result, "
         "podman's first container less its second one.",
@@ -112,7 +112,9 @@ def _about(lab: Lab, asked: argparse.Namespace, load: t.Sequence[float]) -> t.Di
         "load_before": [round(one, 2) for one in load],
         "versions": {
             "podman": ".".join(map(str, lab.machine.version("podman"))),
-            "containers-storage": first_line("containers-storage", "version"),
+            "containers-storage": first_line(
+                "dpkg-query", "-W", "-f", "${Version}", "containers-storage"
+            ),
             "python": first_line(SYSTEM_PYTHON, "--version").split()[-1],
             "mkfs.ext4": first_line("mkfs.ext4", "-V").split()[1],
             "mkfs.xfs": first_line("mkfs.xfs", "-V").split()[-1],

@@ -201,13 +201,20 @@ def test_full_check_finds_nothing(
 
 
 def pushed(case: Case, source: str, name: str) -> t.List[str]:
-    """The digests of an image's layers, uncompressed ones, when it is pushed to an OCI folder."""
+    """The digests of an image's layers, as they are and uncompressed, when it is pushed to an OCI folder."""
     folder = case.store.base / "tmp" / name
-    case.store.podman("push", "-q", "--disable-content-trust", source, f"dir:{folder}")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    config = manifest["config"]["digest"].partition(":")[2]
-    layers: t.List[str] = json.loads((folder / config).read_text())["rootfs"]["diff_ids"]
-    return layers
+    case.store.podman("push", "-q", source, f"oci:{folder}:latest")
+
+    def blob(descriptor: Json) -> Json:
+        found: Json = json.loads(
+            (folder / "blobs" / descriptor["digest"].replace(":", "/")).read_text()
+        )
+        return found
+
+    (entry,) = json.loads((folder / "index.json").read_text())["manifests"]
+    manifest = blob(entry)
+    layers: t.List[str] = blob(manifest["config"])["rootfs"]["diff_ids"]
+    return [one["digest"] for one in manifest["layers"]] + layers
 
 
 def digest(archive: pathlib.Path) -> str:
