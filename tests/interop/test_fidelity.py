@@ -31,8 +31,11 @@ WAYS: t.List[t.Tuple[str, t.Dict[str, str], str]] = [
     ("overlay-forced", {}, "copy"),
     ("overlay-forced", METACOPY, "metacopy"),
     ("overlay-xfs", {}, "reflink"),
+    ("overlay-xfs", {}, "copy"),
+    ("overlay-xfs", METACOPY, "metacopy"),
     ("btrfs", {}, "snapshot"),
     ("btrfs", {}, "reflink"),
+    ("btrfs", {}, "copy"),
     ("rootless-overlay", {}, "copy"),
     ("rootless-vfs", {}, "copy"),
 ]

@@ -123,6 +123,10 @@ class Scene:
             # The namespace that podman gives its user by itself, in place of a range of the host's.
             self.args.pop("uidmap", None)
             self.args.update({"userns": "keep-id"} if module == "layer_template" else {})
+        if module == "layer_template":
+            # Not asked anew in each of some hundred runs.
+            version = ".".join(map(str, self.store.machine.version("podman")))
+            self.args["runtime"] = f"podman {version}"
         self.takes_away = module == "layer_gc" or args.get("state") == "absent"
         self.below = str(self.store.graphroot)
 
