@@ -73,16 +73,21 @@ def hostile_tree(tree: pathlib.Path, outside: pathlib.Path) -> None:
     os.setxattr(tree / "setuid", "trusted.overlay.redirect", b"/../../../etc")
     wide = tree / "wide"
     wide.mkdir()
-    fd = os.open(wide, os.O_RDONLY)
-    for number in range(100_000):
-        os.close(os.open(f"{number}", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=fd))
-    os.close(fd)
+    fill(wide, 5000)
     fd = os.open(tree, os.O_RDONLY)
     for _level in range(2000):
         os.mkdir("d", dir_fd=fd)
         deeper = os.open("d", os.O_RDONLY, dir_fd=fd)
         os.close(fd)
         fd = deeper
+    os.close(fd)
+
+
+def fill(folder: pathlib.Path, count: int) -> None:
+    """Make so many empty files."""
+    fd = os.open(folder, os.O_RDONLY)
+    for number in range(count):
+        os.close(os.open(f"{number}", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=fd))
     os.close(fd)
 
 
@@ -110,7 +115,7 @@ def test_a_hostile_image(lab: Lab, make_store: MakeStore, modules: Modules) -> N
     assert len(made.output) < 20_000
     (entry,) = result["layers"]
     mapped = store.layer_folder(entry["layer_id"])
-    assert entry["files"] > 100_000
+    assert entry["files"] > 5000
     _no_foreign_owner(mapped)
     info = os.lstat(mapped / "setuid")
     assert (info.st_uid, stat.S_IMODE(info.st_mode)) == (101000, 0o6755)
@@ -124,6 +129,28 @@ def test_a_hostile_image(lab: Lab, make_store: MakeStore, modules: Modules) -> N
     assert list((store.graphroot / "userns-storage/trash").iterdir()) == []
     assert before.changes(disk_state(outside)) == []
     subprocess.run(["rm", "-rf", str(template)], check=True)
+
+
+def test_a_hundred_thousand_entries_in_one_directory(
+    lab: Lab, make_store: MakeStore, run_module: t.Callable[..., Json]
+) -> None:
+    # Apart from the other one, for each call of that one is looked at.
+    image = tiny_image(lab)
+    store = make_store("overlay-tmpfs", image)
+    wide = store.layer_folder(store.image(image.name)["layer"]) / "diff/wide"
+    wide.mkdir()
+    fill(wide, 100_000)
+    args = {**store.module_args(), "images": [image.name], "uidmap": [MAP], "force": True}
+    result = run_module("layer_template", args)
+    (entry,) = result["layers"]
+    assert entry["files"] > 100_000
+    assert len(json.dumps(result)) < 20_000
+    mapped = store.layer_folder(entry["layer_id"]) / "diff/wide"
+    assert {(one.name, one.stat().st_uid) for one in os.scandir(mapped)} == {
+        (str(number), 100000) for number in range(100_000)
+    }
+    assert run_module("layer_template", {**args, "state": "absent"})["changed"]
+    assert not mapped.exists()
 
 
 def _written_below(run: Run, store: Store) -> None:

@@ -35,7 +35,8 @@ _TRASH = re.compile(r"-[0-9a-f]{16}(?![0-9a-f])")
 
 # podman system df mounts each layer: it makes or removes these, and gives the root to itself.
 _OF_PODMAN = re.compile(r"overlay/[^/]*/(diff|empty|merged|work(/.*)?)")
-_LEDGER = "userns-storage/ledger.json"
+# What a task finds out about uses is none of its outcome; its empty folders come and stay.
+_OURS = frozenset(f"userns-storage/{name}" for name in ("ledger.json", "staging", "trash"))
 
 State = t.Mapping[str, t.Tuple[t.Any, ...]]
 
@@ -253,8 +254,7 @@ class Scene:
                 for name in [*names, *files]:
                     path = pathlib.Path(parent, name)
                     shown = self._plain(str(path.relative_to(root)))
-                    # What a task finds out about uses is none of its outcome.
-                    if not _OF_PODMAN.fullmatch(shown) and shown != _LEDGER:
+                    if not _OF_PODMAN.fullmatch(shown) and shown not in _OURS:
                         found[shown] = self._entry(path, f"{parent}/")
         return found
 
