@@ -27,12 +27,13 @@ EXAMPLES = r"""
 - name: Pre-map what a text area says
   userns.storage.layer_template:
     images: registry.example.org/toolbox:latest
+    user: alice
     mappings: "{{ answer | userns.storage.mappings }}"
   vars:
     answer: |
       keep-id
       auto:size=4096 slots=3
-      0:100000:65536/0:300000:65536
+      0:1:10000/0:2:10000
 """
 
 RETURN = r"""

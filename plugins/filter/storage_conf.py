@@ -30,7 +30,12 @@ author:
 """
 
 EXAMPLES = r"""
-- name: Add a mount option to what is there
+- name: Read what is there
+  ansible.builtin.slurp:
+    src: /etc/containers/storage.conf
+  register: old
+
+- name: Add a mount option to it
   ansible.builtin.copy:
     dest: /etc/containers/storage.conf
     content: "{{ old.content | b64decode | userns.storage.storage_conf({'overlay.mountopt': '+metacopy=on'}) }}"

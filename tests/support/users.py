@@ -88,7 +88,11 @@ def _circle(last: int) -> t.Iterator[int]:
 
 
 def add_user(
-    lab: Lab, machine: t.Optional[Machine] = None, subordinate: int = _RANGE, uid: int = 0
+    lab: Lab,
+    machine: t.Optional[Machine] = None,
+    subordinate: int = _RANGE,
+    uid: int = 0,
+    name: str = "",
 ) -> User:
     """Make a user whose home lies in the laboratory, with `subordinate` IDs (0: none).
 
@@ -101,7 +105,7 @@ def add_user(
     with _numbers(lab) as fresh:
         taken, ranges = _claimed(root / "etc")
         number = uid or fresh(taken)
-        name = f"us{os.getpid() % 100000}n{next(_NUMBERS)}x"
+        name = name or f"us{os.getpid() % 100000}n{next(_NUMBERS)}x"
         machine.run(["groupadd", "-g", str(number), name])
         # -K keeps useradd from choosing ranges itself; -M from copying /etc/skel.
         words = ["-M", "-N", "-u", str(number), "-g", str(number), "-d", str(home)]

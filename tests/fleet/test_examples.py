@@ -1,0 +1,128 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Every example of the documentation is read by Ansible, and carried out on real stores."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import re
+import typing as t
+
+import pytest
+import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from support import examples
+from support.lab import COLLECTION
+
+BLOCKS = examples.blocks()
+
+
+def together(block: examples.Block) -> str:
+    """What is carried out at once: a guide, all texts of the roles, all EXAMPLES of the plugins."""
+    return block.document if block.document.startswith("docs") else block.document.split("/")[0]
+
+
+DOCUMENTS = {name: list(found) for name, found in itertools.groupby(BLOCKS, together)}
+OURS = "userns.storage."
+
+
+@pytest.fixture(scope="module")
+def world(lab: t.Any) -> examples.World:
+    return examples.World(lab)
+
+
+@pytest.mark.parametrize("document", list(DOCUMENTS))
+def test_examples_work(world, document):
+    found = DOCUMENTS[document]
+    done = world.run(found)
+    for block in found:
+        assert block in done or block.skipped or block.file or block.kind in ("text", "data"), block
+    # What is saved is used by a command, or is there for the sake of one that cannot be run.
+    typed = "".join(block.text for block in found if block.kind in ("console", "tasks"))
+    for block in found:
+        name = pathlib.Path(block.file).name
+        assert name in typed or "group_vars" in block.file, block
+
+
+def test_ansible_reads_all_of_them(tmp_path, collections_path):
+    environ = {"ANSIBLE_COLLECTIONS_PATH": collections_path}
+    examples.check_syntax(BLOCKS, tmp_path, environ)
+
+
+def test_few_are_not_run_and_each_says_why():
+    skipped = [block for block in BLOCKS if block.skipped]
+    assert all(len(block.skipped.split()) > 2 for block in skipped)
+    assert len(skipped) < len(BLOCKS) / 8
+
+
+def test_notes_are_spelled_right():
+    for block in BLOCKS:
+        assert block.note == "" or block.file or block.skipped or block.fails, block
+
+
+def specification(kind: str, name: str) -> t.Dict[str, t.Any]:
+    """The options of a module, those it shares with others included, or the variables of a role."""
+    if kind == "role":
+        text = (COLLECTION / f"roles/{name}/meta/argument_specs.yml").read_text()
+        options = yaml.safe_load(text)["argument_specs"]["main"]["options"]
+    else:
+        own = _documentation(COLLECTION / f"plugins/modules/{name}.py")
+        shared = _documentation(COLLECTION / "plugins/doc_fragments/_store.py")
+        several = "userns.storage._store" in own["extends_documentation_fragment"]
+        options = {**own["options"], **(shared["options"] if several else {})}
+    return {key: _plain(option) for key, option in options.items()}
+
+
+def _documentation(path: pathlib.Path) -> t.Dict[str, t.Any]:
+    match = re.search(
+        r'DOCUMENTATION = r"""\n(.*?)^ *"""', path.read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert match
+    found: t.Dict[str, t.Any] = yaml.safe_load(match[1])
+    return found
+
+
+def _plain(option: t.Mapping[str, t.Any]) -> t.Dict[str, t.Any]:
+    wanted = ("type", "elements", "choices", "default", "required", "aliases")
+    plain = {key: option[key] for key in wanted if key in option}
+    if "suboptions" in option:
+        plain["options"] = {key: _plain(one) for key, one in option["suboptions"].items()}
+    return plain
+
+
+def _tasks(data: t.Any) -> t.Iterator[t.Dict[str, t.Any]]:
+    for one in data if isinstance(data, list) else []:
+        yield one
+        for key in ("tasks", "roles", "block"):
+            yield from _tasks(one.get(key))
+
+
+def test_options_and_variables_are_those_of_the_modules_and_roles():
+    """In what is not run, too. Templates are left out, for what comes of them is not known here."""
+    seen = 0
+    for block in BLOCKS:
+        if block.language != "yaml":
+            continue
+        data = block.data
+        for task in _tasks(data):
+            given = [("module", key, task[key] or {}) for key in task if key.startswith(OURS)]
+            if str(task.get("role", "")).startswith(OURS):
+                given.append(("role", task["role"], task.get("vars", {})))
+            for kind, name, values in given:
+                specs = specification(kind, name.removeprefix(OURS))
+                plain = {key: value for key, value in values.items() if "{{" not in str(value)}
+                for key in set(values) - set(plain):
+                    del specs[key]
+                errors = ArgumentSpecValidator(specs).validate(plain).error_messages
+                assert errors == [], block
+                seen += 1
+        variables = data if isinstance(data, dict) else {}
+        for role in ("prepare", "prune", "report"):
+            mine = {key: one for key, one in variables.items() if key.startswith(f"{role}_")}
+            if mine:
+                validator = ArgumentSpecValidator(specification("role", role))
+                assert validator.validate(mine).error_messages == [], block
+                seen += 1
+    assert seen > 20

@@ -1,0 +1,401 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The examples of the documentation: read out of the texts, and carried out one after the other as a reader would.
+
+A block of YAML is a playbook, tasks, or the content of a file; a block for the console is commands. In front of a
+block may stand a comment that no page shows, ``.. example: WORDS`` or ``<!-- example: WORDS -->``:
+
+``file NAME``
+    Saved under that name and left to a command; in rst the caption says so.
+``not run, REASON``
+    Its syntax is checked, no more.
+``fails``
+    One of its tasks, or its last command, fails, as the text says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import typing as t
+
+import yaml
+from ansible.parsing.splitter import parse_kv
+
+from . import images, mounts, users
+from .lab import COLLECTION, Lab
+from .machines import Account
+from .registry import Registry
+from .stores import Store
+
+Json = t.Dict[str, t.Any]
+# Whose stores the examples speak of, besides root's.
+PEOPLE = ("alice", "bob", "runner")
+IMAGES = (
+    "registry.example.org/toolbox:latest",
+    "registry.example.org/builder:latest",
+    "registry.example.org/very/large:latest",
+    "docker.io/library/postgres:17",
+    "docker.io/library/redis:8",
+    "docker.io/library/nginx:1.29",
+    "localhost/app:1",
+)
+_LOCAL = "ansible_connection=local ansible_python_interpreter=/usr/bin/python3"
+_INVENTORIES = {
+    # No packages: those are there, and apt would ask its mirrors. This machine has no sudo.
+    "hosts.ini": f"ws1.example.org {_LOCAL} ansible_become_method=ansible.builtin.su prepare_install=false\n",
+    "elsewhere.ini": f"web.example.org {_LOCAL}\n",
+}
+_ONLY = "-i hosts.ini -i elsewhere.ini --limit ws1.example.org"
+# What an example may read.
+_UNIT = "[Container]\nImage=docker.io/library/nginx:1.29\nUserNS=auto:size=65536\n"
+_FILES = {"web.container": _UNIT, "quadlets/web.container": _UNIT}
+_RUN = ("tasks", "playbook", "console")
+_ROOTS = ("README.md", "awx/README.md", "docs/**/*.md", "docs/**/*.rst", "roles/*/README.md")
+_PLUGINS = ("plugins/modules/*.py", "plugins/filter/*.py")
+_LANGUAGES = ("yaml", "console")
+# alice@ws1$ is the user of that name, root@ws1# is root there, $ or nothing is where Ansible is started.
+_PROMPT = re.compile(r"^(?:(?P<user>\w+)@\w+)?[$#] (?P<command>.*)$")
+_KEYWORDS = {"name", "register", "vars", "loop", "when", "become", "become_user", "async", "poll"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One example.
+
+    :param document: the file that it stands in, relative to the collection
+    :param note: the words of the comment in front of it
+    """
+
+    document: str
+    line: int
+    language: str
+    text: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line}"
+
+    @property
+    def file(self) -> str:
+        """The name that the reader saves it under; empty for none."""
+        return self.note[5:] if self.note.startswith("file ") else ""
+
+    @property
+    def skipped(self) -> str:
+        """Why it is not run; empty if it is."""
+        return self.note[9:] if self.note.startswith("not run, ") else ""
+
+    @property
+    def fails(self) -> bool:
+        """Whether it says of itself that it ends with an error."""
+        return self.note == "fails"
+
+    @property
+    def data(self) -> t.Any:
+        """What the YAML says."""
+        return yaml.safe_load(self.text)
+
+    @property
+    def kind(self) -> str:
+        """One of console, text, playbook, tasks, data."""
+        if self.language != "yaml":
+            return self.language if self.language in _LANGUAGES else "text"
+        data = self.data
+        if isinstance(data, list) and all(isinstance(one, dict) for one in data):
+            plays = [bool({"hosts", "ansible.builtin.import_playbook"} & set(one)) for one in data]
+            if all(plays):
+                return "playbook"
+            if not any(plays) and all(module_of(one) for one in data):
+                return "tasks"
+        return "data"
+
+    def commands(self) -> t.List[t.Tuple[str, str]]:
+        """Who types what: user ("" where Ansible is started) and command. Lines without a prompt are what it says,
+        or commands where no line has one."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        found = [match for match in map(_PROMPT.match, lines) if match]
+        if not found:
+            return [("", line) for line in lines if line and not line.startswith("#")]
+        return [(match["user"] or "", match["command"]) for match in found]
+
+
+def module_of(task: t.Mapping[str, t.Any]) -> str:
+    """The module that a task calls."""
+    names = [key for key in task if key not in _KEYWORDS and "." in key]
+    return names[0] if len(names) == 1 else ""
+
+
+def blocks() -> t.List[Block]:
+    """All of the documentation, and the EXAMPLES of the plugins."""
+    found: t.List[Block] = []
+    for pattern in (*_ROOTS, *_PLUGINS):
+        for path in sorted(COLLECTION.glob(pattern)):
+            text = path.read_text()
+            name = str(path.relative_to(COLLECTION))
+            read = {".md": _markdown, ".rst": _rst, ".py": _plugin}[path.suffix]
+            found += read(name, text)
+    return found
+
+
+def _markdown(document: str, text: str) -> t.Iterator[Block]:
+    note, fence, start = "", "", 0
+    kept: t.List[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if fence and line.strip() == "```":
+            yield Block(document, start, fence, textwrap.dedent("\n".join(kept)) + "\n", note)
+            fence = note = ""
+        elif fence:
+            kept.append(line)
+        elif line.startswith("```"):
+            fence, start, kept = line[3:].strip() or "text", number, []
+        elif line.startswith("<!-- example: "):
+            note = line[len("<!-- example: ") :].partition(" -->")[0]
+        elif line.strip():
+            note = ""
+
+
+def _rst(document: str, text: str) -> t.Iterator[Block]:
+    lines = [*text.splitlines(), "end"]
+    note, place = "", 0
+    while place < len(lines):
+        line = lines[place]
+        match = re.match(r"( *)\.\. (?:code-block|example): ?:? ?(.*)$", line)
+        place += 1
+        if match is None:
+            note = "" if line.strip() else note
+        elif ".. example" in line:
+            note = match[2]
+        else:
+            start, inner = place, []
+            while place < len(lines) and (
+                not lines[place].strip()
+                or len(lines[place]) - len(lines[place].lstrip()) > len(match[1])
+            ):
+                inner.append(lines[place])
+                place += 1
+            inside = textwrap.dedent("\n".join(inner)).splitlines()
+            while inside and (option := re.match(r":([a-z-]+): *(.*)", inside[0])):
+                note = f"file {option[2]}" if option[1] == "caption" else note
+                inside.pop(0)
+            yield Block(document, start, match[2], "\n".join(inside).strip("\n") + "\n", note)
+            note = ""
+
+
+def _plugin(document: str, text: str) -> t.Iterator[Block]:
+    match = re.search(r'^EXAMPLES = r"""\n(.*?)^"""', text, flags=re.MULTILINE | re.DOTALL)
+    if match:
+        yield Block(document, text[: match.start()].count("\n") + 2, "yaml", match[1])
+
+
+class World:
+    """A machine as the examples take it for granted: people with stores, images in them, files, an inventory.
+
+    All of it lies in the laboratory, root's own store and the registries too.
+    """
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.image = images.build(lab.folder(), images.small_layers(), "localhost/small:1")
+        self.people: t.Dict[str, Account] = {}
+        self.stores: t.Dict[str, Store] = {"root": Store(lab, "vfs")}
+        lab.on_close(self.stores["root"].close)
+        for name in PEOPLE:
+            user = users.add_user(lab, name=name)
+            lab.on_close(functools.partial(users.remove_user, lab, user))
+            self.people[name] = user
+            self.stores[name] = Store(lab, "rootless-overlay", user=user)
+            lab.on_close(self.stores[name].close)
+        # Root's store is the one that programs find by themselves.
+        etc = pathlib.Path("/etc/containers")
+        etc.mkdir(exist_ok=True)
+        shutil.copy(self.stores["root"].storage_conf, etc / "storage.conf")
+        shutil.copy(self.stores["root"].containers_conf, etc / "containers.conf")
+        # As on a host whose root uses automatic namespaces.
+        for file in ("/etc/subuid", "/etc/subgid"):
+            with open(file, "a", encoding="utf-8") as ranges:
+                ranges.write("containers:1000000000:1048576\n")
+        registry = Registry(self.image, ("docker.io", "registry.example.org"))
+        registry.configure(etc)
+        lab.on_close(registry.close)
+        mounts.mount("-t", "tmpfs", "lab", "/srv")
+        for folder in ("images", "www"):
+            pathlib.Path("/srv", folder).mkdir()
+        lab.machine.run(
+            ["skopeo", "copy", "-q", self.image.source, "oci-archive:/srv/images/app-1.tar"]
+        )
+        self.folder = lab.folder()
+        # What waits to be carried out by one ansible-playbook: playbooks, and steps for one more.
+        self.playbooks: t.List[str] = []
+        self.steps: t.List[Json] = []
+
+    def refresh(self) -> None:
+        """As if nobody had run any example yet: a new folder, no containers, all images."""
+        self.folder = self.lab.folder()
+        self.playbooks, self.steps = [], []
+        for store in self.stores.values():
+            if store.containers():
+                store.podman("rm", "--all", "--force")
+            names = {name for image in store.images() for name in image.get("names") or ()}
+            missing = [name for name in IMAGES if name not in names]
+            if missing:
+                store.load(self.image, missing[0])
+                store.podman("tag", missing[0], *missing[1:], missing[0])
+        for name, text in {**_FILES, **_INVENTORIES}.items():
+            path = self.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+
+    def run(self, document: t.Sequence[Block]) -> t.List[Block]:
+        """Carry out the blocks of one document in their order; returns those that were."""
+        self.refresh()
+        for block in document:
+            if block.skipped:
+                continue
+            if block.file:
+                # The machine here is the one host.
+                if block.file not in _INVENTORIES:
+                    self._save(block)
+            elif block.kind == "tasks":
+                self.steps += [{**task, "name": f"{block}: {task['name']}"} for task in block.data]
+            elif block.kind == "playbook":
+                self._end_steps()
+                self.playbooks.append(f"{len(self.playbooks)}.yml")
+                (self.folder / self.playbooks[-1]).write_text(block.text)
+            elif block.kind == "console":
+                commands = block.commands()
+                for number, (user, command) in enumerate(commands, 1):
+                    self._type(block, user, command, block.fails and number == len(commands))
+        self._flush()
+        return [block for block in document if not block.skipped and block.kind in _RUN]
+
+    def _save(self, block: Block) -> None:
+        path = self.folder / block.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text)
+
+    def _type(self, block: Block, user: str, command: str, fails: bool) -> None:
+        """Have one command carried out: in a playbook with what comes before and behind where that can be."""
+        name = f"{block}: {command}"
+        if user:
+            # In a file, for Ansible would take podman's templates for its own.
+            script = self.folder / f"{len(self.playbooks)}-{len(self.steps)}.sh"
+            script.write_text(command)
+            words = self.lab.machine.command(
+                ["bash", "-e", str(script)],
+                account=self.people.get(user),
+                env=self.stores[user].env(),
+            )
+            self.steps.append({"name": name, "ansible.builtin.command": {"argv": words}})
+            return
+        words = shlex.split(command)
+        if words[:3] == ["ansible-playbook", "-i", "hosts.ini"] and "-" not in {
+            word[0] for word in words[3:]
+        }:
+            self._end_steps()
+            self.playbooks += words[3:]
+            return
+        if words[0] != "ansible":
+            self._flush()
+            self._ansible(command, str(block))
+            return
+        # A program of its own for each would take most of the time.
+        known = argparse.ArgumentParser()
+        known.add_argument("pattern", choices=["all"])
+        for short, long in (("-i", "--inventory"), ("-m", "--module"), ("-a", "--args")):
+            known.add_argument(short, long, default="")
+        for switch in ("--become", "--check"):
+            known.add_argument(switch, action="store_true")
+        given = known.parse_args(words[1:])
+        step: Json = {"name": name, given.module: parse_kv(given.args)}
+        step["become"] = given.become
+        if given.check:
+            step["check_mode"] = True
+        if fails:
+            step.update(register="failing", failed_when="failing is not failed")
+        self.steps.append(step)
+
+    def _end_steps(self) -> None:
+        if self.steps:
+            play = {"name": "Steps", "hosts": "all", "gather_facts": False, "tasks": self.steps}
+            self.playbooks.append(f"{len(self.playbooks)}.json")
+            (self.folder / self.playbooks[-1]).write_text(json.dumps([play]))
+            self.steps = []
+
+    def _flush(self) -> None:
+        self._end_steps()
+        if self.playbooks:
+            names = " ".join(self.playbooks)
+            self.playbooks = []
+            self._ansible(f"ansible-playbook {_ONLY} {names}", names)
+
+    def _ansible(self, command: str, where: str) -> None:
+        own = str(pathlib.Path(sys.executable).parent)
+        environ = {
+            "PATH": f"{own}:{os.environ['PATH']}",
+            "HOME": str(self.folder),
+            "ANSIBLE_COLLECTIONS_PATH": str(self.lab.tree),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_DEPRECATION_WARNINGS": "false",
+            # No example needs facts that it does not ask for; they take a second each time.
+            "ANSIBLE_GATHERING": "explicit",
+            # Modules start in a fraction of the time.
+            **_mitogen(),
+        }
+        done = self.lab.machine.run(
+            ["bash", "-ec", command], env=environ, cwd=str(self.folder), check=False
+        )
+        if done.rc != 0:
+            raise AssertionError(f"{where}: {command}: rc {done.rc}\n{done.stdout}\n{done.stderr}")
+
+
+def _mitogen() -> t.Dict[str, str]:
+    spec = importlib.util.find_spec("ansible_mitogen")
+    if spec is None or spec.origin is None:
+        return {"ANSIBLE_PIPELINING": "true"}
+    folder = pathlib.Path(spec.origin).parent / "plugins/strategy"
+    return {"ANSIBLE_STRATEGY": "mitogen_linear", "ANSIBLE_STRATEGY_PLUGINS": str(folder)}
+
+
+def check_syntax(
+    found: t.Sequence[Block], folder: pathlib.Path, environ: t.Mapping[str, str]
+) -> None:
+    """Have ansible-playbook read all playbooks and tasks at once, those too that are not run."""
+    names = []
+    for number, block in enumerate(found):
+        if block.kind not in ("playbook", "tasks"):
+            continue
+        plays = block.data
+        if block.kind == "tasks":
+            plays = [{"hosts": "all", "gather_facts": False, "tasks": plays}]
+        # A playbook may import another that the reader has, too.
+        plays = [
+            one for one in plays if "hosts" in one or "." not in one.get("import_playbook", ".")
+        ]
+        if plays:
+            names.append(f"{number}.json")
+            (folder / names[-1]).write_text(json.dumps(plays))
+    command = [sys.executable, "-m", "ansible", "playbook", "--syntax-check", "-i", "localhost,"]
+    done = subprocess.run(
+        [*command, *names],
+        cwd=folder,
+        env={**os.environ, **environ, "ANSIBLE_HOME": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise AssertionError(done.stdout)
