@@ -30,6 +30,7 @@ import nox
 import nox.command
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
+import tarball
 import workshop
 
 ROOT = workshop.ROOT
@@ -172,21 +173,29 @@ def version_of(tools: Path) -> str:
 
 @nox.session
 def style(session: nox.Session) -> None:
-    """Run ruff, shellcheck and the changelog's linter; antsibull-nox's lint session does the rest."""
+    """Run ruff, shellcheck and the changelog's linter, and rehearse its release; antsibull-nox's lint does the rest."""
     run_each(
         session,
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
-        ("shellcheck", "scripts/test", "scripts/demo", "scripts/bench", ".ci/run"),
+        (
+            "shellcheck",
+            *(f"scripts/{name}" for name in ("build", "test", "demo", "bench")),
+            ".ci/run",
+        ),
         ("antsibull-changelog", "lint"),
     )
+    with workshop.collection_tree(session.name) as tree, session.chdir(tree):
+        run(session, "antsibull-changelog", "release", "--version", "1.0.0")
+        run(session, "antsibull-changelog", "lint-changelog-yaml", "changelogs/changelog.yaml")
 
 
 @nox.session
 def types(session: nox.Session) -> None:
     """Run mypy, strict, on all that is shipped and on the scripts."""
     cache = f"--cache-dir={ROOT / '.mypy_cache'}"
-    own = ("noxfile.py", "scripts/sessions.py", "scripts/workshop.py")
+    scripts = ("docsite", "sessions", "tarball", "workshop")
+    own = ("noxfile.py", *(f"scripts/{name}.py" for name in scripts))
     run(session, "mypy", cache, *own, MYPYPATH=str(ROOT / "scripts"))
     with workshop.collection_tree(session.name) as tree:
         base = tree.parents[2]
@@ -217,6 +226,19 @@ def docs_check(session: nox.Session) -> None:
         run(session, *command, ANSIBLE_COLLECTIONS_PATH=str(tree.parents[2]))
 
 
+@nox.session(name="docs-site")
+def docs_site(session: nox.Session) -> None:
+    """Build the site of guides, plugins and roles: .nox/docs-site/build/html/index.html."""
+    tools = workshop.environment("docs")
+    with workshop.collection_tree(session.name) as tree:
+        script, folder = tree / "scripts/docsite.py", workshop.WORK / "docs-site"
+        environment = {
+            "ANSIBLE_COLLECTIONS_PATH": str(tree.parents[2]),
+            "PATH": workshop.clean_path(tools / "bin"),
+        }
+        run(session, tools / "bin/python", script, tree, folder, **environment)
+
+
 @nox.session(name="ansible-lint")
 def ansible_lint(session: nox.Session) -> None:
     """Run ansible-lint, production profile, on roles, playbooks and tests."""
@@ -237,7 +259,7 @@ def galaxy(session: nox.Session) -> None:
         out = tree.parents[2]
         for old in out.glob("*.tar.gz"):
             old.unlink()
-        run(session, "ansible-galaxy", "collection", "build", "--output-path", out, tree)
+        tarball.build(tree, out, Path(sys.prefix) / "bin/ansible-galaxy", 0)
         config = out / "importer.cfg"
         config.write_text(
             "[galaxy-importer]\n"
@@ -362,7 +384,7 @@ def molecule(session: nox.Session) -> None:
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Show a container's first start without and with a pre-mapped image."""
-    show(session, "tests/demo/first_start.py")
+    show(session, "tests/demo/first_start.py", str(workshop.WORK / "demo/report.html"))
 
 
 @nox.session(default=False)

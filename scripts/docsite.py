@@ -154,6 +154,8 @@ def bring_markdown(docs: Path, rst: Path) -> None:
         shutil.copy(path, guides)
     if (docs / "images").is_dir():
         shutil.copytree(docs / "images", guides / "images")
+    for page in guides.glob("*.md"):
+        page.write_text(page.read_text().replace("](docsite/rst/", "]("))
     for page in guides.glob("*.rst"):
         text = page.read_text()
         for name in names:

@@ -65,6 +65,7 @@ TESTS = (
     Session("units-python39", ("peers",)),
     Session("types"),
     Session("docs-check"),
+    Session("docs-site"),
     Session("ansible-lint"),
     Session("lint", ("lint",), parts=("style", "lint")),
     Session("extra-checks"),

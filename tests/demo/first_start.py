@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The first start of a container with a user namespace, without and with a pre-mapped layer.
+"""The first start of a container with a user namespace, without and with a pre-mapped layer: first_start.py PAGE.
 
-Everything happens in stores of temporary users that are gone afterwards.
+Everything happens in stores of temporary users that are gone afterwards; the report about them stays in the file PAGE.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ def main() -> None:
             ("the hidden copy, on the disk", _megabytes(held)),
             ("our layer, on the disk", _megabytes(_sizes(with_layer, image)[1])),
         )
+
+        _title("The report about both stores: ansible-playbook userns.storage.report")
+        page = pathlib.Path(sys.argv[1])
+        _report(lab, [with_copy, with_layer], page)
+        print(f"Open in a browser: {page}")
     finally:
         lab.close()
 
@@ -75,6 +80,21 @@ def _start(store: Store, image: Image) -> float:
     return store.timed(lambda: store.run(image.name, *command, args=(f"--userns={USERNS}",)))
 
 
+def _report(lab: Lab, stores: t.Sequence[Store], page: pathlib.Path) -> None:
+    page.parent.mkdir(parents=True, exist_ok=True)
+    variables = {
+        "report_title": "Two first starts",
+        "report_rootful": False,
+        "report_users": [t.cast(users.User, store.user).name for store in stores],
+        "report_html": str(page),
+        "report_markdown": "",
+        # What could be collected, if nothing were to stay.
+        "prune_max_copies_per_image": "0",
+        "prune_min_age": "0",
+    }
+    _play(lab, "userns.storage.report", variables)
+
+
 def _premap(lab: Lab, store: Store, image: Image) -> None:
     user = t.cast(users.User, store.user)
     task = {
@@ -89,6 +109,11 @@ def _premap(lab: Lab, store: Store, image: Image) -> None:
     folder = lab.folder()
     playbook = folder / "premap.json"
     playbook.write_text(json.dumps([{**play, "tasks": [task]}], indent=2))
+    _play(lab, str(playbook))
+
+
+def _play(lab: Lab, playbook: str, variables: t.Optional[t.Mapping[str, t.Any]] = None) -> None:
+    folder = lab.folder()
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
@@ -97,8 +122,9 @@ def _premap(lab: Lab, store: Store, image: Image) -> None:
         "ANSIBLE_INVENTORY_UNPARSED_WARNING": "false",
     }
     program = pathlib.Path(sys.executable).parent / "ansible-playbook"
-    interpreter = "ansible_python_interpreter=/usr/bin/python3"
-    subprocess.run([program, playbook, "-e", interpreter], check=True, env=environment, cwd=folder)
+    given = {"ansible_python_interpreter": "/usr/bin/python3", **(variables or {})}
+    command = [program, playbook, "-i", "localhost,", "-c", "local", "-e", json.dumps(given)]
+    subprocess.run(command, check=True, env=environment, cwd=folder)
 
 
 def _sizes(store: Store, image: Image) -> t.Tuple[int, int]:

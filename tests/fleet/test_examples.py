@@ -54,7 +54,8 @@ def test_ansible_reads_all_of_them(tmp_path, collections_path):
 def test_few_are_not_run_and_each_says_why():
     skipped = [block for block in BLOCKS if block.skipped]
     assert all(len(block.skipped.split()) > 2 for block in skipped)
-    assert len(skipped) < len(BLOCKS) / 8
+    # Those of a release would make one.
+    assert len([block for block in skipped if "releasing" not in block.document]) <= 8
 
 
 def test_notes_are_spelled_right():

@@ -54,8 +54,8 @@ IMAGES = (
 )
 _LOCAL = "ansible_connection=local ansible_python_interpreter=/usr/bin/python3"
 _INVENTORIES = {
-    # No packages: those are there, and apt would ask its mirrors. This machine has no sudo.
-    "hosts.ini": f"ws1.example.org {_LOCAL} ansible_become_method=ansible.builtin.su prepare_install=false\n",
+    # No packages: those are there, and apt would ask its mirrors.
+    "hosts.ini": f"ws1.example.org {_LOCAL} prepare_install=false\n",
     "elsewhere.ini": f"web.example.org {_LOCAL}\n",
 }
 _ONLY = "-i hosts.ini -i elsewhere.ini --limit ws1.example.org"
@@ -63,7 +63,7 @@ _ONLY = "-i hosts.ini -i elsewhere.ini --limit ws1.example.org"
 _UNIT = "[Container]\nImage=docker.io/library/nginx:1.29\nUserNS=auto:size=65536\n"
 _FILES = {"web.container": _UNIT, "quadlets/web.container": _UNIT}
 _RUN = ("tasks", "playbook", "console")
-_ROOTS = ("README.md", "awx/README.md", "docs/**/*.md", "docs/**/*.rst", "roles/*/README.md")
+_ROOTS = ("README.md", "awx/README.md", "docs/*.md", "docs/**/*.rst", "roles/*/README.md")
 _PLUGINS = ("plugins/modules/*.py", "plugins/filter/*.py")
 _LANGUAGES = ("yaml", "console")
 # alice@ws1$ is the user of that name, root@ws1# is root there, $ or nothing is where Ansible is started.

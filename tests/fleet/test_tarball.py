@@ -1,0 +1,136 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The tarball is the same from the same files, and what it installs works on its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import typing as t
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GALAXY = pathlib.Path(sys.executable).parent / "ansible-galaxy"
+EPOCH = 1_800_000_000
+MAP = "0:100000:65536"
+# All that a host or a controller needs of it.
+NEEDED = {"meta", "plugins", "roles", "playbooks"}
+
+
+@pytest.fixture(scope="module")
+def tarball() -> t.Any:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import tarball
+
+    return tarball
+
+
+@pytest.fixture(scope="module")
+def packed(tarball: t.Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    found: pathlib.Path = tarball.build(ROOT, tmp_path_factory.mktemp("first"), GALAXY, EPOCH)
+    return found
+
+
+def other_tree(target: pathlib.Path) -> None:
+    """The same files made in another order, at another time, by somebody with another umask."""
+    for path in sorted(ROOT.rglob("*"), reverse=True):
+        copy = target / path.relative_to(ROOT)
+        if path.is_file() and "__pycache__" not in path.parts and ".git" not in path.parts:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+            copy.chmod(0o700 if os.access(path, os.X_OK) and path.stat().st_mode & 0o100 else 0o600)
+            os.utime(copy, (1, 1))
+
+
+def test_the_same_files_give_the_same_bytes(tarball, packed, tmp_path):
+    other_tree(tmp_path / "tree")
+    again = tarball.build(tmp_path / "tree", tmp_path / "out", GALAXY, EPOCH)
+    assert again.name == packed.name
+    with tarfile.open(packed) as one, tarfile.open(again) as two:
+        assert one.getnames() == two.getnames()
+        assert {member.mtime for member in one} == {EPOCH}
+    assert again.read_bytes() == packed.read_bytes()
+
+
+def test_it_is_what_ansible_galaxy_packs(packed, tmp_path):
+    command = [str(GALAXY), "collection", "build", "--output-path", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    contents = []
+    for path in (packed, tmp_path / packed.name):
+        with tarfile.open(path) as archive:
+            contents.append(
+                {
+                    member.name: (
+                        member.mode,
+                        member.type,
+                        (archive.extractfile(member) or _NONE).read(),
+                    )
+                    for member in archive
+                    if member.name not in ("MANIFEST.json", "FILES.json")
+                }
+            )
+    assert contents[0] == contents[1]
+
+
+class _Nothing:
+    def read(self) -> bytes:
+        return b""
+
+
+_NONE = _Nothing()
+
+
+@pytest.fixture
+def installed(packed: pathlib.Path, tmp_path: pathlib.Path) -> t.Dict[str, str]:
+    """The environment in which Ansible finds the installed collection only, with what is needed of it only."""
+    target = tmp_path / "installed"
+    # Else the one that is tested counts as installed.
+    environ = {"ANSIBLE_COLLECTIONS_PATH": str(target), "PYTHONPATH": ""}
+    command = [str(GALAXY), "collection", "install", "--offline", "-p", str(target), str(packed)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **environ})
+    (tree,) = target.glob("ansible_collections/userns/storage")
+    for path in tree.iterdir():
+        if path.is_dir() and path.name not in NEEDED:
+            shutil.rmtree(path)
+        elif not path.is_dir():
+            path.unlink()
+    assert {path.name for path in tree.iterdir()} == NEEDED
+    return environ
+
+
+def test_what_is_installed_works_on_its_own(installed, play, make_store, small_image, tmp_path):
+    store = make_store("vfs", small_image)
+    tasks = [
+        {"userns.storage.layer_template": {"images": "localhost/small:1", "uidmap": [MAP]}},
+        {"userns.storage.image_layers_info": {"measure": "exclusive"}, "register": "found"},
+        {"ansible.builtin.assert": {"that": "found.totals.mapped.layers == 1"}},
+        {"userns.storage.layer_gc": {"max_copies_per_image": 0, "min_age": "0"}, "register": "gc"},
+        {"ansible.builtin.assert": {"that": "gc.removed | length == 1"}},
+    ]
+    playbook = tmp_path / "play.json"
+    playbook.write_text(json.dumps([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
+    host = {
+        "ansible_connection": "local",
+        "ansible_python_interpreter": "/usr/bin/python3",
+        "prepare_install": False,
+        "prepare_images": "localhost/small:1",
+        "prepare_mappings": MAP,
+        "prune_max_copies_per_image": "0",
+        "prune_min_age": "0",
+        "report_users": "",
+    }
+    inventory = {"all": {"hosts": {"one": host}}}
+    environ = {**store.env(), **installed}
+    names = [f"userns.storage.{name}" for name in ("prepare", "report", "prune")]
+    done = play(playbook, inventory, *names, environ=environ)
+    assert str(tmp_path / "installed/ansible_collections/userns/storage/roles") in done.output
+    assert done.recap("one")["failed"] == 0
+    assert store.mapped_layers("localhost/small:1") == []
+    assert MAP in (done.folder / "userns-storage-report.html").read_text()
