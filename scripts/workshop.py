@@ -60,6 +60,7 @@ PACKAGES = {
         "procps",
         "skopeo",
         "strace",
+        "systemd",
         "uidmap",
         "util-linux",
         "xfsprogs",

@@ -48,6 +48,29 @@ def mappings(value: t.Any) -> t.List[Mapping]:
     return [_mapping(one) for one in lines(value)]
 
 
+def policies(value: t.Any) -> t.Dict[str, t.Dict[str, t.Any]]:
+    """What differs from store to store, by the store's owner.
+
+    :param value: lines such as ``alice unused_for=2w keep_images=*/postgres:*,*/redis:*``, or a dict of dicts
+    :raises ValueError: a line is none of that
+    """
+    if isinstance(value, dict):
+        if not all(isinstance(one, dict) for one in value.values()):
+            raise ValueError(f"{value!r} does not hold a dictionary of options for each store")
+        return {str(name): dict(one) for name, one in value.items()}
+    found: t.Dict[str, t.Dict[str, t.Any]] = {}
+    for one in lines(value):
+        owner, *settings = shlex.split(one) if isinstance(one, str) else [""]
+        if not owner or "=" in owner or not all("=" in setting for setting in settings):
+            raise ValueError(
+                f"{one!r} is no policy: write the store's owner and options of layer_gc, "
+                "for example: alice unused_for=2w"
+            )
+        parts = (setting.partition("=") for setting in settings)
+        found.setdefault(owner, {}).update((name, text) for name, _equals, text in parts)
+    return found
+
+
 def _mapping(one: t.Any) -> Mapping:
     if isinstance(one, dict):
         return {

@@ -95,4 +95,6 @@ def test_prune_has_all_that_layer_gc_has():
     text = (ROOT / "plugins/modules/layer_gc.py").read_text()
     documented = yaml.safe_load(text.partition('DOCUMENTATION = r"""')[2].partition('"""')[0])
     wanted = {f"prune_{name}" for name in documented["options"]}
-    assert set(options("prune")) == {*wanted, "prune_users", "prune_rootful"}
+    own = {"prune_users", "prune_rootful", "prune_policies", "prune_schedule"}
+    own |= {"prune_service_linger", "prune_service_python"}
+    assert set(options("prune")) == {*wanted, *own}

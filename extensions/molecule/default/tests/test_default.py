@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import typing as t
 
 import pytest
@@ -46,3 +47,56 @@ def test_container_starts_without_a_copy(store: t.Any, uidmap: str) -> None:
 def test_nothing_is_left_in_staging(host: t.Any, store: t.Any) -> None:
     for name in ("staging", "trash"):
         assert host.file(f"{store.graphroot}/userns-storage/{name}").listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "target"),
+    [("ready.path", "paths"), ("ready.timer", "timers"), ("collect.timer", "timers")],
+)
+def test_the_host_keeps_itself_ready(host: t.Any, unit: str, target: str) -> None:
+    path = f"/etc/systemd/system/userns-storage-{unit}"
+    link = host.file(f"/etc/systemd/system/{target}.target.wants/userns-storage-{unit}")
+    assert link.linked_to == path
+    for name in (path, f"/etc/systemd/system/userns-storage-{unit.partition('.')[0]}.service"):
+        file = host.file(name)
+        assert (file.user, oct(file.mode)) == ("root", "0o644")
+
+
+def test_the_units_know_the_store_and_the_calendar(host: t.Any, store: t.Any) -> None:
+    folder = "/etc/systemd/system/userns-storage-"
+    path = host.file(f"{folder}ready.path").content_string
+    assert f"PathChanged={store.graphroot}/vfs-images/images.json\n" in path
+    assert "OnCalendar=Sun 03:00\n" in host.file(f"{folder}collect.timer").content_string
+
+
+def test_the_service_finds_all_done(host: t.Any, store: t.Any) -> None:
+    before = store.mapped_layers()
+    for job in ("ready", "collect"):
+        unit = host.file(f"/etc/systemd/system/userns-storage-{job}.service").content_string
+        (command,) = (
+            line.partition("=")[2] for line in unit.splitlines() if line.startswith("ExecStart=")
+        )
+        done = host.run(f"env -C / {command}")
+        assert (done.rc, done.stdout, done.stderr) == (0, "", "")
+    assert store.mapped_layers() == before
+
+
+def test_the_policy_of_the_store_is_its_own(host: t.Any) -> None:
+    text = host.file("/etc/userns-storage/collect/root.json").content_string
+    (entry,) = json.loads(text)["stores"]
+    assert entry == {
+        "user": "root",
+        "policy": {
+            "images": [],
+            "keep_images": ["localhost/base:*"],
+            "keep_mappings": [],
+            "duplicates": False,
+            "unusable_maps": False,
+            "min_age": "10m",
+            "unused_for": "4w",
+            "max_copies_per_image": "3",
+            "origin": "any",
+            "orphans": "report",
+            "broken": "report",
+        },
+    }

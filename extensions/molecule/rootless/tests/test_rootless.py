@@ -47,3 +47,44 @@ def test_all_belongs_to_the_user(
 
 def test_the_rootful_store_was_left_alone(host: t.Any) -> None:
     assert not host.file("/var/lib/containers/storage/userns-storage").exists
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_systemd_takes_the_units_of_each_user(
+    host: t.Any, store_of: t.Callable[[str], t.Any], user: str
+) -> None:
+    account = store_of(user).account
+    names = [
+        f"userns-storage-{unit}-{account.uid}.{kind}"
+        for unit, kinds in (
+            ("ready", ("path", "timer", "service")),
+            ("collect", ("timer", "service")),
+        )
+        for kind in kinds
+    ]
+    for name in names:
+        text = host.file(f"/etc/systemd/user/{name}").content_string
+        assert f"ConditionUser={account.uid}\n" in text
+    done = host.run(
+        f"env -C /etc/systemd/user XDG_RUNTIME_DIR=/run SYSTEMD_LOG_LEVEL=warning "
+        f"systemd-analyze verify --user --man=no {' '.join(names)}"
+    )
+    assert (done.rc, done.stderr) == (0, "")
+    assert host.file(f"/var/lib/systemd/linger/{user}").exists
+    # Nothing of it lies in the home.
+    assert not host.file(f"{account.home}/.config/systemd").exists
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_the_user_may_run_the_service(
+    host: t.Any, store_of: t.Callable[[str], t.Any], user: str
+) -> None:
+    store = store_of(user)
+    before = store.mapped_layers()
+    program = "/usr/local/libexec/userns-storage/userns-storage.pyz"
+    done = host.run(
+        f"env -C / HOME={store.account.home} XDG_RUNTIME_DIR=/run/user/{store.account.uid} "
+        f"runuser -u {user} -- /usr/bin/python3 {program} ready /etc/userns-storage/ready/{user}.json"
+    )
+    assert (done.rc, done.stdout, done.stderr) == (0, "", "")
+    assert store.mapped_layers() == before

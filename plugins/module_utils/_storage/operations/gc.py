@@ -74,6 +74,8 @@ class GcRequest:
     images: t.Tuple[str, ...] = ()
     keep_images: t.Tuple[str, ...] = ()
     keep_mappings: t.Tuple[str, ...] = ()
+    # IDs of layers, for callers that know what is declared.
+    keep_layers: t.Tuple[str, ...] = ()
     min_age: str = "10m"
     duplicates: bool = False
     unusable_maps: bool = False
@@ -107,6 +109,7 @@ def read_policy(request: GcRequest, now: float) -> Policy:
         images=request.images,
         keep_images=request.keep_images,
         keep_mappings=request.keep_mappings,
+        keep_layers=frozenset(request.keep_layers),
         min_age=age("min_age", request.min_age),
         duplicates=request.duplicates,
         unusable_maps=request.unusable_maps,

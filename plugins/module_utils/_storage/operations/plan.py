@@ -215,6 +215,8 @@ class _Planner:
         pinned = self.keep_mappings.hit(map_words(one.uidmap, one.gidmap))
         if pinned is not None:
             return "keep_mappings", f"its mapping answers to {pinned} of keep_mappings"
+        if one.layer_id in policy.keep_layers:
+            return "keep_layers", "it is declared to be ready"
         # A container that is being made again leaves its layer alone for a moment: being seen
         # counts like being made.
         touched = self._last_touch(one)

@@ -60,13 +60,15 @@ class Policy:
     Rules, of which any one suffices: ``duplicates``, ``unusable_maps``, ``unused_for``,
     ``created_before``, ``max_copies_per_image``, ``max_used_space``, ``min_free_space``,
     ``high_threshold`` with ``low_threshold``. Protections, of which any one suffices: ``images``
-    and ``origin`` (what is not chosen is kept), ``keep_images``, ``keep_mappings``, ``min_age``.
+    and ``origin`` (what is not chosen is kept), ``keep_images``, ``keep_mappings``, ``keep_layers``,
+    ``min_age``.
     Limits: ``reserved_space``, ``max_freed``.
     """
 
     images: t.Tuple[str, ...] = ()
     keep_images: t.Tuple[str, ...] = ()
     keep_mappings: t.Tuple[str, ...] = ()
+    keep_layers: t.FrozenSet[str] = frozenset()
     min_age: float = 600.0
     duplicates: bool = False
     unusable_maps: bool = False

@@ -23,7 +23,7 @@ PREFIX = "ansible_collections.userns.storage.plugins.module_utils._storage"
 LIBRARY = Path(__file__).resolve().parents[5] / "plugins/module_utils/_storage"
 
 # Package or lone module, and the others, or single modules of others, that it may import. Floors, from the ground:
-# kernel and errors; idmap; tree and store; drivers, runtime and userns; operations.
+# kernel and errors; idmap; tree and store; drivers, runtime and userns; operations; service.
 GROUND = {"errors", "kernel"}
 FIRST = GROUND | {"idmap"}
 SECOND = FIRST | {"tree", "store"}
@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": SECOND,
     "userns": SECOND,
     "operations": SECOND | {"drivers", "runtime", "userns"},
+    # The program for hosts without Ansible: reads its configuration, calls operations, prints lines.
+    "service": SECOND | {"userns", "operations"},
 }
 
 MODULES = sorted(LIBRARY.rglob("*.py"))
@@ -139,6 +141,8 @@ def test_imports_only_from_below(path: Path) -> None:
         ("drivers/vfs.py", f"{PREFIX}.store.removal.remove_tree", False),
         ("runtime/forms.py", f"{PREFIX}.drivers.base", True),
         ("operations/gc.py", f"{PREFIX}.drivers.registry", False),
+        ("operations/gc.py", f"{PREFIX}.service.work", True),
+        ("service/work.py", f"{PREFIX}.drivers.registry", True),
         ("kernel/libc.py", "ansible.module_utils.basic", True),
         ("kernel/libc.py", "ansible_collections.userns.storage.plugins.module_utils._module", True),
         ("kernel/libc.py", "yaml", True),

@@ -1,0 +1,71 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: zipapp
+short_description: The program userns-storage, for hosts that keep themselves ready
+version_added: 1.0.0
+description:
+  - Packs the library of this collection into one file that any Python from 3.9 on runs, and gives its
+    path on the controller. It lasts as long as the run of Ansible.
+  - The file is the same to the byte wherever it is made, so that a copy of it is changed only by a new
+    version of the collection.
+options:
+  _terms:
+    description:
+      - None are taken.
+author:
+  - The userns.storage contributors (@userns-storage)
+"""
+
+EXAMPLES = r"""
+- name: Install the program without the role userns.storage.service
+  ansible.builtin.copy:
+    src: "{{ lookup('userns.storage.zipapp') }}"
+    dest: /usr/local/libexec/userns-storage/userns-storage.pyz
+    mode: "0755"
+"""
+
+RETURN = r"""
+_raw:
+  description: The path on the controller.
+  type: list
+  elements: path
+"""
+
+import hashlib
+import os
+import tempfile
+import typing as t
+
+from ansible import constants
+from ansible.errors import AnsibleLookupError
+from ansible.plugins.lookup import LookupBase
+from ansible_collections.userns.storage.plugins.plugin_utils import _zipapp
+
+
+class LookupModule(LookupBase):
+    """The lookup userns.storage.zipapp."""
+
+    def run(
+        self,
+        terms: t.Sequence[t.Any],
+        variables: t.Optional[t.Dict[str, t.Any]] = None,
+        **kwargs: t.Any,
+    ) -> t.List[str]:
+        """The path of the program, made if this run of Ansible has not made it yet."""
+        if terms:
+            raise AnsibleLookupError("userns.storage.zipapp takes no terms")
+        program = _zipapp.build()
+        folder = constants.DEFAULT_LOCAL_TMP
+        path = os.path.join(folder, f"userns-storage-{hashlib.sha256(program).hexdigest()}.pyz")
+        if not os.path.exists(path):
+            # Forks of one run may make it at once.
+            descriptor, scratch = tempfile.mkstemp(dir=folder)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(program)
+            os.replace(scratch, path)
+        return [path]

@@ -1,0 +1,40 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""Stepping back: work that nobody waits for takes what processor and disk have to spare."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+
+from . import libc
+
+# Numbers of ioprio_set(2), which the C library does not wrap, by machine; elsewhere the generic one.
+_IOPRIO_SET = {
+    "x86_64": 251,
+    "i686": 289,
+    "armv7l": 314,
+    "ppc64": 273,
+    "ppc64le": 273,
+    "s390x": 282,
+}
+_GENERIC_IOPRIO_SET = 30
+_WHO_PROCESS = 1
+_CLASS_IDLE = 3
+_CLASS_SHIFT = 13
+_LAST_NICE = 19
+
+
+def step_back() -> None:
+    """Give this process, and those it will start, the idle I/O class and the last place at the processor.
+
+    What the kernel refuses is left as it was.
+    """
+    number = _IOPRIO_SET.get(platform.machine(), _GENERIC_IOPRIO_SET)
+    with contextlib.suppress(OSError):
+        libc.syscall(number, _WHO_PROCESS, 0, _CLASS_IDLE << _CLASS_SHIFT)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, _LAST_NICE)
