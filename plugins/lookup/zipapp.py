@@ -60,7 +60,7 @@ class LookupModule(LookupBase):
         if terms:
             raise AnsibleLookupError("userns.storage.zipapp takes no terms")
         program = _zipapp.build()
-        folder = constants.DEFAULT_LOCAL_TMP
+        folder = str(vars(constants)["DEFAULT_LOCAL_TMP"])
         path = os.path.join(folder, f"userns-storage-{hashlib.sha256(program).hexdigest()}.pyz")
         if not os.path.exists(path):
             # Forks of one run may make it at once.

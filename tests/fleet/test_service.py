@@ -17,12 +17,10 @@ from support.booted import Booted
 Json = t.Dict[str, t.Any]
 NAME = "localhost/app:1"
 MAP = "0:100000:65536"
-GRAPHROOT = "/var/lib/containers/storage"
-UNITS = ("userns-storage-ready.path", "userns-storage-ready.timer", "userns-storage-collect.timer")
 
 
 class Site:
-    """A managed host with systemd, and what its rootful store holds."""
+    """A managed host with systemd, on which alice has a session."""
 
     def __init__(self, lab: t.Any) -> None:
         host = managed.Managed(lab, "debian13")
@@ -31,21 +29,72 @@ class Site:
         sshd = hosts.Sshd(lab, self.machine)
         lab.on_close(sshd.close)
         self.variables = {**sshd.variables, "ansible_python_interpreter": "/usr/bin/python3"}
+        home = f"{host.homes}/alice"
+        self.machine.run(["useradd", "-m", "-d", home, "alice"])
+        uid = self.machine.run(["id", "-u", "alice"]).stdout.strip()
+        self.machine.run(["systemctl", "start", f"user@{uid}.service"])
+        self.rootful = Place(self.machine, "vfs", "/var/lib/containers/storage", MAP)
+        store = f"{home}/.local/share/containers/storage"
+        self.rootless = Place(self.machine, "overlay", store, "keep-id", uid, home)
 
-    def images(self) -> t.List[Json]:
-        """Records of the images."""
-        path = pathlib.Path(f"{self.machine.root}{GRAPHROOT}/vfs-images/images.json")
-        return json.loads(path.read_text()) if path.exists() else []
+    @property
+    def places(self) -> t.Tuple[Place, Place]:
+        """Root's store and alice's."""
+        return self.rootful, self.rootless
+
+
+class Place:
+    """One store of the site, with its owner's systemd."""
+
+    def __init__(
+        self,
+        machine: Booted,
+        driver: str,
+        graphroot: str,
+        mapping: str,
+        uid: str = "",
+        home: str = "",
+    ) -> None:
+        self.machine, self.driver, self.graphroot = machine, driver, graphroot
+        self.owner = "alice" if uid else "root"
+        self.options = (
+            [f"--userns={mapping}"] if uid else [f"--uidmap={mapping}", f"--gidmap={mapping}"]
+        )
+        environ = ["env", "-C", "/", f"HOME={home}", f"XDG_RUNTIME_DIR=/run/user/{uid}"]
+        self._prefix = ["runuser", "-u", "alice", "--", *environ] if uid else []
+        self._scope = ["--user"] if uid else []
+        tail = f"-{uid}" if uid else ""
+        self.service = f"userns-storage-ready{tail}.service"
+        self.collector = f"userns-storage-collect{tail}.service"
+        self.units = [
+            f"userns-storage-{name}{tail}.{kind}"
+            for name, kind in (("ready", "path"), ("ready", "timer"), ("collect", "timer"))
+        ]
+
+    def run(self, *words: str, check: bool = True) -> t.Any:
+        """Run a program as the owner."""
+        return self.machine.run([*self._prefix, *words], check=check)
+
+    def systemctl(self, *words: str) -> str:
+        """What the owner's systemd answers."""
+        return str(self.run("systemctl", *self._scope, *words, check=False).stdout.strip())
+
+    def verify(self, *units: str) -> str:
+        """What systemd does not like about these units."""
+        words = ["systemd-analyze", *self._scope, "verify", "--man=no", *units]
+        return str(self.run(*words, check=False).stderr)
 
     def mapped(self) -> t.List[str]:
         """IDs of the mapped layers of the image with the name."""
-        (image,) = (one for one in self.images() if NAME in one.get("names", ()))
+        path = pathlib.Path(f"{self.machine.root}{self.graphroot}/{self.driver}-images/images.json")
+        images = json.loads(path.read_text())
+        (image,) = (one for one in images if NAME in one.get("names", ()))
         return list(image.get("mapped-layers") or ())
 
     def load(self, image: images.Image, name: str = NAME) -> None:
         """Pull an image under a name."""
-        words = ["skopeo", "copy", "-q", image.source, f"containers-storage:{name}"]
-        self.machine.run(words)
+        unshare = ["podman", "unshare"] if self._scope else []
+        self.run(*unshare, "skopeo", "copy", "-q", image.source, f"containers-storage:{name}")
 
     def wait_for_a_layer(self) -> str:
         """The mapped layer that the host makes by itself."""
@@ -57,39 +106,24 @@ class Site:
         return layer
 
     def said(self) -> str:
-        """What the service has said."""
-        words = ["journalctl", "--no-pager", "-o", "cat", "-u", "userns-storage-ready.service"]
-        return self.machine.run(words).stdout
+        """What the journal has of the service."""
+        unit = f"--user-unit={self.service}" if self._scope else f"--unit={self.service}"
+        return str(self.machine.run(["journalctl", "--no-pager", "-o", "cat", unit]).stdout)
 
     def runs(self) -> int:
         """How often the service was started."""
-        return self.said().count("Starting userns-storage-ready.service")
+        return self.said().count(f"Starting {self.service}")
 
-    def active(self, unit: str) -> str:
-        """What systemd says of a unit."""
-        return self.machine.run(["systemctl", "is-active", unit], check=False).stdout.strip()
-
-    def idle(self) -> None:
+    def wait_until_done(self) -> None:
         """Wait until the service does not run."""
         until = time.monotonic() + 60
-        while self.active("userns-storage-ready.service") != "inactive":
+        while self.systemctl("is-active", self.service) != "inactive":
             assert time.monotonic() < until, self.said()
             time.sleep(0.2)
 
     def assert_starts_without_a_copy(self, layer: str) -> None:
-        """podman creates a container on that layer, and no other."""
-        self.machine.run(
-            [
-                "podman",
-                "create",
-                "--name",
-                layer[:12],
-                f"--uidmap={MAP}",
-                f"--gidmap={MAP}",
-                NAME,
-                "x",
-            ]
-        )
+        """podman creates a container on that layer, and makes no other."""
+        self.run("podman", "create", *self.options, NAME, "x")
         assert self.mapped() == [layer]
 
 
@@ -108,68 +142,81 @@ def versions(lab: t.Any) -> t.List[images.Image]:
 def test_it_keeps_itself_ready(
     play: t.Any, site: Site, versions: t.List[images.Image], tmp_path: pathlib.Path
 ) -> None:
+    both = tmp_path / "both.yml"
+    jobs: t.List[t.Tuple[str, Json]] = [
+        ("prepare", {"prepare_driver": "vfs", "prepare_mappings": MAP}),
+        ("prepare", {"prepare_driver": "overlay", "prepare_users": "alice"}),
+        ("prune", {"prune_users": "alice", "prune_rootful": True}),
+    ]
+    both.write_text(
+        json.dumps(
+            [
+                {"ansible.builtin.import_playbook": f"userns.storage.{job}", "vars": variables}
+                for job, variables in jobs
+            ]
+        )
+    )
     variables = {
         **site.variables,
+        "ansible_pipelining": True,
         "prepare_install": False,
-        "prepare_driver": "vfs",
         "prepare_images": f"{NAME}={versions[0].source}",
-        "prepare_mappings": MAP,
         "prepare_service": "present",
         "prune_unused_for": "4w",
         "prune_schedule": "daily",
     }
     inventory = {"all": {"hosts": {"host": variables}}}
-    play("userns.storage.prepare", inventory)
-    done = play("userns.storage.prune", inventory)
-    for again in ("userns.storage.prepare", "userns.storage.prune"):
-        assert play(again, inventory).recap("host")["changed"] == 0
-    (first,) = site.mapped()
-    for unit in UNITS:
-        assert site.active(unit) == "active"
-        path = f"/etc/systemd/system/{unit}"
-        for name in (path, path.rpartition(".")[0] + ".service"):
-            told = site.machine.run(["systemd-analyze", "verify", "--man=no", name], check=False)
-            assert (told.rc, told.stderr) == (0, "")
-        state = site.machine.run(["systemctl", "is-enabled", unit], check=False).stdout
-        assert state == "enabled\n"
+    play(both, inventory)
+    assert play(both, inventory).recap("host")["changed"] == 0
+    first = {place.owner: place.mapped() for place in site.places}
+    assert [len(layers) for layers in first.values()] == [1, 1]
+    for place in site.places:
+        for unit in place.units:
+            assert place.systemctl("is-active", unit) == "active"
+            assert place.systemctl("is-enabled", unit) == "enabled"
+        assert place.verify(*place.units, place.service, place.collector) == ""
+        place.wait_until_done()
+    runs = {place.owner: place.runs() for place in site.places}
 
     # A new version under the same name.
-    site.idle()
-    runs = site.runs()
-    site.load(versions[1])
-    second = site.wait_for_a_layer()
-    assert second != first
-    site.assert_starts_without_a_copy(second)
-    assert f"root: made layer {second[:12]} of {NAME} for {MAP}, by " in site.said()
+    for place in site.places:
+        place.load(versions[1])
+    for place in site.places:
+        layer = place.wait_for_a_layer()
+        assert [layer] != first[place.owner]
+        place.assert_starts_without_a_copy(layer)
+        assert f"{place.owner}: made layer {layer[:12]} of {NAME} for " in place.said()
+        place.wait_until_done()
     # Its own change of the images starts no run.
-    site.idle()
-    time.sleep(8)
-    assert site.runs() == runs + 1
+    time.sleep(7)
+    assert {place.owner: place.runs() - 1 for place in site.places} == runs
 
     # Retagged, within a burst of other changes: one more run.
-    site.load(versions[2], "localhost/other:1")
-    for name in ("localhost/a:1", "localhost/b:1", NAME):
-        site.machine.run(["podman", "tag", "localhost/other:1", name])
-    third = site.wait_for_a_layer()
-    site.assert_starts_without_a_copy(third)
-    site.idle()
-    assert site.runs() == runs + 2
-    # At the policy's turn what is declared stays.
-    site.machine.run(["systemctl", "start", "userns-storage-collect.service"])
-    assert site.mapped() == [third]
+    for place in site.places:
+        place.load(versions[2], "localhost/other:1")
+        for name in ("localhost/a:1", "localhost/b:1", NAME):
+            place.run("podman", "tag", "localhost/other:1", name)
+    for place in site.places:
+        layer = place.wait_for_a_layer()
+        place.assert_starts_without_a_copy(layer)
+        place.wait_until_done()
+        assert place.runs() - 2 == runs[place.owner]
+        # When the policy's time has come, what is declared stays.
+        place.systemctl("start", place.collector)
+        assert place.systemctl("is-failed", place.collector) == "inactive"
+        assert place.mapped() == [layer]
 
     # Taken away again.
     gone = {**variables, "prepare_service": "absent", "prune_schedule": "absent"}
     inventory = {"all": {"hosts": {"host": gone}}}
-    for name in ("userns.storage.prune", "userns.storage.prepare"):
-        foreseen = play(name, inventory, "--check").recap("host")["changed"]
-        assert play(name, inventory).recap("host")["changed"] == foreseen > 0
-        assert play(name, inventory).recap("host")["changed"] == 0
-    for unit in UNITS:
-        assert site.active(unit) == "inactive"
+    assert play(both, inventory, "--check").recap("host")["changed"] > 0
+    for place in site.places:
+        assert {place.systemctl("is-active", unit) for unit in place.units} == {"active"}
+    play(both, inventory)
+    for place in site.places:
+        assert {place.systemctl("is-active", unit) for unit in place.units} == {"inactive"}
     left = site.machine.run(["find", "/etc/systemd", "-name", "userns-storage*"]).stdout
     assert left == ""
     root = pathlib.Path(site.machine.root)
     assert not (root / "usr/local/libexec/userns-storage").exists()
     assert not (root / "etc/userns-storage").exists()
-    assert done.recap("host")["failed"] == 0

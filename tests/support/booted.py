@@ -57,6 +57,21 @@ exec env -i container=lab PATH=/usr/sbin:/usr/bin /usr/lib/systemd/systemd --uni
 """
 
 
+# A user's manager without the login manager, which would need D-Bus.
+_DROP_INS = {
+    "user-runtime-dir@.service": """\
+[Service]
+ExecStart=
+ExecStart=install -d -m 0700 -o %i -g %i /run/user/%i
+ExecStop=
+""",
+    "user@.service": """\
+[Service]
+Environment=XDG_RUNTIME_DIR=/run/user/%i
+""",
+}
+
+
 class Booted(Machine):
     """A host as it is once systemd runs in it, as long as the object lives."""
 
@@ -66,6 +81,9 @@ class Booted(Machine):
         host.run(["mkdir", "-p", folder])
         for unit in _MASKED:
             host.run(["ln", "-sf", "/dev/null", f"{folder}/{unit}"])
+        for unit, text in _DROP_INS.items():
+            host.run(["mkdir", "-p", f"{folder}/{unit}.d"])
+            host.run(["tee", f"{folder}/{unit}.d/lab.conf"], stdin=text)
         own = pathlib.Path("/proc/self/cgroup").read_text().rpartition("0::")[2].split("\n")[0]
         self._group = f"{own.rstrip('/')}/us-boot-{os.getpid()}-{host.pid}"
         self._host = host

@@ -58,3 +58,24 @@ def test_mappings(value, expected):
 def test_mappings_refuse(value):
     with pytest.raises(ValueError, match="mapping|neither|invalid literal"):
         _texts.mappings(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("", {}),
+        (
+            "alice unused_for=2w keep_images='a:* b:*'; root max_copies_per_image=1\nalice unused_for=",
+            {"alice": {"unused_for": "", "keep_images": "a:* b:*"}, "root": {"max_copies_per_image": "1"}},
+        ),
+        ({"alice": {"duplicates": True}}, {"alice": {"duplicates": True}}),
+    ],
+)  # fmt: skip
+def test_policies(value, expected):
+    assert _texts.policies(value) == expected
+
+
+@pytest.mark.parametrize("value", ["unused_for=2w", "alice 2w", [7], 7, {"alice": "2w"}])
+def test_policies_refuse(value):
+    with pytest.raises(ValueError, match="policy|neither|options"):
+        _texts.policies(value)
