@@ -107,8 +107,10 @@ class Place:
 
     def said(self) -> str:
         """What the journal has of the service."""
-        unit = f"--user-unit={self.service}" if self._scope else f"--unit={self.service}"
-        return str(self.machine.run(["journalctl", "--no-pager", "-o", "cat", unit]).stdout)
+        # Root asks for everybody; --user-unit would mean root's own.
+        field = "USER_UNIT" if self._scope else "UNIT"
+        match = [f"{field}={self.service}", "+", f"_SYSTEMD_{field}={self.service}"]
+        return str(self.machine.run(["journalctl", "--no-pager", "-o", "cat", *match]).stdout)
 
     def runs(self) -> int:
         """How often the service was started."""
