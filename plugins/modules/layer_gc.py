@@ -41,6 +41,12 @@ options:
     type: list
     elements: str
     default: []
+  layers:
+    description:
+      - A rule. Removes these layers, by the IDs that M(userns.storage.image_layers_info) tells. One that is gone already is no error.
+    type: list
+    elements: str
+    default: []
   keep_images:
     description:
       - Protects the layers of these images.
@@ -135,6 +141,17 @@ options:
     type: str
     choices: [report, repair]
     default: report
+  time_limit:
+    description:
+      - Begin with nothing more after so many seconds, and tell in RV(remaining) what is left to do. This is for maintenance windows.
+      - What is being removed is removed to the end, and each run removes something. Looking through the store before is not limited.
+      - The next run makes a plan of its own, with O(max_freed) for itself.
+      - Without it the task goes on with one plan until all is done, and shows every ten seconds or more how far it is, for each host.
+    type: int
+notes:
+  - On the controller an action plugin of the same name calls the module again and again with a O(time_limit) of its own and shows a line
+    in between, from the second time on with O(layers) in the place of all rules. Nothing runs on when the play is interrupted. In check
+    mode, with C(async) and with O(time_limit) it calls the module once.
 seealso:
   - module: userns.storage.image_layers_info
   - module: userns.storage.layer_template
@@ -158,6 +175,11 @@ EXAMPLES = r"""
   userns.storage.layer_gc:
     user: alice
     max_copies_per_image: 2
+
+- name: Remove what can be removed in the five minutes of a maintenance window
+  userns.storage.layer_gc:
+    unused_for: 4w
+    time_limit: 300
 
 - name: Repair a store in which podman images fails with "layer not known"
   userns.storage.layer_gc:
@@ -199,7 +221,8 @@ removed:
       description: Inodes that it holds.
       type: int
     rule:
-      description: What decided, the option's name, or V(in_use), V(dependents), V(lease), V(read_only) or V(none).
+      description: What decided, the option's name, or V(in_use), V(dependents), V(lease), V(read_only) or V(none). V(time_limit) is
+        for what was to go and is left to the next run.
       type: str
     wanted_by:
       description: All rules that want it gone.
@@ -289,6 +312,18 @@ target_met:
   description: Whether all that the rules of space asked for was, or in check mode can be, freed. There is a warning if not.
   returned: always
   type: bool
+partial:
+  description: Whether O(time_limit) has left something to the next run.
+  returned: always
+  type: bool
+remaining:
+  description: How many layers and other things it has left.
+  returned: always
+  type: int
+seconds_planning:
+  description: How long it took to look through the store and to decide.
+  returned: always
+  type: float
 notes:
   description: What else there is to say about the rules, such as from when O(unused_for) acts.
   returned: always
@@ -340,6 +375,8 @@ store:
       type: bool
 """
 
+import time
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.userns.storage.plugins.module_utils._module import STORE_ARGUMENTS, run
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations import gc
@@ -349,6 +386,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "images": {"type": "list", "elements": "str", "default": []},
+            "layers": {"type": "list", "elements": "str", "default": []},
             "keep_images": {"type": "list", "elements": "str", "default": []},
             "keep_mappings": {"type": "list", "elements": "str", "default": []},
             "min_age": {"type": "str", "default": "10m"},
@@ -366,17 +404,21 @@ def main() -> None:
             "origin": {"type": "str", "choices": ["any", "ours"], "default": "any"},
             "orphans": {"type": "str", "choices": ["report", "remove"], "default": "report"},
             "broken": {"type": "str", "choices": ["report", "repair"], "default": "report"},
+            "time_limit": {"type": "int"},
             **STORE_ARGUMENTS,
         },
         required_together=[("high_threshold", "low_threshold")],
         supports_check_mode=True,
     )
     params = module.params
+    limit = params["time_limit"]
+    deadline = time.monotonic() + limit if limit is not None else 0.0
     run(
         module,
         lambda store: gc.GcRequest(
             store=store,
             images=tuple(params["images"]),
+            layers=tuple(params["layers"]),
             keep_images=tuple(params["keep_images"]),
             keep_mappings=tuple(params["keep_mappings"]),
             min_age=params["min_age"],
@@ -395,6 +437,7 @@ def main() -> None:
             orphans=params["orphans"],
             broken=params["broken"],
             check=module.check_mode,
+            deadline=deadline,
         ),
         gc.collect,
     )

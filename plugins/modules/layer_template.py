@@ -135,7 +135,7 @@ options:
     description:
       - Stop after so many seconds, and tell in RV(remaining) what is left to do. The next run goes on from there, with a layer that is half
         made too. This is for maintenance windows.
-      - Some files may take longer than that, since none is left half copied. Nothing else in a run is limited.
+      - Each run makes something, however short its time. A snapshot of btrfs is made in one go. Nothing else in a run is limited.
       - Half of a layer is kept for a day, or until the host starts again. It lies beside the store, where nothing takes it for a layer, and
         M(userns.storage.layer_gc) leaves it alone for so long.
       - Without it the task goes on until all is done, and shows every ten seconds or more how far it is, for each host.
@@ -278,6 +278,9 @@ layers:
         bytes_expected:
           description: What the image's records make of the whole, of which some may not be needed.
           type: int
+        seconds_resuming:
+          description: How long it took this run to look through what earlier ones had made.
+          type: float
 partial:
   description: Whether O(time_limit) has left something to the next run.
   returned: always

@@ -2,106 +2,138 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Several calls of layer_template, each stopped by its time limit, told as one."""
+"""Several calls of a module, each stopped by its time limit, told as one."""
 
 from __future__ import annotations
 
+import abc
+import time
 import typing as t
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
 
 Json = t.Dict[str, t.Any]
 
 # Seconds between two lines.
 SHORTEST = 10
-# A call first looks through what others have made. So that it gets on, it may take this part of the time so far.
-_PART = 3
+# A call first looks through what others have made. It gets so many times as long, so that it gets on.
+_TIMES = 4
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
+display = Display()
 
-class Slices:
-    """The results so far.
 
-    :param started: on the clock whose readings the methods are given, in seconds
-    """
+class Told(abc.ABC):
+    """The results so far, as one."""
 
-    def __init__(self, started: float) -> None:
-        self._started = started
-        self._result: Json = {}
-        # The first pair of share done and seconds passed of the layer at hand, and its key.
-        self._layer: t.Tuple[t.Any, ...] = ()
-        self._first = (0.0, 0.0)
-
-    def next_limit(self, now: float) -> int:
-        """The time limit for the next call, in seconds."""
-        return max(SHORTEST, int(now - self._started) // _PART)
+    def __init__(self) -> None:
+        self.result: Json = {}
 
     def add(self, result: Json) -> Json:
         """Join the result of one more call, and return that of all."""
-        before, self._result = self._result, dict(result)
-        if not before:
-            return self._result
-        # A call that could not even begin has told nothing of what others have done.
-        for key in ("layers", "stores", "store"):
-            if key in before and key not in result:
-                self._result[key] = before[key]
-        made = {_key(one): one for one in before.get("layers", ()) if one["action"] == "created"}
-        self._result["layers"] = [
-            made.get(_key(one), one) if one["action"] == "existing" else one
-            for one in self._result.get("layers", ())
-        ]
-        self._result["changed"] = bool(before.get("changed")) or bool(result.get("changed"))
-        warnings = [*before.get("warnings", ()), *result.get("warnings", ())]
-        if warnings:
-            self._result["warnings"] = list(dict.fromkeys(warnings))
-        if "diff" in before:
-            after = result.get("diff", before["diff"])
-            self._result["diff"] = {**(after or {}), "before": before["diff"]["before"]}
-        return self._result
+        before, self.result = self.result, dict(result)
+        if before:
+            self.result["changed"] = bool(before.get("changed")) or bool(result.get("changed"))
+            warnings = [*before.get("warnings", ()), *result.get("warnings", ())]
+            if warnings:
+                self.result["warnings"] = list(dict.fromkeys(warnings))
+            if "diff" in before:
+                after: Json = result.get("diff") or before["diff"]
+                self.result["diff"] = {**after, "before": before["diff"]["before"]}
+            self.join(before)
+        return self.result
 
-    def line(self, now: float) -> str:
-        """What to show of it while there is more to do."""
-        layers = self._result.get("layers", [])
-        remaining = self._result.get("remaining", 0)
-        begun = next((one for one in layers if one.get("progress")), None)
-        left = f"{remaining} of {len(layers)} layers to do"
-        if begun is None:
-            return left
-        progress = begun["progress"]
-        name = (begun["image_names"] or [begun["image_id"][:12]])[0]
-        share = progress["bytes"] / progress["bytes_expected"] if progress["bytes_expected"] else 0
-        return (
-            f"{name} for {','.join(begun['uidmap'])}: {progress['files']} files, "
-            f"{_size(progress['bytes'])} of {_size(progress['bytes_expected'])}, {share:.0%} done"
-            f"{self._left(begun, share, now)}; {left}"
+    @property
+    def resuming(self) -> float:
+        """Seconds that the last call took to look through what others have made."""
+        return 0
+
+    def following(self, arguments: Json) -> Json:
+        """The arguments of the next call, from those of the task."""
+        return arguments
+
+    @abc.abstractmethod
+    def join(self, before: Json) -> None:
+        """Put into the last result what it lacks of all before."""
+
+    @abc.abstractmethod
+    def line(self, passed: float) -> str:
+        """What to show while there is more to do.
+
+        :param passed: seconds since the first call
+        """
+
+
+class SlicedAction(ActionBase):
+    """Calls the module of the same name again and again, and shows in between how far it is.
+
+    Each call goes on from where the last one was stopped; so nothing runs on when the play is interrupted.
+    """
+
+    _requires_connection = True
+    _supports_check_mode = True
+    _supports_async = True
+
+    def told(self) -> Told:
+        """What joins the results of these calls."""
+        raise NotImplementedError
+
+    def whole(self, arguments: t.Mapping[str, t.Any]) -> bool:
+        """Whether one call does it."""
+        return arguments.get("time_limit") is not None
+
+    def run(
+        self,
+        tmp: t.Optional[str] = None,
+        task_vars: t.Optional[t.Dict[str, t.Any]] = None,
+    ) -> Json:
+        """Run the module until nothing remains."""
+        result: Json = super().run(tmp, task_vars)
+        if result.get("skipped"):
+            return result
+        arguments = self._task.args
+        if self._task.async_val or self._task.check_mode or self.whole(arguments):
+            return self._call(arguments, task_vars)
+        host = (task_vars or {}).get("inventory_hostname", "localhost")
+        told = self.told()
+        started = time.monotonic()
+        while True:
+            limit = max(SHORTEST, int(told.resuming * _TIMES))
+            called = told.following(arguments) if told.result else arguments
+            joined = told.add(self._call({**called, "time_limit": limit}, task_vars))
+            # What was refused in one place does not keep the module from the others.
+            if not joined.get("partial") or joined.get("unreachable"):
+                asked = joined.get("invocation", {}).get("module_args", {})
+                if "time_limit" in asked:
+                    asked["time_limit"] = None
+                return joined
+            if not self._task.no_log:
+                # On standard error, for there are callbacks that put JSON on the other.
+                display.display(f"{host} | {told.line(time.monotonic() - started)}", stderr=True)
+
+    def _call(
+        self, arguments: t.Mapping[str, t.Any], task_vars: t.Optional[t.Dict[str, t.Any]]
+    ) -> Json:
+        in_background = self._task.async_val and not self._connection.has_native_async
+        called: Json = self._execute_module(
+            module_args=dict(arguments), task_vars=task_vars, wrap_async=bool(in_background)
         )
-
-    def _left(self, begun: Json, share: float, now: float) -> str:
-        """The time that the layer at hand may still take, where there is something to reckon it from."""
-        key = _key(begun)
-        if key != self._layer:
-            self._layer, self._first = key, (share, now)
-            since, of = now - self._started, share
-        else:
-            since, of = now - self._first[1], share - self._first[0]
-        if of <= 0 or since <= 0:
-            return ""
-        return f", about {_time(since * (1 - share) / of)} left"
+        return called
 
 
-def _key(layer: Json) -> t.Tuple[t.Any, ...]:
-    names = ("user", "image_id", "uidmap", "gidmap")
-    return tuple(tuple(one) if isinstance(one, list) else one for one in map(layer.get, names))
-
-
-def _size(size: float) -> str:
+def size(number: float) -> str:
+    """Bytes, for people."""
     for unit in _UNITS:
-        if size < 1000 or unit == _UNITS[-1]:
+        if number < 1000 or unit == _UNITS[-1]:
             break
-        size /= 1000
-    return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
+        number /= 1000
+    return f"{number:.0f} {unit}" if number >= 10 or unit == "B" else f"{number:.1f} {unit}"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time to wait, for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

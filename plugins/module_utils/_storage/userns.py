@@ -11,6 +11,7 @@ sees it; the result, an error of this library's family, or progress comes back t
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import enum
 import errno
@@ -25,6 +26,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import typing as t
 
@@ -44,6 +46,9 @@ _RESULT, _ERROR, _PROGRESS = b"R", b"E", b"P"
 # The child stands in its new namespace and waits for the ID maps; or may not have one.
 _ENTERED, _FORBIDDEN = b"U", b"F"
 _MAX_FRAME = 256 * 2**20
+
+# What tells a process to end.
+_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 _PACKAGE = __name__.rpartition(".")[0]
 # What an instance may be made of, on the way from a less privileged process to this one.
@@ -211,7 +216,7 @@ def _in_child(
     os.close(gate)
     alive = True
     try:
-        with os.fdopen(upstream, "rb") as source:
+        with os.fdopen(upstream, "rb") as source, _passed_on(pid):
             for kind, payload in _frames(source):
                 if kind == _FORBIDDEN:
                     number, what = _load(payload)
@@ -240,6 +245,30 @@ def _in_child(
             # After its last frame a child has nothing to lose.
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+@contextlib.contextmanager
+def _passed_on(pid: int) -> t.Iterator[None]:
+    """Let a child end its work in its own way where this process is told to end; which it does after that."""
+    received: t.List[int] = []
+
+    def pass_on(number: int, _frame: t.Any) -> None:
+        received.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _ENDING:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            os.kill(os.getpid(), received[0])
 
 
 def _map_ids(pid: int, account: Account, maps: t.Tuple[IDMap, IDMap]) -> None:
@@ -481,8 +510,10 @@ class _Channel:
 
 def _enter(channel: _Channel, gate: int, account: t.Optional[Account], parent: int) -> bool:
     """Take the child into its namespaces; false when that failed and was reported."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for number in _ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     namespaces.die_with_parent(parent)
     what = "unshare"
     try:

@@ -300,16 +300,22 @@ class Driver(abc.ABC):
         return [Strategy(COPY, f"{filesystem} does not let files share their data")]
 
     def predict(
-        self, chain: t.Sequence[str], shift: Shift, strategy: str = "auto"
+        self,
+        chain: t.Sequence[str],
+        shift: Shift,
+        strategy: str = "auto",
+        progress: t.Optional[Progress] = None,
     ) -> t.Tuple[Strategy, CloneResult]:
         """What :meth:`stage` would do and read. Writes nothing.
 
+        :param progress: called with files and bytes seen; may raise Suspended
         :returns: the way it would choose, and what the tree holds; ``exclusive`` there is what a plain
             copy would take
         :raises StorageError: as :meth:`stage`
         """
         with self._explained(chain[0]):
-            return self._choose(strategy, self.strategies(chain)), self._survey(chain, shift)
+            chosen = self._choose(strategy, self.strategies(chain))
+            return chosen, self._survey(chain, shift, progress)
 
     def stage(
         self,
@@ -340,7 +346,7 @@ class Driver(abc.ABC):
             staging = os.open(into, DIRECTORY)
             undo.callback(os.close, staging)
             target = os.path.join(into, self._staged_name(layer_id))
-            if read_text(staging, _WAY) != chosen.name or chosen.name == SNAPSHOT:
+            if read_text(staging, _WAY) != chosen.name:
                 remove_tree(target, self.destroy)
                 write_text(staging, _WAY, chosen.name)
             staged = self._build(chosen, chain, shift, staging, target, progress)
@@ -402,9 +408,11 @@ class Driver(abc.ABC):
     def _readable(self, chain: t.Sequence[str]) -> t.ContextManager[LayerStack]:
         """The template's tree, open for reading."""
 
-    def _survey(self, chain: t.Sequence[str], shift: Shift) -> CloneResult:
+    def _survey(
+        self, chain: t.Sequence[str], shift: Shift, progress: t.Optional[Progress]
+    ) -> CloneResult:
         with self._readable(chain) as stack:
-            return self.craft.survey(stack, shift)
+            return self.craft.survey(stack, shift, progress=progress)
 
     def _build(
         self,
@@ -437,6 +445,22 @@ class Driver(abc.ABC):
             stack, target, shift, strategy=strategy.name, progress=progress, again=again
         )
         return self._told(strategy, made, made.exclusive)
+
+    def _in_one_go(self, staging: int, progress: t.Optional[Progress]) -> t.Optional[Progress]:
+        """A progress callback for work that nothing can go on with: what there is of it will be begun anew."""
+        write_text(staging, _WAY, "")
+        if progress is None:
+            return None
+        tell = progress
+
+        def tell_only(files_done: int, bytes_done: int) -> None:
+            try:
+                tell(files_done, bytes_done)
+            except Suspended as stop:
+                if stop.given_up:
+                    raise
+
+        return tell_only
 
     def _told(self, strategy: Strategy, made: CloneResult, exclusive: int) -> Staged:
         return Staged(
@@ -521,19 +545,6 @@ class Driver(abc.ABC):
             raise
         except OSError as error:
             raise explained(error, subject, self.home.graphroot) from error
-
-
-def to_the_end(progress: t.Optional[Progress]) -> t.Optional[Progress]:
-    """A progress callback for work that cannot be suspended."""
-    if progress is None:
-        return None
-    tell = progress
-
-    def tell_only(files_done: int, bytes_done: int) -> None:
-        with contextlib.suppress(Suspended):
-            tell(files_done, bytes_done)
-
-    return tell_only
 
 
 def read_text(folder: int, name: str) -> t.Optional[str]:

@@ -31,7 +31,6 @@ from .base import (
     Progress,
     Staged,
     Strategy,
-    to_the_end,
 )
 
 # On the root of an empty subvolume that only holds a layer's place.
@@ -213,7 +212,8 @@ class BtrfsDriver(Driver):
             template = self._need_layer(undo, chain[0])
             # The kernel itself writes the template's data out first, see btrfs-subvolume(8).
             btrfs.snapshot(template, staging, name)
-        made = self.craft.shift_in_place(target, shift, progress=to_the_end(progress))
+        told = self._in_one_go(staging, progress)
+        made = self.craft.shift_in_place(target, shift, progress=told)
         # Space is counted when the filesystem commits, and known only where quotas are on.
         files.syncfs(staging)
         with contextlib.ExitStack() as undo:

@@ -39,7 +39,6 @@ from .base import (
     copy_label,
     read_text,
     sync_names,
-    to_the_end,
     write_text,
 )
 
@@ -249,12 +248,14 @@ class OverlayDriver(Driver):
             with self._mounted(chain) as stack:
                 return lookup.read_text(stack, path)
 
-    def _survey(self, chain: t.Sequence[str], shift: Shift) -> CloneResult:
+    def _survey(
+        self, chain: t.Sequence[str], shift: Shift, progress: t.Optional[Progress]
+    ) -> CloneResult:
         try:
-            return super()._survey(chain, shift)
+            return super()._survey(chain, shift, progress)
         except NeedsMount:
             with self._mounted(chain) as stack:
-                return self.craft.survey(stack, shift)
+                return self.craft.survey(stack, shift, progress=progress)
 
     def _build(
         self,
@@ -279,7 +280,9 @@ class OverlayDriver(Driver):
                     os.mkdir(folder, 0o700, dir_fd=layer)
                 self._write_names(undo, template, layer, chain)
             if strategy.name == METACOPY:
-                made = self._without_data(undo, chain, shift, layer, target, progress, again)
+                made = self._without_data(
+                    undo, chain, shift, staging, layer, target, progress, again
+                )
                 return self._told(strategy, made, made.exclusive)
             diff = os.path.join(target, "diff")
             why = read_text(staging, _MOUNTED) if again else None
@@ -302,6 +305,7 @@ class OverlayDriver(Driver):
         undo: contextlib.ExitStack,
         chain: t.Sequence[str],
         shift: Shift,
+        staging: int,
         layer: int,
         target: str,
         progress: t.Optional[Progress],
@@ -324,7 +328,8 @@ class OverlayDriver(Driver):
         except NeedsMount:
             remove_tree(content)
             os.mkdir("diff1", 0o700, dir_fd=layer)
-            made = self._copied_up(undo, chain, shift, layer, to_the_end(progress))
+            told = self._in_one_go(staging, progress)
+            made = self._copied_up(undo, chain, shift, layer, told)
         os.mkdir("diff", 0o700, dir_fd=layer)
         opened = [os.open(name, DIRECTORY, dir_fd=layer) for name in ("diff1", "diff")]
         for one in opened:

@@ -41,7 +41,7 @@ _RESOLVE = _RESOLVE_NO_XDEV | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
 _LONGEST_PATH = 4095
 _STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-_COPY_STEP = 1 << 30
+_COPY_STEP = 1 << 26
 _BUFFER = 1 << 18
 _SMALL = 1 << 14
 
@@ -77,17 +77,26 @@ def reflink(dst_fd: int, src_fd: int) -> None:
     fcntl.ioctl(dst_fd, _FICLONE, src_fd)
 
 
-def copy_data(dst_fd: int, src_fd: int, size: int, sparse: bool = True) -> None:
-    """Copy ``size`` bytes into an empty file; holes stay holes.
+def copy_data(
+    dst_fd: int,
+    src_fd: int,
+    size: int,
+    sparse: bool = True,
+    start: int = 0,
+    tell: t.Optional[t.Callable[[int], None]] = None,
+) -> None:
+    """Copy ``size`` bytes into an empty file, from the front to the back; holes stay holes.
 
     :param size: what fstat told of the source, bytes
     :param sparse: whether to look for holes at all
+    :param start: so many bytes are there already
+    :param tell: called now and then with the bytes that are there
     :raises OSError: ENOSPC, EDQUOT, EIO ... of either side
     """
     if not sparse:
-        _copy_range(dst_fd, src_fd, 0, size)
+        _copy_range(dst_fd, src_fd, start, size, tell)
         return
-    position = 0
+    position = start
     while position < size:
         try:
             start = os.lseek(src_fd, position, os.SEEK_DATA)
@@ -101,12 +110,14 @@ def copy_data(dst_fd: int, src_fd: int, size: int, sparse: bool = True) -> None:
         else:
             end = min(os.lseek(src_fd, start, os.SEEK_HOLE), size)
         if start < end:
-            _copy_range(dst_fd, src_fd, start, end)
+            _copy_range(dst_fd, src_fd, start, end, tell)
         position = max(end, start)
     os.ftruncate(dst_fd, size)
 
 
-def _copy_range(dst_fd: int, src_fd: int, start: int, end: int) -> None:
+def _copy_range(
+    dst_fd: int, src_fd: int, start: int, end: int, tell: t.Optional[t.Callable[[int], None]]
+) -> None:
     """Copy bytes ``start`` to ``end`` to the same place; a source that became shorter ends it."""
     if end - start > _SMALL:
         kernel_copy = getattr(os, "copy_file_range", None)
@@ -121,6 +132,8 @@ def _copy_range(dst_fd: int, src_fd: int, start: int, end: int) -> None:
                 if done == 0:
                     break
                 start += done
+                if tell is not None:
+                    tell(start)
     while start < end:
         data = os.pread(src_fd, min(end - start, _BUFFER), start)
         if not data:

@@ -22,7 +22,7 @@ from ..store.records import Image, Layer
 from ..store.snapshot import Snapshot
 from ..tree.craft import Suspended
 from .opening import OpenStore
-from .pace import Pace
+from .pace import Pace, in_order
 from .records import mapped_record, new_layer_id
 from .removing import remove_mapped_layer
 
@@ -55,21 +55,24 @@ class _Work(t.NamedTuple):
     """What a staging folder is about, kept in it for whoever goes on with suspended work.
 
     :param how: the maps and all else that decides what the tree becomes
-    :param made: files and directories that are there already
+    :param chain: the template and its parents, each with the time when this store got it
+    :param files: files and directories that are there already
+    :param size: bytes of these
     """
 
     layer_id: str
     how: str
     chain: t.Tuple[str, ...]
-    made: int = 0
+    files: int = 0
+    size: int = 0
 
     @classmethod
     def read(cls, folder: str) -> t.Optional[_Work]:
         """From a staging folder; None where it is not, or not whole."""
         try:
             with open(os.path.join(folder, _WORK), encoding="utf-8") as stream:
-                layer_id, how, chain, made = json.load(stream)
-            return cls(str(layer_id), str(how), tuple(chain), int(made))
+                layer_id, how, chain, made, size = json.load(stream)
+            return cls(str(layer_id), str(how), tuple(chain), int(made), int(size))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -139,13 +142,14 @@ class Building:
         :raises Suspended: ``pace`` has raised it; the next call goes on with what there is
         """
         chain = self._chain(self._place.store.snapshot())
-        if not self._place.store.staging.suspended(self._key):
-            self._check(chain)
-        for _attempt in range(_ATTEMPTS):
-            try:
-                return self._attempt()
-            except _Moved:
-                continue
+        with in_order():
+            if not self._place.store.staging.suspended(self._key):
+                self._check(chain)
+            for _attempt in range(_ATTEMPTS):
+                try:
+                    return self._attempt()
+                except _Moved:
+                    continue
         raise StoreChanged(
             f"image {label(self._image)}",
             f"changed {_ATTEMPTS} times while its layer was being made",
@@ -173,7 +177,7 @@ class Building:
             if work is None:
                 work = self._work(new_layer_id(snapshot.layers), chain)
                 work.write(workspace.path)
-            self._pace.before = work.made
+            self._pace.resume(work.files, work.size)
             tar_split = self._stage_tar_split(chain[0].id, workspace.path)
             try:
                 staged = place.driver.stage(
@@ -185,11 +189,11 @@ class Building:
                     self._pace,
                 )
             except Suspended:
-                made = max(work.made, self._pace.files)
-                work._replace(made=made).write(workspace.path)
+                made = max(work.files, self._pace.files), max(work.size, self._pace.bytes)
+                work._replace(files=made[0], size=made[1]).write(workspace.path)
                 workspace.suspended = True
                 raise
-            return self._commit(chain[0], work.layer_id, workspace.path, staged, tar_split)
+            return self._commit(chain, work.layer_id, workspace.path, staged, tar_split)
 
     @property
     def _key(self) -> str:
@@ -198,7 +202,7 @@ class Building:
     def _work(self, layer_id: str, chain: t.Sequence[Layer]) -> _Work:
         old, new = chain[0].mapping, self._mapping
         how = f"{old} {new} {self._strategy} {self._overflow}"
-        return _Work(layer_id, how, tuple(_ids(chain)))
+        return _Work(layer_id, how, tuple(_came(one) for one in chain))
 
     def _fits(self, folder: str) -> bool:
         """Whether what is suspended there is a part of just the layer that is wanted now."""
@@ -209,7 +213,7 @@ class Building:
         if self._image.id not in snapshot.images or found.layer_id in snapshot.layers:
             return False
         wanted = self._work(found.layer_id, self._chain(snapshot))
-        return found._replace(made=0) == wanted
+        return found._replace(files=0, size=0) == wanted
 
     def _stage_tar_split(self, template_id: str, folder: str) -> t.Optional[str]:
         target = os.path.join(folder, "tar-split.gz")
@@ -220,16 +224,16 @@ class Building:
 
     def _commit(
         self,
-        template: Layer,
+        chain: t.Sequence[Layer],
         layer_id: str,
         folder: str,
         staged: Staged,
         tar_split: t.Optional[str],
     ) -> Outcome:
         place = self._place
-        record = mapped_record(layer_id, template, self._mapping, time.time_ns(), self._lease)
+        record = mapped_record(layer_id, chain[0], self._mapping, time.time_ns(), self._lease)
         with place.store.transaction() as transaction:
-            found = self._changes(transaction.snapshot, template)
+            found = self._changes(transaction.snapshot, chain)
             if found is not None:
                 return Outcome(found.id, None)
             try:
@@ -249,8 +253,9 @@ class Building:
                 raise
         return Outcome(layer_id, staged, transaction.seconds_held)
 
-    def _changes(self, snapshot: Snapshot, template: Layer) -> t.Optional[Layer]:
+    def _changes(self, snapshot: Snapshot, chain: t.Sequence[Layer]) -> t.Optional[Layer]:
         """Under the locks: an equal layer that has come meanwhile, None when all is as it was."""
+        template = chain[0]
         image = snapshot.images.get(self._image.id)
         if image is None:
             raise self._gone()
@@ -260,6 +265,8 @@ class Building:
             or template.id not in image.candidates
             or now.parent != template.parent
             or now.mapping != template.mapping
+            # Removed and pulled again it has the same ID, but no longer the short names that were staged.
+            or any(_came(snapshot.layers.get(one.id)) != _came(one) for one in chain)
         ):
             raise _Moved
         return self.equal_layer(snapshot)
@@ -301,7 +308,9 @@ class Building:
     def _survey(self, chain: t.Sequence[Layer]) -> Staged:
         """Read the whole tree: what it would come to, and whether it can be made."""
         shift = self._shift(chain[0])
-        strategy, found = self._place.driver.predict(_ids(chain), shift, self._strategy)
+        strategy, found = self._place.driver.predict(
+            _ids(chain), shift, self._strategy, self._pace.look_only
+        )
         if not shift.complete:
             raise unmapped(
                 label(self._image), sorted(shift.unmapped_uids), sorted(shift.unmapped_gids)
@@ -380,3 +389,8 @@ def unmapped(subject: str, uids: t.Sequence[int], gids: t.Sequence[int]) -> Unma
 
 def _ids(chain: t.Sequence[Layer]) -> t.List[str]:
     return [layer.id for layer in chain]
+
+
+def _came(layer: t.Optional[Layer]) -> str:
+    """A layer's ID, and when it came into the store."""
+    return f"{layer.id} {layer.raw.get('created')}" if layer else ""

@@ -40,6 +40,7 @@ from .inventory import (
 )
 from .moments import age
 from .opening import OpenStore, StoreRequest, opened
+from .pace import Pace
 from .plan import (
     LEFTOVERS,
     Candidate,
@@ -64,14 +65,23 @@ _EXACT_ENOUGH = 0.98
 # Filesystems that free in the background what was deleted.
 _FREES_LATER = frozenset(("bcachefs", "btrfs", "xfs", "zfs"))
 _MAGIC = frozenset("*?[")
+# Of what was to go, had there been time.
+_LATER = {
+    "rule": "time_limit",
+    "reason": "the time limit was reached before its turn came, the next run goes on with it",
+}
 
 
 @dataclass(frozen=True)
 class GcRequest:
-    """What a task declares, with ages and sizes as they were typed; empty for not given."""
+    """What a task declares, with ages and sizes as they were typed; empty for not given.
+
+    :param deadline: when to begin with nothing more, on the monotonic clock; 0 for never
+    """
 
     store: StoreRequest
     images: t.Tuple[str, ...] = ()
+    layers: t.Tuple[str, ...] = ()
     keep_images: t.Tuple[str, ...] = ()
     keep_mappings: t.Tuple[str, ...] = ()
     # IDs of layers, for callers that know what is declared.
@@ -92,6 +102,7 @@ class GcRequest:
     orphans: str = "report"
     broken: str = "report"
     check: bool = False
+    deadline: float = 0.0
 
 
 def read_policy(request: GcRequest, now: float) -> Policy:
@@ -107,6 +118,7 @@ def read_policy(request: GcRequest, now: float) -> Policy:
     high, low = reading.thresholds(request.high_threshold, request.low_threshold)
     return Policy(
         images=request.images,
+        layers=frozenset(request.layers),
         keep_images=request.keep_images,
         keep_mappings=request.keep_mappings,
         keep_layers=frozenset(request.keep_layers),
@@ -147,6 +159,7 @@ class _Collection:
     """One request against one open store."""
 
     def __init__(self, request: GcRequest, policy: Policy, place: OpenStore) -> None:
+        self.started = time.monotonic()
         self.request = request
         self.place = place
         snapshot = place.store.snapshot()
@@ -161,12 +174,18 @@ class _Collection:
         self.repaired: t.List[t.Dict[str, t.Any]] = []
         self.reported: t.List[t.Dict[str, t.Any]] = []
         self.freed = [0, 0]
+        self.pace = Pace(request.deadline)
+        self.pending = 0
+        # However short the time, a run gets something done.
+        self.begun = False
+        self.seconds_planning = 0.0
 
     def carry_out(self) -> t.Dict[str, t.Any]:
         watched_since = self._watch()
         candidates = self._candidates()
         before = self._disk()
         made = plan(candidates, self._findings(), self.policy, before, watched_since, self.now)
+        self.seconds_planning = time.monotonic() - self.started
         self.kept += [self._entry(one) for one in made.kept]
         self.reported += [_finding_entry(*one) for one in made.findings_kept]
         if self.request.check:
@@ -192,6 +211,9 @@ class _Collection:
             "space_reclaimed": self.freed[0],
             "inodes_reclaimed": self.freed[1],
             "target_met": self._target_met(made),
+            "partial": self.pending > 0,
+            "remaining": self.pending,
+            "seconds_planning": round(self.seconds_planning, 3),
             "notes": list(made.notes),
             "would_free": [],
             "store": self.place.describe(),
@@ -314,15 +336,22 @@ class _Collection:
     def _apply(self, made: Plan) -> None:
         before = self._settled()
         for decision in made.removals:
-            self._remove(decision)
-        leftovers = False
+            if self._in_time():
+                self._remove(decision)
+            else:
+                self.kept.append({**self._entry(decision), **_LATER})
+        leftovers = [one for one in made.repairs if one[0].kind in LEFTOVERS]
         for finding, decision in made.repairs:
             if finding.kind in LEFTOVERS:
-                leftovers = True
-            else:
+                continue
+            if self._in_time():
                 self._repair(finding, decision)
-        if leftovers:
+            else:
+                self.reported.append({**_finding_entry(finding, decision), **_LATER})
+        if leftovers and self._in_time(len(leftovers)):
             self._sweep(made)
+        elif leftovers:
+            self.reported += [{**_finding_entry(*one), **_LATER} for one in leftovers]
         expected = sum(one["size"] or 0 for one in self.removed + self.repaired)
         after = self._settled()
         now = time.monotonic()
@@ -337,6 +366,14 @@ class _Collection:
                 patience = now + _SETTLING
             after = later
         self.freed = [max(after[0] - before[0], 0), max(after[1] - before[1], 0)]
+
+    def _in_time(self, things: int = 1) -> bool:
+        """Whether to begin with something more; else so many things are left to the next run."""
+        if self.begun and self.pace.over:
+            self.pending += things
+            return False
+        self.begun = True
+        return True
 
     def _settled(self) -> t.Tuple[int, int]:
         """Free bytes and inodes, once all that was written and deleted is on disk."""
@@ -435,7 +472,7 @@ class _Collection:
         }
 
     def _target_met(self, made: Plan) -> bool:
-        if self.request.check or not made.targets:
+        if self.request.check or self.pending or not made.targets:
             return made.target_met
         gone = {
             "bytes": sum(one["size"] for one in self.removed),

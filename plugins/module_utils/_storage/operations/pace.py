@@ -2,16 +2,22 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This module util is PRIVATE to the userns.storage collection.
-"""When to stop: at a time limit, or because nobody waits for the result any more."""
+"""When to stop: at a time limit, when told to end, or because nobody waits for the result any more."""
 
 from __future__ import annotations
 
+import contextlib
 import select
+import signal
 import time
+import typing as t
 
 from ..tree.craft import Suspended
 
 _STDOUT = 1
+_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+# Signals of that kind which have come: from then on nothing is begun in this process.
+_told: t.List[int] = []
 
 
 class Pace:
@@ -22,15 +28,28 @@ class Pace:
 
     def __init__(self, deadline: float = 0.0) -> None:
         self._deadline = deadline
+        self._started = time.monotonic()
         self.files = 0
         self.bytes = 0
-        # What was there already, which takes time to look through.
-        self.before = 0
+        # What was there already, which takes time to look through: so many seconds.
+        self._files_before = 0
+        self._bytes_before = 0
+        self.catching_up = 0.0
+
+    @property
+    def given_up(self) -> bool:
+        """Whether nobody waits for the result."""
+        return bool(_told) or not _somebody_listens()
 
     @property
     def over(self) -> bool:
         """Whether nothing more is to be begun."""
-        return (0 < self._deadline <= time.monotonic()) or not _somebody_listens()
+        return (0 < self._deadline <= time.monotonic()) or self.given_up
+
+    def resume(self, files: int, size: int) -> None:
+        """So many files and bytes are there already."""
+        self._started = time.monotonic()
+        self._files_before, self._bytes_before = files, size
 
     def __call__(self, files: int, size: int) -> None:
         """Take note of the files and bytes made.
@@ -38,8 +57,39 @@ class Pace:
         :raises Suspended: the time is up, and there is more than before; or nobody waits for it
         """
         self.files, self.bytes = files, size
-        if self.over and (files > self.before or not _somebody_listens()):
-            raise Suspended
+        further = files > self._files_before or size > self._bytes_before
+        if not further:
+            self.catching_up = time.monotonic() - self._started
+        if further and self.over:
+            raise Suspended(self.given_up)
+        self.look_only(files, size)
+
+    def look_only(self, _files: int, _size: int) -> None:
+        """Take no note, for nothing is being made.
+
+        :raises Suspended: nobody waits for it
+        """
+        if self.given_up:
+            raise Suspended(True)
+
+
+@contextlib.contextmanager
+def in_order() -> t.Iterator[None]:
+    """Where told to end, by a signal, have the pace end the work instead, so that the next run goes on with it."""
+    before = {
+        number: signal.signal(number, _take_note)
+        for number in _ENDING
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _take_note(number: int, _frame: t.Any) -> None:
+    _told.append(number)
 
 
 def _somebody_listens() -> bool:

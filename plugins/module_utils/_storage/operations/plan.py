@@ -233,6 +233,8 @@ class _Planner:
         wanted: t.Dict[str, t.List[t.Tuple[str, str]]] = {one.layer_id: [] for one in free}
         for one in free:
             rules = wanted[one.layer_id]
+            if one.layer_id in policy.layers:
+                rules.append(("layers", "it was asked for"))
             if policy.duplicates and one.duplicate_of:
                 rules.append(("duplicates", f"the layer {one.duplicate_of} has the same mapping"))
             if policy.unusable_maps and one.unusable:

@@ -57,7 +57,7 @@ class Policy:
     """The rules, the protections and the limits of one run. Ages in seconds, moments in seconds
     since the epoch.
 
-    Rules, of which any one suffices: ``duplicates``, ``unusable_maps``, ``unused_for``,
+    Rules, of which any one suffices: ``layers``, ``duplicates``, ``unusable_maps``, ``unused_for``,
     ``created_before``, ``max_copies_per_image``, ``max_used_space``, ``min_free_space``,
     ``high_threshold`` with ``low_threshold``. Protections, of which any one suffices: ``images``
     and ``origin`` (what is not chosen is kept), ``keep_images``, ``keep_mappings``, ``keep_layers``,
@@ -66,6 +66,7 @@ class Policy:
     """
 
     images: t.Tuple[str, ...] = ()
+    layers: t.FrozenSet[str] = frozenset()
     keep_images: t.Tuple[str, ...] = ()
     keep_mappings: t.Tuple[str, ...] = ()
     keep_layers: t.FrozenSet[str] = frozenset()
@@ -89,7 +90,8 @@ class Policy:
     def has_rule(self) -> bool:
         """Whether anything at all may be removed because of age, number or space."""
         return bool(
-            self.duplicates
+            self.layers
+            or self.duplicates
             or self.unusable_maps
             or self.unused_for is not None
             or self.created_before is not None

@@ -80,7 +80,7 @@ class Entry:
     seconds: float = 0.0
     lock_seconds: float = 0.0
     error: t.Optional[StorageError] = None
-    progress: t.Optional[t.Dict[str, int]] = None
+    progress: t.Optional[t.Dict[str, float]] = None
 
     def refuse(self, error: StorageError) -> None:
         """Nothing becomes of it."""
@@ -249,30 +249,23 @@ class _Task:
                 "Each container maps it for itself there. Pull it into the store itself to pre-map it.",
                 store=read_only,
             )
-        if self._request.check:
-            entry.staged = building.predict(snapshot)
-            entry.action = CREATED
-        elif self._begun and pace.over:
+        if self._begun and pace.over:
             entry.action, entry.reason = PENDING, "The time limit was reached before its turn came."
             return
-        else:
-            self._begun = True
-            try:
-                outcome = building.make()
-            except Suspended:
-                chain = snapshot.chain(template.id)
-                expected = sum(layer.diff_size or 0 for layer in chain)
-                entry.action = PENDING
-                entry.reason = "The time limit was reached. The next run goes on from here."
+        try:
+            self._make(entry, building, snapshot)
+        except Suspended:
+            entry.action = PENDING
+            entry.reason = "The time limit was reached. The next run goes on from here."
+            if pace.files:
+                expected = sum(layer.diff_size or 0 for layer in snapshot.chain(template.id))
                 entry.progress = {
                     "files": pace.files,
                     "bytes": pace.bytes,
                     "bytes_expected": max(expected, pace.bytes),
+                    "seconds_resuming": round(pace.catching_up, 3),
                 }
-                return
-            entry.layer_id, entry.staged = outcome.layer_id, outcome.staged
-            entry.lock_seconds = outcome.lock_seconds
-            entry.action = CREATED if outcome.staged else EXISTING
+            return
         if entry.staged is None:
             entry.reason = "A layer with this map came while it was being made."
         elif damage:
@@ -280,6 +273,17 @@ class _Task:
         else:
             staged = entry.staged
             entry.reason = f"{_sentence(shifting.reason)} By {staged.strategy}: {staged.reason}."
+
+    def _make(self, entry: Entry, building: Building, snapshot: Snapshot) -> None:
+        if self._request.check:
+            entry.staged = building.predict(snapshot)
+            entry.action = CREATED
+            return
+        self._begun = True
+        outcome = building.make()
+        entry.layer_id, entry.staged = outcome.layer_id, outcome.staged
+        entry.lock_seconds = outcome.lock_seconds
+        entry.action = CREATED if outcome.staged else EXISTING
 
     def _absent(self, entry: Entry, image: Image, question: Question) -> None:
         found = [

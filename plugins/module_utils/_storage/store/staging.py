@@ -6,9 +6,9 @@
 
 ``staging/ID/`` and ``trash/ID/`` each hold a file ``lock`` that the worker keeps locked while it
 lives: what nobody has locked is rubbish, unless a file ``suspended`` says that somebody is to go on
-with it. A short lock on the whole folder makes creating an entry
-with its lock one step, as seen from a sweep. Both folders are outside the driver's own, where
-garbage collection of containers/storage would take them for layers.
+with it. A short lock on the whole folder makes creating an entry with its lock one step, as seen from
+a sweep. Both folders are outside the driver's own, where garbage collection of containers/storage
+would take them for layers.
 """
 
 from __future__ import annotations
@@ -162,7 +162,9 @@ class StagingArea:
             try:
                 missing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
                 with explained(path), missing, lock.shared(0):
-                    pass
+                    # Its worker may have suspended it since the folder was listed.
+                    if _is_suspended(path):
+                        continue
             except LockTimeout:
                 continue
             with explained(path), contextlib.suppress(FileNotFoundError):
@@ -286,6 +288,10 @@ class StagingArea:
                 lock.acquire(fcntl.LOCK_EX, 0)
             except (FileNotFoundError, LockTimeout):
                 return None
+            # Its worker may have suspended it since the folder was listed.
+            if _is_suspended(path):
+                lock.release()
+                return None
             return lock
 
     def _retire(self, path: str, lock: LockFile, destroy: t.Optional[Destroy]) -> None:
@@ -359,7 +365,8 @@ def _is_suspended(path: str) -> bool:
             age = time.time() - os.fstat(stream.fileno()).st_mtime
     except (OSError, ValueError):
         return False
-    return age <= _PATIENCE and text != "" and text == _boot_id()
+    # A clock may have been set back.
+    return abs(age) <= _PATIENCE and text != "" and text == _boot_id()
 
 
 def _boot_id() -> str:

@@ -58,6 +58,9 @@ _BLOCK = 512
 # From so many bytes on, writing at once to the disk saves more of the wait at the end than it costs.
 _WORTH_STARTING = 1 << 16
 
+# From so many bytes on, half a copy is worth going on with, and its progress is told.
+_LARGE = 1 << 24
+
 # FICLONE answers this for single files that cannot share (no copy-on-write, swap files).
 _NOT_THIS_FILE = frozenset((errno.EINVAL, errno.ETXTBSY))
 _NOT_HERE = frozenset((errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY, errno.ENOSYS))
@@ -242,6 +245,9 @@ class _Cloner(Visitor):
 
     def enter(self, path: str, fd: int, attributes: t.List[str]) -> Token:
         self._made = files.open_beneath(self._root, path, _DIRECTORY)
+        if self._again:
+            # It may have been whole; what is made in it now must not take after it.
+            _prepare(self._made)
         self._source = fd
         self._attributes = attributes
         self.totals[DIRECTORIES] += 1
@@ -310,12 +316,16 @@ class _Cloner(Visitor):
                 totals[FILES] += 1
             totals[INODES] += 1
             totals[APPARENT] += status.st_size
-            if self._again and self._made_before(name, status):
-                return None
+            begun = 0
+            if self._again:
+                found = self._made_before(name, status)
+                if found is None:
+                    return None
+                begun = found
             if kind == FILE:
                 if not stat.S_ISREG(status.st_mode):
                     raise _changed(name)
-                self._file(source, name, status)
+                self._file(source, name, status, begun)
             elif kind == SYMLINK:
                 self._symlink(source, name, status)
             else:
@@ -324,12 +334,16 @@ class _Cloner(Visitor):
             os.close(source)
         return None
 
-    def _made_before(self, name: str, status: os.stat_result) -> bool:
-        """Whether an earlier call has made the entry at hand; what it has only begun goes."""
+    def _made_before(self, name: str, status: os.stat_result) -> t.Optional[int]:
+        """How many bytes an earlier call has made of the entry at hand; None when it is whole.
+
+        Of a large file that was being copied what there is stays, anything else that was only begun goes.
+        """
         try:
             made = os.lstat(name, dir_fd=self._made)
         except FileNotFoundError:
-            return False
+            return 0
+        copied = stat.S_ISREG(status.st_mode) and not (self._reflink or self._metacopy)
         if (
             made.st_mode == status.st_mode
             and made.st_mtime_ns == status.st_mtime_ns
@@ -338,20 +352,24 @@ class _Cloner(Visitor):
             and made.st_uid == self._shift.uid(status.st_uid)
             and made.st_gid == self._shift.gid(status.st_gid)
         ):
-            if stat.S_ISREG(status.st_mode) and not (self._reflink or self._metacopy):
+            if copied:
                 self.totals[ALLOCATED] += status.st_blocks * _BLOCK
-            return True
+            return None
+        # Copied from the front to the back, a file is good up to its size.
+        if copied and stat.S_ISREG(made.st_mode) and _LARGE < made.st_size <= status.st_size:
+            return made.st_size - _LARGE
         os.unlink(name, dir_fd=self._made)
-        return False
+        return 0
 
-    def _file(self, source: int, name: str, status: os.stat_result) -> None:
+    def _file(self, source: int, name: str, status: os.stat_result, begun: int) -> None:
         attributes = attribute_names(source)
         if attributes:
             attributes = self.stack.content(attributes)
         mode = stat.S_IMODE(status.st_mode)
         shift = self._shift
         owner = self._owner_of(status)
-        made = os.open(name, _CREATE, mode & 0o777, dir_fd=self._made)
+        how = _CREATE & ~os.O_EXCL if begun else _CREATE
+        made = os.open(name, how, mode & 0o777, dir_fd=self._made)
         try:
             size = status.st_size
             # A tree with IDs that cannot be mapped is only looked through for others.
@@ -362,12 +380,12 @@ class _Cloner(Visitor):
                     xattrs.put(made, _METACOPY_MARK, b"")
                 elif not self._reflink or not self._share(made, source):
                     self.totals[ALLOCATED] += allocated
-                    files.copy_data(made, source, size, sparse=allocated < size)
+                    self._copy(made, source, size, allocated < size, begun)
                     if allocated > _WORTH_STARTING:
                         files.start_writing(made)
             # Owner first: chown(2) takes capabilities and setuid away.
-            if owner:
-                os.fchown(made, *owner)
+            if owner or begun:
+                os.fchown(made, shift.uid(status.st_uid), shift.gid(status.st_gid))
             if attributes:
                 owners.copy_attributes(made, source, attributes, shift)
             # An inode's change has its price, and nobody else enters unfinished directories.
@@ -376,6 +394,23 @@ class _Cloner(Visitor):
             os.utime(made, ns=(status.st_atime_ns, status.st_mtime_ns))
         finally:
             os.close(made)
+
+    def _copy(self, made: int, source: int, size: int, sparse: bool, begun: int) -> None:
+        if size <= _LARGE:
+            files.copy_data(made, source, size, sparse=sparse)
+            return
+        told = begun
+
+        def tell(there: int) -> None:
+            nonlocal told
+            self.totals[APPARENT] += there - told
+            told = there
+            self.tell()
+
+        # All of it was counted when it was met.
+        self.totals[APPARENT] -= size - begun
+        files.copy_data(made, source, size, sparse, begun, tell)
+        tell(size)
 
     def _owner_of(self, status: os.stat_result) -> t.Optional[t.Tuple[int, int]]:
         """Whom what is made next has to be given to; None when it will belong to them anyway."""

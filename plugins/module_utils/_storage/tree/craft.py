@@ -29,7 +29,14 @@ class CloneResult(t.NamedTuple):
 
 
 class Suspended(Exception):
-    """What a progress callback raises to have the work stop where it is, so that another call goes on."""
+    """What a progress callback raises to have the work stop where it is, so that another call goes on.
+
+    :ivar given_up: nobody waits for it; then even work that nothing can go on with is to stop
+    """
+
+    def __init__(self, given_up: bool = False) -> None:
+        super().__init__()
+        self.given_up = given_up
 
 
 @dataclass(frozen=True)

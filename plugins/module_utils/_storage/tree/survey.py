@@ -24,6 +24,7 @@ from .walk import (
     INODES,
     SYMLINK,
     IDs,
+    Progress,
     Token,
     Visitor,
     Walk,
@@ -33,16 +34,20 @@ _BLOCK = 512
 
 
 def survey(
-    stack: LayerStack, shift: t.Optional[Shift] = None, workers: t.Optional[int] = None
+    stack: LayerStack,
+    shift: t.Optional[Shift] = None,
+    workers: t.Optional[int] = None,
+    progress: t.Optional[Progress] = None,
 ) -> CloneResult:
     """Count what ``clone`` would make; ``exclusive`` is what a plain copy would take.
 
     :param shift: also look for IDs that it cannot map
+    :param progress: called with files and bytes seen, twice a second at most
     :raises NeedsMount: the layers cannot be read without an overlay mount
     :raises UnmappedIDs: as ``clone`` does
     :raises TreeError: the tree cannot be read
     """
-    walk = Walk(_Surveyor(stack, shift), workers)
+    walk = Walk(_Surveyor(stack, shift), workers, progress)
     totals = walk.run()
     if shift is not None:
         raise_unmapped(stack, shift, walk.ids)

@@ -71,7 +71,7 @@ _PR_SET_PDEATHSIG = 1
 _FRAME = struct.Struct("=L")
 
 _DIRECTORY_JOB, _NAMES_JOB, _FINISH_JOB = range(3)
-_PART_MESSAGE, _DONE_MESSAGE, _FAIL_MESSAGE = range(3)
+_PART_MESSAGE, _DONE_MESSAGE, _FAIL_MESSAGE, _TOTALS_MESSAGE = range(4)
 
 # What a worker says: (kind, ...) as below; marshalled between processes of one interpreter.
 Message = t.Tuple[t.Any, ...]
@@ -89,6 +89,8 @@ class Visitor(abc.ABC):
         self.stack = stack
         self.label = label
         self.totals: Totals = [0, 0, 0, 0, 0]
+        # Call it in the midst of a long entry: it takes the totals so far.
+        self.tell: t.Callable[[], None] = lambda: None
 
     def ids(self) -> t.Optional[IDs]:
         """IDs met that cannot be mapped, ``MOST_IDS`` of each kind at most; None: there are none."""
@@ -217,6 +219,7 @@ class Worker:
         """Do one job and tell about it."""
         serial, kind = message[:2]
         self._left, self._held, self._links = [], [], []
+        self.visitor.tell = lambda: emit((_TOTALS_MESSAGE, self._totals()))
         try:
             if kind == _DIRECTORY_JOB:
                 self._directories(serial, message[2], message[3], emit)
@@ -233,9 +236,12 @@ class Worker:
             error.facts.setdefault("path", shown(path))
             emit(_failure(error))
             return
-        visitor = self.visitor
-        totals, visitor.totals = visitor.totals, [0, 0, 0, 0, 0]
-        emit((_DONE_MESSAGE, serial, self._left, self._held, self._links, totals, visitor.ids()))
+        ids = self.visitor.ids()
+        emit((_DONE_MESSAGE, serial, self._left, self._held, self._links, self._totals(), ids))
+
+    def _totals(self) -> Totals:
+        totals, self.visitor.totals = self.visitor.totals, [0, 0, 0, 0, 0]
+        return totals
 
     def _directories(
         self, serial: int, directories: t.List[t.Tuple[str, Layers]], budget: int, emit: Emit
@@ -585,6 +591,9 @@ class Walk:
     def _hear(self, message: Message) -> None:
         if message[0] == _FAIL_MESSAGE:
             raise pickle.loads(message[1])
+        if message[0] == _TOTALS_MESSAGE:
+            self._add(message[1])
+            return
         if message[0] == _PART_MESSAGE:
             serial, index, suffix, layers, token, layer, entries = message[1:]
             held = self._hold(serial, index, suffix, layers, token)
@@ -607,11 +616,14 @@ class Walk:
             job.held.outstanding -= 1
             self._complete(job.held)
         del self._running[serial]
-        for index, number in enumerate(totals):
-            self.totals[index] += number
         if ids is not None:
             for numbers, found in zip(self._ids, ids):
                 numbers.update(found[: MOST_IDS - len(numbers)])
+        self._add(totals)
+
+    def _add(self, totals: Totals) -> None:
+        for index, number in enumerate(totals):
+            self.totals[index] += number
         self._tell()
 
     def _hold(self, serial: int, index: int, suffix: str, layers: Layers, token: Token) -> _Held:
@@ -703,8 +715,9 @@ class Walk:
 def _serve(worker: Worker, leader: int, jobs: socket.socket, mouth: int) -> None:
     """A worker's life: jobs come until the leader closes the queue, or dies."""
     libc.call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        # The leader decides what becomes of the work, and takes the workers with it when it goes.
+        signal.signal(number, signal.SIG_IGN)
     if os.getppid() != leader:
         return
     worker.visitor.totals = [0, 0, 0, 0, 0]

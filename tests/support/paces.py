@@ -1,0 +1,49 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The collection made slow and talkative, so that no machine is too fast for what a test wants to see."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import typing as t
+
+if t.TYPE_CHECKING:
+    from .lab import Lab
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_JOB = '        """Do one job and tell about it."""\n'
+
+_CHANGES = (
+    ("plugins/plugin_utils/_slices.py", "SHORTEST = 10\n", "SHORTEST = 0\n"),
+    (
+        "plugins/module_utils/_storage/tree/walk.py",
+        "_PROGRESS_SECONDS = 0.5\n",
+        "_PROGRESS_SECONDS = 0.1\n",
+    ),
+    (
+        "plugins/module_utils/_storage/tree/walk.py",
+        _JOB,
+        f"{_JOB}        time.sleep(0.1)\n",
+    ),
+)
+
+
+def slow_collection(lab: Lab) -> pathlib.Path:
+    """A folder for ANSIBLE_COLLECTIONS_PATH or, before that of the laboratory, PYTHONPATH.
+
+    A job of a walk, which is about a hundred entries, takes a tenth of a second at least. The time limit that
+    the action plugins give is nothing, so that they show something after each tenth of a second or so.
+    """
+    base = lab.folder(0o755)
+    tree = base / "ansible_collections/userns/storage"
+    for name in ("plugins", "meta"):
+        shutil.copytree(_ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(_ROOT / "galaxy.yml", tree)
+    for name, old, new in _CHANGES:
+        path = tree / name
+        text = path.read_text()
+        assert text.count(old) == 1, (name, old)
+        path.write_text(text.replace(old, new))
+    return base
