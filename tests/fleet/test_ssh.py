@@ -85,15 +85,13 @@ def _environ(lab: Lab, home: pathlib.Path, tree: t.Optional[pathlib.Path] = None
     }
 
 
-@pytest.mark.parametrize("target", ["layer_template", "image_layers_info"])
-def test_integration_target(
-    target: str, way: t.Dict[str, str], lab: Lab, inventory: pathlib.Path
-) -> None:
+def test_integration_targets(way: t.Dict[str, str], lab: Lab, inventory: pathlib.Path) -> None:
+    """All but that of the role prepare, which molecule's scenarios run by ssh."""
     folder = lab.folder()
     play = {
         "hosts": "all",
         "gather_facts": False,
-        "roles": [target],
+        "roles": ["layer_template", "image_layers_info", "subordinate_ids"],
         "vars": {"setup_store_install": False},
     }
     (folder / "play.json").write_text(json.dumps([play]))
@@ -159,7 +157,7 @@ def test_async(lab: Lab, inventory: pathlib.Path, store: Store, small_image: Ima
 @pytest.fixture(scope="module")
 def slow(lab: Lab) -> pathlib.Path:
     """Where the collection is found that takes its time."""
-    return paces.slow_collection(lab)
+    return paces.slow_collection(lab, 1)
 
 
 def _project(lab: Lab, inventory: pathlib.Path, store: Store, image: Image) -> pathlib.Path:
@@ -257,7 +255,7 @@ def _inodes(tree: pathlib.Path) -> t.Set[int]:
 
 @pytest.mark.parametrize(
     ("way", "number"),
-    [*((way, signal.SIGINT) for way in sorted(WAYS)), ("pipelining", signal.SIGTERM)],
+    [("pipelining", signal.SIGINT), ("files", signal.SIGTERM), ("mitogen", signal.SIGINT)],
 )
 def test_an_interrupted_play_leaves_nothing_running(
     way: str,

@@ -29,7 +29,7 @@ FILES = 3000
 @pytest.fixture(scope="session")
 def slow(lab: Lab) -> str:
     """Where Python finds the collection that takes its time."""
-    return f"{paces.slow_collection(lab)}{os.pathsep}{lab.tree}"
+    return f"{paces.slow_collection(lab, 0)}{os.pathsep}{lab.tree}"
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ if t.TYPE_CHECKING:
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _JOB = '        """Do one job and tell about it."""\n'
 
+_SLICE = ("plugins/plugin_utils/_slices.py", "SHORTEST = 10\n", "SHORTEST = {}\n")
 _CHANGES = (
-    ("plugins/plugin_utils/_slices.py", "SHORTEST = 10\n", "SHORTEST = 0\n"),
     (
         "plugins/module_utils/_storage/tree/walk.py",
         "_PROGRESS_SECONDS = 0.5\n",
@@ -30,18 +30,19 @@ _CHANGES = (
 )
 
 
-def slow_collection(lab: Lab) -> pathlib.Path:
+def slow_collection(lab: Lab, seconds: int) -> pathlib.Path:
     """A folder for ANSIBLE_COLLECTIONS_PATH or, before that of the laboratory, PYTHONPATH.
 
-    A job of a walk, which is about a hundred entries, takes a tenth of a second at least. The time limit that
-    the action plugins give is nothing, so that they show something after each tenth of a second or so.
+    A job of a walk, which is about a hundred entries, takes a tenth of a second at least.
+
+    :param seconds: the time limit that the action plugins give
     """
     base = lab.folder(0o755)
     tree = base / "ansible_collections/userns/storage"
     for name in ("plugins", "meta"):
         shutil.copytree(_ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(_ROOT / "galaxy.yml", tree)
-    for name, old, new in _CHANGES:
+    for name, old, new in (*_CHANGES, (*_SLICE[:2], _SLICE[2].format(seconds))):
         path = tree / name
         text = path.read_text()
         assert text.count(old) == 1, (name, old)
