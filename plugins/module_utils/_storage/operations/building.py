@@ -142,14 +142,13 @@ class Building:
         :raises Suspended: ``pace`` has raised it; the next call goes on with what there is
         """
         chain = self._chain(self._place.store.snapshot())
-        with in_order():
-            if not self._place.store.staging.suspended(self._key):
-                self._check(chain)
-            for _attempt in range(_ATTEMPTS):
-                try:
-                    return self._attempt()
-                except _Moved:
-                    continue
+        if not self._place.store.staging.suspended(self._key):
+            self._check(chain)
+        for _attempt in range(_ATTEMPTS):
+            try:
+                return self._attempt()
+            except _Moved:
+                continue
         raise StoreChanged(
             f"image {label(self._image)}",
             f"changed {_ATTEMPTS} times while its layer was being made",
@@ -180,14 +179,15 @@ class Building:
             self._pace.resume(work.files, work.size)
             tar_split = self._stage_tar_split(chain[0].id, workspace.path)
             try:
-                staged = place.driver.stage(
-                    _ids(chain),
-                    self._shift(chain[0]),
-                    self._strategy,
-                    workspace.path,
-                    work.layer_id,
-                    self._pace,
-                )
+                with in_order():
+                    staged = place.driver.stage(
+                        _ids(chain),
+                        self._shift(chain[0]),
+                        self._strategy,
+                        workspace.path,
+                        work.layer_id,
+                        self._pace,
+                    )
             except Suspended:
                 made = max(work.files, self._pace.files), max(work.size, self._pace.bytes)
                 work._replace(files=made[0], size=made[1]).write(workspace.path)

@@ -75,7 +75,10 @@ class Pace:
 
 @contextlib.contextmanager
 def in_order() -> t.Iterator[None]:
-    """Where told to end, by a signal, have the pace end the work instead, so that the next run goes on with it."""
+    """Where told to end, by a signal, have the pace end the work instead, so that the next run goes on with it.
+
+    It may be told more than once, and from then on has little left to do: so it stays like that.
+    """
     before = {
         number: signal.signal(number, _take_note)
         for number in _ENDING
@@ -84,7 +87,7 @@ def in_order() -> t.Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in () if _told else before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 

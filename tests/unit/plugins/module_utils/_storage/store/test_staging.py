@@ -372,6 +372,23 @@ class TestSuspended:
         assert area.sweep() == []
         assert (path / "tree").is_dir()
 
+    def test_a_sweep_that_met_it_at_work_leaves_it_alone_too(
+        self, area: StagingArea, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = self.suspend(area)
+        monkeypatch.setattr(area, "_rubbish", lambda: [("staging", str(path))])
+        assert area.leftovers() == []
+        area.sweep()
+        assert (path / "tree").is_dir()
+        with area.claim("work", fits=lambda _path: True) as workspace:
+            assert workspace.resumed
+
+    def test_a_clock_that_was_set_back_a_little_does_no_harm(self, area: StagingArea) -> None:
+        marker = self.suspend(area) / "suspended"
+        for ahead, fits in ((60, True), (90000, False)):
+            os.utime(marker, (time.time() + ahead,) * 2)
+            assert area.suspended("work") is fits
+
     @pytest.mark.parametrize("how", ["boot", "day", "empty"])
     def test_nobody_waits_for_it_for_ever(self, area: StagingArea, how: str) -> None:
         path = self.suspend(area)
