@@ -22,8 +22,8 @@ if t.TYPE_CHECKING:
     from support.lab import Lab
 
 MakeCase = t.Callable[..., t.Any]
-# Some twenty jobs of a walk.
-FILES = 3000
+# Some fifteen jobs of a walk.
+FILES = 2100
 
 
 @pytest.fixture(scope="session")
@@ -142,14 +142,17 @@ def inodes(case: Case) -> t.Set[int]:
     return found
 
 
-def test_check_mode_tells_of_the_whole(large: Case, slowly: None) -> None:
-    stopped(large)
-    before = staging(large)
-    result = large.layer_template(options={"check": True, "diff": True}, time_limit=0)
+def test_check_mode_tells_of_the_whole(
+    make_case: MakeCase, many_files_image: t.Callable[[int], Image], slowly: None
+) -> None:
+    case = make_case("vfs", many_files_image(FILES))
+    stopped(case)
+    before = staging(case)
+    result = case.layer_template(options={"check": True, "diff": True}, time_limit=0)
     (layer,) = result["layers"]
     assert (layer["action"], layer["progress"], result["partial"]) == ("created", None, False)
     assert layer["files"] > FILES
-    assert staging(large) == before
+    assert staging(case) == before
 
 
 def test_another_map_does_not_go_on_with_it(
@@ -237,8 +240,10 @@ def test_stops_when_nobody_waits_for_the_result(large: Case, slowly: None) -> No
     assert_gone_on_with(large)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("whom", ["it", "all"])
+@pytest.mark.parametrize(
+    ("number", "whom"),
+    [(signal.SIGTERM, "it"), (signal.SIGHUP, "all"), (signal.SIGINT, "all")],
+)
 def test_stops_when_it_is_told_to(
     number: signal.Signals,
     whom: str,
