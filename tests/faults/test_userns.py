@@ -63,6 +63,12 @@ def count(limit, progress):
 
 def crash():
     raise ValueError("as it happens")
+
+def stay(path):
+    import time
+    with open(path, "x") as told:
+        told.write(str(os.getpid()))
+    time.sleep(60)
 '''
 exec(INSIDE)  # pylint: disable=exec-used
 
@@ -198,6 +204,11 @@ def as_user(
     lab: Lab, user: User, script: str, **options: t.Any
 ) -> subprocess.CompletedProcess[str]:
     """Run Python statements as a user who has logged in; INSIDE is the module `inside`."""
+    words = words_as_user(lab, user, script, **options)
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+
+
+def words_as_user(lab: Lab, user: User, script: str, **options: t.Any) -> t.List[str]:
     place = lab.folder()
     (place / "inside.py").write_text(INSIDE)
     head = (
@@ -205,10 +216,10 @@ def as_user(
         "from ansible_collections.userns.storage.plugins.module_utils._storage import userns\n"
         "import inside\n"
     )
-    words = lab.machine.command(
+    words: t.List[str] = lab.machine.command(
         ["/usr/bin/python3", "-B", "-c", head + script], account=user, **options
     )
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    return words
 
 
 def test_a_user_gets_the_own_namespace(lab: Lab, make_user: MakeUser) -> None:
@@ -262,6 +273,22 @@ def test_where_not_even_podman_may(lab: Lab, make_user: MakeUser) -> None:
     assert "no namespaces here" in done.stderr
 
 
+@pytest.mark.parametrize("how", ["unread", "told"])
+def test_what_runs_through_podman_ends_too(lab: Lab, make_user: MakeUser, how: str) -> None:
+    """When nobody reads the answer any more, and when the module is told to end."""
+    user = make_user()
+    told = pathlib.Path(user.home) / "told"
+    words = words_as_user(lab, user, FORCED + f"run(inside.stay, {str(told)!r})\n")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        child = int(awaited(told))
+        if how == "told":
+            process.terminate()
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(20) != 0
+    assert_gone(child)
+
+
 def test_another_user_is_refused(lab: Lab, make_user: MakeUser) -> None:
     user, other = make_user(), make_user()
     script = f"userns.run(inside.state, [], userns._caller({other.uid}))"
@@ -285,6 +312,10 @@ def test_the_child_goes_with_its_parent(
     child = int(awaited(told))
     os.kill(parent, number)
     assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == -number
+    assert_gone(child)
+
+
+def assert_gone(child: int) -> None:
     until = time.monotonic() + 5
     while os.path.exists(f"/proc/{child}") and time.monotonic() < until:
         if " Z " in pathlib.Path(f"/proc/{child}/stat").read_text():

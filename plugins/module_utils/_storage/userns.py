@@ -20,6 +20,7 @@ import io
 import os
 import pickle
 import pwd
+import select
 import shutil
 import signal
 import struct
@@ -271,6 +272,28 @@ def _passed_on(pid: int) -> t.Iterator[None]:
             os.kill(os.getpid(), received[0])
 
 
+@contextlib.contextmanager
+def _hung_up_with(pid: int) -> t.Iterator[None]:
+    """Tell a process whose output is not ours that nobody reads ours any more."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(1, 0)
+        while not ended.is_set():
+            if any(event & (select.POLLERR | select.POLLHUP) for _fd, event in poll.poll(500)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGHUP)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
 def _map_ids(pid: int, account: Account, maps: t.Tuple[IDMap, IDMap]) -> None:
     for kind, one in zip(("uid", "gid"), maps):
         if os.geteuid() == 0:
@@ -459,10 +482,13 @@ def _converse(
     except BrokenPipeError:
         raise _NoAnswer from None
     heard = False
-    with source:
+    with source, contextlib.ExitStack() as undo:
         for kind, payload in _frames(source):
             if kind == _ENTERED:
                 heard = True
+                pid = int(_load(payload))
+                undo.enter_context(_passed_on(pid))
+                undo.enter_context(_hung_up_with(pid))
                 continue
             outcome = _receive(kind, payload, progress)
             if outcome is not None:
@@ -484,7 +510,7 @@ def serve(source: t.IO[bytes]) -> None:
     module, name, arguments, wants_progress = pickle.load(source)
     namespaces.unshare(namespaces.CLONE_NEWNS)
     namespaces.isolate_mounts()
-    channel.send(_ENTERED, None)
+    channel.send(_ENTERED, os.getpid())
     function: t.Any = importlib.import_module(module)
     for part in name.split("."):
         function = getattr(function, part)
