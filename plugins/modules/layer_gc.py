@@ -438,6 +438,7 @@ def main() -> None:
             broken=params["broken"],
             check=module.check_mode,
             deadline=deadline,
+            awaited=True,
         ),
         gc.collect,
     )

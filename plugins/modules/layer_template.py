@@ -434,6 +434,7 @@ def main() -> None:
             lease=params["lease"] or "",
             check=module.check_mode,
             deadline=deadline,
+            awaited=True,
         )
 
     if params["users"] is None:

@@ -77,6 +77,7 @@ class GcRequest:
     """What a task declares, with ages and sizes as they were typed; empty for not given.
 
     :param deadline: when to begin with nothing more, on the monotonic clock; 0 for never
+    :param awaited: nor when nobody reads standard output any more
     """
 
     store: StoreRequest
@@ -103,6 +104,7 @@ class GcRequest:
     broken: str = "report"
     check: bool = False
     deadline: float = 0.0
+    awaited: bool = False
 
 
 def read_policy(request: GcRequest, now: float) -> Policy:
@@ -174,7 +176,7 @@ class _Collection:
         self.repaired: t.List[t.Dict[str, t.Any]] = []
         self.reported: t.List[t.Dict[str, t.Any]] = []
         self.freed = [0, 0]
-        self.pace = Pace(request.deadline)
+        self.pace = Pace(request.deadline, request.awaited)
         self.pending = 0
         # However short the time, a run gets something done.
         self.begun = False

@@ -24,10 +24,12 @@ class Pace:
     """A progress callback that remembers what it was told, and suspends the work when its time is up.
 
     :param deadline: on the monotonic clock, which all processes of a host share; 0 for none
+    :param awaited: somebody waits at the other end of standard output for the result
     """
 
-    def __init__(self, deadline: float = 0.0) -> None:
+    def __init__(self, deadline: float = 0.0, awaited: bool = False) -> None:
         self._deadline = deadline
+        self._awaited = awaited
         self._started = time.monotonic()
         self.files = 0
         self.bytes = 0
@@ -38,8 +40,8 @@ class Pace:
 
     @property
     def given_up(self) -> bool:
-        """Whether nobody waits for the result."""
-        return bool(_told) or not _somebody_listens()
+        """Whether nobody waits for the result any more."""
+        return bool(_told) or (self._awaited and not _somebody_listens())
 
     @property
     def over(self) -> bool:

@@ -46,6 +46,7 @@ class TemplateRequest:
     :param lease: for how long (an age such as "30d") a new layer is kept though nobody uses it
     :param check: only say what would be done
     :param deadline: when to stop, on the monotonic clock; 0 for never. What is half made then is left to the next run
+    :param awaited: stop likewise when nobody reads standard output any more
     """
 
     store: StoreRequest
@@ -58,6 +59,7 @@ class TemplateRequest:
     lease: str = ""
     check: bool = False
     deadline: float = 0.0
+    awaited: bool = False
 
 
 @dataclass
@@ -215,7 +217,7 @@ class _Task:
             return
         template = template_of(snapshot, image)
         entry.template_id = template.id
-        pace = Pace(self._request.deadline)
+        pace = Pace(self._request.deadline, self._request.awaited)
         building = Building(
             self._place,
             image,

@@ -58,7 +58,7 @@ def test_it_knows_how_long_it_took_to_come_that_far(monkeypatch: pytest.MonkeyPa
 
 
 def test_when_nobody_listens_all_is_given_up(deaf: None) -> None:
-    one = Pace()
+    one = Pace(awaited=True)
     one.resume(10, 100)
     assert one.over
     with pytest.raises(Suspended) as stop:
@@ -67,6 +67,12 @@ def test_when_nobody_listens_all_is_given_up(deaf: None) -> None:
     with pytest.raises(Suspended):
         one.look_only(1, 1)
     assert one.files == 1
+
+
+def test_who_is_not_awaited_needs_no_listener(deaf: None) -> None:
+    one = Pace()
+    one(1, 1)
+    assert not one.over
 
 
 def test_signals_are_kept_until_the_work_has_ended() -> None:
