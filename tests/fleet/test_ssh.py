@@ -22,6 +22,7 @@ from support.modules import run_playbook
 from support.stores import Store
 
 if t.TYPE_CHECKING:
+    from support.hosts import Host
     from support.images import Image
     from support.lab import Lab
     from support.users import User
@@ -219,26 +220,20 @@ def test_progress_is_among_the_events_of_a_runner(
     assert (result["changed"], result["partial"], result["remaining"]) == (True, False, 0)
 
 
-def _below(pid: int) -> t.List[str]:
-    """Command lines of all processes that descend from one."""
-    children: t.Dict[int, t.List[int]] = {}
+def _pythons(machine: Host) -> t.List[str]:
+    """Command lines of the Pythons that run on a host, whoever has inherited them."""
+    root = os.stat(f"{machine.root}/.")
+    found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{entry}/stat", "rb") as stat:
-                parent = int(stat.read().rpartition(b")")[2].split()[1])
+            status = os.stat(f"/proc/{entry}/root/.")
+            with open(f"/proc/{entry}/cmdline", "rb") as words:
+                line = words.read().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        children.setdefault(parent, []).append(int(entry))
-    found = []
-    todo = [pid]
-    while todo:
-        for child in children.get(todo.pop(), ()):
-            todo.append(child)
-            try:
-                with open(f"/proc/{child}/cmdline", "rb") as words:
-                    found.append(words.read().replace(b"\0", b" ").decode(errors="replace"))
-            except OSError:
-                continue
+        here = (status.st_dev, status.st_ino) == (root.st_dev, root.st_ino)
+        if here and int(entry) != machine.pid and "python" in line:
+            found.append(line)
     return found
 
 
@@ -284,12 +279,13 @@ def test_an_interrupted_play_leaves_nothing_running(
         assert play.poll() is None
         assert time.monotonic() < until
         time.sleep(0.02)
+    assert _pythons(remote.machine)
     # As a terminal does it, to the whole process group.
     os.killpg(play.pid, number)
     play.wait(60)
     until = time.monotonic() + 30
-    while any("python" in line for line in _below(remote.sshd.pid)):
-        assert time.monotonic() < until, _below(remote.sshd.pid)
+    while _pythons(remote.machine):
+        assert time.monotonic() < until, _pythons(remote.machine)
         time.sleep(0.1)
     assert store.mapped_layers(image.name) == []
     (left,) = os.listdir(staging)

@@ -213,11 +213,6 @@ class Sshd:
             time.sleep(0.05)
 
     @property
-    def pid(self) -> int:
-        """Of the process from which all sessions descend."""
-        return self._process.pid
-
-    @property
     def variables(self) -> t.Dict[str, t.Any]:
         """Ansible's connection variables for it."""
         return {
