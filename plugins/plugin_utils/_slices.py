@@ -90,9 +90,9 @@ class SlicedAction(ActionBase):
         task_vars: t.Optional[t.Dict[str, t.Any]] = None,
     ) -> Json:
         """Run the module until nothing remains."""
-        result: Json = super().run(tmp, task_vars)
-        if result.get("skipped"):
-            return result
+        skipped: Json = super().run(tmp, task_vars)
+        if skipped.get("skipped"):
+            return skipped
         arguments = self._task.args
         if self._task.async_val or self._task.check_mode or self.whole(arguments):
             return self._call(arguments, task_vars)
@@ -102,7 +102,15 @@ class SlicedAction(ActionBase):
         while True:
             limit = max(SHORTEST, int(told.resuming * _TIMES))
             called = told.following(arguments) if told.result else arguments
-            joined = told.add(self._call({**called, "time_limit": limit}, task_vars))
+            result = self._call({**called, "time_limit": limit}, task_vars)
+            stuck = not result.get("changed") and told.result.get("remaining") == result.get(
+                "remaining"
+            )
+            joined = told.add(result)
+            if stuck and joined.get("partial"):
+                # Each call gets something done. Where none does, none ever will.
+                joined.update(failed=True, msg=f"Nothing was done within {limit} seconds.")
+                return joined
             # What was refused in one place does not keep the module from the others.
             if not joined.get("partial") or joined.get("unreachable"):
                 asked = joined.get("invocation", {}).get("module_args", {})

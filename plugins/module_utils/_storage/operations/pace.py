@@ -48,6 +48,11 @@ class Pace:
         """Whether nothing more is to be begun."""
         return (0 < self._deadline <= time.monotonic()) or self.given_up
 
+    @property
+    def further(self) -> bool:
+        """Whether there is more than there was before."""
+        return self.files > self._files_before or self.bytes > self._bytes_before
+
     def resume(self, files: int, size: int) -> None:
         """So many files and bytes are there already."""
         self._started = time.monotonic()
@@ -59,10 +64,9 @@ class Pace:
         :raises Suspended: the time is up, and there is more than before; or nobody waits for it
         """
         self.files, self.bytes = files, size
-        further = files > self._files_before or size > self._bytes_before
-        if not further:
+        if not self.further:
             self.catching_up = time.monotonic() - self._started
-        if further and self.over:
+        if self.further and self.over:
             raise Suspended(self.given_up)
         self.look_only(files, size)
 

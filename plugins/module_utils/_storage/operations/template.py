@@ -83,6 +83,7 @@ class Entry:
     lock_seconds: float = 0.0
     error: t.Optional[StorageError] = None
     progress: t.Optional[t.Dict[str, float]] = None
+    further: bool = False
 
     def refuse(self, error: StorageError) -> None:
         """Nothing becomes of it."""
@@ -149,7 +150,7 @@ class _Task:
             self._act(entry)
             if entry.image and entry.question:
                 _apply(after[label(entry.image)], entry.action, entry.question.mapping)
-        changed = any(entry.action in (CREATED, REMOVED) or entry.progress for entry in entries)
+        changed = any(entry.action in (CREATED, REMOVED) or entry.further for entry in entries)
         remaining = sum(entry.action == PENDING for entry in entries)
         if not self._request.check:
             self._note_use(changed)
@@ -259,6 +260,7 @@ class _Task:
         except Suspended:
             entry.action = PENDING
             entry.reason = "The time limit was reached. The next run goes on from here."
+            entry.further = pace.further
             if pace.files:
                 expected = sum(layer.diff_size or 0 for layer in snapshot.chain(template.id))
                 entry.progress = {

@@ -154,10 +154,22 @@ def test_a_host_that_is_gone_is_not_asked_again(shown: t.List[str]) -> None:
     assert result["unreachable"]
 
 
+def test_a_host_that_gets_nothing_done_is_not_asked_for_ever(shown: t.List[str]) -> None:
+    result, calls = run(
+        [
+            call(entry(1, "pending", **GOING)),
+            call(entry(1, "pending", **GOING), changed=False),
+        ]
+    )
+    assert len(calls) == 2
+    assert (result["failed"], result["changed"]) == (True, True)
+    assert result["msg"] == "Nothing was done within 24 seconds."
+
+
 def test_warnings_are_given_once(shown: t.List[str]) -> None:
     result, _calls = run(
         [
-            call(entry(1, "pending"), warnings=["a", "b"]),
+            call(entry(1, "pending", **GOING), warnings=["a", "b"]),
             call(entry(1, "created"), warnings=["b"]),
         ]
     )
