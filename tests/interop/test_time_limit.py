@@ -121,7 +121,7 @@ def test_goes_on_from_where_it_was_stopped(large: Case, slowly: None) -> None:
     assert_whole(large, layer["layer_id"])
     # What was there was not made again.
     with large.store.mounted(layer["layer_id"]) as tree:
-        names = [os.path.join(at, name) for at, _, found in os.walk(tree) for name in found]
+        names = [os.path.join(at, name) for at, _folders, found in os.walk(tree) for name in found]
         now = {os.lstat(name).st_ino for name in names}
     assert len(kept) > 100
     assert kept <= now
@@ -134,7 +134,7 @@ def test_goes_on_from_where_it_was_stopped(large: Case, slowly: None) -> None:
 def inodes(case: Case) -> t.Set[int]:
     """Those of the files in the staging folder that are whole, which is all but the last few."""
     found = set()
-    for at, _, names in os.walk(case.store.graphroot / "userns-storage/staging"):
+    for at, _folders, names in os.walk(case.store.graphroot / "userns-storage/staging"):
         for name in names:
             status = os.lstat(os.path.join(at, name))
             if name.isdigit() and status.st_mtime < 1700000000:
@@ -188,7 +188,7 @@ def test_an_image_that_was_pulled_again_is_begun_anew(
     assert staging(case) == []
     assert_whole(case, made["layer_id"])
     with case.store.mounted(made["layer_id"]) as tree:
-        names = [os.path.join(at, name) for at, _, found in os.walk(tree) for name in found]
+        names = [os.path.join(at, name) for at, _folders, found in os.walk(tree) for name in found]
         assert old.isdisjoint(os.lstat(name).st_ino for name in names)
     assert case.shell("test -e /data/00000/0 && echo there") == "there\n"
     assert case.mapped() == [made["layer_id"]]
@@ -228,7 +228,7 @@ def assert_gone_on_with(case: Case) -> None:
     assert_whole(case, layer["layer_id"])
     assert staging(case) == []
     with case.store.mounted(layer["layer_id"]) as tree:
-        names = [os.path.join(at, name) for at, _, found in os.walk(tree) for name in found]
+        names = [os.path.join(at, name) for at, _folders, found in os.walk(tree) for name in found]
         assert kept <= {os.lstat(name).st_ino for name in names}
 
 
@@ -283,7 +283,7 @@ def test_what_was_killed_is_begun_anew(
     assert_whole(case, layer["layer_id"])
     assert staging(case) == []
     with case.store.mounted(layer["layer_id"]) as tree:
-        names = [os.path.join(at, name) for at, _, found in os.walk(tree) for name in found]
+        names = [os.path.join(at, name) for at, _folders, found in os.walk(tree) for name in found]
         assert kept.isdisjoint(os.lstat(name).st_ino for name in names)
 
 

@@ -94,7 +94,7 @@ def test_a_program_is_asked_once_for_as_long_as_its_file_stays(
     shutil.copy("/bin/true", compiled)
     asked = detect("buildah", said)
     assert asked is not None
-    (identity,) = said
+    identity = next(iter(said))
     said[identity] = "buildah version 1.39.3"
     assert detect("buildah", said) == Runtime("buildah", (1, 39, 3), (1, 57, 1), compiled)
     os.utime(compiled)
