@@ -36,3 +36,14 @@ def test_stopped_in_a_users_namespace(lab: Lab, make_store: t.Callable[..., Stor
     )
     assert scene.problems == []
     assert scene.tried["kill"] > 15
+
+
+def test_stopped_among_subvolumes(
+    lab: Lab, make_store: t.Callable[..., Store], host: t.Callable[[str], Host]
+) -> None:
+    """A few points, for all but the driver's few calls are the same as with the others."""
+    machines = [lab.machine, host("trixie")]
+    for task in ("present", "gc"):
+        scene = stop_everywhere(lab, make_store, "btrfs", task, machines, thorough=False, step=4)
+        assert scene.problems == []
+        assert scene.tried["kill"] > 10

@@ -314,7 +314,13 @@ def test_detach_leaves_nothing(make_store: MakeStore, small_image: Image, kind: 
 def sweep(place: Place) -> None:
     with opened(place) as driver:
         area = StagingArea(os.path.join(place.graphroot, "userns-storage"))
-        area.sweep(driver.destroy)
+
+        def destroy(parent: int, name: str) -> bool:
+            if driver.holds(name):
+                driver.vacate(name)
+            return driver.destroy(parent, name)
+
+        area.sweep(destroy)
         assert area.leftovers() == []
 
 
@@ -331,6 +337,9 @@ def take_away(place: Place, layer_id: str) -> None:
         missing = driver.damage(layer_id)
         assert missing is not None
         assert "missing" in missing
+        assert driver.holds(layer_id) == (driver.name == "btrfs")
+        driver.vacate(layer_id)
+        assert not driver.holds(layer_id)
         descriptor = os.open(trash, os.O_RDONLY)
         if not driver.destroy(descriptor, layer_id):
             remove_tree(os.path.join(trash, layer_id), driver.destroy)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shlex
 import subprocess
@@ -138,6 +139,7 @@ class Machine:
             self.command(argv, account=account, env=env, cwd=cwd), start_new_session=True, **options
         )
 
+    @functools.cache  # noqa: B019 (there are few machines, and they live as long as their tests)
     def version(self, program: str) -> t.Tuple[int, ...]:
         """The version `program` gives itself, as numbers: (4, 3, 1)."""
         text = self.run([program, "--version"]).stdout

@@ -398,6 +398,19 @@ class Driver(abc.ABC):
         """
         return False
 
+    def holds(self, name: str) -> bool:
+        """Whether the place of a layer of that name is only held, for one that is to come or was taken away.
+
+        :raises StorageError: the driver's folder cannot be read
+        """
+        return False
+
+    def vacate(self, layer_id: str) -> None:
+        """Give up a place that is held, once no record speaks of that layer.
+
+        :raises StorageError: it cannot be removed
+        """
+
     # What a driver may do its own way
 
     def _staged_name(self, layer_id: str) -> str:

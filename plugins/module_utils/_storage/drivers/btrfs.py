@@ -122,16 +122,21 @@ class BtrfsDriver(Driver):
             ]
 
     def destroy(self, parent: int, name: str) -> bool:
-        """Delete a subvolume in one piece; as an ordinary user only where the mount allows it.
+        """Delete a subvolume in one piece; as an ordinary user only where the mount allows it."""
+        return _delete(parent, name)
 
-        What still holds the place of a layer of that name goes with it.
-        """
-        gone = _delete(parent, name)
-        if gone and LAYER_ID.fullmatch(name):
-            with contextlib.suppress(OSError), self._opened_folder() as folder:
-                if self._is_placeholder(folder, name):
-                    _delete(folder, name)
-        return gone
+    def holds(self, name: str) -> bool:
+        """Whether an empty subvolume holds the place of that layer."""
+        if not LAYER_ID.fullmatch(name):
+            return False
+        with self._explained(name), self._opened_folder() as folder:
+            return self._is_placeholder(folder, name)
+
+    def vacate(self, layer_id: str) -> None:
+        """As for every driver."""
+        with self._explained(layer_id), self._opened_folder() as folder:
+            if self._is_placeholder(folder, self._checked(layer_id)):
+                _delete(folder, layer_id)
 
     def _staged_name(self, layer_id: str) -> str:
         return layer_id

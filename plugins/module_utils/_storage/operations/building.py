@@ -160,7 +160,7 @@ class Building:
     def _attempt(self) -> Outcome:
         place = self._place
         with place.store.staging.claim(
-            self._key, destroy=place.driver.destroy, fits=self._fits
+            self._key, destroy=place.destroy, fits=self._fits
         ) as workspace:
             snapshot = place.store.snapshot()
             if self._image.id not in snapshot.images:

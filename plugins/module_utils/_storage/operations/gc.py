@@ -433,7 +433,7 @@ class _Collection:
 
     def _drop_orphan(self, path: str) -> None:
         store, driver = self.place.store, self.place.driver
-        with store.trash("orphan", driver.destroy) as trash, store.transaction() as transaction:
+        with store.trash("orphan", self.place.destroy) as trash, store.transaction() as transaction:
             # Under the lock nobody can be half-way through making a layer of it.
             for orphan in driver.orphans(transaction.snapshot.layers):
                 if orphan.path == path:
@@ -447,7 +447,7 @@ class _Collection:
             if finding.kind in LEFTOVERS
         }
         try:
-            self.place.store.sweep(self.place.driver.destroy)
+            self.place.store.sweep(self.place.destroy)
         except (StorageError, OSError) as error:
             for path, entry in wanted.items():
                 if os.path.lexists(path):

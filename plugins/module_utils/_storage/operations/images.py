@@ -345,7 +345,7 @@ class _Removal:
             self.layers += _doomed_layers(self.snapshot, self.snapshot.images[image_id])
             return
         store = self.place.store
-        destroy = self.place.driver.destroy
+        destroy = self.place.destroy
         with store.trash(image_id, destroy) as trash, store.transaction(True) as transaction:
             self._detach(transaction, image_id, trash)
 

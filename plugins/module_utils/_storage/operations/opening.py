@@ -48,6 +48,16 @@ class OpenStore:
     driver: Driver
     account: t.Optional[Account]
 
+    def destroy(self, parent: int, name: str) -> bool:
+        """Delete an entry of staging or trash in one piece, as ``Driver.destroy`` does. Not under the store's locks.
+
+        If a place is still held for a layer of that name it goes first, so that a kill between the two leaves the
+        entry to tell; but it stays while there is a record, for runtimes fail on a record without data.
+        """
+        if self.driver.holds(name) and name not in self.store.snapshot().layers:
+            self.driver.vacate(name)
+        return self.driver.destroy(parent, name)
+
     def describe(self, shifting: t.Optional[bool] = None) -> t.Dict[str, t.Any]:
         """The ``store`` entry of a module's result."""
         return {

@@ -83,7 +83,7 @@ def remove_mapped_layer(
     :raises StorageError: whatever ``condition`` says
     """
     store, driver = place.store, place.driver
-    with store.trash(layer_id, driver.destroy) as trash, store.transaction(True) as transaction:
+    with store.trash(layer_id, place.destroy) as trash, store.transaction(True) as transaction:
         refuse_if_used(transaction.snapshot, layer_id)
         if condition is not None:
             condition(transaction.snapshot)

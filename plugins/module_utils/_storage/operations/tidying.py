@@ -45,7 +45,7 @@ def tidy(place: OpenStore, snapshot: Snapshot) -> t.List[str]:
     for layer in abandoned(snapshot, begun):
         remove_mapped_layer(place, layer.id, functools.partial(_refuse_if_taken, layer.id, begun))
         removed.append(layer.id)
-    return removed + place.store.sweep(place.driver.destroy)
+    return removed + place.store.sweep(place.destroy)
 
 
 def _refuse_if_taken(layer_id: str, begun: t.Container[str], snapshot: Snapshot) -> None:
