@@ -4,7 +4,7 @@
 """Measures what issue and README promise, as ratios of pairs taken in one run, on loop filesystems.
 
 Needs root, podman, containers-storage, mkfs.ext4, mkfs.xfs and mkfs.btrfs. Everything happens below /tmp and is gone
-afterwards.
+afterwards. With --soak it measures nothing, and looks for faults for long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import typing as t
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks import chart, rows
+from benchmarks import chart, rows, soak
 from support import hosts, images, mounts
 from support.lab import Lab
 from support.modules import SYSTEM_PYTHON
@@ -32,6 +32,9 @@ PARTS = ("copies", "locks", "growth", "in-place")
 def main() -> int:
     """0 when every bar was met."""
     asked = _asked()
+    if asked.soak is not None:
+        parts = [name for name in soak.PARTS if name in (asked.only or soak.PARTS)]
+        return 1 if soak.soak(parts, asked.soak, asked.seed) else 0
     outside = os.getloadavg()
     found: t.List[rows.Row] = []
     lab = Lab()
@@ -73,14 +76,26 @@ def _asked() -> argparse.Namespace:
         "--million", action="store_true", help="grow to 1,000,000 files, not 200,000"
     )
     parser.add_argument(
-        "--only", choices=PARTS, action="append", help="only this part (repeatable)"
+        "--only",
+        choices=[*PARTS, *soak.PARTS],
+        action="append",
+        help="only this part (repeatable); the last four are soaks",
     )
+    parser.add_argument(
+        "--soak",
+        type=float,
+        nargs="?",
+        const=600.0,
+        metavar="SECONDS",
+        help="look for faults: races and fuzzing for so long each (600); the others end by themselves",
+    )
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of a soak")
     parser.add_argument("--docs", type=pathlib.Path, help="folder for benchmarks.json and .svg")
     return parser.parse_args()
 
 
 def _measure(lab: Lab, asked: argparse.Namespace) -> t.Iterator[rows.Row]:
-    parts = asked.only or PARTS
+    parts = [name for name in PARTS if name in (asked.only or PARTS)]
     debian = hosts.debian_image(lab)
     if "in-place" in parts:
         yield from rows.in_place(lab, debian, asked.rounds, rows.progress)

@@ -1,23 +1,15 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What takes too long for each test run: all stops, long races, and fuzzing. Needs root and podman.
-
-``soak.py [stops|races|fuzz ...] [--minutes 10] [--seed N]``; without a name all three.
-"""
+"""What takes too long for each test run: all stops, long races, 500 rounds beside collections, and fuzzing."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import pathlib
-import sys
 import time
 import typing as t
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-from benchmarks import soak_fuzz, soak_races, soak_stops
+from benchmarks import soak_fuzz, soak_gc, soak_races, soak_stops
 from support import images, stores, users
 from support.lab import Lab
 
@@ -27,6 +19,7 @@ class Place:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
+        self.image = images.build(lab.folder(), images.small_layers(), "localhost/small:1")
         self._undo = contextlib.ExitStack()
 
     def make_store(self, kind: str, *loaded: images.Image, **options: t.Any) -> stores.Store:
@@ -46,37 +39,33 @@ class Place:
         self._undo.close()
 
 
-PARTS: t.Mapping[str, t.Callable[[Place, argparse.Namespace], int]] = {
-    "stops": lambda place, options: soak_stops.soak(place),
-    "races": lambda place, options: soak_races.soak(place, options.minutes, options.seed),
-    "fuzz": lambda place, options: soak_fuzz.soak(options.minutes, options.seed),
+# By name: what gets the place, so many seconds and a seed, and gives the number of problems found.
+PARTS: t.Mapping[str, t.Callable[[Place, float, int], int]] = {
+    "races": soak_races.soak,
+    "gc": lambda place, _seconds, _seed: soak_gc.soak(place),
+    "fuzz": lambda _place, seconds, seed: soak_fuzz.soak(seconds, seed),
+    "stops": lambda place, _seconds, _seed: soak_stops.soak(place),
 }
 
 
-def main(words: t.Optional[t.Sequence[str]] = None) -> int:
-    """Soak; the number of problems found."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which; default: all")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for each of races and fuzz")
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    options = parser.parse_args(words)
-    print(f"seed {options.seed}", flush=True)
-    lab = Lab()
+def soak(parts: t.Sequence[str], seconds: float, seed: int) -> int:
+    """Soak; the number of problems found.
+
+    :param seconds: for the races, and again for fuzzing; the other parts end by themselves
+    """
+    print(f"seed {seed}", flush=True)
     problems = 0
+    lab = Lab()
     try:
-        place = Place(lab)
-        try:
-            for name in options.parts or PARTS:
+        for name in parts:
+            place = Place(lab)
+            try:
                 started = time.monotonic()
-                found = PARTS[name](place, options)
-                problems += found
-                print(f"{name}: {time.monotonic() - started:.0f} s, {found} problems", flush=True)
-        finally:
-            place.close()
+                found = PARTS[name](place, seconds, seed)
+            finally:
+                place.close()
+            problems += found
+            print(f"{name}: {time.monotonic() - started:.0f} s, {found} problems", flush=True)
     finally:
         lab.close()
     return problems
-
-
-if __name__ == "__main__":
-    sys.exit(1 if main() else 0)

@@ -1,32 +1,29 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""layer_gc beside a busy podman for 500 rounds: python3 tests/benchmarks/soak_gc.py [ROUNDS] [KIND]."""
+"""layer_gc beside a busy podman, for 500 rounds."""
 
 from __future__ import annotations
 
-import pathlib
-import sys
 import threading
 import time
+import typing as t
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-from support import images
 from support.beside import Rounds
-from support.lab import Lab
-from support.stores import Store
 
+if t.TYPE_CHECKING:
+    from benchmarks.soak import Place
+
+KINDS = ("overlay-forced", "vfs")
 MAPS = [f"0:{start}:65536" for start in range(100000, 800000, 70000)]
 
 
-def main(count: int = 500, kind: str = "vfs") -> int:
-    """Run so many rounds on a store of that kind; 0 if no command failed and no layer was lost."""
-    lab = Lab()
-    try:
-        store = Store(lab, kind)
-        store.load(images.build(lab.folder(), images.small_layers(), "localhost/small:1"))
-        rounds = Rounds(lab, store, "localhost/small:1", MAPS)
+def soak(place: Place, count: int = 500) -> int:
+    """Run so many rounds on each kind of store; the number of commands that failed and layers that were lost."""
+    failures = 0
+    for kind in KINDS:
+        store = place.make_store(kind, place.image)
+        rounds = Rounds(place.lab, store, place.image.name, MAPS)
         worker = threading.Thread(target=rounds.collect_all_the_while)
         started = time.monotonic()
         worker.start()
@@ -35,19 +32,12 @@ def main(count: int = 500, kind: str = "vfs") -> int:
         finally:
             rounds.stop()
             worker.join()
-        seconds = time.monotonic() - started
-        store.close()
-    finally:
-        lab.close()
-    print(
-        f"{kind}: {count} rounds in {seconds:.0f} s, {rounds.collections} collections took "
-        f"{rounds.removed} layers, {len(rounds.failures)} failures"
-    )
-    for failure in rounds.failures:
-        print(failure)
-    return 1 if rounds.failures else 0
-
-
-if __name__ == "__main__":
-    words = sys.argv[1:]
-    sys.exit(main(int(words[0]) if words else 500, words[1] if len(words) > 1 else "vfs"))
+        print(
+            f"{kind}: {rounds.count} rounds in {time.monotonic() - started:.0f} s, {rounds.collections} collections "
+            f"took {rounds.removed} layers, {len(rounds.failures)} failures",
+            flush=True,
+        )
+        for failure in rounds.failures:
+            print(failure, flush=True)
+        failures += len(rounds.failures)
+    return failures

@@ -13,12 +13,13 @@ from support.stops import TASKS, stop_everywhere
 if t.TYPE_CHECKING:
     from benchmarks.soak import Place
 
-KINDS = ("vfs-tmpfs", "overlay-tmpfs", "overlay-ext4")
+KINDS = ("vfs-tmpfs", "overlay-tmpfs", "overlay-ext4", "btrfs")
 
 
 def soak(place: Place) -> int:
     """Stop everything; the number of stops that were not survived."""
-    machines = [place.lab.machine, Host(place.lab, "trixie")]
+    trixie = Host(place.lab, "trixie")
+    machines = [place.lab.machine, trixie]
     problems = tried = 0
     for kind in KINDS:
         for task in TASKS:
@@ -29,5 +30,6 @@ def soak(place: Place) -> int:
                 print(one, flush=True)
             problems += len(scene.problems)
             tried += sum(scene.tried.values())
+    trixie.close()
     print(f"{tried} stops tried, {tried - problems} survived", flush=True)
     return problems

@@ -1,17 +1,20 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whatever others have written is read or refused; scripts/bench --soak fuzz goes on for longer."""
+"""Whatever others have written is read or refused; scripts/bench --soak goes on for longer."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+import platform
+import sys
 import typing as t
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import covered
 from support.fuzz import READERS, SEEDS, read
 
 IDS = st.sampled_from(
@@ -56,6 +59,21 @@ def test_any_bytes(name: str, tmp_path: pathlib.Path, data: st.DataObject) -> No
     start, end = sorted(data.draw(st.tuples(st.integers(0, len(seed)), st.integers(0, len(seed)))))
     read(name, seed[:start] + data.draw(st.binary(max_size=4)) + seed[end:], tmp_path)
     read(name, seed, tmp_path)
+
+
+def test_all_that_code_can_be_made_to_do() -> None:
+    """With atheris, where it has a wheel for this Python; the test above does without it."""
+    if not covered.available():
+        assert (
+            sys.version_info < (3, 11)
+            or sys.version_info >= (3, 15)
+            or platform.machine() != "x86_64"
+        )
+        print("atheris has no wheel for this Python")
+        return
+    fed = covered.feed(list(READERS), 1, "-runs=6000")
+    assert fed == covered.Fed(6000, "")
+    print(f"{fed.inputs} inputs stood")
 
 
 @given(st.tuples(*[st.lists(RECORD, max_size=4, unique_by=lambda one: one["id"])] * 3))

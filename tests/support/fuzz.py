@@ -9,8 +9,12 @@ import contextlib
 import json
 import os
 import pathlib
+import struct
 import typing as t
 
+from ansible.errors import AnsibleFilterError
+from ansible_collections.userns.storage.plugins.filter import mappings, unit_mapping
+from ansible_collections.userns.storage.plugins.filter import storage_conf as storage_conf_filter
 from ansible_collections.userns.storage.plugins.module_utils._storage import userns
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StorageError
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.grammar import (
@@ -127,6 +131,26 @@ def databases(data: bytes, folder: pathlib.Path) -> None:
             with contextlib.suppress(StorageError):
                 libpod_db.recorded(str(folder), str(folder), False)
         (folder / name).unlink()
+    # Chance does not come by the checksum of bolt's first page.
+    (folder / "libpod/bolt_state.db").write_bytes(_first_page() + data)
+    libpod_db.recorded(str(folder), str(folder), False)
+    (folder / "libpod/bolt_state.db").unlink()
+
+
+_PAGE = 1024
+
+
+def _first_page() -> bytes:
+    """Of a bolt file whose next page is the root."""
+    meta = struct.pack("<IIIIQQQQQ", 0xED0CDAED, 2, _PAGE, 0, 1, 0, 0, 2, 1)
+    page = struct.pack("<QHHI", 0, 4, 0, 0) + meta + struct.pack("<Q", libpod_db._fnv(meta))
+    return page.ljust(_PAGE, b"\0")
+
+
+def _leaf(kind: int, key: bytes, value: bytes) -> bytes:
+    """A page of bolt with one entry."""
+    entry = struct.pack("<IIII", kind, 16, len(key), len(value))
+    return struct.pack("<QHHI", 1, 2, 1, 0) + entry + key + value
 
 
 def answers(data: bytes, _folder: pathlib.Path) -> None:
@@ -146,9 +170,28 @@ def policies(data: bytes, _folder: pathlib.Path) -> None:
             read()
 
 
+def units(data: bytes, _folder: pathlib.Path) -> None:
+    """Units of systemd and manifests of Kubernetes, alone and beside a pod's."""
+    text = data.decode("utf-8", "surrogateescape")
+    for given in (text, {"a.container": text, "b.pod": "[Pod]\nUserNS=auto\n", "c.yaml": text}):
+        with contextlib.suppress(AnsibleFilterError):
+            unit_mapping.unit_mapping(given)
+
+
+def words(data: bytes, _folder: pathlib.Path) -> None:
+    """What people type into surveys, and settings for a storage.conf."""
+    text = data.decode("utf-8", "surrogateescape")
+    for read_words in (mappings.mappings, lambda one: storage_conf_filter.storage_conf(one, one)):
+        with contextlib.suppress(AnsibleFilterError):
+            read_words(text)
+
+
 READERS: t.Mapping[str, t.Callable[[bytes, pathlib.Path], None]] = {
     one.__name__: one
-    for one in (*(store_records, storage_conf, grammar, attributes, databases, answers, policies),)
+    for one in (
+        *(store_records, storage_conf, grammar, attributes, databases, answers, policies),
+        *(units, words),
+    )
 }
 
 _ID, _OTHER = "a" * 64, "b" * 64
@@ -181,7 +224,21 @@ SEEDS: t.Mapping[str, t.Sequence[bytes]] = {
     ],
     "grammar": [b"keep-id:uid=1,gid=2,size=3", b"+u0:@1000:1", b"0:100000:65536,70000:1:1"],
     "attributes": [b"\x02\0\0\0" + b"\x02\0\x07\0\xe8\x03\0\0", b"\1\0\0\3" + b"\0" * 20],
-    "databases": [b"SQLite format 3\0" + b"\0" * 100, b"\0" * 4096],
+    "databases": [
+        b"SQLite format 3\0" + b"\0" * 100,
+        _leaf(1, b"runtime-config", b"\0" * 16 + _leaf(0, b"graph-root", b"/g")),
+        struct.pack("<QHHIIIQ", 1, 1, 1, 0, 0, 0, 1),
+    ],
+    "units": [
+        b"[Unit]\nA=b\n[Container]\nImage=a.example/b:1\nUserNS=keep-id:uid=1\nUIDMap=0:1:2 \\\n3:4:5\n"
+        b"PodmanArgs=--uidmap 0:1:2 '--gidmap=0:1:2'\nPod=b.pod\n",
+        b"[Pod]\nRemapUsers=manual\nRemapUid=0:1:2\nRemapGid=0:1:2\n[Kube]\nYaml=c.yaml\n",
+        b"kind: Pod\nspec:\n  hostUsers: false\n  containers:\n  - image: a.example/b:1\n",
+    ],
+    "words": [
+        b"keep-id\nauto:size=4096 slots=3\n0:1:2/0:3:4\n",
+        b'[storage]\ndriver = "overlay"\noverlay.mountopt=nodev\n',
+    ],
     "answers": [b"\x80\x04N.", b"\x80\x04]\x94."],
     "policies": [b"10m", b"1.5GiB", b"20%", b"2026-01-02T03:04:05Z"],
 }

@@ -126,6 +126,22 @@ def add_user(
     return User(name, number, number, str(home), runtime, start, subordinate)
 
 
+def introduce(user: User, machine: Machine) -> None:
+    """Make a user of this machine known to another one, with the same IDs, for as long as that lives."""
+    etc = _root(machine) / "etc"
+    lines = {
+        "passwd": f"{user.name}:x:{user.uid}:{user.gid}::{user.home}:/bin/bash",
+        "group": f"{user.name}:x:{user.gid}:",
+        "subuid": f"{user.name}:{user.subuid_start}:{user.subuid_count}",
+        "subgid": f"{user.name}:{user.subuid_start}:{user.subuid_count}",
+    }
+    for name, line in lines.items():
+        with open(etc / name, "a", encoding="utf-8") as content:
+            content.write(f"{line}\n")
+    folder = ["install", "-d", "-m", "0700", "-o", str(user.uid), "-g", str(user.gid)]
+    machine.run([*folder, user.runtime_dir])
+
+
 def remove_user(lab: Lab, user: User, machine: t.Optional[Machine] = None) -> None:
     """End what the user runs, and take away home, runtime folder, account and range lines."""
     machine = machine or lab.machine

@@ -36,6 +36,8 @@ from .base import (
 # On the root of an empty subvolume that only holds a layer's place.
 _MARK = "trusted.userns.storage.placeholder"
 _MARK_OF_USERS = "user.userns.storage.placeholder"
+# What it is called before it has its place.
+_PLACE = "place"
 # Nobody takes longer from announcing a layer to putting it there.
 _LONGEST_WAIT = 86400.0
 _NO_EXCHANGE = frozenset((errno.ENOSYS, errno.EINVAL))
@@ -101,8 +103,13 @@ class BtrfsDriver(Driver):
     ) -> Staged:
         """As for every driver; the layer's place is held from then on."""
         staged = super().stage(chain, shift, strategy, into, layer_id, progress)
-        with self._explained(layer_id), self._opened_folder() as folder:
-            self._make_placeholder(folder, layer_id)
+        with self._explained(layer_id), contextlib.ExitStack() as undo:
+            folder = undo.enter_context(self._opened_folder())
+            staging = os.open(into, DIRECTORY)
+            undo.callback(os.close, staging)
+            # Nobody may find it there without its mark.
+            self._make_placeholder(staging, _PLACE)
+            os.rename(_PLACE, layer_id, src_dir_fd=staging, dst_dir_fd=folder)
         return staged
 
     def orphans(

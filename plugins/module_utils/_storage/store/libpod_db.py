@@ -120,6 +120,9 @@ class _Bolt:
         self.pages += 1
         if depth > _DEPTH_LIMIT or self.pages > _PAGES_LIMIT:
             raise ValueError("pages in a circle")
+        if offset > len(data):
+            # Python counts on, where C's numbers end.
+            raise ValueError("a page behind the end")
         _id, flags, count, _overflow = _PAGE_HEADER.unpack_from(data, offset)
         start = offset + _PAGE_HEADER.size
         if flags & _IS_BRANCH:

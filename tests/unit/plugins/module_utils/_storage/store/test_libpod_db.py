@@ -136,6 +136,13 @@ def test_damaged_bolt(tmp_path_factory: pytest.TempPathFactory, data: st.DataObj
     ask(graphroot)
 
 
+def test_page_behind_the_end(graphroot: pathlib.Path) -> None:
+    path = graphroot / "libpod" / "bolt_state.db"
+    for page in (9, 2**63, 2**64 - 1):
+        path.write_bytes(bolt({0: meta(0, 3, 1), 3: branch([(b"a", page)], 3)}))
+        assert ask(graphroot) is None
+
+
 def test_pages_in_a_circle(graphroot: pathlib.Path) -> None:
     path = graphroot / "libpod" / "bolt_state.db"
     path.write_bytes(bolt({0: meta(0, 3, 1), 3: branch([(b"a", 3), (b"b", 3)], 3)}))

@@ -1,0 +1,84 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The readers of fuzz.py fed by atheris, which sees what code its input reaches and so gets deeper.
+
+A process of its own feeds them, for libFuzzer ends its process. The first byte of each input says
+which of the readers gets the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import typing as t
+
+
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """What came of it. ``inputs`` is how many there were; ``trouble`` what one did not stand, or ""."""
+
+    inputs: int
+    trouble: str
+
+
+def available() -> bool:
+    """Whether this Python has atheris: it comes as wheels only, see tests/requirements/tools.txt."""
+    return importlib.util.find_spec("atheris") is not None
+
+
+def feed(names: t.Sequence[str], seed: int, limit: str) -> Fed:
+    """Feed readers with what the same seed always comes to, if only the number of inputs is limited.
+
+    :param limit: libFuzzer's option: ``-runs=NUMBER`` or ``-max_total_time=SECONDS``
+    """
+    from .fuzz import SEEDS
+
+    with tempfile.TemporaryDirectory(prefix="us-fuzz-", dir="/dev/shm") as folder:
+        base = pathlib.Path(folder)
+        for part in ("corpus", "work", "found"):
+            (base / part).mkdir()
+        for place, name in enumerate(names):
+            for number, data in enumerate(SEEDS[name]):
+                (base / "corpus" / f"{name}{number}").write_bytes(bytes([place]) + data)
+        command = [sys.executable, "-m", f"{__package__}.covered", ",".join(names), folder, limit]
+        command += [f"-seed={seed % 2**31 or 1}", f"-artifact_prefix={base}/found/", "-timeout=10"]
+        command += ["-max_len=4096", "-verbosity=0", "-print_final_stats=1", str(base / "corpus")]
+        done = subprocess.run(
+            command,
+            cwd=pathlib.Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        trouble = ""
+        if done.returncode != 0:
+            inputs = [repr(path.read_bytes()) for path in (base / "found").iterdir()]
+            trouble = f"{done.stdout[-4000:]}{done.stderr[-4000:]}\nnot stood: {' '.join(inputs)}"
+    told = re.search(r"number_of_executed_units: *(\d+)", done.stderr)
+    return Fed(int(told[1]) if told else 0, trouble)
+
+
+def _feed(names: t.Sequence[str], folder: str, *options: str) -> None:
+    import atheris
+
+    with atheris.instrument_imports(include=["ansible_collections"]):
+        from . import fuzz
+    work = pathlib.Path(folder) / "work"
+
+    def one(data: bytes) -> None:
+        if data:
+            fuzz.read(names[data[0] % len(names)], data[1:], work)
+
+    atheris.Setup([sys.argv[0], *options], one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    _feed(sys.argv[1].split(","), *sys.argv[2:])
