@@ -405,11 +405,13 @@ class Driver(abc.ABC):
         """
         return False
 
-    def vacate(self, layer_id: str) -> None:
+    def vacate(self, layer_id: str) -> bool:
         """Give up a place that is held, once no record speaks of that layer.
 
+        :returns: whether there was one
         :raises StorageError: it cannot be removed
         """
+        return False
 
     # What a driver may do its own way
 

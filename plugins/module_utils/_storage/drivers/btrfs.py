@@ -139,11 +139,11 @@ class BtrfsDriver(Driver):
         with self._explained(name), self._opened_folder() as folder:
             return self._is_placeholder(folder, name)
 
-    def vacate(self, layer_id: str) -> None:
-        """As for every driver."""
+    def vacate(self, layer_id: str) -> bool:
+        """Delete the empty subvolume that holds a layer's place."""
         with self._explained(layer_id), self._opened_folder() as folder:
-            if self._is_placeholder(folder, self._checked(layer_id)):
-                _delete(folder, layer_id)
+            held = self._is_placeholder(folder, self._checked(layer_id))
+            return held and _delete(folder, layer_id)
 
     def _staged_name(self, layer_id: str) -> str:
         return layer_id
@@ -163,7 +163,7 @@ class BtrfsDriver(Driver):
         os.stat(layer_id, dir_fd=folder, follow_symlinks=False)
         try:
             with contextlib.suppress(FileExistsError):
-                # Also what makes `destroy` look for the place, should only that be left.
+                # It bears the layer's ID, by which the place is found and given up in the end.
                 self._make_placeholder(trash, layer_id)
             if self._is_placeholder(folder, layer_id):
                 return
