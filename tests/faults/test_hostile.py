@@ -323,7 +323,7 @@ def tampered(lab: Lab) -> t.Iterator[Tampered]:
     image = images.build(
         lab.folder(), [{"etc": images.directory(), "etc/a": images.file("a")}], "localhost/tiny:1"
     )
-    store = Store(lab, "rootless-vfs", user=user)
+    store = Store(lab, "rootless-vfs-tmpfs", user=user)
     server = Modules(lab)
     try:
         store.load(image)

@@ -32,7 +32,7 @@ def test_stopped_at_every_call(
 def test_stopped_in_a_users_namespace(lab: Lab, make_store: t.Callable[..., Store]) -> None:
     """Root's module and its child that has become the user; a few points, for the calls are the same."""
     scene = stop_everywhere(
-        lab, make_store, "rootless-vfs", "present", [lab.machine], thorough=False, step=6
+        lab, make_store, "rootless-vfs-tmpfs", "present", [lab.machine], thorough=False, step=6
     )
     assert scene.problems == []
     assert scene.tried["kill"] > 15

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import shlex
 import subprocess
@@ -139,13 +138,15 @@ class Machine:
             self.command(argv, account=account, env=env, cwd=cwd), start_new_session=True, **options
         )
 
-    @functools.cache  # noqa: B019 (there are few machines, and they live as long as their tests)
     def version(self, program: str) -> t.Tuple[int, ...]:
-        """The version `program` gives itself, as numbers: (4, 3, 1)."""
-        text = self.run([program, "--version"]).stdout
-        word = next(word for word in text.split() if word[0].isdigit())
-        numbers = word.split("+")[0].split("-")[0].rstrip(",").split(".")
-        return tuple(int(number) for number in numbers)
+        """The version `program` gives itself, as numbers: (4, 3, 1). It is asked once."""
+        known: t.Dict[str, t.Tuple[int, ...]] = vars(self).setdefault("versions", {})
+        if program not in known:
+            text = self.run([program, "--version"]).stdout
+            word = next(word for word in text.split() if word[0].isdigit())
+            numbers = word.split("+")[0].split("-")[0].rstrip(",").split(".")
+            known[program] = tuple(int(number) for number in numbers)
+        return known[program]
 
 
 def busy_pids(marker: str) -> t.List[int]:

@@ -38,6 +38,7 @@ KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
     "btrfs": ("btrfs", "btrfs", False),
     "rootless-overlay": ("overlay", "", True),
     "rootless-vfs": ("vfs", "", True),
+    "rootless-vfs-tmpfs": ("vfs", "tmpfs", True),
     "rootless-fuse": ("overlay", "", True),
 }
 # Kinds whose runtime copies although the kernel could shift.
@@ -130,7 +131,9 @@ class Store:
         if kind == "rootless-fuse":
             self.options.setdefault("mount_program", "/usr/bin/fuse-overlayfs")
         self.base = lab.folder()
-        if filesystem:
+        if user and filesystem == "tmpfs":
+            self._use_memory(user, mib)
+        elif filesystem:
             self._format(filesystem, mib)
         for name in ("tmp", "t"):
             (self.base / name).mkdir()
@@ -155,6 +158,13 @@ class Store:
             cache = self.runroot / "overlay"
             cache.mkdir(parents=True, mode=0o700)
             (cache / "idmapped-lower-dir-false").touch()
+
+    @staticmethod
+    def _use_memory(user: User, mib: int) -> None:
+        place = os.path.join(user.home, ".local")
+        os.mkdir(place)
+        options = f"size={mib}m,mode=0700,uid={user.uid},gid={user.gid}"
+        mounts.mount("-t", "tmpfs", "-o", options, "lab", place)
 
     def _format(self, filesystem: str, mib: int) -> None:
         image, disk = self.base / "disk.img", self.base / "disk"
@@ -394,6 +404,7 @@ class Store:
         if self.user:
             self.lab.kill(self.user.home)
             home = pathlib.Path(self.user.home)
+            mounts.detach_all(str(home))
             for path in (home / ".local", home / ".config", self.runroot):
                 shutil.rmtree(path, ignore_errors=True)
         self.lab.remove(self.base)
