@@ -14,7 +14,7 @@ from support.stops import TASKS, stop_everywhere
 from support.stores import Store
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "image"])
 @pytest.mark.parametrize("kind", ["vfs-tmpfs", "overlay-tmpfs"])
 def test_stopped_at_every_call(
     kind: str,
@@ -27,6 +27,21 @@ def test_stopped_at_every_call(
     scene = stop_everywhere(lab, make_store, kind, task, machines, thorough=False)
     assert scene.problems == []
     assert scene.tried["kill"] > 60
+
+
+@pytest.mark.parametrize(("kind", "step"), [("vfs-tmpfs", 2), ("overlay-tmpfs", 3)])
+def test_stopped_while_an_image_goes(
+    kind: str,
+    step: int,
+    lab: Lab,
+    make_store: t.Callable[..., Store],
+    host: t.Callable[[str], Host],
+) -> None:
+    """With all its layers, mapped and own; most of the points are of the deleting afterwards."""
+    machines = [lab.machine, host("trixie")]
+    scene = stop_everywhere(lab, make_store, kind, "image", machines, thorough=False, step=step)
+    assert scene.problems == []
+    assert scene.tried["kill"] > 40
 
 
 def test_stopped_in_a_users_namespace(lab: Lab, make_store: t.Callable[..., Store]) -> None:

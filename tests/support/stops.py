@@ -28,6 +28,7 @@ from .lab import Lab
 from .machines import Machine
 from .stores import Store
 
+OTHER_IMAGE = "localhost/other:1"
 MAP, OTHER_MAP = "0:100000:65536", "0:300000:65536"
 _IDS = re.compile(r"[0-9a-f]{64}")
 _LINKS = re.compile(r"(?<![A-Z2-7])[A-Z2-7]{26}(?![A-Z2-7])")
@@ -48,8 +49,8 @@ _UNACCOUNTED = re.compile(
 State = t.Mapping[str, t.Tuple[t.Any, ...]]
 
 
-def tiny_image(lab: Lab) -> Image:
-    """Two layers of a dozen entries, one of each kind: localhost/tiny:1. Nothing in it can be started."""
+def tiny_image(lab: Lab, name: str = "localhost/tiny:1") -> Image:
+    """Two layers of a dozen entries, one of each kind. Nothing in it can be started."""
     base = {
         "bin": images.directory(),
         "bin/ping": images.file(b"p", 0o755, xattrs={"security.capability": images.capability(13)}),
@@ -57,6 +58,7 @@ def tiny_image(lab: Lab) -> Image:
         "bin/su": images.file(b"x", 0o4755),
         "etc": images.directory(),
         "etc/group": images.file("root:x:0:\n"),
+        "etc/hostname": images.file(name),
         "etc/passwd": images.file("root:x:0:0::/:/bin/sh\n"),
         "home": images.directory(0o700, 1000, 1000),
         "home/a": images.file("a\n", 0o600, 1000, 1000),
@@ -68,7 +70,7 @@ def tiny_image(lab: Lab) -> Image:
         "etc/group": images.whiteout(),
         "home/new": images.file(b"\0" * 8192 + b"e", uid=1000, xattrs={"user.x": b"y"}),
     }
-    return images.build(lab.folder(), [base, top], "localhost/tiny:1")
+    return images.build(lab.folder(), [base, top], name)
 
 
 class Scene:
@@ -373,6 +375,7 @@ TASKS: t.Mapping[str, t.Tuple[str, t.Mapping[str, t.Any]]] = {
         {"images": ["localhost/tiny:1"], "uidmap": [MAP], "state": "absent"},
     ),
     "gc": ("layer_gc", {"min_age": "0", "max_copies_per_image": 0}),
+    "image": ("image_layers", {"images": [OTHER_IMAGE], "state": "absent"}),
 }
 
 
@@ -395,7 +398,11 @@ def stop_everywhere(
     modules = Modules(lab)
     try:
         scene = Scene(store, image, modules, machines)
-        if task != "present":
+        if task == "image":
+            store.load(tiny_image(lab, OTHER_IMAGE))
+            module, args = TASKS["present"]
+            scene.do(module, {**args, "images": [OTHER_IMAGE]})
+        elif task != "present":
             scene.do(*TASKS["present"])
         points = scene.begin(*TASKS[task])
         at, more = 1, True

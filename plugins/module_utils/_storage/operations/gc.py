@@ -53,6 +53,7 @@ from .plan import (
 )
 from .policy import Policy
 from .removing import condemned, remove_mapped_layer
+from .tidying import end_removals
 from .watching import watch
 
 # Host IDs below are nobody's subordinate ones.
@@ -447,6 +448,8 @@ class _Collection:
             if finding.kind in LEFTOVERS
         }
         try:
+            # What tells of them is about to go.
+            end_removals(self.place, self.place.store.snapshot())
             self.place.store.sweep(self.place.destroy)
         except (StorageError, OSError) as error:
             for path, entry in wanted.items():

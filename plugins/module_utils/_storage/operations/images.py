@@ -31,7 +31,8 @@ from ..store.store import Transaction
 from .fetching import Tools
 from .inventory import image_result, take
 from .opening import OpenStore, StoreRequest, opened
-from .removing import users_of
+from .removing import condemn, is_condemning, users_of
+from .tidying import tidy
 from .watching import watch
 
 MISSING, NEWER, ALWAYS = "missing", "newer", "always"
@@ -276,6 +277,8 @@ class _Removal:
         self.layers: t.List[str] = []
 
     def carry_out(self) -> t.Dict[str, t.Any]:
+        if self.step.write and tidy(self.place, self.snapshot):
+            self.snapshot = self.place.store.snapshot()
         doomed, names = self._wanted()
         for image_id in doomed:
             _refuse(self.snapshot, self.snapshot.images[image_id])
@@ -345,9 +348,15 @@ class _Removal:
             self.layers += _doomed_layers(self.snapshot, self.snapshot.images[image_id])
             return
         store = self.place.store
-        destroy = self.place.destroy
-        with store.trash(image_id, destroy) as trash, store.transaction(True) as transaction:
-            self._detach(transaction, image_id, trash)
+        with store.trash(image_id, self.place.destroy) as trash:
+            try:
+                with store.transaction(True) as transaction:
+                    self._detach(transaction, image_id, trash)
+            except BaseException:
+                if is_condemning(trash):
+                    # Whoever comes next ends it.
+                    store.staging.leave(trash)
+                raise
 
     def _detach(self, transaction: Transaction, image_id: str, trash: str) -> None:
         """The image's record first, then mapped layers, then its own ones from the top down."""
@@ -356,6 +365,7 @@ class _Removal:
             return
         _refuse(transaction.snapshot, image)
         layers = _doomed_layers(transaction.snapshot, image)
+        condemn(trash, layers)
         transaction.remove_image(image_id, trash)
         for layer_id in layers:
             transaction.mark_incomplete(layer_id)

@@ -7,13 +7,20 @@
 from __future__ import annotations
 
 import os
+import re
 import typing as t
 from dataclasses import dataclass
 
 from ..errors import LayerInUse, LayerUnknown
+from ..store.explained import explained
 from ..store.snapshot import Snapshot
 from ..store.staging import TRASH
 from .opening import OpenStore
+
+# In a folder of the trash: the layers that go with an image, one a line.
+_DOOMED = "doomed"
+_ID = re.compile(r"[0-9a-f]{64}")
+_LONGEST = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,39 @@ def remove_mapped_layer(
 
 
 def condemned(place: OpenStore) -> t.Set[str]:
-    """Layers whose removal a killed run had begun: its folder in the trash still bears their IDs.
+    """Layers and images whose removal a killed run had begun: its folder in the trash still bears their IDs.
 
     One of them may be whole and in no image, cut off between the two, and is nobody's any more.
     """
-    return {
-        os.path.basename(one.path).partition("-")[0]
-        for one in place.store.leftovers()
-        if one.kind == TRASH
-    }
+    found: t.Set[str] = set()
+    for one in place.store.leftovers():
+        if one.kind == TRASH:
+            found.update((os.path.basename(one.path).partition("-")[0], *_told(one.path)))
+    return {one for one in found if _ID.fullmatch(one)}
+
+
+def condemn(trash: str, layer_ids: t.Sequence[str]) -> None:
+    """Note in a folder of the trash which layers are about to go with an image, for who may have to end that.
+
+    :raises StorageError: that cannot be written
+    """
+    path = os.path.join(trash, _DOOMED)
+    with explained(path), open(path, "x", encoding="ascii") as stream:
+        stream.write("\n".join(layer_ids))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def is_condemning(trash: str) -> bool:
+    """Whether a folder of the trash bears such a note."""
+    return os.path.lexists(os.path.join(trash, _DOOMED))
+
+
+def _told(trash: str) -> t.List[str]:
+    path = os.path.join(trash, _DOOMED)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, encoding="ascii") as stream:
+            return stream.read(_LONGEST).split("\n")
+    except (OSError, ValueError):
+        return []

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import typing as t
 
 from ..errors import StoreError
@@ -40,12 +41,37 @@ def tidy(place: OpenStore, snapshot: Snapshot) -> t.List[str]:
     :returns: IDs of the layers and paths of the folders that are gone
     :raises StorageError: something cannot be removed
     """
-    removed = []
+    return end_removals(place, snapshot) + place.store.sweep(place.destroy)
+
+
+def end_removals(place: OpenStore, snapshot: Snapshot) -> t.List[str]:
+    """Remove the layers of that kind, those on top first, and what is left of images.
+
+    :returns: their IDs
+    :raises StorageError: something cannot be removed
+    """
     begun = condemned(place)
-    for layer in abandoned(snapshot, begun):
-        remove_mapped_layer(place, layer.id, functools.partial(_refuse_if_taken, layer.id, begun))
-        removed.append(layer.id)
-    return removed + place.store.sweep(place.destroy)
+    removed = [one for one in sorted(begun) if _end_image(place, snapshot, one)]
+    while True:
+        found = [one for one in abandoned(snapshot, begun) if one.id not in removed]
+        for layer in found:
+            remove_mapped_layer(
+                place, layer.id, functools.partial(_refuse_if_taken, layer.id, begun)
+            )
+            removed.append(layer.id)
+        if not found:
+            return removed
+        snapshot = place.store.snapshot()
+
+
+def _end_image(place: OpenStore, snapshot: Snapshot, image_id: str) -> bool:
+    """Whether an image without a record had data left, which is gone now."""
+    store = place.store
+    if image_id in snapshot.images or not os.path.lexists(store.image_data_dir(image_id)):
+        return False
+    with store.trash(image_id, place.destroy) as trash, store.transaction() as transaction:
+        transaction.remove_image_data(image_id, trash)
+    return True
 
 
 def _refuse_if_taken(layer_id: str, begun: t.Container[str], snapshot: Snapshot) -> None:

@@ -149,8 +149,13 @@ class StagingArea:
 
         :raises StoreError: something cannot be deleted; the next sweep tries again
         """
-        lock = self._trash.pop(path)
-        self._delete(path, lock, destroy)
+        lock = self._trash.pop(path, None)
+        if lock is not None:
+            self._delete(path, lock, destroy)
+
+    def leave(self, path: str) -> None:
+        """Give up a folder that ``trash`` gave as it is: it is for the next sweep."""
+        self._trash.pop(path).release()
 
     def leftovers(self) -> t.List[Leftover]:
         """What a sweep would delete; writes nothing."""

@@ -720,6 +720,12 @@ class Transaction:
         with explained(self._store.config.graphroot):
             _move(data, trash, f"{image_id}.image")
 
+    def remove_image_data(self, image_id: str, trash: str) -> None:
+        """Put what is left of an image that has no record any more into ``trash``."""
+        if image_id not in self.snapshot.images:
+            with explained(self._store.config.graphroot):
+                _move(self._store.image_data_dir(image_id), trash, f"{image_id}.image")
+
     # Inside
 
     def _own_layer(self, layer_id: str) -> Layer:
