@@ -134,7 +134,9 @@ def _told(trash: str) -> t.List[str]:
     path = os.path.join(trash, _DOOMED)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, encoding="ascii") as stream:
-            return stream.read(_LONGEST).split("\n")
-    except (OSError, ValueError):
+        try:
+            return os.read(descriptor, _LONGEST).decode("ascii", "replace").split("\n")
+        finally:
+            os.close(descriptor)
+    except OSError:
         return []
