@@ -17,7 +17,7 @@ from support.images import Image
 from support.injection import KILL, Call, Modules
 from support.lab import Lab
 from support.power import PowerLoss
-from support.stops import MAP, tiny_image
+from support.stops import MAP, OTHER_IMAGE, tiny_image
 from support.stores import Store
 
 PRESENT = {"images": ["localhost/tiny:1"], "uidmap": [MAP]}
@@ -39,6 +39,8 @@ class Recorded:
             ("absent", "layer_template", ABSENT),
             ("again", "layer_template", PRESENT),
             ("gc", "layer_gc", GC),
+            ("other", "layer_template", {**PRESENT, "images": [OTHER_IMAGE]}),
+            ("image", "image_layers", {"images": [OTHER_IMAGE], "state": "absent"}),
         ):
             self.losses[name] = self._record(module, args)
 
@@ -64,7 +66,7 @@ def modules(lab: Lab) -> t.Iterator[Modules]:
 def test_records_never_point_at_what_may_be_lost(
     kind: str, lab: Lab, make_store: MakeStore, modules: Modules
 ) -> None:
-    store = make_store(kind, tiny_image(lab))
+    store = make_store(kind, tiny_image(lab), tiny_image(lab, OTHER_IMAGE))
     store.create("localhost/tiny:1", "--uidmap=0:300000:65536", "--gidmap=0:300000:65536")
     recorded = Recorded(store, modules)
     for name, loss in recorded.losses.items():
@@ -73,11 +75,12 @@ def test_records_never_point_at_what_may_be_lost(
         print(name, len(loss.calls), "calls;", len(needed), "syncs that cannot be left out")
         # The model sees it when one of them is missing.
         told = [word(call, loss.graphroot) for call in needed]
-        if name == "present":
+        if name in ("present", "other"):
             assert told[0] == "syncfs userns-storage"
             assert f"fsync {os.path.relpath(loss.layers, loss.graphroot)}" in told
         assert told.count(f"fdatasync {store.driver}-images") == 1
-        assert told.count(f"fsync {store.driver}-images") == (name in ("absent", "gc"))
+        taken = name in ("absent", "gc", "image")
+        assert told.count(f"fsync {store.driver}-images") == taken
 
 
 def needed_syncs(loss: PowerLoss) -> t.List[Call]:
