@@ -18,7 +18,7 @@ from support.stores import Store
 SECONDS = 12.0
 
 
-@pytest.mark.parametrize("kind", ["overlay-forced", "vfs", "rootless-overlay"])
+@pytest.mark.parametrize("kind", ["overlay-tmpfs", "vfs-tmpfs", "rootless-overlay"])
 def test_nothing_is_lost_and_nobody_fails_for_us(
     kind: str,
     lab: Lab,

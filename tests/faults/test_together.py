@@ -32,7 +32,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
-@pytest.mark.parametrize("kind", ["vfs", "overlay-forced", "rootless-overlay"])
+@pytest.mark.parametrize("kind", ["vfs-tmpfs", "overlay-tmpfs", "rootless-overlay"])
 def test_equal_tasks_at_once_make_one_layer(
     kind: str, lab: Lab, make_store: MakeStore, many_files_image: t.Callable[[int], Image]
 ) -> None:
@@ -76,7 +76,7 @@ def stuck(path: t.Any) -> t.Iterator[int]:
 def test_a_stuck_process_is_named_after_lock_timeout(
     module: str, lock: str, lab: Lab, make_store: MakeStore, small_image: Image
 ) -> None:
-    store = make_store("vfs", small_image)
+    store = make_store("vfs-tmpfs", small_image)
     args = {**store.module_args(), "lock_timeout": 2}
     if module == "layer_template":
         args.update(images=[small_image.name], uidmap=[MAP])
@@ -105,7 +105,7 @@ def test_stuck_equal_work_is_named_too(
     lab: Lab, make_store: MakeStore, many_files_image: t.Callable[[int], Image]
 ) -> None:
     image = many_files_image(3000)
-    store = make_store("vfs", image)
+    store = make_store("vfs-tmpfs", image)
     args = {**store.module_args(), "images": [image.name], "uidmap": [MAP], "lock_timeout": 2}
     staging = store.graphroot / "userns-storage" / "staging"
     first = start_module(lab, "layer_template", args)
