@@ -34,6 +34,7 @@ COPIES = {
     "btrfs": True,
     "rootless-overlay": True,
     "rootless-vfs": True,
+    "rootless-vfs-tmpfs": True,
     "rootless-fuse": False,
 }
 
