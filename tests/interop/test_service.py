@@ -279,6 +279,9 @@ def test_a_refusal_is_told_and_the_rest_done(vfs: Keeper) -> None:
         ),
         ('{"stores": [{"policy": {"unused_for": "4x"}}]}', "stores[0].policy: unused_for: 4x"),
         ('{"stores": [{"policy": {"high_threshold": 85}}]}', "low_threshold go together"),
+        # What a task asks of one run is no part of a policy.
+        ('{"stores": [{"policy": {"deadline": 1}}]}', "policy.deadline: is not known"),
+        ('{"stores": [{"policy": {"layers": ["a"]}}]}', "policy.layers: is not known"),
     ],
 )
 def test_a_wrong_configuration_is_told(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 import typing as t
@@ -23,20 +24,6 @@ from ..store.config import Account
 _STORE_TEXTS = ("storage_conf", "graphroot", "runroot", "driver")
 _STRATEGIES = ("auto", "snapshot", "reflink", "metacopy", "copy")
 _UNMAPPED = ("fail", "overflow")
-# Of the fields of a policy that are no texts, what they are; see GcRequest.
-_LISTS = frozenset({"images", "keep_images", "keep_mappings"})
-_SWITCHES = frozenset({"duplicates", "unusable_maps"})
-_NUMBERS = frozenset({"max_copies_per_image", "high_threshold", "low_threshold"})
-_CHOICES = {
-    "origin": ("any", "ours"),
-    "orphans": ("report", "remove"),
-    "broken": ("report", "repair"),
-}
-_NOT_POLICY = frozenset({"store", "check", "keep_layers"})
-_POLICY = tuple(
-    field.name for field in dataclasses.fields(GcRequest) if field.name not in _NOT_POLICY
-)
-
 Json = t.Dict[str, t.Any]
 
 
@@ -178,6 +165,21 @@ class _Reader:
             raise self.wrong(name, str(error).rstrip(".")) from error
 
 
+# The options of layer_gc that make a policy, and how each is read; see GcRequest.
+_POLICY: t.Mapping[str, t.Callable[[_Reader, str], t.Any]] = {
+    **dict.fromkeys(("images", "keep_images", "keep_mappings"), _Reader.texts),
+    **dict.fromkeys(("min_age", "unused_for", "created_before"), _Reader.text),
+    **dict.fromkeys(("duplicates", "unusable_maps"), _Reader.switch),
+    "max_copies_per_image": _Reader.whole_number,
+    **dict.fromkeys(("max_used_space", "reserved_space", "min_free_space"), _Reader.text),
+    **dict.fromkeys(("high_threshold", "low_threshold"), _Reader.number),
+    "max_freed": _Reader.text,
+    "origin": functools.partial(_Reader.choice, among=("any", "ours")),
+    "orphans": functools.partial(_Reader.choice, among=("report", "remove")),
+    "broken": functools.partial(_Reader.choice, among=("report", "repair")),
+}
+
+
 def _store(reader: _Reader) -> StoreSettings:
     options = ("user", *_STORE_TEXTS, "storage_options", "lock_timeout")
     declared = ("images", "mappings", "strategy", "unmapped_ids", "force", "lease")
@@ -243,21 +245,8 @@ def _wanted(parent: _Reader, number: int, content: t.Any) -> Wanted:
 
 
 def _policy(reader: _Reader, store: StoreRequest) -> GcRequest:
-    reader.known(_POLICY)
-    read: Json = {}
-    for name in _POLICY:
-        if not reader.has(name):
-            continue
-        if name in _LISTS:
-            read[name] = reader.texts(name)
-        elif name in _SWITCHES:
-            read[name] = reader.switch(name)
-        elif name in _CHOICES:
-            read[name] = reader.choice(name, _CHOICES[name])
-        elif name == "max_copies_per_image":
-            read[name] = reader.whole_number(name)
-        else:
-            read[name] = reader.number(name) if name in _NUMBERS else reader.text(name)
+    reader.known(tuple(_POLICY))
+    read = {name: take(reader, name) for name, take in _POLICY.items() if reader.has(name)}
     if ("high_threshold" in read) != ("low_threshold" in read):
         raise reader.wrong("high_threshold", "and low_threshold go together", "Give both.")
     request = GcRequest(store=store, **read)

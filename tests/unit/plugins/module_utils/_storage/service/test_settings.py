@@ -1,0 +1,47 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the service reads as a policy is what layer_gc is asked, save for what is of one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.gc import (
+    GcRequest,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.service.settings import load
+
+
+def test_every_rule_can_be_part_of_a_policy(tmp_path: pathlib.Path) -> None:
+    of_one_run = {"store", "check", "layers", "keep_layers", "deadline", "awaited"}
+    rules = {field.name for field in dataclasses.fields(GcRequest)} - of_one_run
+    asked = {
+        "images": ["*/app:*"],
+        "keep_images": ["*/db:*"],
+        "keep_mappings": ["keep-id"],
+        "min_age": "1h",
+        "duplicates": True,
+        "unusable_maps": True,
+        "unused_for": "2w",
+        "created_before": "2026-01-01T00:00:00Z",
+        "max_copies_per_image": 2,
+        "max_used_space": "10%",
+        "reserved_space": "1G",
+        "min_free_space": "5%",
+        "high_threshold": 85,
+        "low_threshold": 80,
+        "max_freed": "2G",
+        "origin": "ours",
+        "orphans": "remove",
+        "broken": "repair",
+    }
+    assert set(asked) == rules
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps({"stores": [{"policy": asked}]}))
+    (store,) = load(str(path))
+    assert store.policy is not None
+    found = {name: getattr(store.policy, name) for name in asked}
+    assert json.loads(json.dumps(found)) == asked
