@@ -37,6 +37,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapp
     Shift,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import IDMap
+from ansible_collections.userns.storage.plugins.module_utils._storage.kernel import mounts
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations.records import (
     mapped_record,
     new_layer_id,
@@ -368,6 +369,34 @@ def mounted_inside(place: Place) -> t.List[str]:
     with opened(place), open("/proc/self/mountinfo", encoding="utf-8") as table:
         points = [line.split()[4] for line in table]
     return [one for one in points if one.startswith(place.graphroot + "/")]
+
+
+def test_a_runtime_mounts_its_folder_while_the_view_is_made(
+    make_store: MakeStore, small_image: Image
+) -> None:
+    """Two mounts of it, as from two podmans, come before the view is private."""
+    store = make_store("overlay-forced", small_image)
+    assert inside(store, mounted_meanwhile) == []
+
+
+def mounted_meanwhile(place: Place) -> t.List[str]:
+    folder = os.path.join(place.graphroot, place.driver)
+    make_private = mounts.make_private
+
+    def late(target: mounts.Place = "/") -> None:
+        if target == place.graphroot:
+            mounts.bind(folder, folder)
+            mounts.bind(folder, folder)
+        make_private(target)
+
+    mounts.make_private = late
+    found = mounted_inside(place)
+    with opened(place):
+        os.mkdir(os.path.join(place.graphroot, "beside"))
+        # It fails across mounts.
+        os.rename(os.path.join(place.graphroot, "beside"), os.path.join(folder, "beside"))
+        os.rmdir(os.path.join(folder, "beside"))
+    return found
 
 
 def test_another_filesystem_in_the_graphroot(make_store: MakeStore, small_image: Image) -> None:

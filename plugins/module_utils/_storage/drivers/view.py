@@ -66,6 +66,7 @@ def view_of(graphroot: str, driver: str) -> t.Iterator[str]:
         undo.callback(mounts.umount, path, mounts.MNT_DETACH)
         view = _opened(undo, path)
         mounts.make_private(path)
+        _uncover(view, driver, path)
         if folder is not None:
             beneath = _opened_folder(undo, view, driver, path)
             if beneath is None or not _same(beneath, folder):
@@ -109,6 +110,23 @@ def _opened_folder(
 def _same(one: int, other: int) -> bool:
     first, second = os.fstat(one), os.fstat(other)
     return (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino)
+
+
+def _uncover(view: int, driver: str, path: str) -> None:
+    """Take off the view what a runtime has mounted before it was private; nothing comes after that."""
+    while True:
+        with contextlib.ExitStack() as undo:
+            found = _opened_folder(undo, view, driver, path)
+            if found is None or mounts.mount_id(found) == mounts.mount_id(view):
+                return
+            try:
+                mounts.umount(found, mounts.MNT_DETACH)
+            except OSError as error:
+                raise NamespaceError(
+                    os.path.join(path, driver),
+                    f"was mounted meanwhile and cannot be taken off: {error.strerror}",
+                    "Run the task again.",
+                ) from error
 
 
 def _let_go(folder: int, top: int) -> None:
