@@ -161,7 +161,16 @@ def slow(lab: Lab) -> pathlib.Path:
     return paces.slow_collection(lab, 1)
 
 
-def _project(lab: Lab, inventory: pathlib.Path, store: Store, image: Image) -> pathlib.Path:
+@pytest.fixture
+def project(
+    lab: Lab,
+    inventory: pathlib.Path,
+    store: Store,
+    many_files_image: t.Callable[[int], Image],
+) -> t.Tuple[str, pathlib.Path]:
+    """The name of an image in the store, and where a play for it is."""
+    image = many_files_image(FILES)
+    store.load(image)
     folder = lab.folder()
     (folder / "project").mkdir()
     (folder / "inventory").mkdir()
@@ -169,7 +178,7 @@ def _project(lab: Lab, inventory: pathlib.Path, store: Store, image: Image) -> p
     task = {"userns.storage.layer_template": _asked(store, image)}
     play = {"hosts": "all", "gather_facts": False, "tasks": [task]}
     (folder / "project/play.json").write_text(json.dumps([play]))
-    return folder
+    return image.name, folder
 
 
 def _playbook(folder: pathlib.Path) -> t.List[str]:
@@ -178,42 +187,36 @@ def _playbook(folder: pathlib.Path) -> t.List[str]:
 
 def test_progress_is_shown_beside_the_results(
     lab: Lab,
-    inventory: pathlib.Path,
     store: Store,
     slow: pathlib.Path,
-    many_files_image: t.Callable[[int], Image],
+    project: t.Tuple[str, pathlib.Path],
 ) -> None:
-    image = many_files_image(FILES)
-    store.load(image)
-    folder = _project(lab, inventory, store, image)
+    image, folder = project
     environ = {**_environ(lab, folder, slow), **WAYS["pipelining"]}
     done = lab.machine.run(_playbook(folder), env=environ, cwd=str(folder))
     lines = [line for line in done.stderr.splitlines() if line.startswith("debian13 | ")]
     assert lines
-    assert f"{image.name} for {MAP}: " in lines[0]
+    assert f"{image} for {MAP}: " in lines[0]
     assert "% done" in lines[0]
     assert "1 of 1 layers to do" in lines[0]
     assert "debian13 | " not in done.stdout
     assert "changed=1" in done.stdout
-    assert len(store.mapped_layers(image.name)) == 1
+    assert len(store.mapped_layers(image)) == 1
 
 
 def test_progress_is_among_the_events_of_a_runner(
     lab: Lab,
-    inventory: pathlib.Path,
     store: Store,
     slow: pathlib.Path,
-    many_files_image: t.Callable[[int], Image],
+    project: t.Tuple[str, pathlib.Path],
 ) -> None:
-    image = many_files_image(FILES)
-    store.load(image)
-    folder = _project(lab, inventory, store, image)
+    image, folder = project
     words = ["ansible-runner", "run", str(folder), "-p", "play.json", "--ident", "1", "-q"]
     lab.machine.run(words, env=_environ(lab, folder, slow))
     events = [
         json.loads(path.read_text()) for path in (folder / "artifacts/1/job_events").glob("*.json")
     ]
-    shown = [one for one in events if f"debian13 | {image.name}" in one.get("stdout", "")]
+    shown = [one for one in events if f"debian13 | {image}" in one.get("stdout", "")]
     assert {one["event"] for one in shown} == {"verbose"}
     result = next(one for one in events if one["event"] == "runner_on_ok")["event_data"]["res"]
     assert [one["action"] for one in result["layers"]] == ["created"]
@@ -237,17 +240,6 @@ def _pythons(machine: Host) -> t.List[str]:
     return found
 
 
-def _inodes(tree: pathlib.Path) -> t.Set[int]:
-    """Those of the files of an image of many that are whole."""
-    found = set()
-    for at, _folders, names in os.walk(tree):
-        for name in names:
-            status = os.lstat(os.path.join(at, name))
-            if name.isdigit() and status.st_mtime < 1700000000:
-                found.add(status.st_ino)
-    return found
-
-
 @pytest.mark.parametrize(
     ("way", "number"),
     [("pipelining", signal.SIGINT), ("files", signal.SIGTERM), ("mitogen", signal.SIGINT)],
@@ -257,14 +249,11 @@ def test_an_interrupted_play_leaves_nothing_running(
     number: signal.Signals,
     lab: Lab,
     remote: managed.Managed,
-    inventory: pathlib.Path,
     store: Store,
     slow: pathlib.Path,
-    many_files_image: t.Callable[[int], Image],
+    project: t.Tuple[str, pathlib.Path],
 ) -> None:
-    image = many_files_image(FILES)
-    store.load(image)
-    folder = _project(lab, inventory, store, image)
+    image, folder = project
     environ = {**_environ(lab, folder, slow), **WAYS[way]}
     play = lab.machine.popen(
         _playbook(folder),
@@ -275,7 +264,7 @@ def test_an_interrupted_play_leaves_nothing_running(
     )
     staging = store.graphroot / "userns-storage/staging"
     until = time.monotonic() + 120
-    while not _inodes(staging):
+    while not paces.whole_files(staging):
         assert play.poll() is None
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -287,13 +276,13 @@ def test_an_interrupted_play_leaves_nothing_running(
     while _pythons(remote.machine):
         assert time.monotonic() < until, _pythons(remote.machine)
         time.sleep(0.1)
-    assert store.mapped_layers(image.name) == []
+    assert store.mapped_layers(image) == []
     (left,) = os.listdir(staging)
     assert (staging / left / "suspended").exists()
-    kept = _inodes(staging)
+    kept = paces.whole_files(staging)
     done = lab.machine.run(_playbook(folder), env=environ, cwd=str(folder))
     assert "changed=1" in done.stdout
     assert os.listdir(staging) == []
-    (layer,) = store.mapped_layers(image.name)
+    (layer,) = store.mapped_layers(image)
     with store.mounted(layer) as tree:
-        assert kept <= _inodes(tree)
+        assert kept <= paces.whole_files(tree)

@@ -127,6 +127,15 @@ def test_ours_differs_in_nothing(
     assert differences(case, entry["layer_id"], entry["uidmap"]) == []
 
 
+def test_a_snapshot_holds_what_is_not_on_disk_yet(make_case: MakeCase) -> None:
+    case = make_case("btrfs")
+    content = os.urandom(5_000_000)
+    (case.store.layer_folder(case.template()) / "late").write_bytes(content)
+    (entry,) = case.layer_template()["layers"]
+    assert entry["strategy"] == "snapshot"
+    assert (case.store.layer_folder(entry["layer_id"]) / "late").read_bytes() == content
+
+
 # What each driver of containers/storage up to 1.62 gets wrong; newer ones may err less.
 ERRORS = {
     "vfs": {"one letter", "mapped root", "acl", "directory mtime", "sparse"},

@@ -120,11 +120,8 @@ def test_goes_on_from_where_it_was_stopped(large: Case, slowly: None) -> None:
     assert layer["files"] > FILES
     assert_whole(large, layer["layer_id"])
     # What was there was not made again.
-    with large.store.mounted(layer["layer_id"]) as tree:
-        names = [os.path.join(at, name) for at, _folders, found in os.walk(tree) for name in found]
-        now = {os.lstat(name).st_ino for name in names}
     assert len(kept) > 100
-    assert kept <= now
+    assert kept <= inodes_of(large, layer["layer_id"])
     large.create()
     assert large.mapped() == [layer["layer_id"]]
     again = large.layer_template(time_limit=0)
@@ -133,13 +130,14 @@ def test_goes_on_from_where_it_was_stopped(large: Case, slowly: None) -> None:
 
 def inodes(case: Case) -> t.Set[int]:
     """Those of the files in the staging folder that are whole, which is all but the last few."""
-    found = set()
-    for at, _folders, names in os.walk(case.store.graphroot / "userns-storage/staging"):
-        for name in names:
-            status = os.lstat(os.path.join(at, name))
-            if name.isdigit() and status.st_mtime < 1700000000:
-                found.add(status.st_ino)
-    return found
+    return paces.whole_files(case.store.graphroot / "userns-storage/staging")
+
+
+def inodes_of(case: Case, layer_id: str) -> t.Set[int]:
+    """Those of all files of a layer."""
+    with case.store.mounted(layer_id) as tree:
+        names = [os.path.join(at, name) for at, _folders, found in os.walk(tree) for name in found]
+        return {os.lstat(name).st_ino for name in names}
 
 
 def test_check_mode_tells_of_the_whole(
@@ -187,9 +185,7 @@ def test_an_image_that_was_pulled_again_is_begun_anew(
     assert made["action"] == "created"
     assert staging(case) == []
     assert_whole(case, made["layer_id"])
-    with case.store.mounted(made["layer_id"]) as tree:
-        names = [os.path.join(at, name) for at, _folders, found in os.walk(tree) for name in found]
-        assert old.isdisjoint(os.lstat(name).st_ino for name in names)
+    assert old.isdisjoint(inodes_of(case, made["layer_id"]))
     assert case.shell("test -e /data/00000/0 && echo there") == "there\n"
     assert case.mapped() == [made["layer_id"]]
 
@@ -227,9 +223,7 @@ def assert_gone_on_with(case: Case) -> None:
     assert layer["action"] == "created"
     assert_whole(case, layer["layer_id"])
     assert staging(case) == []
-    with case.store.mounted(layer["layer_id"]) as tree:
-        names = [os.path.join(at, name) for at, _folders, found in os.walk(tree) for name in found]
-        assert kept <= {os.lstat(name).st_ino for name in names}
+    assert kept <= inodes_of(case, layer["layer_id"])
 
 
 def test_stops_when_nobody_waits_for_the_result(large: Case, slowly: None) -> None:
@@ -282,9 +276,7 @@ def test_what_was_killed_is_begun_anew(
     assert layer["action"] == "created"
     assert_whole(case, layer["layer_id"])
     assert staging(case) == []
-    with case.store.mounted(layer["layer_id"]) as tree:
-        names = [os.path.join(at, name) for at, _folders, found in os.walk(tree) for name in found]
-        assert kept.isdisjoint(os.lstat(name).st_ino for name in names)
+    assert kept.isdisjoint(inodes_of(case, layer["layer_id"]))
 
 
 def three_layers(case: Case) -> t.List[str]:

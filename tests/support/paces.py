@@ -1,10 +1,13 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The collection made slow and talkative, so that no machine is too fast for what a test wants to see."""
+"""Work that is stopped half-way: the collection made slow and talkative, so that no machine is too fast for a
+test to see it, and what is there of a tree by then.
+"""
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
 import typing as t
@@ -48,3 +51,14 @@ def slow_collection(lab: Lab, seconds: int) -> pathlib.Path:
         assert text.count(old) == 1, (name, old)
         path.write_text(text.replace(old, new))
     return base
+
+
+def whole_files(tree: pathlib.Path) -> t.Set[int]:
+    """Inodes of the files of an image of many that are whole."""
+    found = set()
+    for at, _folders, names in os.walk(tree):
+        for name in names:
+            status = os.lstat(os.path.join(at, name))
+            if name.isdigit() and status.st_mtime < 1700000000:
+                found.add(status.st_ino)
+    return found

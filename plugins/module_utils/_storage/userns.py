@@ -20,7 +20,6 @@ import io
 import os
 import pickle
 import pwd
-import select
 import shutil
 import signal
 import struct
@@ -34,7 +33,7 @@ import typing as t
 from . import errors
 from .errors import InternalError, NamespaceError, StorageError
 from .idmap.subids import namespace_mapping, subordinate_ids
-from .kernel import cycles, namespaces
+from .kernel import cycles, endings, namespaces
 
 if t.TYPE_CHECKING:
     from .idmap.ranges import IDMap
@@ -47,9 +46,6 @@ _RESULT, _ERROR, _PROGRESS = b"R", b"E", b"P"
 # The child stands in its new namespace and waits for the ID maps; or may not have one.
 _ENTERED, _FORBIDDEN = b"U", b"F"
 _MAX_FRAME = 256 * 2**20
-
-# What tells a process to end.
-_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 _PACKAGE = __name__.rpartition(".")[0]
 # What an instance may be made of, on the way from a less privileged process to this one.
@@ -260,7 +256,7 @@ def _passed_on(pid: int) -> t.Iterator[None]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in _ENDING:
+        for number in endings.SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, pass_on)
     try:
@@ -278,10 +274,8 @@ def _hung_up_with(pid: int) -> t.Iterator[None]:
     ended = threading.Event()
 
     def watch() -> None:
-        poll = select.poll()
-        poll.register(1, 0)
         while not ended.is_set():
-            if any(event & (select.POLLERR | select.POLLHUP) for _fd, event in poll.poll(500)):
+            if endings.nobody_listens(patience=0.5):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGHUP)
                 return
@@ -537,7 +531,7 @@ class _Channel:
 def _enter(channel: _Channel, gate: int, account: t.Optional[Account], parent: int) -> bool:
     """Take the child into its namespaces; false when that failed and was reported."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    for number in _ENDING:
+    for number in endings.SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     namespaces.die_with_parent(parent)

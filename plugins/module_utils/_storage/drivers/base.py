@@ -257,11 +257,12 @@ class Driver(abc.ABC):
         """
         names = self.present() if present is None else present
         with self._explained(self.folder), self._opened_folder() as folder:
-            return self._strangers(folder, names, known_ids)
+            return self._orphans(folder, names, known_ids, thorough)
 
-    def _strangers(
-        self, folder: int, names: t.Set[str], known_ids: t.Collection[str]
+    def _orphans(
+        self, folder: int, names: t.Set[str], known_ids: t.Collection[str], thorough: bool
     ) -> t.List[Orphan]:
+        """What :meth:`orphans` finds in the open folder of the driver, which holds these directories."""
         found = []
         for name in sorted(names.difference(known_ids)):
             if not LAYER_ID.fullmatch(name):

@@ -112,21 +112,16 @@ class BtrfsDriver(Driver):
             os.rename(_PLACE, layer_id, src_dir_fd=staging, dst_dir_fd=folder)
         return staged
 
-    def orphans(
-        self,
-        known_ids: t.Collection[str],
-        thorough: bool = True,
-        present: t.Optional[t.Set[str]] = None,
+    def _orphans(
+        self, folder: int, names: t.Set[str], known_ids: t.Collection[str], thorough: bool
     ) -> t.List[Orphan]:
         """As for every driver, but for places that are held for a layer about to come."""
-        found = super().orphans(known_ids, thorough, present)
-        with self._explained(self.folder), self._opened_folder() as folder:
-            now = time.time()
-            return [
-                one
-                for one in found
-                if now - one.changed > _LONGEST_WAIT or not self._is_placeholder(folder, one.name)
-            ]
+        now = time.time()
+        return [
+            one
+            for one in super()._orphans(folder, names, known_ids, thorough)
+            if now - one.changed > _LONGEST_WAIT or not self._is_placeholder(folder, one.name)
+        ]
 
     def destroy(self, parent: int, name: str) -> bool:
         """Delete a subvolume in one piece; as an ordinary user only where the mount allows it."""
@@ -222,7 +217,7 @@ class BtrfsDriver(Driver):
                 return self._cloned(stack, target, shift, strategy, progress, again)
         with contextlib.ExitStack() as undo:
             template = self._need_layer(undo, chain[0])
-            # The kernel itself writes the template's data out first, see btrfs-subvolume(8).
+            # A snapshot holds what the template was last given, on disk already or not.
             btrfs.snapshot(template, staging, name)
         told = self._in_one_go(staging, progress)
         made = self.craft.shift_in_place(target, shift, progress=told)

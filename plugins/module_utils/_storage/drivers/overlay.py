@@ -134,30 +134,27 @@ class OverlayDriver(Driver):
                     found[name] = _link_target(folder, name) or ""
         return found
 
-    def orphans(
-        self,
-        known_ids: t.Collection[str],
-        thorough: bool = True,
-        present: t.Optional[t.Set[str]] = None,
+    def _orphans(
+        self, folder: int, names: t.Set[str], known_ids: t.Collection[str], thorough: bool
     ) -> t.List[Orphan]:
         """Directories without a record, and short names of layers that have no directory."""
-        names = self.present() if present is None else present
-        with self._explained(self.folder), contextlib.ExitStack() as undo:
-            parent = undo.enter_context(self._opened_folder())
-            found = self._strangers(parent, names, known_ids)
-            folder = _opened_links(undo, parent)
-            if not thorough and folder is not None:
+        found = super()._orphans(folder, names, known_ids, thorough)
+        with contextlib.ExitStack() as undo:
+            links = _opened_links(undo, folder)
+            if links is None:
+                return found
+            if not thorough:
                 others = names.difference(known_ids)
                 layers = len(names) - sum(LAYER_ID.fullmatch(name) is None for name in others)
-                if layers == len(os.listdir(folder)):
+                if layers == len(os.listdir(links)):
                     return found
             for name, target in self.links().items():
-                if folder is None or not _LINK.fullmatch(name) or not target:
+                if not _LINK.fullmatch(name) or not target:
                     continue
-                if target in known_ids or _has_directory(parent, target):
+                if target in known_ids or _has_directory(folder, target):
                     continue
                 with contextlib.suppress(FileNotFoundError):
-                    changed = os.stat(name, dir_fd=folder, follow_symlinks=False).st_ctime
+                    changed = os.stat(name, dir_fd=links, follow_symlinks=False).st_ctime
                     path = os.path.join(self.folder, "l", name)
                     found.append(Orphan("link", name, path, changed, _nothing))
         return found

@@ -15,7 +15,7 @@ import os
 import struct
 import typing as t
 
-from . import libc
+from . import libc, mounts
 
 # ioctl(2) numbers of linux/fs.h, made with _IOW/_IOWR; x86, ARM, RISC-V and s390 agree on them.
 _FICLONE = 0x40049409
@@ -208,35 +208,10 @@ def filesystem_type(path: t.Union[str, int]) -> str:
         os.close(fd)
 
 
-def mount_options(fd: int) -> t.FrozenSet[str]:
-    """The options of the filesystem that holds an open file, as /proc/self/mountinfo has them.
-
-    :returns: nothing if this mount namespace does not hold the mount
-    """
-    words = _mount_of(fd)
-    return frozenset(words[2].split(",")) if len(words) > 2 else frozenset()
-
-
 def _type_of_mount(fd: int) -> str:
-    words = _mount_of(fd)
-    name = words[0].partition(".")[0] if words else ""
+    entry = mounts.entry_of(fd)
+    name = entry.fstype.partition(".")[0] if entry else ""
     return _SAME_FAMILY.get(name, name)
-
-
-def _mount_of(fd: int) -> t.List[str]:
-    """Type, source and options of the filesystem that an open file is on."""
-    mount_id = ""
-    with open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as lines:
-        for line in lines:
-            key, _mark, value = line.partition(":")
-            if key == "mnt_id":
-                mount_id = value.strip()
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            if line.split(" ", 1)[0] == mount_id:
-                # proc(5): optional fields end at a lone hyphen, the type follows.
-                return line.partition(" - ")[2].split()
-    return []
 
 
 def open_beneath(root_fd: int, path: str, flags: int) -> int:

@@ -11,7 +11,6 @@ import ctypes
 from . import libc
 
 # linux/prctl.h and linux/securebits.h
-_PR_SET_PDEATHSIG = 1
 _PR_GET_PDEATHSIG = 2
 _PR_GET_SECUREBITS = 27
 _PR_SET_SECUREBITS = 28
@@ -43,5 +42,5 @@ def become(uid: int, gid: int) -> bool:
         libc.set_fsid(name, number) == number
         for name, number in (("setfsuid", uid), ("setfsgid", gid))
     )
-    libc.call("prctl", _PR_SET_PDEATHSIG, signal.value, 0, 0, 0)
+    libc.call("prctl", libc.PR_SET_PDEATHSIG, signal.value, 0, 0, 0)
     return done

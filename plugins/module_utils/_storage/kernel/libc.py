@@ -28,6 +28,9 @@ _PROTOTYPES: t.Dict[str, t.Tuple[t.Any, ...]] = {
     "prctl": (_INT, _ULONG, _ULONG, _ULONG, _ULONG),
 }
 
+# linux/prctl.h
+PR_SET_PDEATHSIG = 1
+
 # What no user and no group has as its number.
 _NO_ID = 0xFFFFFFFF
 

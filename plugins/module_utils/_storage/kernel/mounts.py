@@ -243,6 +243,16 @@ def mount_id(descriptor: int) -> int:
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), f"/proc/self/fdinfo/{descriptor}")
 
 
+def entry_of(descriptor: int) -> t.Optional[MountEntry]:
+    """The mount that an open file was reached through; None if this mount namespace does not hold it.
+
+    :raises OSError: where /proc is not there
+    """
+    number = str(mount_id(descriptor))
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        return next((_entry(line) for line in lines if line.split(" ", 1)[0] == number), None)
+
+
 def entries() -> t.List[MountEntry]:
     """All mounts of the calling process, in the order of mounting."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:

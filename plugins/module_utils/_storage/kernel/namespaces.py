@@ -16,7 +16,6 @@ from . import libc, mounts
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 
-_PR_SET_PDEATHSIG = 1
 _mounts_are_private = False
 
 
@@ -61,7 +60,7 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
     :param parent: PID of the parent as it is known from before the fork
     :raises OSError: with the call's errno
     """
-    libc.call("prctl", _PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    libc.call("prctl", libc.PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
 

@@ -302,8 +302,7 @@ class _Taker:
         elif not self._is_there(layer):
             state.status = MISSING
             state.problem = f"the data of layer {layer_id[:12]} is gone"
-        if self.measure != NONE:
-            state.usage = self._usage(layer_id)
+        state.usage = self._usage(layer_id)
         return state
 
     def _is_there(self, layer: Layer) -> bool:
@@ -487,7 +486,7 @@ def image_result(found: ImageState) -> t.Dict[str, t.Any]:
 
 def layer_result(found: LayerState) -> t.Dict[str, t.Any]:
     """A layer as the modules return it."""
-    layer, usage, containers = found.layer, found.usage, found.containers
+    layer, containers = found.layer, found.containers
     mapping = layer.mapping if layer and layer.mapping is not UNMAPPED else None
     return {
         "id": found.layer_id,
@@ -495,7 +494,7 @@ def layer_result(found: LayerState) -> t.Dict[str, t.Any]:
         "gidmap": mapping.gid.to_strings() if mapping else [],
         "created": found.created_in_words,
         "recorded_size": layer.diff_size if layer else None,
-        **(_sizes(usage) if usage else _NO_SIZES),
+        **_sizes(found.usage),
         "status": found.status,
         "problem": found.problem or None,
         "containers": [container_result(one) for one in containers] if containers else [],

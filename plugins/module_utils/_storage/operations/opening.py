@@ -97,16 +97,12 @@ def account_named(name: t.Optional[str]) -> t.Optional[Account]:
     return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
 
 
-@contextlib.contextmanager
-def opened(request: StoreRequest, craft: t.Optional[Craft] = None) -> t.Iterator[OpenStore]:
-    """Open the store that ``request`` names. Writes nothing.
+def configured(request: StoreRequest) -> StoreConfig:
+    """The configuration of the store that ``request`` names. Writes nothing.
 
-    To be called inside :func:`..userns.run`: it makes mounts in the caller's private mount namespace.
-
-    :param craft: for those who may make layers, ``tree.workshop.CRAFT``
-    :raises StorageError: the store is not to be found, not readable, or of an unsupported kind
+    :raises StorageError: it cannot be read, or names no store
     """
-    config = discover(
+    return discover(
         StoreOverrides(
             storage_conf=request.storage_conf,
             graphroot=request.graphroot,
@@ -118,6 +114,18 @@ def opened(request: StoreRequest, craft: t.Optional[Craft] = None) -> t.Iterator
         request.account,
         rootless=request.account is not None,
     )
+
+
+@contextlib.contextmanager
+def opened(request: StoreRequest, craft: t.Optional[Craft] = None) -> t.Iterator[OpenStore]:
+    """Open the store that ``request`` names. Writes nothing.
+
+    To be called inside :func:`..userns.run`: it makes mounts in the caller's private mount namespace.
+
+    :param craft: for those who may make layers, ``tree.workshop.CRAFT``
+    :raises StorageError: the store is not to be found, not readable, or of an unsupported kind
+    """
+    config = configured(request)
     Store.open(config)
     with contextlib.ExitStack() as undo:
         view = undo.enter_context(view_of(config.graphroot, config.driver))

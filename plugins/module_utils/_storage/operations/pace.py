@@ -7,15 +7,13 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import signal
 import time
 import typing as t
 
+from ..kernel import endings
 from ..tree.craft import Suspended
 
-_STDOUT = 1
-_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 # Signals of that kind which have come: from then on nothing is begun in this process.
 _told: t.List[int] = []
 
@@ -41,7 +39,7 @@ class Pace:
     @property
     def given_up(self) -> bool:
         """Whether nobody waits for the result any more."""
-        return bool(_told) or (self._awaited and not _somebody_listens())
+        return bool(_told) or (self._awaited and endings.nobody_listens())
 
     @property
     def over(self) -> bool:
@@ -87,7 +85,7 @@ def in_order() -> t.Iterator[None]:
     """
     before = {
         number: signal.signal(number, _take_note)
-        for number in _ENDING
+        for number in endings.SIGNALS
         if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
@@ -99,10 +97,3 @@ def in_order() -> t.Iterator[None]:
 
 def _take_note(number: int, _frame: t.Any) -> None:
     _told.append(number)
-
-
-def _somebody_listens() -> bool:
-    """Whether standard output leads anywhere. It does not once the task that waited for it was interrupted."""
-    poll = select.poll()
-    poll.register(_STDOUT, 0)
-    return not any(event & (select.POLLERR | select.POLLHUP) for _fd, event in poll.poll(0))

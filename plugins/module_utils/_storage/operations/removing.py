@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import os
-import re
 import typing as t
 from dataclasses import dataclass
 
+from ..drivers.base import LAYER_ID
 from ..errors import LayerInUse, LayerUnknown
 from ..store.explained import explained
 from ..store.snapshot import Snapshot
@@ -19,7 +19,6 @@ from .opening import OpenStore
 
 # In a folder of the trash: the layers that go with an image, one a line.
 _DOOMED = "doomed"
-_ID = re.compile(r"[0-9a-f]{64}")
 _LONGEST = 1024 * 1024
 
 
@@ -110,7 +109,7 @@ def condemned(place: OpenStore) -> t.Set[str]:
     for one in place.store.leftovers():
         if one.kind == TRASH:
             found.update((os.path.basename(one.path).partition("-")[0], *_told(one.path)))
-    return {one for one in found if _ID.fullmatch(one)}
+    return {one for one in found if LAYER_ID.fullmatch(one)}
 
 
 def condemn(trash: str, layer_ids: t.Sequence[str]) -> None:

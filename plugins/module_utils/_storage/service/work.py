@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from ..errors import ImageUnknown, StoreUnwritten
 from ..operations import gc, template
 from ..operations.naming import Patterns, image_words
-from ..operations.opening import StoreRequest, opened
-from ..store.config import StoreConfig, StoreOverrides, discover
+from ..operations.opening import StoreRequest, configured, opened
 from ..store.locks import TOKEN_SIZE
 from ..store.records import Image
 from ..store.snapshot import Snapshot
@@ -45,7 +44,7 @@ def token_path(store: StoreRequest) -> str:
 
     :raises StorageError: the store's configuration cannot be read
     """
-    config = _config(store)
+    config = configured(store)
     return os.path.join(config.graphroot, f"{config.driver}-images", "images.lock")
 
 
@@ -101,21 +100,6 @@ def collect(
         return gc.collect(replace(request, keep_layers=tuple(keep)))
     except StoreUnwritten:
         return None
-
-
-def _config(store: StoreRequest) -> StoreConfig:
-    return discover(
-        StoreOverrides(
-            storage_conf=store.storage_conf,
-            graphroot=store.graphroot,
-            runroot=store.runroot,
-            driver=store.driver,
-            storage_options=store.storage_options,
-        ),
-        os.environ,
-        store.account,
-        rootless=store.account is not None,
-    )
 
 
 def _wait_for_quiet(path: str, quiet: float) -> None:

@@ -15,7 +15,7 @@ import typing as t
 
 from ..errors import TreeError, UnmappedIDs
 from ..idmap.mapping import Shift
-from ..kernel import files, fsids, xattrs
+from ..kernel import files, fsids, mounts, xattrs
 from . import owners
 from .craft import CloneResult
 from .merged import LayerStack, attribute_names
@@ -230,7 +230,8 @@ class _Cloner(Visitor):
     def settle(self) -> None:
         os.umask(0)
         self._exact = True
-        by_directory = _GROUP_OF_DIRECTORY & files.mount_options(self._root)
+        entry = mounts.entry_of(self._root)
+        by_directory = entry and _GROUP_OF_DIRECTORY.intersection(entry.super_options)
         self._owning = not by_directory and fsids.keep_capabilities()
 
     def close(self) -> None:
@@ -316,12 +317,9 @@ class _Cloner(Visitor):
                 totals[FILES] += 1
             totals[INODES] += 1
             totals[APPARENT] += status.st_size
-            begun = 0
-            if self._again:
-                found = self._made_before(name, status)
-                if found is None:
-                    return None
-                begun = found
+            begun = self._made_before(name, status) if self._again else 0
+            if begun is None:
+                return None
             if kind == FILE:
                 if not stat.S_ISREG(status.st_mode):
                     raise _changed(name)

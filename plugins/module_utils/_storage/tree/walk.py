@@ -31,7 +31,7 @@ import traceback
 import typing as t
 
 from ..errors import InternalError, StorageError, TreeError
-from ..kernel import libc
+from ..kernel import endings, namespaces
 from .craft import Suspended
 from .merged import LayerStack, attribute_names
 from .trouble import as_storage_error, shown
@@ -67,7 +67,6 @@ _LONGEST_MESSAGE = 1 << 17
 _ENTRIES_BEFORE_FORK = 48
 _PROGRESS_SECONDS = 0.5
 
-_PR_SET_PDEATHSIG = 1
 _FRAME = struct.Struct("=L")
 
 _DIRECTORY_JOB, _NAMES_JOB, _FINISH_JOB = range(3)
@@ -714,12 +713,10 @@ class Walk:
 
 def _serve(worker: Worker, leader: int, jobs: socket.socket, mouth: int) -> None:
     """A worker's life: jobs come until the leader closes the queue, or dies."""
-    libc.call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    namespaces.die_with_parent(leader)
+    for number in endings.SIGNALS:
         # The leader decides what becomes of the work, and takes the workers with it when it goes.
         signal.signal(number, signal.SIG_IGN)
-    if os.getppid() != leader:
-        return
     worker.visitor.totals = [0, 0, 0, 0, 0]
     worker.visitor.settle()
 

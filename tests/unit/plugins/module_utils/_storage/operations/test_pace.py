@@ -9,6 +9,7 @@ import signal
 import time
 
 import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.kernel import endings
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations import pace
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations.pace import (
     Pace,
@@ -27,7 +28,7 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard output is a pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(pace, "_STDOUT", writer)
+    monkeypatch.setattr(endings, "_STDOUT", writer)
 
 
 def test_without_a_deadline_it_only_takes_note() -> None:
