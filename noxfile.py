@@ -322,35 +322,34 @@ def units_python39(session: nox.Session) -> None:
 
 @nox.session
 def integration(session: nox.Session) -> None:
-    """Run the integration tests with the newest ansible-core for this Python."""
-    ansible_test(session, "integration", "--python", OWN, *session.posargs)
+    """Run the integration tests with the newest ansible-core for this Python, modules on the newest Python at hand."""
+    integrate(session, Path(sys.prefix), -1)
 
 
 @nox.session(name="integration-oldest")
 def integration_oldest(session: nox.Session) -> None:
-    """Run the integration tests with the oldest ansible-core promised."""
-    tools = oldest()
-    options = ("--python", version_of(tools))
-    ansible_test(session, "integration", *options, *session.posargs, tools=tools)
+    """Run the integration tests with the oldest ansible-core promised, modules on the oldest Python at hand."""
+    integrate(session, oldest(), 0)
 
 
-@nox.session(name="integration-pythons")
-def integration_pythons(session: nox.Session) -> None:
-    """Run the modules' integration tests on the oldest and on the newest Python at hand."""
+def integrate(session: nox.Session, tools: Path, place: int) -> None:
+    """Run the integration tests with the ansible-core of these tools.
+
+    :param place: of the modules' Python among those at hand that this ansible-core knows, oldest first
+    """
+    ask = (
+        "from ansible_test._util.target.common import constants as known;"
+        "print(*known.CONTROLLER_PYTHON_VERSIONS, *known.REMOTE_ONLY_PYTHON_VERSIONS)"
+    )
+    done = subprocess.run(
+        [tools / "bin/python", "-c", ask], capture_output=True, text=True, check=True
+    )
+    known = set(done.stdout.split())
     at_hand = sorted(workshop.pythons(), key=lambda version: int(version.partition(".")[2]))
-    others = [version for version in dict.fromkeys((at_hand[0], at_hand[-1])) if version != OWN]
-    for version in others:
-        target = (
-            "--controller",
-            f"origin:python={OWN}",
-            "--target",
-            f"controller:python={version}",
-        )
-        # Roles call nothing but modules, and the controller's Python stays the same.
-        options = ("--exclude", "role_prepare", *session.posargs)
-        ansible_test(session, "integration", *options, where=target)
-    if not others:
-        session.log("no other Python is at hand")
+    python = [version for version in at_hand if version in known][place]
+    controller = ("--controller", f"origin:python={version_of(tools)}")
+    where = (*controller, "--target", f"controller:python={python}")
+    ansible_test(session, "integration", *session.posargs, tools=tools, where=where)
 
 
 @nox.session

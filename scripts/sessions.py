@@ -57,7 +57,6 @@ TESTS = (
     Session("molecule", ("peers",), "extensions/molecule"),
     Session("integration", ("peers",), "tests/integration/targets"),
     Session("integration-oldest", ("peers",), "tests/integration/targets"),
-    Session("integration-pythons", ("peers",), "tests/integration/targets"),
     Session("faults", ("peers",), "tests/faults"),
     Session("fleet", ("peers", "browser"), "tests/fleet"),
     Session("galaxy"),
