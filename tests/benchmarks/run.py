@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Measures what issue and README promise, as ratios of pairs taken in one run, on loop filesystems.
+"""Measures what the README promises, as ratios of pairs taken in one run, on loop filesystems.
 
 Needs root, podman, containers-storage, mkfs.ext4, mkfs.xfs and mkfs.btrfs. Everything happens below /tmp and is gone
 afterwards. With --soak it measures nothing, and looks for faults for long.

@@ -589,7 +589,7 @@ def test_full_filesystem(lab: Lab, workers: int) -> None:
     before = set(os.listdir("/proc/self/fd"))
     others = children()
     try:
-        with pytest.raises(NoSpace, match="No space left on device") as caught:
+        with pytest.raises(NoSpace, match="no space left on device") as caught:
             make([template], base / "small" / "mapped", IDs(), HIGH, workers=workers)
         assert caught.value.facts["path"].startswith(f"{base}/small/mapped/d")
     finally:

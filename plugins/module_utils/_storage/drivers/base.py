@@ -20,15 +20,11 @@ from dataclasses import dataclass
 
 from ..errors import (
     InternalError,
-    NoSpace,
-    PermissionDenied,
-    StorageError,
     StoreError,
-    TreeError,
     UnsupportedDriver,
 )
 from ..idmap.mapping import Shift
-from ..kernel import files, xattrs
+from ..kernel import files, refusals, xattrs
 from ..store.removal import remove_tree
 from ..tree import lookup
 from ..tree.craft import CloneResult, Craft, Suspended
@@ -552,15 +548,13 @@ class Driver(abc.ABC):
             )
         return descriptor
 
-    @contextlib.contextmanager
-    def _explained(self, subject: str) -> t.Iterator[None]:
-        """Turn the system's errors into those of this library."""
-        try:
-            yield
-        except StorageError:
-            raise
-        except OSError as error:
-            raise explained(error, subject, self.home.graphroot) from error
+    def _explained(self, subject: str) -> t.ContextManager[None]:
+        """Turn the system's errors into those of this library.
+
+        :param subject: a layer ID or a path
+        """
+        about = f"layer {subject[:12]}" if LAYER_ID.fullmatch(subject) else subject
+        return refusals.explained(self.home.graphroot, about)
 
 
 def read_text(folder: int, name: str) -> t.Optional[str]:
@@ -578,31 +572,6 @@ def write_text(folder: int, name: str, text: str) -> None:
     descriptor = os.open(name, _WRITE_TEXT, 0o600, dir_fd=folder)
     with open(descriptor, "w", encoding="utf-8") as stream:
         stream.write(text)
-
-
-def explained(error: OSError, subject: str, graphroot: str) -> StorageError:
-    """An error of this library for one of the system's.
-
-    :param subject: a layer ID or a path
-    """
-    about = f"layer {subject[:12]}" if LAYER_ID.fullmatch(subject) else subject
-    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
-    cause = f"{error.strerror or error}" + (f" ({name})" if name else "")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(
-            graphroot,
-            f"has no room left: {cause}",
-            f"See df -h {graphroot} and df -i {graphroot}; podman image prune frees some.",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return PermissionDenied(about, f"permission denied: {cause}", "Run this as its owner.")
-    if error.errno in (errno.ELOOP, errno.ENOTDIR):
-        return StoreError(
-            about, f"holds a symbolic link or a file where a directory belongs: {cause}"
-        )
-    if error.errno == errno.EIO:
-        return TreeError(about, f"input/output error: {cause}", "See the kernel's log.")
-    return StoreError(about, f"cannot be worked on: {cause}")
 
 
 def sync_names(directory: int) -> None:

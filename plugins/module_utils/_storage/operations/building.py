@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ..drivers.base import COPY, Staged
 from ..errors import ImageUnknown, NoSpace, StoreChanged, StoreError, UnmappedIDs
 from ..idmap.mapping import Mapping, Shift
-from ..store.explained import explained
+from ..kernel.refusals import explained
 from ..store.records import Image, Layer
 from ..store.snapshot import Snapshot
 from ..tree.craft import Suspended

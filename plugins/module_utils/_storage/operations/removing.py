@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..drivers.base import LAYER_ID
 from ..errors import LayerInUse, LayerUnknown
-from ..store.explained import explained
+from ..kernel.refusals import explained
 from ..store.snapshot import Snapshot
 from ..store.staging import TRASH
 from .opening import OpenStore

@@ -17,7 +17,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..idmap.mapping import Mapping
-from .explained import explained
+from ..kernel.refusals import explained
 from .locks import LockFile
 from .staging import LOCK_NAME
 

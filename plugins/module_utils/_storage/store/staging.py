@@ -24,7 +24,7 @@ import uuid
 from dataclasses import dataclass
 
 from ..errors import LockTimeout, NoSpace, StoreError
-from .explained import explained
+from ..kernel.refusals import explained
 from .locks import LockFile
 from .removal import Destroy, remove_tree
 

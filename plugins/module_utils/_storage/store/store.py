@@ -31,8 +31,8 @@ from ..errors import (
     StoreUnwritten,
     UnsupportedDriver,
 )
+from ..kernel.refusals import explained
 from .config import StoreConfig
-from .explained import explained
 from .fields import Raw
 from .locks import LockFile
 from .records import (

@@ -16,10 +16,10 @@ import typing as t
 from ..errors import TreeError, UnmappedIDs
 from ..idmap.mapping import Shift
 from ..kernel import files, fsids, mounts, xattrs
+from ..kernel.refusals import explanation, shown
 from . import owners
 from .craft import CloneResult
 from .merged import LayerStack, attribute_names
-from .trouble import as_storage_error, shown
 from .walk import (
     ALLOCATED,
     APPARENT,
@@ -108,7 +108,7 @@ def clone(
             os.close(root)
             raise
     except OSError as error:
-        raise as_storage_error(error) from error
+        raise explanation(error, kind=TreeError) from error
     cloner = _Cloner(stack, label, root, shift, strategy, again)
     try:
         walk = Walk(cloner, workers, progress)

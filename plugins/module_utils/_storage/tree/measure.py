@@ -11,8 +11,9 @@ import os
 import stat
 import typing as t
 
+from ..errors import TreeError
 from ..kernel import files
-from .trouble import as_storage_error
+from ..kernel.refusals import explanation
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -68,7 +69,7 @@ def measure(paths: t.Iterable[t.Union[str, int]], exclusive: bool = False) -> Us
         for path in paths:
             meter.add(path)
     except OSError as error:
-        raise as_storage_error(error) from error
+        raise explanation(error, kind=TreeError) from error
     return Usage(
         inodes=meter.inodes,
         files=meter.files,

@@ -14,11 +14,11 @@ import typing as t
 from ..errors import TreeError
 from ..idmap.mapping import Shift
 from ..kernel import files
+from ..kernel.refusals import explanation, shown
 from . import owners
 from .clone import as_result, raise_unmapped, unmapped_ids
 from .craft import CloneResult
 from .merged import PLAIN, LayerStack
-from .trouble import as_storage_error, shown
 from .walk import (
     APPARENT,
     DIRECTORIES,
@@ -64,7 +64,7 @@ def shift_in_place(
     try:
         stack = LayerStack([directory], PLAIN)
     except OSError as error:
-        raise as_storage_error(error) from error
+        raise explanation(error, kind=TreeError) from error
     with stack:
         walk = Walk(_Shifter(stack, shift, relink), workers, progress)
         totals = walk.run()

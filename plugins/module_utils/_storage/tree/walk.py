@@ -32,9 +32,9 @@ import typing as t
 
 from ..errors import InternalError, StorageError, TreeError
 from ..kernel import endings, namespaces
+from ..kernel.refusals import explanation, shown
 from .craft import Suspended
 from .merged import LayerStack, attribute_names
-from .trouble import as_storage_error, shown
 
 # Kinds of entries, as a directory's listing tells them.
 FILE, SYMLINK, SPECIAL = range(3)
@@ -465,7 +465,7 @@ class Walk:
             finally:
                 self._dismiss()
         except OSError as error:
-            raise as_storage_error(error) from error
+            raise explanation(error, kind=TreeError) from error
         with contextlib.suppress(Suspended):
             # It is too late to stop.
             self._tell(last=True)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pathlib
 import stat
@@ -14,8 +13,6 @@ import typing as t
 
 import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
-    NoSpace,
-    PermissionDenied,
     TreeError,
     UnmappedIDs,
 )
@@ -38,10 +35,6 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.shift
     shift_in_place,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.survey import survey
-from ansible_collections.userns.storage.plugins.module_utils._storage.tree.trouble import (
-    as_storage_error,
-    shown,
-)
 
 SAME = Shift(Mapping(), Mapping())
 
@@ -153,9 +146,9 @@ def test_destination_in_use(tmp_path: pathlib.Path) -> None:
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "a").write_text("b")
     with LayerStack([str(tmp_path / "root")], "trusted") as stack:
-        with pytest.raises(TreeError, match="copy/a: File exists"):
+        with pytest.raises(TreeError, match="copy/a: file exists"):
             clone(stack, str(tmp_path / "copy"), SAME)
-        with pytest.raises(TreeError, match="No such file"):
+        with pytest.raises(TreeError, match="no such file"):
             clone(stack, str(tmp_path / "none"), SAME)
         with pytest.raises(ValueError, match="reflink"):
             clone(stack, str(tmp_path / "copy"), SAME, "magic")
@@ -170,29 +163,6 @@ def test_measure_of_a_file(tmp_path: pathlib.Path) -> None:
     usage = measure([str(tmp_path / "file")], exclusive=True)
     assert usage[:3] == (1, 1, 4)
     assert usage.exclusive == usage.allocated
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"),
-    [
-        (errno.ENOSPC, NoSpace),
-        (errno.EDQUOT, NoSpace),
-        (errno.EACCES, PermissionDenied),
-        (errno.EPERM, PermissionDenied),
-        (errno.EIO, TreeError),
-    ],
-)
-def test_errors(number: int, kind: t.Type[Exception]) -> None:
-    error = as_storage_error(OSError(number, os.strerror(number), "some/path"))
-    assert error.__class__ is kind
-    assert error.facts == {"path": "some/path", "errno": number}
-    assert "some/path" in str(error)
-
-
-def test_shown() -> None:
-    assert shown("plain") == "plain"
-    assert shown(os.fsdecode(b"\xff")) == "\\xff"
-    assert len(shown("x" * 10**6)) < 1100
 
 
 class Stopper:
