@@ -24,7 +24,11 @@ from .machines import Machine, busy_pids
 COLLECTION = pathlib.Path(__file__).resolve().parents[2]
 _PREFIX = "us-"
 # Folders of the machine, and what below them a stray podman or skopeo would write to.
-_DEFAULT_STORES = (("/var", "lib/containers"), ("/root", ".local/share/containers"))
+# The stores alone: podman keeps a cache beside them, which the integration tests may write meanwhile.
+_DEFAULT_STORES = (
+    ("/var", "lib/containers/storage"),
+    ("/root", ".local/share/containers/storage"),
+)
 
 
 def cache_dir() -> pathlib.Path:
