@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import typing as t
 
+from ansible_collections.userns.storage.plugins.plugin_utils._amounts import duration, human
 from ansible_collections.userns.storage.plugins.plugin_utils._slices import (
     Json,
     SlicedAction,
     Told,
-    duration,
-    size,
 )
 
 # What decides which layers go. The first call has decided: thresholds and limits are for the task as a whole.
@@ -78,7 +77,7 @@ class Collected(Told):
         share = done / (done + left) if done + left else 0
         text = (
             f"{len(gone)} layers removed, {sum(one['inodes'] for one in gone)} files, "
-            f"{size(done)} of {size(done + left)}, {share:.0%} done"
+            f"{human(done)} of {human(done + left)}, {share:.0%} done"
         )
         if 0 < share < 1:
             text += f", about {duration(passed * (1 - share) / share)} left"

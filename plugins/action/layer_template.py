@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import typing as t
 
+from ansible_collections.userns.storage.plugins.plugin_utils._amounts import duration, human
 from ansible_collections.userns.storage.plugins.plugin_utils._slices import (
     Json,
     SlicedAction,
     Told,
-    duration,
-    size,
 )
 
 
@@ -74,7 +73,7 @@ class Layers(Told):
         share = progress["bytes"] / expected if expected else 0
         return (
             f"{name} for {','.join(begun['uidmap'])}: {progress['files']} files, "
-            f"{size(progress['bytes'])} of {size(expected)}, {share:.0%} done"
+            f"{human(progress['bytes'])} of {human(expected)}, {share:.0%} done"
             f"{self._left(begun, share, passed)}; {left}"
         )
 

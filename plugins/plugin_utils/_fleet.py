@@ -9,6 +9,8 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass, field
 
+from ._amounts import human
+
 OK, PARTLY, FAILED, UNREACHABLE, SILENT = "ok", "partly", "failed", "unreachable", "silent"
 # What wants looking at comes first.
 _ORDER = {UNREACHABLE: 0, FAILED: 1, SILENT: 2, PARTLY: 3, OK: 4}
@@ -354,13 +356,3 @@ def _text(value: t.Any) -> str:
     """One line, not too long a one."""
     text = " ".join(str(value or "").split())
     return text if len(text) <= 500 else f"{text[:499]}…"
-
-
-def human(size: float) -> str:
-    """Bytes in words: 512 B, 1.4 KiB, 23 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(size) < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    digits = 0 if unit == "B" or abs(size) >= 99.5 else 1
-    return f"{size:.{digits}f} {unit}"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import typing as t
 
-from ._fleet import OK, Fleet, Host, Store, human
+from ._amounts import human
+from ._fleet import OK, Fleet, Host, Store
 
 _LONGEST = 25
 

@@ -11,7 +11,8 @@ import hashlib
 import typing as t
 from html import escape
 
-from ._fleet import FAILED, OK, PARTLY, SILENT, UNREACHABLE, Fleet, Host, Store, Sums, human
+from ._amounts import human
+from ._fleet import FAILED, OK, PARTLY, SILENT, UNREACHABLE, Fleet, Host, Store, Sums
 
 # Up to so many hosts each has a bar of its own; of more, the fullest, and a skyline of all.
 _BARS = 20

@@ -20,8 +20,6 @@ SHORTEST = 10
 # A call first looks through what others have made. It gets so many times as long, so that it gets on.
 _TIMES = 4
 
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-
 display = Display()
 
 
@@ -129,20 +127,3 @@ class SlicedAction(ActionBase):
             module_args=dict(arguments), task_vars=task_vars, wrap_async=bool(in_background)
         )
         return called
-
-
-def size(number: float) -> str:
-    """Bytes, for people."""
-    for unit in _UNITS:
-        if number < 1000 or unit == _UNITS[-1]:
-            break
-        number /= 1000
-    return f"{number:.0f} {unit}" if number >= 10 or unit == "B" else f"{number:.1f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """A time to wait, for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

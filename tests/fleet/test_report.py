@@ -237,18 +237,3 @@ def test_states():
 def test_a_fleet_of_nobody():
     assert "0 of 0" in fleet_report([], {})
     assert fleet_report([], {}, "totals")["hosts"] == 0
-
-
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (437 << 20, "437 MiB"),
-        (1536 << 20, "1.5 GiB"),
-        (5000 << 40, "5000 TiB"),
-    ],
-)
-def test_sizes_in_words(size, words):
-    assert _fleet.human(size) == words

@@ -109,9 +109,9 @@ def test_it_is_called_until_nothing_remains(shown: t.List[str]) -> None:
         ]
     )
     assert shown == [
-        "web1 | localhost/i:2 for 0:100000:65536: 120 files, 3.0 MB of 12 MB, 25% done, about 30 s left;"
+        "web1 | localhost/i:2 for 0:100000:65536: 120 files, 2.9 MiB of 11.4 MiB, 25% done, about 30 s left;"
         " 2 of 3 layers to do",
-        "web1 | localhost/i:2 for 0:100000:65536: 120 files, 6.0 MB of 12 MB, 50% done, about 20 s left;"
+        "web1 | localhost/i:2 for 0:100000:65536: 120 files, 5.7 MiB of 11.4 MiB, 50% done, about 20 s left;"
         " 2 of 3 layers to do",
     ]
     # A call that has to look through a lot gets the time to get on.
@@ -254,8 +254,8 @@ def test_a_collection_goes_on_with_its_first_plan(shown: t.List[str]) -> None:
     assert calls[1] == {**following, "layers": ids, "time_limit": 32}
     assert calls[2] == {**following, "layers": ids[1:], "time_limit": 10}
     assert shown == [
-        "web1 | 1 layers removed, 10 files, 1.0 MB of 4.0 MB, 25% done, about 30 s left; 2 to go",
-        "web1 | 2 layers removed, 20 files, 2.0 MB of 4.0 MB, 50% done, about 20 s left; 1 to go",
+        "web1 | 1 layers removed, 10 files, 977 KiB of 3.8 MiB, 25% done, about 30 s left; 2 to go",
+        "web1 | 2 layers removed, 20 files, 1.9 MiB of 3.8 MiB, 50% done, about 20 s left; 1 to go",
     ]
     assert [one["rule"] for one in result["removed"]] == ["high_threshold", "layers"]
     assert [(one["id"][-1], one["rule"]) for one in result["kept"]] == [
@@ -292,14 +292,3 @@ def test_a_collection_of_leftovers_only_has_a_rule(shown: t.List[str]) -> None:
         plugin=layer_gc,
     )
     assert calls[1]["layers"] == ["none"]
-
-
-def test_sizes_and_times() -> None:
-    assert [_slices.size(one) for one in (0, 999, 1000, 12_345, 2e15)] == [
-        "0 B",
-        "999 B",
-        "1.0 kB",
-        "12 kB",
-        "2.0 PB",
-    ]
-    assert [_slices.duration(one) for one in (5, 100, 7200)] == ["5 s", "2 min", "2 h 0 min"]

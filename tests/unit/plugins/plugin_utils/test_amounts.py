@@ -1,0 +1,32 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Tests of how bytes and seconds are told."""
+
+from __future__ import annotations
+
+import pytest
+from ansible_collections.userns.storage.plugins.plugin_utils._amounts import duration, human
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (12_000_000, "11.4 MiB"),
+        (437 << 20, "437 MiB"),
+        (1536 << 20, "1.5 GiB"),
+        (5000 << 40, "5000 TiB"),
+    ],
+)
+def test_sizes(number: float, words: str) -> None:
+    assert human(number) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(5, "5 s"), (89.4, "89 s"), (100, "2 min"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
