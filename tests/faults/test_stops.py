@@ -10,11 +10,11 @@ import typing as t
 import pytest
 from support.hosts import Host
 from support.lab import Lab
-from support.stops import TASKS, stop_everywhere
+from support.stops import stop_everywhere
 from support.stores import Store
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if task != "image"])
+@pytest.mark.parametrize("task", ["present", "absent", "gc"])
 @pytest.mark.parametrize("kind", ["vfs-tmpfs", "overlay-tmpfs"])
 def test_stopped_at_every_call(
     kind: str,
@@ -42,6 +42,15 @@ def test_stopped_while_an_image_goes(
     scene = stop_everywhere(lab, make_store, kind, "image", machines, thorough=False, step=step)
     assert scene.problems == []
     assert scene.tried["kill"] > 40
+
+
+def test_stopped_while_a_name_changes_hands(
+    lab: Lab, make_store: t.Callable[..., Store], host: t.Callable[[str], Host]
+) -> None:
+    machines = [lab.machine, host("trixie")]
+    scene = stop_everywhere(lab, make_store, "vfs-tmpfs", "names", machines, thorough=False)
+    assert scene.problems == []
+    assert scene.tried["kill"] > 5
 
 
 def test_stopped_in_a_users_namespace(lab: Lab, make_store: t.Callable[..., Store]) -> None:

@@ -123,6 +123,9 @@ class Scene:
         again = self._run()
         assert again.result.get("changed") is False, again.output
         assert self._difference(self.after, self.state()) == []
+        for machine in self.machines:
+            # Half-way, a runtime may say what it would say in the end.
+            self._words[machine.name] |= self._told(machine)
         self.restore("before")
         return done.points
 
@@ -376,6 +379,11 @@ TASKS: t.Mapping[str, t.Tuple[str, t.Mapping[str, t.Any]]] = {
     ),
     "gc": ("layer_gc", {"min_age": "0", "max_copies_per_image": 0}),
     "image": ("image_layers", {"images": [OTHER_IMAGE], "state": "absent"}),
+    # The second name is another image's until then. The source has the first, which is there.
+    "names": (
+        "image_layers",
+        {"images": ["localhost/tiny:1", OTHER_IMAGE], "source": "oci:/not/read:1"},
+    ),
 }
 
 
@@ -402,6 +410,8 @@ def stop_everywhere(
             store.load(tiny_image(lab, OTHER_IMAGE))
             module, args = TASKS["present"]
             scene.do(module, {**args, "images": [OTHER_IMAGE]})
+        elif task == "names":
+            store.load(tiny_image(lab, OTHER_IMAGE))
         elif task != "present":
             scene.do(*TASKS["present"])
         points = scene.begin(*TASKS[task])

@@ -225,10 +225,18 @@ def tag(step: _Step) -> None:
     """Give the image with the first ID the names that follow; whoever has one loses it."""
     image_id, names = step.images[0], step.images[1:]
     with opened(step.store) as place, place.store.transaction() as transaction:
-        for image in list(transaction.snapshot.images.values()):
-            if image.id != image_id and not image.store and set(names).intersection(image.names):
-                transaction.update_image(image.id, lambda raw: _drop_names(raw, names))
-        transaction.update_image(image_id, lambda raw: _add_names(raw, names))
+        losers = [
+            image.id
+            for image in transaction.snapshot.images.values()
+            if image.id != image_id and not image.store and set(names).intersection(image.names)
+        ]
+        # At once, for a name that nobody has would be pulled.
+        transaction.update_images(
+            {
+                **dict.fromkeys(losers, lambda raw: _drop_names(raw, names)),
+                image_id: lambda raw: _add_names(raw, names),
+            }
+        )
 
 
 def _drop_names(raw: Raw, names: t.Container[str]) -> None:

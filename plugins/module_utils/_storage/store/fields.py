@@ -11,6 +11,8 @@ import re
 import typing as t
 
 Raw = t.Dict[str, t.Any]
+# Changes a record, a copy of which it is given.
+Change = t.Callable[[Raw], None]
 # Says what is wrong with a value, or nothing.
 Check = t.Callable[[t.Any], str]
 Fields = t.Mapping[str, Check]

@@ -397,6 +397,24 @@ def test_nothing_to_change_writes_nothing(disk: Disk) -> None:
     assert disk.state() == before
 
 
+def test_images_change_in_one_write(disk: Disk) -> None:
+    two = "5" * 64
+    disk.write("images", [*IMAGES, {"id": two, "names": ["localhost/b:1"], "layer": B}])
+    store = disk.open()
+    with store.transaction() as transaction:
+        inode = os.stat(disk.path("images")).st_ino
+        done = transaction.update_images(
+            {
+                ONE: lambda raw: raw.update(names=["localhost/b:1"]),
+                two: lambda raw: raw.update(names=["localhost/a:1"]),
+            }
+        )
+        assert os.stat(disk.path("images")).st_ino != inode
+        assert [image.names for image in done] == [("localhost/b:1",), ("localhost/a:1",)]
+    written = {record["id"]: record["names"] for record in disk.read("images")}
+    assert (written[ONE], written[two]) == (["localhost/b:1"], ["localhost/a:1"])
+
+
 def test_begin_layer_refuses(disk: Disk) -> None:
     disk.write("layers", [{"id": A, "names": ["taken"]}, LAYERS[1]])
     before = disk.state()
