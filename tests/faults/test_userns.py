@@ -22,6 +22,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.errors imp
     LayerInUse,
     NamespaceError,
 )
+from support.machines import DEFAULT_SIGNALS
 
 if t.TYPE_CHECKING:
     from support.lab import Lab
@@ -273,12 +274,14 @@ def test_where_not_even_podman_may(lab: Lab, make_user: MakeUser) -> None:
     assert "no namespaces here" in done.stderr
 
 
-@pytest.mark.parametrize("how", ["unread", "told"])
+@pytest.mark.parametrize("how", ["unread", "unread below nohup", "told"])
 def test_what_runs_through_podman_ends_too(lab: Lab, make_user: MakeUser, how: str) -> None:
     """When nobody reads the answer any more, and when the module is told to end."""
     user = make_user()
     told = pathlib.Path(user.home) / "told"
     words = words_as_user(lab, user, FORCED + f"run(inside.stay, {str(told)!r})\n")
+    if how.endswith("nohup"):
+        words[words.index(DEFAULT_SIGNALS)] = "--ignore-signal=HUP,INT"
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         child = int(awaited(told))
         if how == "told":

@@ -55,6 +55,9 @@ class CommandFailed(AssertionError):
         )
 
 
+DEFAULT_SIGNALS = "--default-signal=HUP,INT"
+
+
 class Machine:
     """Runs programs with a clean environment; subclasses say in which root and namespaces."""
 
@@ -75,7 +78,8 @@ class Machine:
         words = [*self.prefix]
         if who.uid != 0:
             words += ["setpriv", f"--reuid={who.uid}", f"--regid={who.gid}", "--clear-groups", "--"]
-        words += ["env", "-i", "-C", cwd or (who.home if who.uid else "/")]
+        # Below nohup the tests would hand down that hangups are ignored.
+        words += ["env", "-i", DEFAULT_SIGNALS, "-C", cwd or (who.home if who.uid else "/")]
         words += [f"{key}={value}" for key, value in self.environ(who, env).items()]
         return [*words, *argv]
 

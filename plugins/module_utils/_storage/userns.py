@@ -269,7 +269,7 @@ def _passed_on(pid: int) -> t.Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hung_up_with(pid: int) -> t.Iterator[None]:
+def _unread_with(pid: int) -> t.Iterator[None]:
     """Tell a process whose output is not ours that nobody reads ours any more."""
     ended = threading.Event()
 
@@ -277,7 +277,8 @@ def _hung_up_with(pid: int) -> t.Iterator[None]:
         while not ended.is_set():
             if endings.nobody_listens(patience=0.5):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGHUP)
+                    # Not a hangup, which is ignored below nohup.
+                    os.kill(pid, signal.SIGTERM)
                 return
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -482,7 +483,7 @@ def _converse(
                 heard = True
                 pid = int(_load(payload))
                 undo.enter_context(_passed_on(pid))
-                undo.enter_context(_hung_up_with(pid))
+                undo.enter_context(_unread_with(pid))
                 continue
             outcome = _receive(kind, payload, progress)
             if outcome is not None:
