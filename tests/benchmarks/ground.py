@@ -98,7 +98,8 @@ class Place:
 
     def _write_directly(self) -> None:
         """Keep the loop device's file out of the page cache, so that it behaves like a disk."""
-        found = self.store.tool("findmnt", "-n", "-o", "SOURCE", "-T", self.store.graphroot)
+        folder = self.store.graphroot.parent
+        found = self.store.tool("findmnt", "-n", "-o", "SOURCE", "-T", str(folder))
         self.store.tool("losetup", "--direct-io=on", found.stdout.strip())
 
     def close(self) -> None:
