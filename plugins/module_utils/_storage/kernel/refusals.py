@@ -25,28 +25,30 @@ def shown(path: str) -> str:
 
 
 @contextlib.contextmanager
-def explained(root: str, subject: str = "") -> t.Iterator[None]:
-    """Turn the system's errors into ours, see `explanation`; those of ours pass.
+def explained(
+    root: str = "", subject: str = "", kind: t.Type[StorageError] = StoreError
+) -> t.Iterator[None]:
+    """Turn the system's errors into ours, each with a way out; those of ours pass.
 
-    :raises StorageError: for each OSError
+    :param root: the folder whose owner may do it, and whose filesystem is to have room; empty if that is not known
+    :param subject: what it is about; empty for the file that the error names
+    :param kind: what is raised where it is neither for want of room nor of rights
+    :raises PermissionDenied: the caller lacks rights, or the filesystem is read-only
+    :raises NoSpace: filesystem or quota is full
     """
     try:
         yield
     except OSError as error:
-        raise explanation(error, root, subject) from error
+        raise _explanation(error, root, subject, kind) from error
 
 
-def explanation(
-    error: OSError, root: str = "", subject: str = "", kind: t.Type[StorageError] = StoreError
+def _explanation(
+    error: OSError, root: str, subject: str, kind: t.Type[StorageError]
 ) -> StorageError:
-    """The same failure as an error of ours, with a way out.
-
-    :param root: the folder whose owner may do it, and whose filesystem is to have room; empty if that is not known
-    :param subject: what it is about; empty for the file that the error names
-    :param kind: what it is where it is neither for want of room nor of rights
-    """
-    name = "" if error.filename is None else shown(os.fsdecode(error.filename))
-    subject = subject or name or root
+    # What was called with a descriptor names that, a number.
+    named = isinstance(error.filename, (str, bytes, os.PathLike))
+    name = shown(os.fsdecode(error.filename)) if named else ""
+    subject = subject or name or root or "the filesystem"
     cause = (error.strerror or str(error)).lower()
     if name not in ("", subject):
         cause += f" ({name})"

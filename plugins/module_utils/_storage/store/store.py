@@ -674,26 +674,20 @@ class Transaction:
 
         :returns: the IDs of the images that had it
         """
-        found = []
-        for file in self._files.images:
-            if file.read_only_store is not None:
-                continue
-            records = list(file.records)
-            dropped = []
-            for index, image in enumerate(records):
-                if layer_id in image.mapped_layers:
-                    raw = dict(image.raw)
-                    rest = [one for one in raw["mapped-layers"] if one != layer_id]
-                    if rest:
-                        raw["mapped-layers"] = rest
-                    else:
-                        del raw["mapped-layers"]
-                    records[index] = changed(image, raw)
-                    dropped.append(image.id)
-            if dropped:
-                self._write(file, records)
-                found += dropped
-        return found
+
+        def drop(raw: Raw) -> None:
+            raw["mapped-layers"] = [one for one in raw["mapped-layers"] if one != layer_id]
+            if not raw["mapped-layers"]:
+                del raw["mapped-layers"]
+
+        holders = [
+            (image, drop)
+            for file in self._files.images
+            if file.read_only_store is None
+            for image in file.records
+            if layer_id in image.mapped_layers
+        ]
+        return [image.id for image in self._update(self._files.images, holders)]
 
     def update_image(self, image_id: str, change: Change) -> Image:
         """Change an image's record; as ``update_layer``."""

@@ -16,7 +16,7 @@ import typing as t
 from ..errors import TreeError, UnmappedIDs
 from ..idmap.mapping import Shift
 from ..kernel import files, fsids, mounts, xattrs
-from ..kernel.refusals import explanation, shown
+from ..kernel.refusals import explained, shown
 from . import owners
 from .craft import CloneResult
 from .merged import LayerStack, attribute_names
@@ -97,7 +97,7 @@ def clone(
     if strategy not in (REFLINK, METACOPY, COPY):
         raise ValueError(f"strategy is {REFLINK!r}, {METACOPY!r} or {COPY!r}, not {strategy!r}")
     label = destination_dir if isinstance(destination_dir, str) else "destination"
-    try:
+    with explained(kind=TreeError):
         if isinstance(destination_dir, int):
             root = os.open(".", _DIRECTORY, dir_fd=destination_dir)
         else:
@@ -107,8 +107,6 @@ def clone(
         except BaseException:
             os.close(root)
             raise
-    except OSError as error:
-        raise explanation(error, kind=TreeError) from error
     cloner = _Cloner(stack, label, root, shift, strategy, again)
     try:
         walk = Walk(cloner, workers, progress)

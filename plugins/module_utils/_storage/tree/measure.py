@@ -13,7 +13,7 @@ import typing as t
 
 from ..errors import TreeError
 from ..kernel import files
-from ..kernel.refusals import explanation
+from ..kernel.refusals import explained
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -65,11 +65,9 @@ def measure(paths: t.Iterable[t.Union[str, int]], exclusive: bool = False) -> Us
     :raises StorageError: a directory cannot be read
     """
     meter = _Meter(exclusive)
-    try:
+    with explained(kind=TreeError):
         for path in paths:
             meter.add(path)
-    except OSError as error:
-        raise explanation(error, kind=TreeError) from error
     return Usage(
         inodes=meter.inodes,
         files=meter.files,

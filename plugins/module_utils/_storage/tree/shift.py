@@ -14,7 +14,7 @@ import typing as t
 from ..errors import TreeError
 from ..idmap.mapping import Shift
 from ..kernel import files
-from ..kernel.refusals import explanation, shown
+from ..kernel.refusals import explained, shown
 from . import owners
 from .clone import as_result, raise_unmapped, unmapped_ids
 from .craft import CloneResult
@@ -61,10 +61,8 @@ def shift_in_place(
     :raises NoSpace: copying up filled the filesystem
     :raises PermissionDenied: an owner may not be changed
     """
-    try:
+    with explained(kind=TreeError):
         stack = LayerStack([directory], PLAIN)
-    except OSError as error:
-        raise explanation(error, kind=TreeError) from error
     with stack:
         walk = Walk(_Shifter(stack, shift, relink), workers, progress)
         totals = walk.run()

@@ -32,7 +32,7 @@ import typing as t
 
 from ..errors import InternalError, StorageError, TreeError
 from ..kernel import endings, namespaces
-from ..kernel.refusals import explanation, shown
+from ..kernel.refusals import explained, shown
 from .craft import Suspended
 from .merged import LayerStack, attribute_names
 
@@ -455,7 +455,7 @@ class Walk:
 
         :raises StorageError: the first thing that went wrong; no worker is left behind
         """
-        try:
+        with explained(kind=TreeError):
             try:
                 stack = self._visitor.stack
                 root = _Place(None, "", tuple(range(len(stack))))
@@ -464,8 +464,6 @@ class Walk:
                 self._link()
             finally:
                 self._dismiss()
-        except OSError as error:
-            raise explanation(error, kind=TreeError) from error
         with contextlib.suppress(Suspended):
             # It is too late to stop.
             self._tell(last=True)

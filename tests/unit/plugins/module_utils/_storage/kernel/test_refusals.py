@@ -16,14 +16,21 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.errors imp
     ConfigError,
     NoSpace,
     PermissionDenied,
+    StorageError,
     StoreError,
     TreeError,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.kernel.refusals import (
     explained,
-    explanation,
     shown,
 )
+
+
+def told(error: OSError, **options: t.Any) -> StorageError:
+    """What becomes of an error of the system."""
+    with pytest.raises(StorageError) as caught, explained(**options):
+        raise error
+    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -39,7 +46,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.kernel.ref
     ],
 )
 def test_kinds(number: int, kind: t.Type[Exception]) -> None:
-    error = explanation(OSError(number, os.strerror(number), "some/path"), kind=TreeError)
+    error = told(OSError(number, os.strerror(number), "some/path"), kind=TreeError)
     assert error.__class__ is kind
     assert error.facts == {"path": "some/path", "errno": number}
     assert error.subject == "some/path"
@@ -66,8 +73,8 @@ def test_one_that_names_no_file_is_about_the_root(tmp_path: pathlib.Path) -> Non
 def test_who_may_is_the_owner_of_what_is_there(tmp_path: pathlib.Path) -> None:
     denied = OSError(errno.EACCES, "Permission denied")
     owner = pwd.getpwuid(os.geteuid()).pw_name
-    assert f"`user: {owner}`" in explanation(denied, str(tmp_path / "a/b")).way_out
-    assert "`user: OWNER`" in explanation(denied).way_out
+    assert f"`user: {owner}`" in told(denied, root=str(tmp_path / "a/b")).way_out
+    assert "`user: OWNER`" in told(denied).way_out
 
 
 def test_ours_pass() -> None:
@@ -76,8 +83,20 @@ def test_ours_pass() -> None:
 
 
 def test_names_are_bytes_for_all_one_knows() -> None:
-    error = explanation(OSError(errno.EIO, "Input/output error", b"bad\xff"))
+    error = told(OSError(errno.EIO, "Input/output error", b"bad\xff"))
     assert error.subject == "bad\\xff"
+
+
+def test_one_that_names_a_descriptor_or_nothing_has_a_subject(tmp_path: pathlib.Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    os.rmdir(tmp_path)
+    os.close(descriptor)
+    with pytest.raises(StoreError) as caught, explained(str(tmp_path)):
+        os.listdir(descriptor)
+    assert caught.value.subject == str(tmp_path)
+    assert "bad file descriptor" in caught.value.cause
+    error = told(OSError(errno.EIO, "Input/output error", 7), kind=TreeError)
+    assert error.subject == "the filesystem"
 
 
 def test_shown() -> None:
