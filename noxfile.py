@@ -404,7 +404,8 @@ def show(session: nox.Session, *script: str) -> None:
 @nox.session
 def fleet(session: nox.Session) -> None:
     """Run roles and playbooks as AWX does, its configuration, and the report in a browser."""
-    os.environ["USERNS_STORAGE_COLLECTIONS"] = str(workshop.bundled("awx.awx"))
+    collections = workshop.bundled("awx.awx", "ansible.posix")
+    os.environ["USERNS_STORAGE_COLLECTIONS"] = str(collections)
     pytest(session, "tests/fleet", tools=workshop.environment("fleet"))
 
 

@@ -204,6 +204,24 @@ def test_progress_is_shown_beside_the_results(
     assert len(store.mapped_layers(image)) == 1
 
 
+def test_progress_leaves_a_callback_its_json(
+    lab: Lab,
+    collections_path: str,
+    slow: pathlib.Path,
+    project: t.Tuple[str, pathlib.Path],
+) -> None:
+    image, folder = project
+    environ = _environ(lab, folder, slow)
+    environ["ANSIBLE_COLLECTIONS_PATH"] += os.pathsep + collections_path
+    environ["ANSIBLE_STDOUT_CALLBACK"] = "ansible.posix.json"
+    done = lab.machine.run(_playbook(folder), env=environ, cwd=str(folder))
+    assert f"debian13 | {image}" in done.stderr
+    told = json.loads(done.stdout)
+    assert told["stats"]["debian13"]["changed"] == 1
+    (task,) = told["plays"][0]["tasks"]
+    assert [one["action"] for one in task["hosts"]["debian13"]["layers"]] == ["created"]
+
+
 def test_progress_is_among_the_events_of_a_runner(
     lab: Lab,
     store: Store,

@@ -13,6 +13,7 @@ import typing as t
 import uuid
 
 from ..errors import StoreError
+from ..kernel import mounts
 
 # Called with the directory that holds a subvolume and its name; True when it is gone.
 Destroy = t.Callable[[int, str], bool]
@@ -37,18 +38,6 @@ class _Frame:
         self.failed = False
 
 
-def mount_id(descriptor: int) -> str:
-    """The kernel's ID of the mount a descriptor was opened through, empty when unknown."""
-    try:
-        with open(f"/proc/self/fdinfo/{descriptor}", encoding="utf-8") as info:
-            for line in info:
-                if line.startswith("mnt_id:"):
-                    return line
-    except OSError:
-        pass
-    return ""
-
-
 class _Removal:
     def __init__(self, path: str, destroy: t.Optional[Destroy]) -> None:
         self.path = path
@@ -56,7 +45,7 @@ class _Removal:
         self.stack: t.List[_Frame] = []
         self.failures: t.List[str] = []
         self.failed = 0
-        self.mount = ""
+        self.mount = -1
 
     def fail(self, name: str, error: OSError) -> None:
         self.failed += 1
@@ -93,9 +82,8 @@ class _Removal:
             raise
         try:
             found = os.fstat(descriptor)
-            mount = mount_id(descriptor)
             elsewhere = found.st_dev != device
-            if mount != self.mount or (elsewhere and not mount):
+            if mounts.mount_id(descriptor) != self.mount:
                 raise OSError(errno.EBUSY, "another filesystem is mounted there")
             if elsewhere and self.destroy is not None and self.destroy(parent, name):
                 return
@@ -142,7 +130,7 @@ class _Removal:
         folder, name = os.path.split(self.path.rstrip("/"))
         top = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self.mount = mount_id(top)
+            self.mount = mounts.mount_id(top)
             try:
                 self.enter(top, name, os.fstat(top).st_dev)
             except OSError as error:
@@ -171,7 +159,7 @@ def remove_tree(path: str, destroy: t.Optional[Destroy] = None) -> None:
 
     :param destroy: removes a subvolume in one piece; asked wherever the device number changes
     :raises StoreError: something is left; ``failures`` of the facts names the first few
-    :raises OSError: the directory that holds ``path`` cannot be opened
+    :raises OSError: the directory that holds ``path`` cannot be opened, or /proc is not there
     """
     with contextlib.suppress(FileNotFoundError):
         removal = _Removal(path, destroy)

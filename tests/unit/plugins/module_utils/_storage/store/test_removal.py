@@ -13,7 +13,7 @@ import typing as t
 
 import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StoreError
-from ansible_collections.userns.storage.plugins.module_utils._storage.store import removal
+from ansible_collections.userns.storage.plugins.module_utils._storage.kernel import mounts
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.removal import (
     remove_tree,
 )
@@ -147,12 +147,12 @@ def test_another_mount_is_left(tree: pathlib.Path, monkeypatch: pytest.MonkeyPat
     (tree / "mnt" / "file").write_text("")
     (tree / "other").mkdir()
     inode = os.stat(tree / "mnt").st_ino
-    real = removal.mount_id
+    real = mounts.mount_id
 
-    def elsewhere(descriptor: int) -> str:
-        return "other" if os.fstat(descriptor).st_ino == inode else real(descriptor)
+    def elsewhere(descriptor: int) -> int:
+        return -2 if os.fstat(descriptor).st_ino == inode else real(descriptor)
 
-    monkeypatch.setattr(removal, "mount_id", elsewhere)
+    monkeypatch.setattr(mounts, "mount_id", elsewhere)
     with pytest.raises(StoreError, match="mnt") as caught:
         remove_tree(str(tree))
     assert caught.value.facts["failures"] == ["'mnt': another filesystem is mounted there"]
