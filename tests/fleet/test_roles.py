@@ -90,6 +90,24 @@ def test_a_report_is_limited_and_only_predicted_in_check_mode(play, make_store, 
     assert not list(done.folder.glob("userns-storage-report*"))
 
 
+def test_layers_are_collected_by_name_within_a_time_limit(play, make_store, small_image):
+    store = make_store("vfs", small_image)
+    for number in (100000, 200000):
+        mapped = f"0:{number}:65536"
+        store.podman("create", "--uidmap", mapped, "--gidmap", mapped, small_image.name, "/bin/x")
+    store.podman("rm", "--all")
+    kept, named = store.mapped_layers(small_image.name)
+    wanted = {"prune_layers": named, "prune_min_age": "0", "prune_time_limit": "60"}
+    inventory = {"all": {"hosts": {"one": {**LOCAL, **wanted}}}}
+    environ = dict(store.env())
+    first, second = (
+        play("userns.storage.prune", inventory, environ=environ).recap("one") for _run in range(2)
+    )
+    assert (first["failed"], first["changed"]) == (0, 1)
+    assert (second["failed"], second["changed"]) == (0, 0)
+    assert store.mapped_layers(small_image.name) == [kept]
+
+
 @pytest.fixture
 def etc_containers(lab: t.Any, tmp_path: pathlib.Path) -> t.Iterator[pathlib.Path]:
     """A folder of this test's own in the place of /etc/containers; the laboratory's mounts are nobody else's."""
