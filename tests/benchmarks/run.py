@@ -73,9 +73,6 @@ def _asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="pairs for each ratio (5)")
     parser.add_argument(
-        "--million", action="store_true", help="grow to 1,000,000 files, not 200,000"
-    )
-    parser.add_argument(
         "--only",
         choices=[*PARTS, *soak.PARTS],
         action="append",
@@ -105,8 +102,7 @@ def _measure(lab: Lab, asked: argparse.Namespace) -> t.Iterator[rows.Row]:
     if "locks" in parts:
         yield from rows.locks_and_waits(lab, asked.rounds, rows.progress)
     if "growth" in parts:
-        most = 1_000_000 if asked.million else 200_000
-        yield from rows.growth(lab, most, asked.rounds, rows.progress)
+        yield from rows.growth(lab, 1_000_000, asked.rounds, rows.progress)
 
 
 def _about(lab: Lab, asked: argparse.Namespace, load: t.Sequence[float]) -> t.Dict[str, t.Any]:

@@ -64,7 +64,6 @@ _MOST_DIRECTORIES = 16
 # Longer paths are not walked down within one job, so that what a job keeps stays small.
 _LONG_PATH = 4096
 _LONGEST_MESSAGE = 1 << 17
-_ENTRIES_BEFORE_FORK = 48
 _PROGRESS_SECONDS = 0.5
 
 _FRAME = struct.Struct("=L")
@@ -475,14 +474,13 @@ class Walk:
         return [sorted(numbers)[:MOST_IDS] for numbers in self._ids]
 
     def _loop(self) -> None:
-        done = 0
         while self._pending or self._running:
             if not self._processes:
-                if self._count > 1 and done > _ENTRIES_BEFORE_FORK and self._pending:
+                # From here on there is work for two.
+                if self._count > 1 and len(self._pending) > 1:
                     self._hire()
                 else:
                     self._do(self._next())
-                    done = self.totals[FILES] + self.totals[DIRECTORIES]
                     continue
             while self._pending and len(self._running) < 2 * len(self._processes):
                 if not self._send(self._next()):
