@@ -85,7 +85,7 @@ class Place:
 
     def __init__(self, lab: Lab, kind: str, image: Image, mib: int = 2048, **options: str) -> None:
         self.lab, self.image = lab, image
-        self.store = Store(lab, kind, options=options, mib=mib)
+        self.store = Store(lab, kind, options=options, mib=mib, on_disk=True)
         self._write_directly()
         self.store.load(image)
         # podman's own first steps in a store are not what is measured.

@@ -117,9 +117,11 @@ class Store:
         options: t.Optional[t.Mapping[str, str]] = None,
         read_only: t.Sequence[str] = (),
         mib: int = 600,
+        on_disk: bool = False,
     ) -> None:
         """:param options: keys of [storage.options.DRIVER]; :param read_only: additional image stores;
-        :param mib: size of the loop file for the kinds that format one."""
+        :param mib: size of the loop file for the kinds that format one; :param on_disk: whether that
+        file lies in the laboratory's folder, for what measures disks, and not in memory."""
         self.driver, filesystem, rootless = KINDS[kind]
         if rootless != (user is not None):
             raise ValueError(f"{kind}: a user is needed for rootless stores, and only for them")
@@ -135,7 +137,7 @@ class Store:
         if user and filesystem == "tmpfs":
             self._use_memory(user, mib)
         elif filesystem:
-            self._format(filesystem, mib)
+            self._format(filesystem, mib, on_disk)
         for name in ("tmp", "t"):
             (self.base / name).mkdir()
             (self.base / name).chmod(0o1777)
@@ -167,19 +169,23 @@ class Store:
         options = f"size={mib}m,mode=0700,uid={user.uid},gid={user.gid}"
         mounts.mount("-t", "tmpfs", "-o", options, "lab", place)
 
-    def _format(self, filesystem: str, mib: int) -> None:
+    def _format(self, filesystem: str, mib: int, on_disk: bool) -> None:
         image, disk = self.base / "disk.img", self.base / "disk"
         if filesystem == "tmpfs":
             disk.mkdir()
             mounts.mount("-t", "tmpfs", "-o", f"size={mib}m", "lab", str(disk))
             return
-        # In memory, for a filesystem that is synced often must not wait for the machine's disk.
-        self._memory = pathlib.Path(f"/dev/shm/us-{os.getpid()}-{self.base.name}.img")
-        with open(self._memory, "wb") as content:
+        if not on_disk:
+            # A filesystem that is synced often must not wait for the machine's disk.
+            self._memory = pathlib.Path(f"/dev/shm/us-{os.getpid()}-{self.base.name}.img")
+            image.symlink_to(self._memory)
+        with open(image, "wb") as content:
             content.truncate(mib << 20)
-        image.symlink_to(self._memory)
-        # Many small files must not run out of inodes before they run out of bytes.
-        more = ("-i", "4096", "-m", "0") if filesystem == "ext4" else ()
+        more: t.Tuple[str, ...] = ()
+        if filesystem == "ext4":
+            # Many small files must not run out of inodes before they run out of bytes; and the kernel is
+            # not to go on formatting while something else is measured.
+            more = ("-i", "4096", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0")
         self.lab.machine.run([f"mkfs.{filesystem}", "-q", *more, str(image)])
         disk.mkdir()
         mounts.mount("-o", "loop", str(image), str(disk))
