@@ -12,6 +12,7 @@ says how and why. Each of these was seen in races without any module of ours (`r
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -45,6 +46,10 @@ KNOWN: t.Mapping[str, str] = {
     ),
     r"(podman|buildah) (images|ps|containers)\b.*(not known|file does not exist)": (
         "it asks for each image and container it has listed, and one has come or gone meanwhile"
+    ),
+    r"podman (run|start) .*crun: open .*/merged/run/\.containerenv: No such file.* on a copy of podman's own": (
+        "now and then the copy that podman makes for a map lacks folders, and every container with "
+        "that map fails from then on"
     ),
 }
 
@@ -265,6 +270,19 @@ class _Podman(_Worker):
     def podman(self, *words: str) -> bool:
         return self.tell(self.race.store.podman(*words, check=False))
 
+    def run_on(self, find: t.Callable[[], t.Optional[Json]], *words: str) -> bool:
+        """Run a container; a failure is told with who made the mapped layer that it stood on.
+
+        :param find: finds that layer
+        """
+        done = self.race.store.podman(*words, check=False)
+        if done.rc != 0 and "crun" in done.stderr:
+            layer = find()
+            if layer and (layer.get("flags") or {}).get(ORIGIN_FLAG) != ORIGIN:
+                told = f"{done.stderr} on a copy of podman's own"
+                done = dataclasses.replace(done, stderr=told)
+        return self.tell(done)
+
     def podman_on_names(self, *words: str) -> bool:
         with self.race.naming:
             return self.podman(*words)
@@ -282,11 +300,32 @@ class _Podman(_Worker):
         return False
 
     def start(self) -> bool:
-        return bool(self.own) and self.podman("start", "--attach", self.random.choice(self.own))
+        if not self.own:
+            return False
+        name = self.random.choice(self.own)
+
+        def find() -> t.Optional[Json]:
+            layers = {one["id"]: one for one in self.race.store.layers()}
+            (own,) = (one for one in self.race.store.containers() if name in one["names"])
+            return layers.get(layers[own["layer"]].get("parent") or "")
+
+        return self.run_on(find, "start", "--attach", name)
 
     def run(self) -> bool:
-        return self.podman(
-            "run", "--rm", *self.maps(), "--user=0", self.race.image.name,
+        maps = self.maps()
+        starts = [int(one.split(":")[1]) for one in maps if one.startswith("--uidmap=")]
+
+        def find() -> t.Optional[Json]:
+            # The container is gone by now; the layers of the image tell their maps.
+            mapped = self.race.store.mapped_layers(self.race.image.name)
+            for layer in self.race.store.layers():
+                hosts = [part["host_id"] for part in layer.get("uidmap") or ()]
+                if layer["id"] in mapped and hosts == starts:
+                    return layer
+            return None
+
+        return self.run_on(
+            find, "run", "--rm", *maps, "--user=0", self.race.image.name,
             "sh", "-c", "test $(stat -c %u /home/user) = 1000 && echo x > /new",
         )  # fmt: skip
 
