@@ -212,9 +212,9 @@ def sanity(session: nox.Session) -> None:
 
 @nox.session(name="sanity-oldest")
 def sanity_oldest(session: nox.Session) -> None:
-    """Run ansible-test sanity with the oldest ansible-core promised."""
+    """Run ansible-test sanity with the oldest ansible-core promised, on what is shipped."""
     tools = oldest()
-    ansible_test(session, "sanity", "--junit", *session.posargs, tools=tools)
+    ansible_test(session, "sanity", "--junit", "--exclude", "tests/", *session.posargs, tools=tools)
 
 
 @nox.session(name="docs-check")
