@@ -50,15 +50,16 @@ class Session:
         return (workshop.ROOT / self.folder).exists()
 
 
-# The long ones first, so that two lanes end together; those that measure time come last, alone.
+# The long ones first, so that two lanes end together; what measures time comes last, alone.
 TESTS = (
-    Session("sanity"),
-    Session("sanity-oldest"),
-    Session("molecule", ("peers",), "extensions/molecule"),
-    Session("integration", ("peers",), "tests/integration/targets"),
-    Session("integration-oldest", ("peers",), "tests/integration/targets"),
-    Session("faults", ("peers",), "tests/faults"),
+    Session("interop", ("peers",), "tests/interop"),
     Session("fleet", ("peers", "browser"), "tests/fleet"),
+    Session("faults", ("peers",), "tests/faults"),
+    Session("molecule", ("peers",), "extensions/molecule"),
+    Session("sanity"),
+    Session("integration", ("peers",), "tests/integration/targets"),
+    Session("sanity-oldest"),
+    Session("integration-oldest", ("peers",), "tests/integration/targets"),
     Session("galaxy"),
     Session("units", ("peers",)),
     Session("units-python39", ("peers",)),
@@ -68,7 +69,7 @@ TESTS = (
     Session("ansible-lint"),
     Session("lint", ("lint",), parts=("style", "lint")),
     Session("extra-checks"),
-    Session("interop", ("peers",), "tests/interop", alone=True),
+    Session("timing", ("peers",), "tests/interop", alone=True),
 )
 SHOWS = (Session("demo", ("peers",)), Session("bench", ("peers",)))
 
