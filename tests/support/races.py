@@ -157,8 +157,12 @@ class Race:
         self._compare("containers", found, set(self.containers))
         names = {name for one in self.store.images() for name in one.get("names") or ()}
         self._compare("names of images", names, self.images)
-        told = self.store.podman("images", "--format={{.Repository}}:{{.Tag}}").stdout.split()
-        self._compare("images that podman lists", set(told) - {"<none>:<none>"}, self.images)
+        done = self.store.podman("images", "--format={{.Repository}}:{{.Tag}}", check=False)
+        if done.rc != 0:
+            self.fail(f"podman images, when all is over: {done.stderr}")
+            return
+        told = set(done.stdout.split()) - {"<none>:<none>"}
+        self._compare("images that podman lists", told, self.images)
 
     def _compare(self, what: str, found: t.Set[str], wanted: t.Set[str]) -> None:
         if found != wanted:
