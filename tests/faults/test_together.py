@@ -26,7 +26,7 @@ MakeStore = t.Callable[..., Store]
 HOLD = """
 import fcntl, os, signal, sys
 place = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o644)
-fcntl.lockf(place, fcntl.LOCK_EX)
+fcntl.lockf(place, fcntl.LOCK_SH if sys.argv[2:] else fcntl.LOCK_EX)
 print("held", flush=True)
 os.kill(os.getpid(), signal.SIGSTOP)
 """
@@ -59,9 +59,9 @@ def test_equal_tasks_at_once_make_one_layer(
 
 
 @contextlib.contextmanager
-def stuck(path: t.Any) -> t.Iterator[int]:
-    """A stopped process that holds a lock; gives its PID."""
-    words = [sys.executable, "-c", HOLD, str(path)]
+def stuck(path: t.Any, shared: bool = False) -> t.Iterator[int]:
+    """A stopped process that holds a lock, to itself or with other readers; gives its PID."""
+    words = [sys.executable, "-c", HOLD, str(path), *(["shared"] if shared else [])]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
@@ -69,6 +69,34 @@ def stuck(path: t.Any) -> t.Iterator[int]:
             yield process.pid
         finally:
             process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("module", ["layer_template", "layer_gc", "image_layers"])
+def test_equal_removals_at_once_remove_once(
+    module: str, lab: Lab, make_store: MakeStore, small_image: Image
+) -> None:
+    """Both have seen what they are to remove before either may write."""
+    store = make_store("vfs-tmpfs", small_image)
+    plain = store.layer_ids()
+    store.podman("rm", store.create(small_image.name, f"--uidmap={MAP}", f"--gidmap={MAP}"))
+    asked: t.Mapping[str, t.Mapping[str, t.Any]] = {
+        "layer_template": {"images": [small_image.name], "uidmap": [MAP], "state": "absent"},
+        "layer_gc": {"min_age": "0", "max_copies_per_image": 0},
+        "image_layers": {"images": [small_image.name], "state": "absent"},
+    }
+    args = {**store.module_args(), **asked[module]}
+    trash = store.graphroot / "userns-storage/trash"
+    with stuck(store.graphroot / "vfs-layers/layers.lock", shared=True):
+        tasks = [start_module(lab, module, args) for _number in range(2)]
+        until = time.monotonic() + 60
+        while not trash.is_dir() or len(os.listdir(trash)) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    results = [finish_module(task) for task in tasks]
+    assert [one.get("msg") for one in results] == [None] * 2
+    assert sorted(one["changed"] for one in results) == [False, True]
+    assert store.layer_ids() == (set() if module == "image_layers" else plain)
+    assert os.listdir(trash) == []
 
 
 @pytest.mark.parametrize("lock", ["vfs-layers/layers.lock", "vfs-images/images.lock", "own"])

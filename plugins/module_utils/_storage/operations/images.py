@@ -345,14 +345,16 @@ class _Removal:
         return doomed, names
 
     def _untag(self, image_id: str, names: t.List[str]) -> None:
-        self.actions.append("untagged")
         if self.step.write:
             with self.place.store.transaction() as transaction:
+                if image_id not in transaction.snapshot.images:
+                    return
                 transaction.update_image(image_id, lambda raw: _drop_names(raw, names))
+        self.actions.append("untagged")
 
     def _remove(self, image_id: str) -> None:
-        self.actions.append("removed")
         if not self.step.write:
+            self.actions.append("removed")
             self.layers += _doomed_layers(self.snapshot, self.snapshot.images[image_id])
             return
         store = self.place.store
@@ -372,6 +374,7 @@ class _Removal:
         if image is None:
             return
         _refuse(transaction.snapshot, image)
+        self.actions.append("removed")
         layers = _doomed_layers(transaction.snapshot, image)
         condemn(trash, layers)
         transaction.remove_image(image_id, trash)

@@ -12,7 +12,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..drivers.base import Staged
-from ..errors import ImageUnknown, MapError, ReadOnlyStore, StorageError
+from ..errors import ImageUnknown, LayerUnknown, MapError, ReadOnlyStore, StorageError
 from ..idmap.mapping import Mapping
 from ..store.records import Image
 from ..store.snapshot import Snapshot
@@ -302,11 +302,17 @@ class _Task:
         entry.layer_id, entry.template_id = found[0], image.layer
         for layer_id in found:
             refuse_if_used(self._snapshot, layer_id)
-        if not self._request.check:
-            entry.lock_seconds = sum(
-                remove_mapped_layer(self._place, layer_id).lock_seconds for layer_id in found
-            )
         entry.action, entry.reason = REMOVED, "No container uses the layer."
+        if self._request.check:
+            return
+        gone = 0
+        for layer_id in found:
+            try:
+                entry.lock_seconds += remove_mapped_layer(self._place, layer_id).lock_seconds
+            except LayerUnknown:
+                gone += 1
+        if gone == len(found):
+            entry.action, entry.reason = NOT_NEEDED, "Somebody else has just removed the layer."
 
 
 def _sentence(clause: str) -> str:
