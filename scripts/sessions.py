@@ -35,7 +35,7 @@ class Session:
 
     :param needs: kinds of Debian packages
     :param folder: without it there is no work
-    :param alone: measures time, so nothing else may run
+    :param alone: measures time or room, or has lanes of its own, so nothing else may run
     :param parts: the names nox knows, where they are others
     """
 
@@ -50,9 +50,8 @@ class Session:
         return (workshop.ROOT / self.folder).exists()
 
 
-# The long ones first, so that two lanes end together; what measures time comes last, alone.
+# The long ones first, so that two lanes end together; what measures time or room comes last, alone.
 TESTS = (
-    Session("interop", ("peers",), "tests/interop"),
     Session("fleet", ("peers", "browser"), "tests/fleet"),
     Session("faults", ("peers",), "tests/faults"),
     Session("molecule", ("peers",), "extensions/molecule"),
@@ -69,6 +68,7 @@ TESTS = (
     Session("ansible-lint"),
     Session("lint", ("lint",), parts=("style", "lint")),
     Session("extra-checks"),
+    Session("interop", ("peers",), "tests/interop", alone=True),
     Session("timing", ("peers",), "tests/interop", alone=True),
 )
 SHOWS = (Session("demo", ("peers",)), Session("bench", ("peers",)))

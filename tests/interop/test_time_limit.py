@@ -287,7 +287,7 @@ def three_layers(case: Case) -> t.List[str]:
 
 
 def test_collecting_stops_between_two_layers(make_case: MakeCase) -> None:
-    case = make_case("vfs")
+    case = make_case("vfs-tmpfs")
     layers = three_layers(case)
     policy = {"max_copies_per_image": 0, "min_age": "0", "time_limit": 0}
     predicted = case.call("layer_gc", policy, check=True)
@@ -312,7 +312,7 @@ def test_collecting_stops_between_two_layers(make_case: MakeCase) -> None:
 
 def test_a_task_goes_on_until_all_is_collected(make_case: MakeCase, lab: Lab, slow: str) -> None:
     """In slices of no time, of which each removes one layer; as much goes as in one call."""
-    case = make_case("vfs")
+    case = make_case("vfs-tmpfs")
     layers = three_layers(case)
     sizes = case.call("layer_gc", {"max_copies_per_image": 0, "min_age": "0"}, check=True)
     policy = {
