@@ -215,8 +215,7 @@ def locks_and_waits(lab: Lab, rounds: int, say: Say) -> t.Iterator[Row]:
         place.fill(count)
         told, seen, meanwhile, idle = [], [], [], []
         try:
-            # The longest of a few is what is asked for, and each takes its time.
-            for _number in range(min(rounds, 3)):
+            for _number in range(rounds):
                 with LockWatch(place.store) as watch:
                     made = place.ours()
                 told.append(made.lock)
@@ -274,7 +273,7 @@ def growth(lab: Lab, most: int, rounds: int, say: Say) -> t.List[Row]:
             # Whoever counts a process's pages holds it up: no time is taken of this one.
             watched = place.ours(watch=True)
             runs = []
-            for _number in range(rounds if count == counts[0] else 1):
+            for _number in range(rounds):
                 place.forget()
                 runs.append(place.ours())
         finally:
