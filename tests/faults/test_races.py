@@ -16,6 +16,7 @@ from support.races import Race
 from support.stores import Store
 
 SECONDS = 12.0
+NEEDED = ("podman create", "podman remove", "buildah begin", "ours present", "ours collect")
 
 
 @pytest.mark.parametrize("kind", ["overlay-tmpfs", "vfs-tmpfs", "rootless-overlay"])
@@ -27,7 +28,7 @@ def test_nothing_is_lost_and_nobody_fails_for_us(
     host: t.Callable[[str], Host],
 ) -> None:
     race = Race(lab, make_store(kind, small_image), small_image, seed=6)
-    race.run(SECONDS)
+    race.run(SECONDS, needed=NEEDED)
     race.settle()
     checking = host("trixie")
     if race.store.user:
@@ -35,5 +36,5 @@ def test_nothing_is_lost_and_nobody_fails_for_us(
     race.check(checking)
     print(f"{kind}: {sum(race.done.values())} operations, {dict(race.known)}")
     assert race.failures == []
-    for who in ("podman create", "podman remove", "buildah begin", "ours present", "ours collect"):
+    for who in NEEDED:
         assert race.done[who] > 0, race.done

@@ -72,11 +72,24 @@ class Race:
         # write them anew, and prune takes an image that a commit is about to name.
         self.naming = threading.Lock()
         self._guard = threading.Lock()
-        self._until = 0.0
+        self._until = self._last = 0.0
+        self._needed: t.Sequence[str] = ()
 
-    def run(self, seconds: float, podmans: int = 2, buildahs: int = 1, ours: int = 2) -> None:
-        """Let the workers race for so long, and each end what it has begun."""
+    def run(
+        self,
+        seconds: float,
+        podmans: int = 2,
+        buildahs: int = 1,
+        ours: int = 2,
+        needed: t.Sequence[str] = (),
+    ) -> None:
+        """Let the workers race for so long, and each end what it has begun.
+
+        :param needed: operations that are waited for, up to ten times as long
+        """
         self._until = time.monotonic() + seconds
+        self._last = self._until + 9 * seconds
+        self._needed = needed
         workers: t.List[t.Tuple[str, t.Type[_Worker]]] = []
         workers += [(f"p{number}", _Podman) for number in range(podmans)]
         workers += [(f"b{number}", _Buildah) for number in range(buildahs)]
@@ -89,9 +102,14 @@ class Race:
         for thread in threads:
             thread.join()
 
+    def _goes_on(self) -> bool:
+        now = time.monotonic()
+        lacking = any(not self.done[one] for one in self._needed)
+        return now < self._until or (lacking and now < self._last)
+
     def _work(self, worker: _Worker) -> None:
         try:
-            while time.monotonic() < self._until:
+            while self._goes_on():
                 worker.step()
         except Exception:
             self.fail(f"{worker.name}: {traceback.format_exc()}")
