@@ -159,11 +159,7 @@ class Race:
         )
         if not re.search(r"^\d+ layer errors, ", done.stderr, re.MULTILINE) and done.rc != 0:
             self.fail(f"containers-storage check: {done.stdout}{done.stderr}")
-        theirs = {
-            layer["id"]
-            for layer in self.store.layers()
-            if layer.get("uidmap") and (layer.get("flags") or {}).get(ORIGIN_FLAG) != ORIGIN
-        }
+        theirs = {layer["id"] for layer in self.store.layers() if _copied_by_a_runtime(layer)}
         for line in dict.fromkeys(done.stdout.splitlines()):
             found = re.fullmatch(r" *layer (\w{64}): (.+)", line)
             odd = found and found[1] in theirs and found[2].endswith(", layer content modified")
@@ -244,6 +240,12 @@ class Race:
                 self.fail(f"{left} holds {os.listdir(left)}")
 
 
+def _copied_by_a_runtime(layer: Json) -> bool:
+    """Whether a layer is a mapped one, and not of ours."""
+    ours = (layer.get("flags") or {}).get(ORIGIN_FLAG) == ORIGIN
+    return bool(layer.get("uidmap")) and not ours
+
+
 class _Worker:
     """Draws operations and carries them out."""
 
@@ -300,7 +302,7 @@ class _Podman(_Worker):
         done = self.race.store.podman(*words, check=False)
         if done.rc != 0 and "crun" in done.stderr:
             layer = find()
-            if layer and (layer.get("flags") or {}).get(ORIGIN_FLAG) != ORIGIN:
+            if layer and _copied_by_a_runtime(layer):
                 told = f"{done.stderr} on a copy of podman's own"
                 done = dataclasses.replace(done, stderr=told)
         return self.tell(done)
@@ -328,7 +330,7 @@ class _Podman(_Worker):
 
         def find() -> t.Optional[Json]:
             layers = {one["id"]: one for one in self.race.store.layers()}
-            (own,) = (one for one in self.race.store.containers() if name in one["names"])
+            own = self.race.store.container(name)
             return layers.get(layers[own["layer"]].get("parent") or "")
 
         return self.run_on(find, "start", "--attach", name)

@@ -90,10 +90,6 @@ class ImageAmbiguous(StorageError):
     """More than one image answers to that reference."""
 
 
-class LayerUnknown(StoreError):
-    """There is no such layer, or no longer."""
-
-
 class LayerInUse(StorageError):
     """Containers or layers rest on the layer; the facts name them."""
 

@@ -15,7 +15,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..drivers.base import COPY, Staged
-from ..errors import ImageUnknown, LayerUnknown, NoSpace, StoreChanged, StoreError, UnmappedIDs
+from ..errors import ImageUnknown, NoSpace, StoreChanged, StoreError, UnmappedIDs
 from ..idmap.mapping import Mapping, Shift
 from ..kernel.refusals import explained
 from ..store.records import Image, Layer
@@ -169,8 +169,7 @@ class Building:
             if found is not None:
                 if self.damage(snapshot, found) is None:
                     return Outcome(found.id, None)
-                with contextlib.suppress(LayerUnknown):
-                    remove_mapped_layer(place, found.id)
+                remove_mapped_layer(place, found.id)
                 snapshot = place.store.snapshot()
             chain = self._chain(snapshot)
             work = _Work.read(workspace.path) if workspace.resumed else None

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from ..errors import (
     ImageUnknown,
     LayerInUse,
-    LayerUnknown,
     NamespaceError,
     StorageError,
     StoreError,
@@ -396,17 +395,16 @@ class _Collection:
                 )
 
         try:
-            remove_mapped_layer(self.place, decision.layer_id, unchanged)
+            seconds = remove_mapped_layer(self.place, decision.layer_id, unchanged)
         except LayerInUse as error:
             # Somebody took it into use since the plan was made: that is no failure.
             self.kept.append({**entry, "rule": "in_use", "reason": str(error)})
-        except LayerUnknown:
-            # Somebody else took it away since then: it is gone, as was wanted, but not by us.
-            return
         except (StorageError, OSError) as error:
             self.failed.append({**entry, "reason": str(error)})
         else:
-            self.removed.append(entry)
+            # What somebody else took away since then is gone, as was wanted, but not by us.
+            if seconds is not None:
+                self.removed.append(entry)
 
     def _repair(self, finding: Finding, decision: Decision) -> None:
         entry = _finding_entry(finding, decision)
@@ -415,12 +413,10 @@ class _Collection:
                 self._drop_entry(finding.name)
             elif finding.kind in ("directory", "link"):
                 self._drop_orphan(finding.name)
-            else:
-                remove_mapped_layer(self.place, finding.name, _still(finding))
+            elif remove_mapped_layer(self.place, finding.name, _still(finding)) is None:
+                return
         except LayerInUse as error:
             self.reported.append({**entry, "rule": "in_use", "reason": str(error)})
-        except LayerUnknown:
-            return
         except (StorageError, OSError) as error:
             self.failed.append({**entry, "reason": str(error)})
         else:

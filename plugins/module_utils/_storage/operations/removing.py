@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import typing as t
-from dataclasses import dataclass
 
 from ..drivers.base import LAYER_ID
-from ..errors import LayerInUse, LayerUnknown
+from ..errors import LayerInUse
 from ..kernel.refusals import explained
 from ..store.snapshot import Snapshot
 from ..store.staging import TRASH
@@ -20,14 +19,6 @@ from .opening import OpenStore
 # In a folder of the trash: the layers that go with an image, one a line.
 _DOOMED = "doomed"
 _LONGEST = 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Removed:
-    """A layer that is gone. ``lock_seconds``: for how long the store's locks were held."""
-
-    layer_id: str
-    lock_seconds: float
 
 
 def users_of(snapshot: Snapshot, layer_id: str) -> t.List[t.Dict[str, t.Any]]:
@@ -51,11 +42,7 @@ def refuse_if_used(snapshot: Snapshot, layer_id: str) -> None:
     """Raise when a mapped layer cannot go.
 
     :raises LayerInUse: containers or layers rest on it, or it is some image's own layer
-    :raises LayerUnknown: there is no such layer
     """
-    layer = snapshot.layers.get(layer_id)
-    if layer is None:
-        raise LayerUnknown(f"layer {layer_id[:12]}", "is not in the store")
     users = users_of(snapshot, layer_id)
     if users:
         names = ", ".join(f"{one['kind']} {one['name'] or one['id'][:12]}" for one in users)
@@ -78,18 +65,21 @@ def refuse_if_used(snapshot: Snapshot, layer_id: str) -> None:
 
 def remove_mapped_layer(
     place: OpenStore, layer_id: str, condition: t.Optional[t.Callable[[Snapshot], None]] = None
-) -> Removed:
+) -> t.Optional[float]:
     """Take a mapped layer out of the store.
 
     The order leaves a valid store after a kill at any point: out of the images first, then marked incomplete (which
     every program cleans up by itself), its data renamed into trash, the record last.
 
     :param condition: called under the locks with the records as they are then; raises to stop
+    :returns: for how long the store's locks were held, seconds; None when somebody else has taken the layer away
     :raises LayerInUse: somebody uses it by now
     :raises StorageError: whatever ``condition`` says
     """
     store, driver = place.store, place.driver
     with store.trash(layer_id, place.destroy) as trash, store.transaction(True) as transaction:
+        if layer_id not in transaction.snapshot.layers:
+            return None
         refuse_if_used(transaction.snapshot, layer_id)
         if condition is not None:
             condition(transaction.snapshot)
@@ -97,7 +87,7 @@ def remove_mapped_layer(
         transaction.mark_incomplete(layer_id)
         driver.detach(layer_id, trash)
         transaction.remove_layer(layer_id, trash)
-    return Removed(layer_id, transaction.seconds_held)
+    return transaction.seconds_held
 
 
 def condemned(place: OpenStore) -> t.Set[str]:

@@ -12,7 +12,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..drivers.base import Staged
-from ..errors import ImageUnknown, LayerUnknown, MapError, ReadOnlyStore, StorageError
+from ..errors import ImageUnknown, MapError, ReadOnlyStore, StorageError
 from ..idmap.mapping import Mapping
 from ..store.records import Image
 from ..store.snapshot import Snapshot
@@ -305,13 +305,10 @@ class _Task:
         entry.action, entry.reason = REMOVED, "No container uses the layer."
         if self._request.check:
             return
-        gone = 0
-        for layer_id in found:
-            try:
-                entry.lock_seconds += remove_mapped_layer(self._place, layer_id).lock_seconds
-            except LayerUnknown:
-                gone += 1
-        if gone == len(found):
+        removals = [remove_mapped_layer(self._place, layer_id) for layer_id in found]
+        held = [seconds for seconds in removals if seconds is not None]
+        entry.lock_seconds = sum(held)
+        if not held:
             entry.action, entry.reason = NOT_NEEDED, "Somebody else has just removed the layer."
 
 

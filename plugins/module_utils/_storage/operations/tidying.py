@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import typing as t
 
-from ..errors import LayerUnknown, StoreError
+from ..errors import StoreError
 from ..store.records import Layer
 from ..store.snapshot import Snapshot
 from .opening import OpenStore
@@ -56,10 +55,9 @@ def end_removals(place: OpenStore, snapshot: Snapshot) -> t.List[str]:
     while True:
         found = [one for one in abandoned(snapshot, begun) if one.id not in removed]
         for layer in found:
+            condition = functools.partial(_refuse_if_taken, layer.id, begun)
             # Runtimes remove such layers too, whenever they open the store.
-            with contextlib.suppress(LayerUnknown):
-                condition = functools.partial(_refuse_if_taken, layer.id, begun)
-                remove_mapped_layer(place, layer.id, condition)
+            if remove_mapped_layer(place, layer.id, condition) is not None:
                 removed.append(layer.id)
         if not found:
             return removed
