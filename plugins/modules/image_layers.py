@@ -162,8 +162,8 @@ images:
         status:
           description:
             - V(ok); V(missing), a record without data, or an entry without a record; V(incomplete), never finished;
-              V(damaged), the data is there and no runtime could use it; V(foreign_root), the root directory or a name in it belongs
-              to IDs outside the map.
+              V(damaged), the data is there and no runtime could use it, or the owners are still those of the image;
+              V(foreign_root), the root directory or a name in it belongs to IDs outside the map.
           type: str
         problem:
           description: The status in words. None for V(ok).

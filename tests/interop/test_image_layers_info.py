@@ -152,6 +152,18 @@ class TestRealCost:
             assert "/a belongs to 0:0" in one["problem"]
             assert "/long" not in one["problem"]
 
+    def test_a_copy_to_which_podman_gave_no_owner_is_damaged(
+        self, make_store: MakeStore, look: Look, small_image: Image
+    ) -> None:
+        store = make_store("overlay-forced", small_image)
+        store.create(small_image.name, *options(MAPS[0]))
+        (copy,) = store.mapped_layers(small_image.name)
+        assert only(only(look(store)["images"])["mapped_layers"])["status"] != "damaged"
+        store.forget_owners(copy)
+        one = only(only(look(store)["images"])["mapped_layers"])
+        assert one["status"] == "damaged"
+        assert "its owners are still those of the image: /etc belongs to 0:0" in one["problem"]
+
     def test_e07_a_map_written_in_another_way_is_a_duplicate(
         self, make_store: MakeStore, look: Look, small_image: Image
     ) -> None:

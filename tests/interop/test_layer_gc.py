@@ -495,6 +495,18 @@ class TestRepair:
         assert store.mapped_layers(small_image.name) == [second]
         store.create(small_image.name, *options(MAPS[0]))
 
+    def test_a_copy_to_which_podman_gave_no_owner_goes(
+        self, make_store: MakeStore, collect: Collect, small_image: Image
+    ) -> None:
+        store = make_store("overlay-forced", small_image)
+        (first,) = unused(store, small_image, MAPS[0])
+        assert collect(store)["findings"] == []
+        store.forget_owners(first)
+        done = collect(store, broken="repair")
+        assert [(one["kind"], one["id"]) for one in done["repaired"]] == [("damaged", first)]
+        assert_well(store)
+        assert store.mapped_layers(small_image.name) == []
+
     def test_an_incomplete_layer_goes(
         self, damaged: t.Tuple[Store, str, str], collect: Collect
     ) -> None:

@@ -414,6 +414,35 @@ def test_absent_takes_just_that_layer(case: Case) -> None:
     assert case.shell("cat /etc/motd") == "second\n"
 
 
+@pytest.mark.parametrize("setup", ["overlay-forced", "rootless-as-root"])
+def test_a_copy_to_which_podman_gave_no_owner_is_made_anew(
+    setup: str, make_case: MakeCase, small_image: Image
+) -> None:
+    case = make_case(setup, small_image)
+    store = case.store
+    case.create("--name=first")
+    (copy,) = case.mapped()
+    store.forget_owners(copy)
+    if not case.keep_id:
+        broken = store.podman("start", "first", check=False)
+        assert "/merged/etc/resolv.conf`: No such file or directory" in broken.stderr
+
+    refusal = case.layer_template(options={"fails": True})
+    assert "first" in refusal["msg"]
+    store.podman("rm", "first")
+    foreseen = case.layer_template(options={"check": True})
+    assert case.mapped() == [copy]
+    result = case.layer_template()
+    assert foreseen["changed"] is result["changed"] is True
+    entry = only(result)
+    assert entry["action"] == "created"
+    assert "its owners are still those of the image: /etc belongs to 0:0" in entry["reason"]
+    assert case.mapped() == [entry["layer_id"]] != [copy]
+    assert store.leftovers(copy) == []
+    assert case.shell("cat /etc/motd") == "second\n"
+    assert case.layer_template()["changed"] is False
+
+
 def test_absent_spares_a_layer_in_use(case: Case) -> None:
     store = case.store
     layer_id = only(case.layer_template())["layer_id"]

@@ -41,6 +41,16 @@ def cache_dir() -> pathlib.Path:
     return path
 
 
+@contextlib.contextmanager
+def _locked(folder: str) -> t.Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 class Lab:
     """One per test process.
 
@@ -58,11 +68,13 @@ class Lab:
     """
 
     def __init__(self) -> None:
-        self._sweep()
-        self.base = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
-        self.base.chmod(0o755)
-        self._lock = os.open(self.base / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # One at a time, or a folder would be swept before it is locked.
+        with _locked("/tmp"):
+            self._sweep()
+            self.base = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
+            self.base.chmod(0o755)
+            self._lock = os.open(self.base / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._numbers = itertools.count(1)
         self._closers: t.List[t.Callable[[], None]] = []
         # Opened before the private mounts, these show what the machine itself has.

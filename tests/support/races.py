@@ -38,6 +38,8 @@ ROOTFUL_MAPS = tuple(f"0:{start}:65536" for start in (100000, 200000, 300000))
 # The same in another form: a layer of its own to every runtime.
 SPLIT_MAP = ("0:400000:1000", "1000:401000:64536")
 
+EMPTY_COPY = "on a copy of podman's own, in which nothing is"
+
 # What podman and buildah do to each other, as patterns of an operation with its error, and why.
 KNOWN: t.Mapping[str, str] = {
     r"podman (run|start) .*crun: .*Permission denied": (
@@ -47,9 +49,9 @@ KNOWN: t.Mapping[str, str] = {
     r"(podman|buildah) (images|ps|containers)\b.*(not known|file does not exist)": (
         "it asks for each image and container it has listed, and one has come or gone meanwhile"
     ),
-    r"podman (run|start) .*crun: open .*/merged/run/\.containerenv: No such file.* on a copy of podman's own": (
-        "now and then the copy that podman makes for a map lacks folders, and every container with "
-        "that map fails from then on"
+    rf"podman (run|start) .*{re.escape(EMPTY_COPY)}": (
+        "now and then podman takes a copy for made in which it has changed no owner, and containers "
+        "with that map fail from then on"
     ),
 }
 
@@ -295,16 +297,16 @@ class _Podman(_Worker):
         return self.tell(self.race.store.podman(*words, check=False))
 
     def run_on(self, find: t.Callable[[], t.Optional[Json]], *words: str) -> bool:
-        """Run a container; a failure is told with who made the mapped layer that it stood on.
+        """Run a container; a failure tells whether it stood on an empty copy.
 
-        :param find: finds that layer
+        :param find: finds the mapped layer that it stood on
         """
-        done = self.race.store.podman(*words, check=False)
-        if done.rc != 0 and "crun" in done.stderr:
+        store = self.race.store
+        done = store.podman(*words, check=False)
+        if done.rc != 0:
             layer = find()
-            if layer and _copied_by_a_runtime(layer):
-                told = f"{done.stderr} on a copy of podman's own"
-                done = dataclasses.replace(done, stderr=told)
+            if layer and _copied_by_a_runtime(layer) and not store.own_entries(layer["id"]):
+                done = dataclasses.replace(done, stderr=f"{done.stderr} {EMPTY_COPY}")
         return self.tell(done)
 
     def podman_on_names(self, *words: str) -> bool:
@@ -337,7 +339,7 @@ class _Podman(_Worker):
 
     def run(self) -> bool:
         maps = self.maps()
-        starts = [int(one.split(":")[1]) for one in maps if one.startswith("--uidmap=")]
+        starts = self.host_ids(maps)
 
         def find() -> t.Optional[Json]:
             # The container is gone by now; the layers of the image tell their maps.
@@ -352,6 +354,17 @@ class _Podman(_Worker):
             find, "run", "--rm", *maps, "--user=0", self.race.image.name,
             "sh", "-c", "test $(stat -c %u /home/user) = 1000 && echo x > /new",
         )  # fmt: skip
+
+    def host_ids(self, maps: t.Sequence[str]) -> t.List[int]:
+        """Where the parts of the UID map begin that the options ask for, as layers record them."""
+        user = self.race.store.user
+        if user is None:
+            return [int(one.split(":")[1]) for one in maps if one.startswith("--uidmap=")]
+        return {
+            "--userns=keep-id": [1, 0, user.uid + 1],
+            "--userns=nomap": [1],
+            "--userns=host": [],
+        }[maps[0]]
 
     def remove(self) -> bool:
         if not self.own:

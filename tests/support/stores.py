@@ -16,6 +16,7 @@ import socket
 import stat
 import time
 import typing as t
+import uuid
 
 from . import mounts
 from .images import Image
@@ -98,6 +99,16 @@ def disk_state(*folders: t.Union[str, pathlib.Path]) -> DiskState:
             for name in [*folders_, *files]:
                 look(os.path.join(parent, name))
     return DiskState(entries)
+
+
+def _logged(log: pathlib.Path) -> str:
+    """The standard output in a log of conmon's: lines of time, stream, F(ull) or P(artial), text."""
+    said = []
+    for line in log.read_text("utf-8", "surrogateescape").split("\n")[:-1]:
+        _time, stream, kind, text = line.split(" ", 3)
+        if stream == "stdout":
+            said.append(text + ("\n" if kind == "F" else ""))
+    return "".join(said)
 
 
 class Store:
@@ -254,8 +265,15 @@ class Store:
         return self.podman("create", *args, image, *command).stdout.split()[-1]
 
     def run(self, image: str, *command: str, args: t.Sequence[str] = ()) -> str:
-        """Really start a container (`podman run --rm ARGS IMAGE COMMAND`); returns its standard output."""
-        return self.podman("run", "--rm", *args, image, *command).stdout
+        """Really start a container (`podman run --rm ARGS IMAGE COMMAND`); returns its standard output.
+
+        It is read from conmon's log, for the client that podman attaches may miss all that a short-lived
+        container says.
+        """
+        log = self.base / "tmp" / f"{uuid.uuid4().hex}.log"
+        options = ("--log-driver=k8s-file", f"--log-opt=path={log}")
+        self.podman("run", "--rm", *options, *args, image, *command)
+        return _logged(log)
 
     def shell(self, image: str, script: str, args: t.Sequence[str] = ()) -> str:
         """Really start a container that runs a shell script."""
@@ -286,6 +304,19 @@ class Store:
         finally:
             process.terminate()
             process.wait(30)
+
+    def own_entries(self, layer_id: str) -> t.List[pathlib.Path]:
+        """What an overlay layer holds itself, and does not only show of the layers below."""
+        return [one for place in self._own_folders(layer_id) for one in place.iterdir()]
+
+    def _own_folders(self, layer_id: str) -> t.List[pathlib.Path]:
+        # containers/storage turns diff into diff1, diff2 and so on when it has changed owners.
+        return sorted((self.graphroot / "overlay" / layer_id).glob("diff*"))
+
+    def forget_owners(self, layer_id: str) -> None:
+        """Leave an overlay layer as a copy is that podman made and gave no owner to: empty."""
+        for one in self.own_entries(layer_id):
+            shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
 
     # Records, read straight from the files
 

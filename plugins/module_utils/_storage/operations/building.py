@@ -15,13 +15,14 @@ import typing as t
 from dataclasses import dataclass
 
 from ..drivers.base import COPY, Staged
-from ..errors import ImageUnknown, NoSpace, StoreChanged, StoreError, UnmappedIDs
+from ..errors import ImageUnknown, NoSpace, StorageError, StoreChanged, StoreError, UnmappedIDs
 from ..idmap.mapping import Mapping, Shift
 from ..kernel.refusals import explained
 from ..store.records import Image, Layer
 from ..store.snapshot import Snapshot
 from ..tree.craft import Suspended
 from .opening import OpenStore
+from .owners import top_owners
 from .pace import Pace, in_order
 from .records import mapped_record, new_layer_id
 from .removing import remove_mapped_layer
@@ -125,7 +126,15 @@ class Building:
         template = template_of(snapshot, self._image)
         if layer.id == template.id:
             return None
-        return self._place.driver.damage(layer.id, _ids(snapshot.chain(template.id)))
+        driver, chain = self._place.driver, snapshot.chain(template.id)
+        found = driver.damage(layer.id, _ids(chain))
+        if found is not None or layer.read_only_store:
+            return found
+        try:
+            return top_owners(driver, layer, chain).kept or None
+        except StorageError:
+            # What cannot be looked into is the runtime's to judge.
+            return None
 
     def predict(self, snapshot: Snapshot) -> Staged:
         """What ``make`` would build, found by reading only.

@@ -24,6 +24,7 @@ from ..tree.measure import Usage
 from .moments import from_rfc3339, say
 from .naming import Patterns, image_words
 from .opening import OpenStore, StoreRequest, opened
+from .owners import top_owners
 from .records import LEASE_FLAG, ORIGIN, ORIGIN_FLAG
 from .watching import ledger_of
 
@@ -248,11 +249,13 @@ class _Taker:
         except StorageError as error:
             problem = str(error)
             chain = self._as_far_as_it_goes(image.layer)
+        layers = self.snapshot.layers
+        template = [layers[one] for one in chain if one in layers]
         mapped = list(dict.fromkeys(image.mapped_layers))
         found = ImageState(
             image=image,
             chain=[self._state(one) for one in chain],
-            mapped=[self._mapped_state(one, chain[1:]) for one in mapped],
+            mapped=[self._mapped_state(one, template) for one in mapped],
             problem=problem,
         )
         for one in found.chain:
@@ -308,7 +311,7 @@ class _Taker:
     def _is_there(self, layer: Layer) -> bool:
         return bool(layer.read_only_store) or self.present is None or layer.id in self.present
 
-    def _mapped_state(self, layer_id: str, parents: t.Sequence[str]) -> LayerState:
+    def _mapped_state(self, layer_id: str, template: t.Sequence[Layer]) -> LayerState:
         """A mapped layer: looked at more closely than others, since runtimes do not."""
         known = layer_id in self.states
         state = self._state(layer_id)
@@ -328,28 +331,14 @@ class _Taker:
             if damage is not None:
                 state.status, state.problem = DAMAGED, damage
                 return state
-            foreign = self._foreign(state.layer, parents)
-            if foreign:
-                state.status, state.problem = FOREIGN_ROOT, foreign
+            outside, kept = top_owners(self.driver, state.layer, template)
+            if kept:
+                state.status, state.problem = DAMAGED, kept
+            elif outside:
+                state.status, state.problem = FOREIGN_ROOT, outside
         except StorageError as error:
             state.status, state.problem = DAMAGED, str(error)
         return state
-
-    def _foreign(self, layer: Layer, parents: t.Sequence[str]) -> str:
-        """Which names at the top of the tree belong to somebody outside the map."""
-        if layer.mapping.identity:
-            return ""
-        wrong = []
-        for name, uid, gid in self.driver.top_owners([layer.id, *parents]):
-            if (
-                layer.mapping.uid.to_container(uid) is None
-                or layer.mapping.gid.to_container(gid) is None
-            ):
-                wrong.append(f"/{name} belongs to {uid}:{gid}")
-        if not wrong:
-            return ""
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        return f"outside its map: {', '.join(wrong[:5])}{more}"
 
     def _usage(self, layer_id: str) -> t.Optional[Usage]:
         """What a layer costs, its tar-split file included; None when not asked for or not readable."""
