@@ -424,8 +424,7 @@ def test_a_copy_to_which_podman_gave_no_owner_is_made_anew(
     (copy,) = case.mapped()
     store.forget_owners(copy)
     if not case.keep_id:
-        broken = store.podman("start", "first", check=False)
-        assert "/merged/etc/resolv.conf`: No such file or directory" in broken.stderr
+        assert store.podman("start", "first", check=False).rc != 0
 
     refusal = case.layer_template(options={"fails": True})
     assert "first" in refusal["msg"]

@@ -187,7 +187,8 @@ class Driver(abc.ABC):
             return {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
 
     def top_owners(self, chain: t.Sequence[str]) -> t.List[t.Tuple[str, int, int]]:
-        """The root directory ("") and the names in it, with their UID and GID on disk.
+        """The root directory ("") and the names in it, with their UID and GID on disk; nothing where that
+        is not whom they belong to.
 
         :param chain: the layer and its parents, top first
         :raises StorageError: a layer of the chain is missing or cannot be read

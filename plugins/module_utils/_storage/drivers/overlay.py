@@ -51,6 +51,9 @@ _LONGEST_TEXT = 1 << 17
 _MOST_LOWERS = 500
 # In a staging folder: why its template has to be read through a mount.
 _MOUNTED = "mounted"
+# In the directory of a layer whose files lie elsewhere: in an image of composefs, or in an additional layer store.
+_COMPOSEFS = "composefs-data"
+_ADDITIONAL = "additionallayer"
 _METACOPY_PARAMETER = "/sys/module/overlay/parameters/metacopy"
 
 
@@ -86,12 +89,12 @@ class OverlayDriver(Driver):
                 lower = self._opened_layer(undo, one)
                 if lower is None:
                     return f"the directory of layer {one[:12]}, which it rests on, is missing"
-                if not _has_directory(lower, "diff") and not _exists(lower, "additionallayer"):
+                if not _has_directory(lower, "diff") and not _exists(lower, _ADDITIONAL):
                     return f"diff of layer {one[:12]}, which it rests on, is missing"
         return None
 
     def _own_damage(self, directory: int, layer_id: str) -> t.Optional[str]:
-        if not _has_directory(directory, "diff") and not _exists(directory, "additionallayer"):
+        if not _has_directory(directory, "diff") and not _exists(directory, _ADDITIONAL):
             return f"diff of layer {layer_id[:12]} is missing"
         link = _read(directory, "link")
         if link is None:
@@ -101,6 +104,17 @@ class OverlayDriver(Driver):
         if self._resolve(f"l/{link}") != layer_id:
             return f"l/{link}, the short name of layer {layer_id[:12]}, is missing"
         return None
+
+    def top_owners(self, chain: t.Sequence[str]) -> t.List[t.Tuple[str, int, int]]:
+        """As for every driver; nothing where owners are not on the files themselves."""
+        with self._explained(chain[0]), contextlib.ExitStack() as undo:
+            if self.home.options.get("force_mask"):
+                return []
+            for layer_id in self._disk_chain(undo, chain):
+                layer = self._need_layer(undo, layer_id)
+                if _exists(layer, _COMPOSEFS) or _exists(layer, _ADDITIONAL):
+                    return []
+        return super().top_owners(chain)
 
     def dependencies(self, layer_id: str) -> t.List[str]:
         """The layers that ``lower`` names: on disk a mapped layer rests on its template."""
@@ -201,13 +215,13 @@ class OverlayDriver(Driver):
             )
         for layer_id in self._disk_chain(undo, chain):
             directory = self._need_layer(undo, layer_id)
-            if _exists(directory, "composefs-data"):
+            if _exists(directory, _COMPOSEFS):
                 raise UnsupportedDriver(
                     f"layer {layer_id[:12]}",
                     "is kept as composefs, whose files cannot be given other owners",
                     "Pull the image with use_composefs off.",
                 )
-            if _exists(directory, "additionallayer"):
+            if _exists(directory, _ADDITIONAL):
                 raise UnsupportedDriver(
                     f"layer {layer_id[:12]}",
                     "lies in an additional layer store, which is mounted on demand",

@@ -132,6 +132,20 @@ def test_damage(
     assert words in (driver.damage(TOP, [BASE]) or "")
 
 
+def test_owners_are_told_where_they_are_on_the_files(
+    driver: OverlayDriver, store: pathlib.Path
+) -> None:
+    me = os.getuid(), os.getgid()
+    # As an overlay mount shows it: what lies on top, then what it rests on.
+    assert driver.top_owners([TOP, BASE]) == [("", *me), ("b", *me), ("a", *me)]
+    assert OverlayDriver(home(store, force_mask="700")).top_owners([TOP, BASE]) == []
+    for name in ("composefs-data", "additionallayer"):
+        mark = store / "overlay" / BASE / name
+        mark.mkdir()
+        assert driver.top_owners([TOP, BASE]) == []
+        mark.rmdir()
+
+
 def test_a_layer_of_a_read_only_store(tmp_path: pathlib.Path) -> None:
     shared, own = tmp_path / "shared", tmp_path / "own"
     layer(shared, BASE)
