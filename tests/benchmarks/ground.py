@@ -106,12 +106,13 @@ class Place:
         self.store.close()
 
     def calm(self) -> None:
-        """Leave nothing for the next one to write."""
+        """Leave nothing for the next one to write, and nothing that was deleted to be freed."""
         descriptor = os.open(self.store.graphroot, os.O_RDONLY)
         try:
             _LIBC.syncfs(descriptor)
             if self.store.driver == "btrfs":
-                self.store.tool("btrfs", "filesystem", "sync", str(self.store.graphroot))
+                for words in (("filesystem", "sync"), ("subvolume", "sync"), ("filesystem", "sync")):
+                    self.store.tool("btrfs", *words, str(self.store.graphroot))
         finally:
             os.close(descriptor)
 

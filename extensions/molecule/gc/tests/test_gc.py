@@ -22,7 +22,8 @@ def test_podman_is_well(store: t.Any) -> None:
 
 
 def test_the_container_starts(store: t.Any) -> None:
-    assert ":".join(store.podman("start --attach user").split()) == IN_USE
+    store.podman("start --attach user")
+    assert ":".join(store.podman("logs --tail=1 user").split()) == IN_USE
 
 
 def test_nothing_is_left_in_the_trash(host: t.Any, store: t.Any) -> None:
