@@ -111,8 +111,8 @@ class Place:
         try:
             _LIBC.syncfs(descriptor)
             if self.store.driver == "btrfs":
-                for words in (("filesystem", "sync"), ("subvolume", "sync"), ("filesystem", "sync")):
-                    self.store.tool("btrfs", *words, str(self.store.graphroot))
+                for what in ("filesystem", "subvolume", "filesystem"):
+                    self.store.tool("btrfs", what, "sync", str(self.store.graphroot))
         finally:
             os.close(descriptor)
 
