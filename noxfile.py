@@ -18,7 +18,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,14 @@ import workshop
 ROOT = workshop.ROOT
 OWN = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
+# Folders of tests that are typed throughout.
+TYPED_TESTS = ("support", "interop", "faults", "benchmarks", "demo", "molecule")
+
+# Whose programs the session generations tests: the machine's own, then those of these Debian releases.
+GENERATIONS = ("", "trixie", "sid", "experimental")
+# They enter hosts of all releases themselves, in whichever run.
+OF_ALL_RELEASES = ("lab", "matrix", "generations")
+
 # Which Pythons a line of ansible-core runs on, oldest promised line first.
 LINES = {
     "2.16": ("3.10", "3.11", "3.12"),
@@ -50,9 +57,20 @@ import os, subprocess, sys
 os.environ.pop("GET_PIP", None)
 # In a process of its own, for it makes pip forget its settings.
 subprocess.check_call([sys.executable, "-m", "ensurepip", "--default-pip"])
-arguments = [one for one in sys.argv[1:] if one not in ("--no-setuptools", "--no-wheel")]
+arguments = [argument for argument in sys.argv[1:] if argument not in ("--no-setuptools", "--no-wheel")]
 sys.exit(subprocess.call([sys.executable, "-m", "pip", "install"] + arguments))
 '''
+
+# Prints the line of ansible-core in an environment, and the versions of pip that its ansible-test installs for these
+# Pythons.
+VERSIONS = """\
+import importlib.metadata, sys, types
+from ansible_test._internal.python_requirements import get_venv_packages
+
+print(".".join(importlib.metadata.version("ansible-core").split(".")[:2]))
+for pip in {get_venv_packages(types.SimpleNamespace(version=version))["pip"] for version in sys.argv[1:]}:
+    print(pip)
+"""
 
 nox.options.default_venv_backend = "none"
 antsibull_nox.load_antsibull_nox_toml()
@@ -100,13 +118,17 @@ def report_junit(session: nox.Session, folder: Path) -> None:
 
 def home(tools: Path) -> Path:
     """A HOME for the ansible-test of these tools: its caches, and the pip script it would download."""
-    package = next(tools.glob("lib/python3.*/site-packages/ansible_test"))
-    line = re.search(r'"?(\d+\.\d+)', (package.parent / "ansible/release.py").read_text())
-    folder = workshop.CACHE / "home" / (line.group(1) if line else "unknown")
+    done = subprocess.run(
+        [tools / "bin/python", "-c", VERSIONS, *workshop.pythons()],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    line, *pips = done.stdout.split()
+    folder = workshop.CACHE / "home" / line
     cache = folder / ".ansible/test/cache"
     cache.mkdir(parents=True, exist_ok=True)
-    source = (package / "_internal/python_requirements.py").read_text()
-    for version in set(re.findall(r"\bpip='([\d.]+)'", source)):
+    for version in pips:
         (cache / f"get_pip_{version.replace('.', '_')}.py").write_text(SEED)
     settings = folder / ".config/pip/pip.conf"
     settings.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +183,7 @@ def oldest(name: str = "oldest") -> Path:
                 return workshop.environment(
                     name, f"ansible-core~={line}.0", python=at_hand[version]
                 )
-    raise workshop.Trouble(f"none of the Pythons {', '.join(at_hand)} runs an ansible-core")
+    raise workshop.SetupError(f"none of the Pythons {', '.join(at_hand)} runs an ansible-core")
 
 
 def version_of(tools: Path) -> str:
@@ -173,7 +195,7 @@ def version_of(tools: Path) -> str:
 
 @nox.session
 def style(session: nox.Session) -> None:
-    """Run ruff, shellcheck and the changelog's linter, and rehearse its release; antsibull-nox's lint does the rest."""
+    """Run ruff, shellcheck, codespell, proselint and the changelog's linter, and rehearse a release."""
     run_each(
         session,
         ("ruff", "check", "."),
@@ -184,15 +206,32 @@ def style(session: nox.Session) -> None:
             ".ci/run",
         ),
         ("antsibull-changelog", "lint"),
+        ("codespell", *(str(file) for file in prose())),
     )
+    tools = workshop.environment("prose")
+    guides = [str(file) for file in prose() if is_guide(file)]
+    run(session, tools / "bin/python", ROOT / "scripts/prose.py", *guides)
     with workshop.collection_tree(session.name) as tree, session.chdir(tree):
         run(session, "antsibull-changelog", "release", "--version", "1.0.0")
         run(session, "antsibull-changelog", "lint-changelog-yaml", "changelogs/changelog.yaml")
 
 
+def prose() -> list[Path]:
+    """What codespell reads: all text of the repository, but for figures and lists of numbers."""
+    return sorted(
+        file for file in workshop.tracked() if file.suffix not in {".svg", ".png", ".json", ".gif"}
+    )
+
+
+def is_guide(file: Path) -> bool:
+    """Whether scripts/prose.py checks the file: guides, READMEs and changelog fragments, not generated tables."""
+    fragment = file.parent.name == "fragments" and file.suffix == ".yml"
+    return fragment or (file.suffix in {".md", ".rst"} and file.name != "interop-matrix.md")
+
+
 @nox.session
 def types(session: nox.Session) -> None:
-    """Run mypy, strict, on all that is shipped and on the scripts."""
+    """Run mypy, strict, on all that is shipped, on the scripts, and on the tests with the real programs."""
     cache = f"--cache-dir={ROOT / '.mypy_cache'}"
     scripts = ("docsite", "sessions", "tarball", "workshop")
     own = ("noxfile.py", *(f"scripts/{name}.py" for name in scripts))
@@ -202,6 +241,9 @@ def types(session: nox.Session) -> None:
         with session.chdir(base):
             config = f"--config-file={tree / 'pyproject.toml'}"
             run(session, "mypy", cache, config, (tree / "plugins").relative_to(base))
+            # The unit and fleet tests are not among them: their fixtures have no types.
+            tests = [(tree / "tests" / name).relative_to(base) for name in TYPED_TESTS]
+            run(session, "mypy", cache, config, *map(str, tests), MYPYPATH=str(tree / "tests"))
 
 
 @nox.session
@@ -299,8 +341,12 @@ def galaxy(session: nox.Session) -> None:
 
 @nox.session
 def units(session: nox.Session) -> None:
-    """Run the unit tests under ansible-test with the newest ansible-core for this Python."""
-    ansible_test(session, "units", "--python", OWN, *session.posargs)
+    """Run the unit tests with the newest ansible-core for this Python.
+
+    Without arguments the session also measures which branches of the plugins they reach; pyproject.toml has the floor.
+    """
+    measured = () if session.posargs else ("--cov", "--cov-report=term:skip-covered")
+    pytest(session, "tests/unit", "-n", "2", *measured)
 
 
 @nox.session(name="units-python39")
@@ -332,7 +378,7 @@ def integration_oldest(session: nox.Session) -> None:
     integrate(session, oldest(), 0)
 
 
-def integrate(session: nox.Session, tools: Path, place: int) -> None:
+def integrate(session: nox.Session, tools: Path, index: int) -> None:
     """Run the integration tests with the ansible-core of these tools.
 
     :param place: of the modules' Python among those at hand that this ansible-core knows, oldest first
@@ -346,7 +392,7 @@ def integrate(session: nox.Session, tools: Path, place: int) -> None:
     )
     known = set(done.stdout.split())
     at_hand = sorted(workshop.pythons(), key=lambda version: int(version.partition(".")[2]))
-    python = [version for version in at_hand if version in known][place]
+    python = [version for version in at_hand if version in known][index]
     controller = ("--controller", f"origin:python={version_of(tools)}")
     where = (*controller, "--target", f"controller:python={python}")
     ansible_test(session, "integration", *session.posargs, tools=tools, where=where)
@@ -355,13 +401,29 @@ def integrate(session: nox.Session, tools: Path, place: int) -> None:
 @nox.session
 def interop(session: nox.Session) -> None:
     """Run the tests against the real programs: podman, buildah, skopeo, containers-storage."""
-    pytest(session, "tests/interop", "-n", "2", "-m", "not timing")
+    pytest(session, "tests/interop", "-n", "2")
 
 
-@nox.session
-def timing(session: nox.Session) -> None:
-    """Run those of the interop tests that measure time."""
-    pytest(session, "tests/interop", "-m", "timing")
+@nox.session(default=False)
+def generations(session: nox.Session) -> None:
+    """Run the interop tests once with the programs of each Debian: the machine's own, trixie, sid, experimental."""
+    failed = [
+        release or "the machine's own" for release in GENERATIONS if not passes(session, release)
+    ]
+    if failed:
+        session.error(f"failed with the programs of: {', '.join(failed)}")
+
+
+def passes(session: nox.Session, release: str) -> bool:
+    """Whether the interop tests pass with the programs of a Debian release, the machine's own where it is empty."""
+    session.log(f"programs: {release or 'of the machine itself'}")
+    names = OF_ALL_RELEASES if release else ()
+    left_out = [f"--ignore=tests/interop/test_{name}.py" for name in names]
+    try:
+        pytest(session, "tests/interop", "-n", "2", *left_out, release=release)
+    except nox.command.CommandFailed:
+        return False
+    return True
 
 
 @nox.session
@@ -372,7 +434,7 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def molecule(session: nox.Session) -> None:
-    """Run molecule's scenarios, or those named, on managed hosts of three ages."""
+    """Run molecule's scenarios, or those named, on managed hosts of four generations."""
     tools = workshop.environment("molecule")
     output = workshop.WORK / "junit" / session.name
     shutil.rmtree(output, ignore_errors=True)
@@ -389,7 +451,7 @@ def molecule(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
-    """Show a container's first start without and with a pre-mapped image."""
+    """Show first starts without and with this collection, a pull meanwhile and the removal."""
     show(session, "tests/demo/first_start.py", str(workshop.WORK / "demo/report.html"))
 
 
@@ -420,24 +482,33 @@ def pytest(
     *options: str,
     tools: Path = Path(sys.prefix),
     path: tuple[Path, ...] = (),
+    release: str = "",
 ) -> None:
-    """Run plain pytest in a copy of the collection that Python and Ansible find."""
+    """Run plain pytest in a copy of the collection that Python and Ansible find.
+
+    :param folder: of the tests, if the arguments of the session name none
+    :param release: of the Debian whose programs are tested; the machine's own where it is empty
+    """
     output = workshop.WORK / "junit" / session.name
-    shutil.rmtree(output, ignore_errors=True)
+    if not release:
+        shutil.rmtree(output, ignore_errors=True)
+    named = any((ROOT / word.partition("::")[0]).exists() for word in session.posargs)
     with workshop.collection_tree(session.name) as tree:
         try:
             with session.chdir(tree):
                 session.run(
                     str(tools / "bin/python"),
-                    *("-m", "pytest", "-p", "no:cacheprovider", "--timeout=900", folder),
+                    *("-m", "pytest", "-p", "no:cacheprovider", "--timeout=3600"),
+                    *(() if named else (folder,)),
                     *options,
                     *session.posargs,
-                    f"--junitxml={output / 'tests.xml'}",
+                    f"--junitxml={output / (release or 'tests')}.xml",
                     external=True,
                     env={
                         "ANSIBLE_COLLECTIONS_PATH": str(tree.parents[2]),
                         "PATH": workshop.clean_path(tools / "bin"),
                         "PYTHONPATH": os.pathsep.join(map(str, (tree.parents[2], *path))),
+                        **({"USERNS_STORAGE_RELEASE": release} if release else {}),
                     },
                 )
         finally:

@@ -140,7 +140,7 @@ def with_short_names(index: str) -> str:
             entries = re.sub(rf"(\w+)_{kind}\n", rf"\1 <\1_{kind}>\n", match[2])
             caption = f"    :caption: {kind.capitalize()}s\n"
             index = index.replace(match[0], f"{match[1]}{caption}{entries}")
-    for title in ("Guides", "Behind it"):
+    for title in ("Guides", "Background"):
         heading = f"\n{title}\n{'-' * len(title)}\n\n.. toctree::\n"
         index = index.replace(heading, f"{heading}    :caption: {title}\n")
     return index.replace("\nUserns.Storage\n", f"\n{NAME}\n")

@@ -64,7 +64,7 @@ def normal(packed: bytes, epoch: int) -> bytes:
             if (stream := archive.extractfile(member)) is not None
         }
     files = json.loads(texts["FILES.json"])
-    files["files"].sort(key=lambda one: one["name"])
+    files["files"].sort(key=lambda item: item["name"])
     texts["FILES.json"] = _json(files)
     manifest = json.loads(texts["MANIFEST.json"])
     checksum = hashlib.sha256(texts["FILES.json"]).hexdigest()
@@ -90,5 +90,5 @@ def _json(data: object) -> bytes:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except workshop.Trouble as trouble:
+    except workshop.SetupError as trouble:
         sys.exit(f"error: {trouble}")

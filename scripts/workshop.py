@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import typing as t
@@ -38,6 +39,7 @@ TREES = CACHE / "trees" / _CHECKOUT
 PACKAGES = {
     "base": ("git", "python3-venv"),
     "browser": ("chromium", "chromium-driver", "fonts-dejavu-core"),
+    "npm": ("npm",),
     "lint": ("shellcheck",),
     "peers": (
         "acl",
@@ -48,6 +50,7 @@ PACKAGES = {
         "containers-storage",
         "crun",
         "debootstrap",
+        "docker-registry",
         "e2fsprogs",
         "fuse-overlayfs",
         "iproute2",
@@ -55,6 +58,7 @@ PACKAGES = {
         "mount",
         "openssh-client",
         "openssh-server",
+        "openssl",
         "passwd",
         "podman",
         "procps",
@@ -72,7 +76,7 @@ _PYTHONS = tuple(f"3.{minor}" for minor in range(9, 15))
 _FORGET_AFTER = 14 * 86400
 
 
-class Trouble(Exception):
+class SetupError(Exception):
     """What stops a command, in words for the person who typed it."""
 
 
@@ -86,7 +90,9 @@ def need(*kinds: str) -> None:
     if not missing:
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise Trouble(f"missing: {' '.join(missing)}. Install them, or run this as root on Debian.")
+        raise SetupError(
+            f"missing: {' '.join(missing)}. Install them, or run this as root on Debian."
+        )
     print(f"installing {' '.join(missing)}", flush=True)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
     options = ["-qq", "-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=600"]
@@ -102,7 +108,7 @@ def need(*kinds: str) -> None:
             check=False,
         )
         if done.returncode != 0:
-            raise Trouble(f"{' '.join(command)} failed:\n{done.stdout}")
+            raise SetupError(f"{' '.join(command)} failed:\n{done.stdout}")
 
 
 def _installed(package: str) -> bool:
@@ -177,7 +183,9 @@ def environment(
     files = _requirements(ROOT / f"tests/requirements/{requirements or name}.txt")
     version = subprocess.run([str(python), "-VV"], capture_output=True, check=True).stdout
     parts = [version, str(python).encode(), *(file.read_bytes() for file in files)]
-    digest = hashlib.sha256(b"\0".join([*parts, *(one.encode() for one in extra)])).hexdigest()[:12]
+    digest = hashlib.sha256(b"\0".join([*parts, *(item.encode() for item in extra)])).hexdigest()[
+        :12
+    ]
     folder = CACHE / "venvs" / f"{name}-{digest}"
     complete = folder / "complete"
     with _lock(CACHE / "venvs" / f".{name}.lock"):
@@ -191,7 +199,7 @@ def environment(
                 install, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
             )
             if done.returncode != 0:
-                raise Trouble(f"{' '.join(install)} failed:\n{done.stdout}")
+                raise SetupError(f"{' '.join(install)} failed:\n{done.stdout}")
         complete.touch()
         _forget(CACHE / "venvs", f"{name}-????????????", "complete", keep=folder)
     return folder
@@ -215,8 +223,35 @@ def bundled(*names: str) -> Path:
                 with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
                     for name in missing:
                         prefix = f"ansible_collections/{name.replace('.', '/')}/"
-                        members = [one for one in wheel.namelist() if one.startswith(prefix)]
+                        members = [item for item in wheel.namelist() if item.startswith(prefix)]
                         wheel.extractall(folder, members)
+    return folder
+
+
+def npm_package(name: str, version: str) -> Path:
+    """The folder of a package of npm's registry, unpacked in the cache and not installed."""
+    folder = CACHE / "npm" / f"{name}-{version}"
+    with _lock(CACHE / "npm.lock"):
+        if not folder.exists():
+            if not shutil.which("npm"):
+                need("npm")
+            with tempfile.TemporaryDirectory() as scratch:
+                pack = [
+                    "npm",
+                    "pack",
+                    "--silent",
+                    f"--pack-destination={scratch}",
+                    f"{name}@{version}",
+                ]
+                done = subprocess.run(
+                    pack, cwd=scratch, capture_output=True, text=True, check=False
+                )
+                if done.returncode != 0:
+                    raise SetupError(f"{' '.join(pack)} failed:\n{done.stderr}")
+                with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
+                    archive.extractall(scratch, filter="data")
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(Path(scratch) / "package", folder)
     return folder
 
 
@@ -256,7 +291,7 @@ def collection_tree(session: str) -> t.Iterator[Path]:
     with _lock(TREES / f".{session}.lock"):
         _forget(CACHE / "trees", "?" * len(_CHECKOUT), ".", keep=TREES)
         tree = base / "ansible_collections" / NAMESPACE / NAME
-        wanted = _tracked()
+        wanted = tracked()
         for folder, _folders, files in os.walk(tree, topdown=False):
             relative = Path(folder).relative_to(tree)
             for name in files:
@@ -271,11 +306,11 @@ def collection_tree(session: str) -> t.Iterator[Path]:
         yield tree
 
 
-def _tracked() -> set[Path]:
+def tracked() -> set[Path]:
     """What git tracks or would track, as it lies in the work tree, relative to it."""
     command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "-co", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     if done.returncode != 0:
-        raise Trouble(f"{ROOT} is not a git checkout: {done.stderr.decode(errors='replace')}")
+        raise SetupError(f"{ROOT} is not a git checkout: {done.stderr.decode(errors='replace')}")
     files = {Path(os.fsdecode(name)) for name in done.stdout.split(b"\0") if name}
     return {file for file in files if (ROOT / file).is_file() or (ROOT / file).is_symlink()}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import sys
 import typing as t
@@ -22,13 +23,28 @@ if t.TYPE_CHECKING:
     from support.users import User
 
 
+@pytest.fixture
+def count_calls() -> t.Callable[[t.Callable[[], t.Any]], int]:
+    """support.effort.calls: how many functions are called while an action runs."""
+    from support.effort import calls
+
+    return calls
+
+
 @pytest.fixture(scope="session")
 def lab() -> t.Iterator[Lab]:
-    """The laboratory: this process moves into a mount namespace of its own."""
+    """The laboratory: this process moves into a mount namespace of its own.
+
+    With USERNS_STORAGE_RELEASE (trixie, sid, experimental) the programs of that Debian are the machine's own.
+    """
+    from support.hosts import Host
     from support.lab import Lab
 
     laboratory = Lab()
     try:
+        release = os.environ.get("USERNS_STORAGE_RELEASE")
+        if release:
+            laboratory.machine = Host(laboratory, release)
         yield laboratory
     finally:
         laboratory.close()
@@ -66,7 +82,7 @@ def debian_image(lab: Lab) -> Image:
 
 @pytest.fixture(scope="session")
 def host(lab: Lab) -> t.Iterator[t.Callable[[str], Host]]:
-    """host("trixie"), host("sid"): machines with newer podmans, one of each for the whole session."""
+    """host("trixie"), host("sid"), host("experimental"): newer podmans, one machine of each for the session."""
     from support import hosts
 
     running: t.Dict[str, Host] = {}

@@ -53,11 +53,13 @@ class Store:
 
     def mapped_layers(self) -> t.Dict[str, Maps]:
         """The mapped layers of the image, with the maps that their records have."""
-        (image,) = (one for one in self._records("images", "images.json") if IMAGE in one["names"])
-        layers = {one["id"]: one for one in self._records("layers", "layers.json")}
+        (image,) = (
+            entry for entry in self._records("images", "images.json") if IMAGE in entry["names"]
+        )
+        layers = {entry["id"]: entry for entry in self._records("layers", "layers.json")}
         return {
-            one: (_text(layers[one]["uidmap"]), _text(layers[one]["gidmap"]))
-            for one in image.get("mapped-layers", ())
+            entry: (_text(layers[entry]["uidmap"]), _text(layers[entry]["gidmap"]))
+            for entry in image.get("mapped-layers", ())
         }
 
     def starts_without_a_copy(self, *options: str) -> t.List[str]:
@@ -73,7 +75,7 @@ class Store:
 
 
 def _text(ranges: t.Sequence[t.Dict[str, int]]) -> t.List[str]:
-    return [f"{one['container_id']}:{one['host_id']}:{one['size']}" for one in ranges]
+    return [f"{entry['container_id']}:{entry['host_id']}:{entry['size']}" for entry in ranges]
 
 
 @pytest.fixture

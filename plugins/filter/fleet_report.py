@@ -6,37 +6,38 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: fleet_report
-short_description: What the role report has gathered, as a page, as Markdown or as totals
+short_description: Create a report from the data that the report role gathered
 version_added: 1.0.0
 description:
-  - Makes one report of what the role P(userns.storage.report#role) has left in the variables of each host. Hosts that were not reached, or failed,
-    are in it.
+  - Creates one report from the variables that the role P(userns.storage.report#role) sets on each host. The report includes hosts that were
+    unreachable or failed.
 options:
   _input:
     description:
-      - Names of hosts.
+      - The names of the hosts.
     type: list
     elements: str
     required: true
   facts:
     description:
-      - The variables of the hosts, C(hostvars).
+      - The variables of all hosts, C(hostvars).
     type: dict
     required: true
   form:
     description:
-      - V(html) is one page with all it needs in it, V(markdown) a shorter text, V(totals) a dictionary of numbers.
+      - V(html) returns one self-contained page, V(markdown) a shorter text, V(lines) a list with one line for each store, and V(totals) a
+        dictionary of numbers.
     type: str
-    choices: [html, markdown, totals]
+    choices: [html, markdown, lines, totals]
     default: html
   title:
     description:
-      - The heading.
+      - The heading of the report.
     type: str
-    default: Mapped layers
+    default: Container stores
   moment:
     description:
-      - When the hosts were asked, in words.
+      - The time at which the data was gathered, as text for the report.
     type: str
     default: ""
 positional: facts, form
@@ -45,10 +46,10 @@ author:
 """
 
 EXAMPLES = r"""
-- name: Write a page about all hosts of this play
+- name: Write a page about all hosts of the play
   ansible.builtin.copy:
     dest: /srv/www/layers.html
-    content: "{{ ansible_play_hosts_all | userns.storage.fleet_report(hostvars, 'html', title='Mapped layers') }}"
+    content: "{{ ansible_play_hosts_all | userns.storage.fleet_report(hostvars, 'html', title='Container stores') }}"
     mode: "0644"
   run_once: true
   delegate_to: localhost
@@ -63,9 +64,11 @@ _value:
 import typing as t
 
 from ansible_collections.userns.storage.plugins.plugin_utils import (
+    _escapes,
     _fleet,
     _fleet_markdown,
     _fleet_page,
+    _summaries,
 )
 
 
@@ -73,14 +76,16 @@ def fleet_report(
     names: t.Sequence[str],
     facts: t.Mapping[str, t.Mapping[str, t.Any]],
     form: str = "html",
-    title: str = "Mapped layers",
+    title: str = "Container stores",
     moment: str = "",
 ) -> t.Any:
     found = _fleet.fleet(names, facts)
     if form == "totals":
         return _fleet.totals(found)
+    if form == "lines":
+        return _escapes.template_result(_summaries.fleet_lines(found))
     render = _fleet_markdown.render if form == "markdown" else _fleet_page.render
-    return render(found, title, moment)
+    return _escapes.template_result(render(found, title, moment))
 
 
 class FilterModule:

@@ -6,17 +6,18 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: mappings
-short_description: Mappings of a text, as a survey gives it
+short_description: Parse mappings from text, such as a survey answer
 version_added: 1.0.0
 description:
-  - Makes of lines what the option O(userns.storage.layer_template#module:mappings) takes.
+  - Converts lines of text into the value of the option O(userns.storage.layer_template#module:mappings).
 options:
   _input:
     description:
-      - Lines, or a list of them, or a list of dictionaries with the options themselves.
-      - A line is a user namespace such as V(keep-id) or V(auto:size=4096), or a UID map with its ranges joined by commas such as
-        V(0:1:1000,1000:0:1), with the GID map behind a slash where it is another one.
-      - Behind it may stand V(slots=3), V(runtime="podman 5.4.2"), V(subuidname=web) and V(subgidname=web). The last two may also stand alone.
+      - Lines of text, a list of lines, or a list of dictionaries with the options themselves.
+      - A line is a user namespace such as V(keep-id) or V(auto:size=4096), or a UID map with its ranges separated by commas, such as
+        V(0:1:1000,1000:0:1). If the GID map differs, it follows after a slash.
+      - The words V(slots=3), V(runtime="podman 5.4.2"), V(subuidname=web) and V(subgidname=web) can follow. The last two can also be used
+        on their own.
     type: raw
     required: true
 author:
@@ -24,7 +25,7 @@ author:
 """
 
 EXAMPLES = r"""
-- name: Pre-map what a text area says
+- name: Pre-map images for mappings from a survey's text area
   userns.storage.layer_template:
     images: registry.example.org/toolbox:latest
     user: alice
@@ -46,15 +47,29 @@ _value:
 
 import typing as t
 
-from ansible.errors import AnsibleFilterError
-from ansible_collections.userns.storage.plugins.plugin_utils import _texts
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StorageError
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.grammar import (
+    parse_request,
+)
+from ansible_collections.userns.storage.plugins.plugin_utils import _escapes, _texts
 
 
-def mappings(value: t.Any) -> t.List[t.Dict[str, t.Any]]:
+def mappings(value: t.Any) -> t.Any:
     try:
-        return _texts.mappings(value)
-    except ValueError as error:
-        raise AnsibleFilterError(f"userns.storage.mappings: {error}") from error
+        found = _texts.mappings(value)
+        for mapping in found:
+            _check(mapping)
+        return _escapes.template_result(found)
+    except (ValueError, StorageError) as error:
+        raise _escapes.filter_error("mappings", error) from None
+
+
+def _check(mapping: t.Mapping[str, t.Any]) -> None:
+    """Refuse here what a host would refuse, before anything is done there."""
+    lists = [mapping.get(name) or [] for name in ("uidmap", "gidmap")]
+    texts = [str(mapping.get(name) or "") for name in ("userns", "subuidname", "subgidname")]
+    uidmap, gidmap = ([item] if isinstance(item, str) else list(map(str, item)) for item in lists)
+    parse_request(texts[0], uidmap, gidmap, texts[1], texts[2])
 
 
 class FilterModule:

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: policies
-short_description: Policies of stores out of a text, as a survey gives it
+short_description: Parse policies from text, such as a survey answer
 version_added: 1.0.0
 description:
-  - Makes of lines a dictionary of options of M(userns.storage.layer_gc) for each store's owner.
+  - Converts lines of text into a dictionary with the options of M(userns.storage.layer_gc) for each owner of a store.
 options:
   _input:
     description:
-      - Lines of an owner and options such as V(alice unused_for=2w max_copies_per_image=1), or a list of them, or the dictionary itself.
+      - Lines with an owner and options, such as V(alice unused_for=2w max_copies_per_image=1), a list of such lines, or the dictionary
+        itself.
     type: raw
     required: true
 author:
@@ -21,7 +22,7 @@ author:
 """
 
 EXAMPLES = r"""
-- name: Take policies from a text area
+- name: Read policies from a survey's text area
   ansible.builtin.debug:
     msg: "{{ answer | userns.storage.policies }}"
     # => {'alice': {'unused_for': '2w'}, 'root': {'max_copies_per_image': '1'}}
@@ -33,21 +34,20 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: The options of each store, by its owner.
+  description: The options for each store, by owner.
   type: dict
 """
 
 import typing as t
 
-from ansible.errors import AnsibleFilterError
-from ansible_collections.userns.storage.plugins.plugin_utils import _texts
+from ansible_collections.userns.storage.plugins.plugin_utils import _escapes, _texts
 
 
-def policies(value: t.Any) -> t.Dict[str, t.Dict[str, t.Any]]:
+def policies(value: t.Any) -> t.Any:
     try:
-        return _texts.policies(value)
+        return _escapes.template_result(_texts.policies(value))
     except ValueError as error:
-        raise AnsibleFilterError(f"userns.storage.policies: {error}") from error
+        raise _escapes.filter_error("policies", error) from None
 
 
 class FilterModule:

@@ -9,19 +9,20 @@ name: storage_conf
 short_description: Set keys in the text of a storage.conf
 version_added: 1.0.0
 description:
-  - Returns the text of a C(storage.conf) with keys set, and every other byte of it as it was, comments included.
-  - A text that says what is wanted comes back unchanged.
+  - Returns the text of a C(storage.conf) with the given keys set. All other bytes of the text, including comments, stay as they are.
+  - Returns the text unchanged if the keys already have the given values.
 options:
   _input:
     description:
-      - The text of the file. An empty one makes a new file.
+      - The text of the file. An empty text creates a new configuration.
     type: str
     required: true
   settings:
     description:
-      - A dictionary, or lines such as V(overlay.mountopt=nodev,metacopy=on), as C(podman --storage-opt) takes them.
-      - V(driver) is the store's driver, C(DRIVER.KEY) a key of C([storage.options.DRIVER]), another word one of C([storage.options]).
-      - A value that begins with V(+) is added to the comma list that is there, as in V(overlay.mountopt=+metacopy=on).
+      - A dictionary, or lines such as V(overlay.mountopt=nodev,metacopy=on) in the format of C(podman --storage-opt).
+      - V(driver) is the driver of the store, C(DRIVER.KEY) is a key of C([storage.options.DRIVER]), and any other word is a key of
+        C([storage.options]).
+      - A value that begins with V(+) is appended to the existing comma-separated list, for example V(overlay.mountopt=+metacopy=on).
     type: raw
     required: true
 positional: settings
@@ -30,12 +31,12 @@ author:
 """
 
 EXAMPLES = r"""
-- name: Read what is there
+- name: Read the existing file
   ansible.builtin.slurp:
     src: /etc/containers/storage.conf
   register: old
 
-- name: Add a mount option to it
+- name: Add a mount option to the file
   ansible.builtin.copy:
     dest: /etc/containers/storage.conf
     content: "{{ old.content | b64decode | userns.storage.storage_conf({'overlay.mountopt': '+metacopy=on'}) }}"
@@ -53,17 +54,18 @@ _value:
 
 import typing as t
 
-from ansible.errors import AnsibleFilterError
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StorageError
-from ansible_collections.userns.storage.plugins.plugin_utils import _storage_conf, _texts
+from ansible_collections.userns.storage.plugins.module_utils._storage.store import conf_edit
+from ansible_collections.userns.storage.plugins.plugin_utils import _escapes, _texts
 
 
-def storage_conf(text: str, settings: t.Any) -> str:
+def storage_conf(text: str, settings: t.Any) -> t.Any:
     try:
         wanted = settings if isinstance(settings, dict) else _texts.lines(settings)
-        return _storage_conf.edit(text, _storage_conf.settings(wanted))
+        edited = conf_edit.edit(text, conf_edit.settings(wanted))
+        return _escapes.template_result(edited)
     except (StorageError, ValueError) as error:
-        raise AnsibleFilterError(f"userns.storage.storage_conf: {error}") from error
+        raise _escapes.filter_error("storage_conf", error) from None
 
 
 class FilterModule:

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: words
-short_description: Words of a text, as a survey gives it
+short_description: Split text into words, such as a survey answer
 version_added: 1.0.0
 description:
-  - Makes a list of a variable that may be a list or a text. A survey's text area gives lines, a text field words with commas or blanks.
+  - Returns a list for a variable that is a list or a text. A survey's text area provides lines, and a text field provides words separated
+    by commas or blanks.
+  - Null, an empty text and the text V(none) stand for the empty list.
 options:
   _input:
     description:
-      - A text, or a list of texts.
+      - A text or a list of texts.
     type: raw
     required: true
 author:
@@ -21,7 +23,7 @@ author:
 """
 
 EXAMPLES = r"""
-- name: Take users from a text field
+- name: Read users from a text field
   ansible.builtin.debug:
     msg: "{{ 'alice, bob carol' | userns.storage.words }}"
     # => ['alice', 'bob', 'carol']
@@ -29,22 +31,21 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: The words.
+  description: The list of words.
   type: list
   elements: str
 """
 
 import typing as t
 
-from ansible.errors import AnsibleFilterError
-from ansible_collections.userns.storage.plugins.plugin_utils import _texts
+from ansible_collections.userns.storage.plugins.plugin_utils import _escapes, _texts
 
 
-def words(value: t.Any) -> t.List[str]:
+def words(value: t.Any) -> t.Any:
     try:
-        return _texts.words(value)
+        return _escapes.template_result(_texts.words(value))
     except ValueError as error:
-        raise AnsibleFilterError(f"userns.storage.words: {error}") from error
+        raise _escapes.filter_error("words", error) from None
 
 
 class FilterModule:

@@ -6,17 +6,16 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: zipapp
-short_description: The program userns-storage, for hosts that keep themselves ready
+short_description: Build the program userns-storage for hosts that maintain their stores themselves
 version_added: 1.0.0
 description:
-  - Packs the library of this collection into one file that any Python from 3.9 on runs, and gives its
-    path on the controller. It lasts as long as the run of Ansible.
-  - The file is the same to the byte wherever it is made, so that a copy of it is changed only by a new
-    version of the collection.
+  - Packs the library of this collection into a single file for Python 3.9 or later, and returns its path on the controller. The file exists
+    until the end of the Ansible run.
+  - The content of the file is the same on every controller, so that copies of it change only with a new version of the collection.
 options:
   _terms:
     description:
-      - None are taken.
+      - This lookup does not accept terms.
 author:
   - The userns.storage contributors (@userns-storage)
 """
@@ -31,7 +30,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _raw:
-  description: The path on the controller.
+  description: The path of the file on the controller.
   type: list
   elements: path
 """

@@ -1,128 +1,206 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Between Ansible and the library: argument specs, errors, results. Nothing else here imports Ansible."""
+"""The interface between Ansible and the library: argument specs, errors and results. Only this file imports Ansible."""
 
 from __future__ import annotations
 
+import contextlib
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ._storage import userns
 from ._storage.errors import StorageError
-from ._storage.operations.opening import StoreRequest, account_named
+from ._storage.operations import result_merging
+from ._storage.operations.options import argument_spec
+from ._storage.operations.results import refuse_other_users
+from ._storage.operations.store_opening import (
+    STORE_OPTIONS,
+    StoreRequest,
+    account_named,
+    store_request,
+)
+from ._storage.printable import printable, printable_diff, printable_lines, without_controls
+from ._storage.userns import running as userns
+from ._storage.userns.work import unexpected
 
-STORE_ARGUMENTS: t.Dict[str, t.Dict[str, t.Any]] = {
+STORE_ARGUMENTS = {
     "user": {"type": "str"},
-    "storage_conf": {"type": "path"},
-    "graphroot": {"type": "path"},
-    "runroot": {"type": "path"},
-    "driver": {"type": "str"},
-    "storage_options": {"type": "list", "elements": "str", "default": []},
-    "lock_timeout": {"type": "int", "default": 60},
+    "users": {"type": "list", "elements": "str"},
+    **argument_spec(STORE_OPTIONS),
 }
+
+# One store cannot be that of several users.
+STORE_EXCLUSIVE = [("users", option) for option in ("user", "graphroot", "runroot")]
+
+# Seconds for which root waits for the work in a user's store after the time limit.
+_BEYOND_TIME_LIMIT = 3600.0
+# Characters.
+_LONGEST_MESSAGE = 16_000
 
 
 class Request(t.Protocol):
-    """What every operation takes: a frozen dataclass that says, first, which store is meant."""
+    """The parameter of an operation: a frozen dataclass whose first field is the store."""
 
     @property
     def store(self) -> StoreRequest:
         """The store options."""
 
 
-_Asked = t.TypeVar("_Asked", bound=Request)
+_RequestT = t.TypeVar("_RequestT", bound=Request)
+_Declared = t.TypeVar("_Declared")
+# Makes one result of those of several users.
+Join = t.Callable[[t.Mapping[str, t.Union[t.Dict[str, t.Any], StorageError]]], t.Dict[str, t.Any]]
 
 
 def run(
     module: AnsibleModule,
-    request: t.Callable[[StoreRequest], _Asked],
-    operation: t.Callable[[_Asked], t.Dict[str, t.Any]],
+    request: t.Callable[[StoreRequest], _RequestT],
+    operation: t.Callable[[_RequestT], t.Dict[str, t.Any]],
+    join: Join = result_merging.merged,
 ) -> t.NoReturn:
     """Carry out ``operation`` as the store's owner and leave the module.
 
     ``request`` makes the operation's request from the module's options, given the store that they name. A result
     with an ``error`` fails the module with that message and with all else that the result holds: what was done
     stays said. Its ``facts`` are details of the error.
+
+    With the option ``users``, the operation works in the store of each user, whatever becomes of the others, and
+    ``join`` makes a single result of all results.
     """
-    try:
-        result = _result(module.params, module.params["user"], request, operation)
-    except StorageError as error:
-        result = {"error": str(error), "facts": dict(error.facts)}
-    _leave(module, result)
+    _run(module, request, operation, join, False)
 
 
 def run_outside(
     module: AnsibleModule,
-    request: t.Callable[[StoreRequest], _Asked],
-    operation: t.Callable[[_Asked], t.Dict[str, t.Any]],
+    request: t.Callable[[StoreRequest], _RequestT],
+    operation: t.Callable[[_RequestT], t.Dict[str, t.Any]],
+    join: Join = result_merging.merged,
 ) -> t.NoReturn:
     """As :func:`run`, for an operation that enters the store by itself, step by step."""
+    _run(module, request, operation, join, True)
+
+
+def _run(
+    module: AnsibleModule,
+    request: t.Callable[[StoreRequest], _RequestT],
+    operation: t.Callable[[_RequestT], t.Dict[str, t.Any]],
+    join: Join,
+    outside: bool,
+) -> t.NoReturn:
+    users = module.params["users"]
+    if users is not None:
+        _run_for_users(module, users, request, operation, join, outside)
     try:
-        result = operation(request(_store_request(module.params, module.params["user"])))
+        with _unexpected_explained():
+            result = _result(module.params, module.params["user"], request, operation, outside)
     except StorageError as error:
         result = {"error": str(error), "facts": dict(error.facts)}
-    _leave(module, result)
+    leave(module, result)
 
 
-def run_for_users(
+def run_as_root(
+    module: AnsibleModule,
+    request: _Declared,
+    operation: t.Callable[[_Declared], t.Dict[str, t.Any]],
+) -> t.NoReturn:
+    """Carry out an operation in this very process, and leave the module."""
+    try:
+        with _unexpected_explained():
+            result = operation(request)
+    except StorageError as error:
+        result = {"error": str(error), "facts": dict(error.facts)}
+    leave(module, result)
+
+
+@contextlib.contextmanager
+def _unexpected_explained() -> t.Iterator[None]:
+    """Make exceptions that are not errors of the library to one.
+
+    :raises InternalError: for any of them
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        raise unexpected(error) from error
+
+
+def _run_for_users(
     module: AnsibleModule,
     users: t.Iterable[str],
-    request: t.Callable[[StoreRequest], _Asked],
-    operation: t.Callable[[_Asked], t.Dict[str, t.Any]],
-    join: t.Callable[
-        [t.Mapping[str, t.Union[t.Dict[str, t.Any], StorageError]]], t.Dict[str, t.Any]
-    ],
+    request: t.Callable[[StoreRequest], _RequestT],
+    operation: t.Callable[[_RequestT], t.Dict[str, t.Any]],
+    join: Join,
+    outside: bool,
 ) -> t.NoReturn:
-    """Carry out ``operation`` in the store of each user, whatever becomes of the others, and leave the module.
-
-    ``join`` makes one result of those of all.
-    """
     outcomes: t.Dict[str, t.Union[t.Dict[str, t.Any], StorageError]] = {}
     for user in dict.fromkeys(users):
         try:
-            outcomes[user] = _result(module.params, user, request, operation)
+            with _unexpected_explained():
+                outcomes[user] = _result(module.params, user, request, operation, outside)
         except StorageError as error:
             outcomes[user] = error
-    _leave(module, join(outcomes))
+    leave(module, join(outcomes))
 
 
 def _result(
     params: t.Mapping[str, t.Any],
     user: t.Optional[str],
-    request: t.Callable[[StoreRequest], _Asked],
-    operation: t.Callable[[_Asked], t.Dict[str, t.Any]],
+    request: t.Callable[[StoreRequest], _RequestT],
+    operation: t.Callable[[_RequestT], t.Dict[str, t.Any]],
+    outside: bool,
 ) -> t.Dict[str, t.Any]:
-    store = _store_request(params, user)
-    result: t.Dict[str, t.Any] = userns.run(operation, (request(store),), store.account)
+    store = store_request(account_named(user), params)
+    result: t.Dict[str, t.Any]
+    if outside:
+        result = operation(request(store))
+    else:
+        limits = userns.waiting_for_locks(store.lock_timeout)
+        if params.get("time_limit") is not None:
+            # A process of the user cannot go on for as long as it likes; reading a large store takes time.
+            limits = limits._replace(
+                total=min(limits.total, max(params["time_limit"], 0) + _BEYOND_TIME_LIMIT)
+            )
+        result = userns.run(operation, (request(store),), store.account, limits)
+    refuse_other_users(result, store.account.name if store.account else "root")
     return result
 
 
-def _leave(module: AnsibleModule, result: t.Dict[str, t.Any]) -> t.NoReturn:
+def leave(module: AnsibleModule, result: t.Dict[str, t.Any]) -> t.NoReturn:
+    """Exit the module with a result, which may contain ``warnings``, ``error`` and ``facts``."""
     for warning in result.pop("warnings", ()):
-        module.warn(warning)
-    if not module._diff:
-        result.pop("diff", None)
+        module.warn(printable(warning, _LONGEST_MESSAGE))
+    diff = result.pop("diff", None)
+    if module._diff and diff is not None:
+        result["diff"] = _shown_diff(diff)
     message = result.pop("error", None)
-    facts = result.pop("facts", {})
+    facts = without_controls(result.pop("facts", {}))
+    result = without_controls(result)
     if not message:
         module.exit_json(**result)
+    if "path" in facts:
+        # Ansible looks at what a result names "path", with the rights of this process, and it may be a user's.
+        facts["file"] = facts.pop("path")
     # A fault of the collection's own.
     trace = facts.pop("trace", None)
     if trace is not None:
-        facts["exception"] = trace
-    module.fail_json(msg=message, **{**facts, **result})
+        facts["exception"] = printable_lines(trace)
+    # Some callbacks show it as it is.
+    if "stderr" in facts:
+        facts["stderr"] = printable_lines(facts["stderr"])
+    module.fail_json(msg=printable(message, _LONGEST_MESSAGE), **{**facts, **result})
 
 
-def _store_request(params: t.Mapping[str, t.Any], user: t.Optional[str]) -> StoreRequest:
-    return StoreRequest(
-        account=account_named(user),
-        storage_conf=params["storage_conf"] or "",
-        graphroot=params["graphroot"] or "",
-        runroot=params["runroot"] or "",
-        driver=params["driver"] or "",
-        storage_options=tuple(params["storage_options"]),
-        lock_timeout=float(params["lock_timeout"]),
-    )
+def _shown_diff(diff: t.Any) -> t.Any:
+    """A diff whose texts Ansible shows as they are; what is not text it shows as JSON."""
+    if isinstance(diff, list):
+        return [_shown_diff(item) for item in diff]
+    return {
+        name: printable(value, _LONGEST_MESSAGE)
+        if name.endswith("_header")
+        else printable_diff(value)
+        if isinstance(value, str)
+        else value
+        for name, value in diff.items()
+    }

@@ -11,21 +11,25 @@ module: layer_template
 short_description: Pre-map images for containers with user namespaces
 version_added: 1.0.0
 description:
-  - Makes the ID-mapped copy of an image's top layer that podman, buildah or CRI-O would otherwise make when the first
-    container with that user namespace starts, with every other command of the host waiting for it.
-  - The copy (the mapped layer) is built beside the store without any of its locks, from the image's own layer (the template),
-    and put in place in milliseconds. Containers find it by themselves.
-  - A host whose kernel shifts IDs needs no copy. The module says so and changes nothing.
-  - The mapped layer belongs to the image, C(podman rmi) removes it with the image.
+  - Creates ID-mapped copies of an image's top layer in advance. Otherwise podman, buildah or CRI-O create such a copy when the first
+    container with that user namespace starts, and block all other commands that use the store during that time.
+  - The module builds the copy (the mapped layer) from the image's own layer (the template) without holding any lock of the store, and adds
+    it to the store in milliseconds. The runtimes find and use it without further configuration.
+  - If the kernel of the host can shift IDs for the store, no copy is needed. The module then reports this and changes nothing.
+  - If the image's own layers carry the map, see M(userns.storage.image_layers), no copy is needed either. For containers with another map
+    and without a map the runtimes copy such an image, and this module creates these copies in advance.
+  - The mapped layer belongs to the image. C(podman rmi) removes it together with the image.
 extends_documentation_fragment:
   - userns.storage._attributes
   - userns.storage._attributes.actiongroup_store
+  - userns.storage._mapping
+  - userns.storage._mapping.single
   - userns.storage._store
 attributes:
   check_mode:
     support: full
     details:
-      - Writes nothing at all, and predicts action, files and bytes by reading the image's layers.
+      - Writes nothing. Predicts the action, the number of files and the sizes from the layers of the image.
   diff_mode:
     support: full
   idempotent:
@@ -33,118 +37,107 @@ attributes:
 options:
   images:
     description:
-      - The images, each by name, ID or digest, as C(podman inspect) takes them.
-      - With O(state=absent) an image that is not there counts as done.
+      - The images, each by name, ID or digest, in the format of C(podman inspect).
+      - With O(state=absent), images that do not exist are ignored.
     type: list
     elements: str
     required: true
     aliases: [image, name]
-  userns: &userns
-    description:
-      - The user namespace, in the words of C(podman run --userns).
-      - V(keep-id), with its options as in V(keep-id:uid=1000,gid=1000), keeps the user's own IDs, V(nomap) leaves them out.
-      - V(auto), with its options as in V(auto:size=4096), takes the ranges that the runtime will take, see O(slots).
-      - V(host) has no map and needs no copy.
-    type: str
-  uidmap: &uidmap
-    description:
-      - The UID map, entries as C(podman run --uidmap) takes them, C(CONTAINER:HOST:SIZE), with podman's flags from podman 4.7 on.
-      - In a rootless store the host IDs are those of the user's namespace, as podman counts them there.
-      - Without O(gidmap) it serves for both.
-    type: list
-    elements: str
-  gidmap: &gidmap
-    description:
-      - The GID map, like O(uidmap). Without O(uidmap) it serves for both.
-    type: list
-    elements: str
-  subuidname: &subuidname
-    description:
-      - Map the subordinate UIDs of this name, as C(podman run --subuidname) does. Without O(subgidname) it serves for both.
-    type: str
-  subgidname: &subgidname
-    description:
-      - Map the subordinate GIDs of this name, as C(podman run --subgidname) does. Without O(subuidname) it serves for both.
-    type: str
-  runtime: &runtime
-    description:
-      - The program that will ask for the layers, V(podman), V(buildah) or V(cri-o), since programs and versions write the same map in
-        different ways and only find what is written in theirs. A version behind it, as in V(podman 5.4.2), is believed without
-        asking the program.
-      - Without it, the first of the three that is installed.
-    type: str
-  slots: &slots
-    description:
-      - With O(userns=auto), for how many containers of the image that run at once to prepare layers. Each has a range of its own.
-    type: int
-    default: 1
   mappings:
     description:
-      - Several mappings at once, each with the options that otherwise stand for the one mapping.
-    type: list
-    elements: dict
-    suboptions:
-      userns: *userns
-      uidmap: *uidmap
-      gidmap: *gidmap
-      subuidname: *subuidname
-      subgidname: *subgidname
-      runtime: *runtime
-      slots: *slots
-  users:
-    description:
-      - Work in the rootless stores of all these users, one after the other. The module must run as root for that.
-      - What is refused to one user does not keep the others from theirs. The module fails in the end and tells all.
-      - Where the list is empty there is nothing to do.
-      - Mutually exclusive with O(user), O(graphroot) and O(runroot).
-    type: list
-    elements: str
+      - Several mappings, each with the options that otherwise define a single mapping.
   state:
     description:
-      - V(present) makes the mapped layers that are missing.
-      - V(absent) removes those of just this map, and refuses while a container, a stopped one or one of buildah too, uses one.
+      - V(present) creates the missing mapped layers.
+      - V(absent) removes the mapped layers with exactly this map. It fails while a container uses such a layer, including stopped
+        containers and containers of buildah.
     type: str
     choices: [present, absent]
     default: present
+  pull:
+    description:
+      - Whether to pull images that are not in the store, with the same programs as M(userns.storage.image_layers). With V(missing), names
+        without a registry are completed with V(docker.io/). Ignored with O(state=absent).
+      - In check mode, the module cannot predict the layers of images that are not in the store.
+    type: str
+    choices: [never, missing]
+    default: never
+  authfile:
+    description:
+      - See O(userns.storage.image_layers#module:authfile). Used with O(pull=missing).
+    type: path
+  username:
+    description:
+      - See O(userns.storage.image_layers#module:username). Used with O(pull=missing).
+    type: str
+  password:
+    description:
+      - See O(userns.storage.image_layers#module:password). Used with O(pull=missing).
+    type: str
   strategy:
     description:
-      - How the tree is made. V(auto) takes the cheapest one that is faithful on this store.
-      - V(snapshot) needs btrfs, V(reflink) a filesystem that shares extents, V(metacopy) an overlay store with C(metacopy=on)
-        in its mount options. V(copy) works everywhere.
+      - The method for creating the directory tree. V(auto) uses the cheapest method that creates an exact copy in this store.
+      - V(snapshot) requires btrfs, V(reflink) a filesystem that can share extents, and V(metacopy) an overlay store with C(metacopy=on) in
+        its mount options. V(copy) is always available.
     type: str
     choices: [auto, snapshot, reflink, metacopy, copy]
     default: auto
   force:
     description:
-      - Make the layer even where the runtime will shift IDs and not ask for it.
+      - Create the layer even if the runtime will shift IDs and not use the layer.
     type: bool
     default: false
   unmapped_ids:
     description:
-      - What to do about files whose owner the map does not cover. V(fail) names the IDs and makes nothing, V(overflow) gives
-        those files to the overflow ID 65534, as the runtimes do.
+      - What to do with files whose owner is not covered by the map. V(fail) reports the IDs and creates nothing. V(overflow) changes the
+        owner of these files to the overflow ID 65534, as the runtimes do.
     type: str
     choices: [fail, overflow]
     default: fail
+  check_with_runtime:
+    description:
+      - Whether to verify the layers with the host's own podman. For each image and mapping, podman creates a container as the store's user,
+        in that user's environment and with the options of this task. The container is never started and is removed afterwards.
+      - If podman does not use the layer for the container, the module removes the layer and the task fails.
+      - With V(untested), the module verifies layers if a program on the host is newer than the versions that the collection was tested
+        with. O(allow_untested_runtime) is then not required to create layers, but still required to remove layers. With V(always), the
+        module verifies layers on all hosts.
+      - The module also verifies a layer of an earlier task if no container uses the layer, so that no layer remains unverified after an
+        interrupted task. The next task with this option removes a container named C(userns-storage-check-...) that an interrupted task left
+        behind.
+      - Of several layers for O(userns=auto), the module verifies a single layer, because podman assigns the first free range to the
+        container.
+      - Only podman can verify layers. The module fails for other values of O(runtime). It ignores the version in O(runtime) for the
+        verification.
+    type: str
+    choices: [never, untested, always]
+    default: never
   lease:
     description:
-      - For how long M(userns.storage.layer_gc) keeps a new layer though nobody uses it yet, an age such as V(30d).
-      - It begins when the layer is made. A layer that is there already keeps the lease it has.
+      - How long M(userns.storage.layer_gc) keeps a new layer even if no container uses it yet, given as an age such as V(30d).
+      - The lease begins when the layer is created. An existing layer keeps its current lease.
     type: str
   time_limit:
     description:
-      - Stop after so many seconds, and tell in RV(remaining) what is left to do. The next run goes on from there, with a layer that is half
-        made too. This is for maintenance windows.
-      - Each run makes something, however short its time. A snapshot of btrfs is made in one go. Nothing else in a run is limited.
-      - Half of a layer is kept for a day, or until the host starts again. It lies beside the store, where nothing takes it for a layer, and
-        M(userns.storage.layer_gc) leaves it alone for so long.
-      - Without it the task goes on until all is done, and shows every ten seconds or more how far it is, for each host.
+      - Stop after this many seconds and return the number of remaining layers in RV(remaining). The next run continues from there,
+        including with a partial layer. This option is intended for maintenance windows.
+      - Each run makes progress, even if the time limit is very short. A btrfs snapshot is always created in a single step. The time limit
+        does not apply to anything else.
+      - A partial layer is kept for one day, or until the host restarts. It is stored outside the store's layers, where no program uses it
+        as a layer, and M(userns.storage.layer_gc) does not remove it during that time.
+      - If not set, the task continues until all layers are complete, and displays its progress for each host, at most every ten seconds. It
+        works for the users of O(users) in turns, and for at most four hours in the store of each user. After that, it continues with the
+        other users and fails at the end. The next run continues from there.
     type: int
 notes:
-  - On the controller an action plugin of the same name calls the module again and again with a O(time_limit) of its own and shows a line
-    in between. Nothing runs on when the play is interrupted. In check mode, with C(async), with O(state=absent) and with O(time_limit) it
-    calls the module once.
+  - CRI-O removes a mapped layer from its own store together with the last container that uses it, whoever created the layer. With
+    O(runtime=cri-o) the module warns about this. Layers in an additional image store last. Create them with O(graphroot) of that store while it
+    is writable and no program uses it as its own store.
+  - On the controller, an action plugin of the same name calls the module repeatedly with its own O(time_limit) and displays the progress
+    between the calls. No process continues to run on the host after the play is interrupted. In check mode, with C(async), with
+    O(state=absent), and with O(time_limit), it calls the module once.
 seealso:
+  - module: userns.storage.image_layers
   - module: userns.storage.image_layers_info
 author:
   - The userns.storage contributors (@userns-storage)
@@ -164,7 +157,7 @@ EXAMPLES = r"""
       - docker.io/library/redis:8
     uidmap: ["0:100000:65536"]
 
-- name: Be ready for three containers with automatic namespaces, and for one with keep-id
+- name: Prepare for three containers with automatic namespaces and a container with keep-id
   userns.storage.layer_template:
     images: registry.example.org/builder:latest
     mappings:
@@ -173,26 +166,26 @@ EXAMPLES = r"""
       - userns: keep-id
     user: runner
 
-- name: Pre-map the toolbox image for everybody who uses it on this workstation
+- name: Pre-map the toolbox image for all its users on this workstation
   userns.storage.layer_template:
     images: registry.example.org/toolbox:latest
     userns: keep-id
     users: [alice, bob]
 
-- name: Pre-map what the units of a quadlet host ask for
+- name: Pre-map the images that the units of a quadlet host use
   userns.storage.layer_template:
     images: "{{ item.images }}"
     mappings: "{{ item.mappings }}"
   loop: "{{ lookup('ansible.builtin.file', 'web.container') | userns.storage.unit_mapping }}"
 
-- name: Pre-map what can be pre-mapped in the ten minutes of a maintenance window
+- name: Pre-map as much as possible in a maintenance window of ten minutes
   userns.storage.layer_template:
     images: registry.example.org/very/large:latest
     userns: keep-id
     user: runner
     time_limit: 600
 
-- name: Take the layer of an old range away
+- name: Remove the layer with an old range
   userns.storage.layer_template:
     images: docker.io/library/postgres:17
     uidmap: ["0:300000:65536"]
@@ -202,148 +195,159 @@ EXAMPLES = r"""
 RETURN = r"""
 layers:
   description:
-    - One entry for each user, image and map. One that is refused does not keep the others from being worked on.
+    - One entry for each user, image and map. A failure of one entry does not stop the others.
   returned: always
   type: list
   elements: dict
   contains:
     user:
-      description: Whose store it is in, V(root) for the rootful one.
+      description: The owner of the store, V(root) for the rootful store.
       type: str
       sample: alice
     image_id:
-      description: The image. Empty where none answers to the reference.
+      description: The ID of the image. Empty if no image matches the reference.
       type: str
       sample: 5d0da3dc976460b72c77d94c8a1ad043720b0416bfc16c52c45d4847e53fadb6
     image_names:
-      description: Its names, or the reference that no image answers to.
+      description: The names of the image, or the reference that matches no image.
       type: list
       elements: str
     layer_id:
-      description: The mapped layer. Empty where there is none, in check mode too.
+      description: The ID of the mapped layer, or of the image's own layer if that has the map. Empty if there is none, also in check mode.
       type: str
     template_id:
-      description: The layer that it is, or would be, made from.
+      description: The ID of the layer from which the mapped layer is, or would be, created.
       type: str
     uidmap:
-      description: The UID map as the runtime writes it.
+      description: The UID map in the form in which the runtime writes it.
       type: list
       elements: str
       sample: ["0:1:1000", "1000:0:1", "1001:1001:64536"]
     gidmap:
-      description: The GID map as the runtime writes it.
+      description: The GID map in the form in which the runtime writes it.
       type: list
       elements: str
     action:
       description:
-        - What was done, or would be in check mode. V(created), V(existing), V(removed), V(not_needed) or V(refused).
-        - V(pending) is what O(time_limit) has left to the next run.
+        - The action that was performed, or would be performed in check mode. It is V(created), V(existing), V(removed), V(not_needed) or
+          V(refused).
+        - V(pending) is for layers that O(time_limit) left for the next run.
       type: str
     reason:
-      description: Why, in words.
+      description: A description of the reason.
       type: str
       sample: The vfs driver cannot shift IDs, so podman 5.4.2 copies the image for each map.
     advice:
-      description: What would change whether a layer is needed.
+      description: A change of the host that would affect whether a layer is needed.
       type: str
       sample: The overlay driver needs no copies for root on Linux 5.19 or later.
     strategy:
-      description: How the tree was made. Only for V(created).
+      description: The method by which the directory tree was created. Only set for V(created).
       type: str
     files:
-      description: Entries of the tree other than directories. Only for V(created).
+      description: The number of entries in the tree, not counting directories. Only set for V(created).
+      type: int
+    size_expected:
+      description:
+        - The expected apparent size in bytes according to the records of the image. It can differ from the actual size. Only set for
+          layers that are created or V(pending).
       type: int
     size_apparent:
-      description: Bytes that the files seem to have. Only for V(created).
+      description: Apparent size in bytes. Only set for V(created).
       type: int
     size_exclusive:
-      description: Bytes on disk that only this layer holds. Only for V(created).
+      description: The number of bytes on disk that only this layer uses. Only set for V(created).
       type: int
     seconds:
-      description: Time spent on this entry.
+      description: The number of seconds spent on this entry.
       type: float
     lock_seconds:
-      description: Time for which the store's locks were held to write.
+      description: The number of seconds for which the module held the store's locks for writing.
       type: float
     progress:
-      description: How far a layer has come that was begun. None for all but some V(pending) ones.
+      description: The progress of a partial layer. C(null) except for V(pending) layers that are already begun.
       type: dict
       contains:
         files:
-          description: Entries that are made.
+          description: The number of entries that exist.
           type: int
         bytes:
-          description: Bytes that these seem to have.
+          description: The apparent size of these entries in bytes.
           type: int
         bytes_expected:
-          description: What the image's records make of the whole, of which some may not be needed.
+          description: The expected total size in bytes according to the records of the image. It can be larger than the actual size.
           type: int
         seconds_resuming:
-          description: How long it took this run to look through what earlier ones had made.
+          description: The number of seconds that this run needed to examine the work of earlier runs.
           type: float
 partial:
-  description: Whether O(time_limit) has left something to the next run.
+  description: Whether O(time_limit) left work for the next run.
   returned: always
   type: bool
 remaining:
-  description: How many layers it has left.
+  description: The number of layers that are left for the next run.
   returned: always
   type: int
 store:
-  description: The store that was worked on.
+  description: The store that the module used.
   returned: when O(users) is not given
   type: dict
   contains:
     graphroot:
-      description: Its graph root.
+      description: The graph root of the store.
       type: str
     runroot:
-      description: Its run root.
+      description: The run root of the store.
       type: str
     driver:
-      description: Its graph driver.
+      description: The graph driver of the store.
       type: str
     backing_filesystem:
-      description: The filesystem under the graph root.
+      description: The filesystem of the graph root.
       type: str
     rootless:
-      description: Whether it is a user's own.
+      description: Whether the store is a user's rootless store.
       type: bool
     shifting:
-      description: Whether the runtime shifts IDs for these maps and so needs no copies.
+      description: Whether the runtime shifts IDs for these maps and therefore needs no copies.
       type: bool
+pulled:
+  description: The names of the images that were pulled, or would be pulled in check mode.
+  returned: with O(pull=missing)
+  type: list
+  elements: str
 stores:
   description:
-    - All stores that were worked on, each with what RV(store) would tell of it, and with its user.
-    - One that could not be worked on at all has only C(user) and C(error).
+    - All stores in which the module worked, each with the keys of RV(store) and its user.
+    - A store in which the module could not work has only the keys C(user) and C(error).
   returned: always
   type: list
   elements: dict
   contains:
     user:
-      description: Whose store it is, V(root) for the rootful one.
+      description: The owner of the store, V(root) for the rootful store.
       type: str
     error:
-      description: Why nothing could be done in it.
+      description: The reason why the module could not work in the store.
       returned: when nothing could be done
       type: str
     graphroot:
-      description: Its graph root.
+      description: The graph root of the store.
       type: str
     runroot:
-      description: Its run root.
+      description: The run root of the store.
       type: str
     driver:
-      description: Its graph driver.
+      description: The graph driver of the store.
       type: str
     backing_filesystem:
-      description: The filesystem under the graph root.
+      description: The filesystem of the graph root.
       type: str
     rootless:
-      description: Whether it is a user's own.
+      description: Whether the store is a user's rootless store.
       type: bool
     shifting:
-      description: Whether the runtime shifts IDs for these maps and so needs no copies.
+      description: Whether the runtime shifts IDs for these maps and therefore needs no copies.
       type: bool
 """
 
@@ -351,33 +355,32 @@ import time
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.userns.storage.plugins.module_utils._mappings import (
+    MAPPING_ARGUMENTS,
+    MAPPING_EXCLUSIVE,
+    MAPPING_OPTIONS,
+    MAPPINGS_ARGUMENT,
+    wanted_mapping,
+)
 from ansible_collections.userns.storage.plugins.module_utils._module import (
     STORE_ARGUMENTS,
+    STORE_EXCLUSIVE,
     run,
-    run_for_users,
+    run_outside,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
-    several,
-    template,
+    image_pulling,
+    image_tools,
+    layer_template,
+    result_merging,
+    runtime_check,
 )
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations.asking import (
-    Wanted,
-)
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations.opening import (
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.store_opening import (
     StoreRequest,
 )
-
-_MAPS = ("uidmap", "gidmap", "subuidname", "subgidname")
-_MAPPING: t.Dict[str, t.Dict[str, t.Any]] = {
-    "userns": {"type": "str"},
-    "uidmap": {"type": "list", "elements": "str"},
-    "gidmap": {"type": "list", "elements": "str"},
-    "subuidname": {"type": "str"},
-    "subgidname": {"type": "str"},
-    "runtime": {"type": "str"},
-    "slots": {"type": "int", "default": 1},
-}
-_EXCLUSIVE = [("userns", option) for option in _MAPS]
+from ansible_collections.userns.storage.plugins.module_utils._storage.userns import (
+    running as userns,
+)
 
 
 def main() -> None:
@@ -389,16 +392,13 @@ def main() -> None:
                 "required": True,
                 "aliases": ["image", "name"],
             },
-            **_MAPPING,
-            "mappings": {
-                "type": "list",
-                "elements": "dict",
-                "options": _MAPPING,
-                "mutually_exclusive": _EXCLUSIVE,
-                "required_one_of": [("userns", *_MAPS)],
-            },
-            "users": {"type": "list", "elements": "str"},
+            **MAPPING_ARGUMENTS,
+            "mappings": MAPPINGS_ARGUMENT,
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "pull": {"type": "str", "choices": ["never", "missing"], "default": "never"},
+            "authfile": {"type": "path"},
+            "username": {"type": "str"},
+            "password": {"type": "str", "no_log": True},
             "strategy": {
                 "type": "str",
                 "choices": ["auto", "snapshot", "reflink", "metacopy", "copy"],
@@ -407,26 +407,32 @@ def main() -> None:
             "force": {"type": "bool", "default": False},
             "unmapped_ids": {"type": "str", "choices": ["fail", "overflow"], "default": "fail"},
             "lease": {"type": "str"},
+            "check_with_runtime": {
+                "type": "str",
+                "choices": [runtime_check.NEVER, runtime_check.UNTESTED, runtime_check.ALWAYS],
+                "default": runtime_check.NEVER,
+            },
             "time_limit": {"type": "int"},
             **STORE_ARGUMENTS,
         },
         mutually_exclusive=[
-            *_EXCLUSIVE,
-            *(("mappings", option) for option in ("userns", *_MAPS)),
-            # One place cannot be the store of several users.
-            *(("users", option) for option in ("user", "graphroot", "runroot")),
+            *MAPPING_EXCLUSIVE,
+            *(("mappings", option) for option in MAPPING_OPTIONS),
+            *STORE_EXCLUSIVE,
+            ("authfile", "username"),
         ],
-        required_one_of=[("userns", *_MAPS, "mappings")],
+        required_together=[("username", "password")],
+        required_one_of=[(*MAPPING_OPTIONS, "mappings")],
         supports_check_mode=True,
     )
     params = module.params
     deadline = time.monotonic() + params["time_limit"] if params["time_limit"] is not None else 0.0
 
-    def request(store: StoreRequest) -> template.TemplateRequest:
-        return template.TemplateRequest(
+    def request(store: StoreRequest) -> layer_template.TemplateRequest:
+        return layer_template.TemplateRequest(
             store=store,
             images=tuple(params["images"]),
-            wanted=tuple(_wanted(one) for one in params["mappings"] or [params]),
+            wanted=tuple(map(wanted_mapping, params["mappings"] or [params])),
             state=params["state"],
             strategy=params["strategy"],
             force=params["force"],
@@ -437,21 +443,31 @@ def main() -> None:
             awaited=True,
         )
 
-    if params["users"] is None:
-        run(module, request, template.declare)
-    run_for_users(module, params["users"], request, template.declare, several.joined)
+    mode = params["check_with_runtime"]
 
+    def checked(request: layer_template.TemplateRequest) -> t.Dict[str, t.Any]:
+        return runtime_check.declare(request, mode)
 
-def _wanted(options: t.Mapping[str, t.Any]) -> Wanted:
-    return Wanted(
-        userns=options["userns"] or "",
-        uidmap=tuple(options["uidmap"] or ()),
-        gidmap=tuple(options["gidmap"] or ()),
-        subuidname=options["subuidname"] or "",
-        subgidname=options["subgidname"] or "",
-        runtime=options["runtime"] or "",
-        slots=options["slots"],
-    )
+    def inside(request: layer_template.TemplateRequest) -> t.Dict[str, t.Any]:
+        if mode != runtime_check.NEVER:
+            return checked(request)
+        limits = userns.waiting_for_locks(request.store.lock_timeout)
+        result: t.Dict[str, t.Any] = userns.run(
+            layer_template.declare, (request,), request.store.account, limits
+        )
+        return result
+
+    def pulled(request: layer_template.TemplateRequest) -> t.Dict[str, t.Any]:
+        credentials = image_tools.Credentials(
+            params["authfile"] or "", params["username"] or "", params["password"] or ""
+        )
+        return image_pulling.declare(request, inside, credentials)
+
+    if params["pull"] == "missing" and params["state"] == "present":
+        run_outside(module, request, pulled, result_merging.joined)
+    if mode != runtime_check.NEVER:
+        run_outside(module, request, checked, result_merging.joined)
+    run(module, request, layer_template.declare, result_merging.joined)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: subordinate_ids
-short_description: Give users subordinate IDs that nobody else has
+short_description: Grant users unique ranges of subordinate IDs
 version_added: 1.0.0
 description:
-  - Sees to it that users have subordinate UIDs and GIDs in C(/etc/subuid) and C(/etc/subgid), as rootless containers and
-    C(podman run --userns=auto) need them.
-  - Ranges that are there stay as they are, whatever tool wrote them. A new range touches no other one of either file, under a name or a
-    number, and no ID of a local account or group.
-  - The files are written under the locks of C(usermod) and C(useradd), and the old ones are kept beside them as those tools keep them.
-  - Where C(/etc/nsswitch.conf) gives subordinate IDs to a directory such as FreeIPA, nothing is written. Too few IDs there are an error.
+  - Ensures that users have subordinate UIDs and GIDs in C(/etc/subuid) and C(/etc/subgid), as required for rootless containers and C(podman
+    run --userns=auto).
+  - Existing ranges are not changed, regardless of the tool that wrote them. A new range does not overlap any other range in either file,
+    whether that is listed by name or by number, or the ID of any local account or group.
+  - The module writes the files under the locks of C(usermod) and C(useradd), and keeps backups of the old files as these tools do.
+  - The module reads the files as C(newuidmap) and C(newgidmap) on the host do. A line that these programs ignore, for example because it
+    ends with a blank, grants nothing to its user, and the module warns. The module also never grants a range to another user that any
+    version of these programs would read in such a line.
+  - New ranges are between C(SUB_UID_MIN) and C(SUB_UID_MAX), or between C(SUB_GID_MIN) and C(SUB_GID_MAX), in C(/etc/login.defs).
+  - The module warns if a user shares subordinate IDs with another user or with a local account.
+  - Existing lines are kept byte for byte. A missing newline at the end of a file is added.
+  - If C(/etc/nsswitch.conf) assigns subordinate IDs to a directory service such as FreeIPA, the module writes nothing. It fails if a user
+    has too few IDs there.
 extends_documentation_fragment:
   - userns.storage._attributes
 attributes:
@@ -29,14 +36,15 @@ attributes:
 options:
   users:
     description:
-      - Names of users. One without an account, such as V(containers) for the rootful store's automatic namespaces, is taken as it is.
+      - The names of the users. The module also accepts names without an account, such as V(containers) for the automatic namespaces of the
+        rootful store.
     type: list
     elements: str
     required: true
     aliases: [user, name]
   count:
     description:
-      - How many of each kind a user has at least. Who has fewer is given what is missing.
+      - The minimum number of subordinate UIDs and of subordinate GIDs for each user. Users with fewer IDs are granted the missing number.
     type: int
     default: 65536
 requirements:
@@ -48,11 +56,11 @@ author:
 """
 
 EXAMPLES = r"""
-- name: Let alice and bob run rootless containers
+- name: Allow alice and bob to run rootless containers
   userns.storage.subordinate_ids:
     users: [alice, bob]
 
-- name: Room for 64 containers of the rootful store with automatic namespaces
+- name: Grant IDs for 64 containers of the rootful store with automatic namespaces
   userns.storage.subordinate_ids:
     users: containers
     count: 4194304
@@ -60,36 +68,36 @@ EXAMPLES = r"""
 
 RETURN = r"""
 users:
-  description: The users with all their ranges, predicted ones in check mode.
+  description: The users with all their ranges, including predicted ranges in check mode.
   returned: success
   type: list
   elements: dict
   contains:
     name:
-      description: The user.
+      description: The name of the user.
       type: str
     added:
       description: Whether a range was added.
       type: bool
     uid:
-      description: Ranges of UIDs.
+      description: The ranges of UIDs.
       type: list
       elements: dict
       sample: [{start: 100000, count: 65536}]
       contains: &range
         start:
-          description: The first ID.
+          description: The first ID of the range.
           type: int
         count:
-          description: How many there are.
+          description: The number of IDs in the range.
           type: int
     gid:
-      description: Ranges of GIDs.
+      description: The ranges of GIDs.
       type: list
       elements: dict
       contains: *range
 source:
-  description: V(files), or the name of the NSS service that keeps the IDs.
+  description: V(files), or the name of the NSS service that provides the IDs.
   returned: success
   type: str
 """
@@ -98,7 +106,9 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StorageError
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations import granting
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
+    subordinate_ids,
+)
 
 
 def main() -> None:
@@ -114,16 +124,18 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    request = granting.GrantRequest(
+    request = subordinate_ids.GrantRequest(
         users=tuple(module.params["users"]),
         count=module.params["count"],
         check=module.check_mode,
     )
     try:
-        result = granting.grant(request)
+        result = subordinate_ids.grant(request)
     except StorageError as error:
         facts: t.Dict[str, t.Any] = dict(error.facts)
         module.fail_json(msg=str(error), **facts)
+    for warning in result.pop("warnings"):
+        module.warn(warning)
     if not module._diff:
         del result["diff"]
     module.exit_json(**result)

@@ -2,19 +2,15 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Bytes and seconds, for people."""
+"""Format bytes and seconds for people."""
 
 from __future__ import annotations
 
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    size_text as human,
+)
 
-def human(number: float) -> str:
-    """Bytes in words: 512 B, 1.4 KiB, 23 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(number) < 1024 or unit == "TiB":
-            break
-        number /= 1024
-    digits = 0 if unit == "B" or abs(number) >= 99.5 else 1
-    return f"{number:.{digits}f} {unit}"
+__all__ = ["duration", "human"]
 
 
 def duration(seconds: float) -> str:

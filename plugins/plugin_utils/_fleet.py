@@ -2,20 +2,21 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""What the role report has gathered, as one fleet: hosts, their stores, images, and sums of these."""
+"""The data that the role report gathers, as one fleet: hosts, stores, images and totals."""
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import typing as t
 from dataclasses import dataclass, field
 
 from ._amounts import human
+from ._values import Facts, Malformed, dict_of, dicts_of, list_of, number_of, results_of, text_of
 
 OK, PARTLY, FAILED, UNREACHABLE, SILENT = "ok", "partly", "failed", "unreachable", "silent"
 # What wants looking at comes first.
 _ORDER = {UNREACHABLE: 0, FAILED: 1, SILENT: 2, PARTLY: 3, OK: 4}
-
-Facts = t.Mapping[str, t.Any]
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Sums:
     freed: int = 0
     freed_layers: int = 0
     missing: int = 0
+    saved: int = 0
 
     def add(self, other: Sums) -> None:
         for name, value in vars(other).items():
@@ -63,13 +65,19 @@ class Copy:
 
 @dataclass(frozen=True)
 class Image:
-    """An image with its mapped layers, in one store."""
+    """An image with its mapped layers, in one store.
+
+    :ivar map: the map that the image's own layers carry; empty if they carry none
+    :ivar identity_copy: bytes of the copy for containers without a user namespace, which only an image with a map needs
+    """
 
     name: str
     copies: t.Tuple[Copy, ...]
     recorded: int
     on_disk: int
     problem: str
+    map: str = ""
+    identity_copy: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Store:
 
     user: str
     problem: str = ""
-    place: str = ""
+    location: str = ""
     images: t.List[Image] = field(default_factory=list)
     removals: t.List[Removal] = field(default_factory=list)
     # Without a policy: what each rule would free.
@@ -134,7 +142,7 @@ class FleetImage:
 
 @dataclass
 class Fleet:
-    """All hosts that were asked, those that need looking at first, then the fullest."""
+    """All hosts: first those with problems, then by used space."""
 
     hosts: t.List[Host]
     images: t.List[FleetImage]
@@ -147,7 +155,7 @@ class Fleet:
 
 def fleet(names: t.Iterable[str], facts: t.Mapping[str, Facts]) -> Fleet:
     """Make one fleet of what each host has left in ``report_*``, ``prune_collected`` and ``prepare_made``."""
-    hosts = [_host(name, facts[name]) for name in names]
+    hosts = [_host_or_error(name, facts) for name in names]
     hosts.sort(key=lambda host: (_ORDER[host.state], -host.sums.on_disk, host.name))
     total = Sums()
     images: t.Dict[str, FleetImage] = {}
@@ -155,12 +163,12 @@ def fleet(names: t.Iterable[str], facts: t.Mapping[str, Facts]) -> Fleet:
         total.add(host.sums)
         for store in host.stores:
             _count_images(images, host, store)
-    ranked = sorted(images.values(), key=lambda one: (-one.on_disk, -one.copies, one.name))
+    ranked = sorted(images.values(), key=lambda item: (-item.on_disk, -item.copies, item.name))
     return Fleet(hosts, ranked, total)
 
 
 def totals(found: Fleet) -> t.Dict[str, int]:
-    """What the job's artifacts tell of the fleet."""
+    """The summary of the fleet for the artifacts of a job."""
     return {
         "hosts": len(found.hosts),
         "hosts_unreachable": found.counted(UNREACHABLE),
@@ -173,6 +181,7 @@ def totals(found: Fleet) -> t.Dict[str, int]:
         "bytes_reclaimable": found.sums.freed,
         "layers_reclaimable": found.sums.freed_layers,
         "layers_missing": found.sums.missing,
+        "bytes_saved_by_sharing": found.sums.saved,
     }
 
 
@@ -181,48 +190,66 @@ def _count_images(images: t.Dict[str, FleetImage], host: Host, store: Store) -> 
         found = images.setdefault(image.name, FleetImage(image.name))
         found.hosts.add(host.name)
         found.copies += len(image.copies)
-        found.recorded += sum(one.recorded for one in image.copies)
-        found.on_disk += sum(one.on_disk for one in image.copies)
+        found.recorded += sum(copy.recorded for copy in image.copies)
+        found.on_disk += sum(copy.on_disk for copy in image.copies)
     for removal in store.removals:
         images.setdefault(removal.image, FleetImage(removal.image)).freed += removal.size
 
 
+def _host_or_error(name: t.Any, facts: t.Mapping[str, Facts]) -> Host:
+    """A host, or what is wrong with its variables: they must not cost the others their report."""
+    shown = text_of(name)
+    try:
+        return _host(shown, dict_of(facts[name], "hostvars"))
+    except Malformed as error:
+        cause = str(error)
+    except Exception as error:  # Any code may stand behind a host's variables, such as a lookup.
+        cause = f"{type(error).__name__}: {text_of(str(error))}"
+    return Host(
+        shown,
+        FAILED,
+        f"The variables of this host cannot be read. {text_of(cause)}. Run the role report again.",
+    )
+
+
 def _host(name: str, facts: Facts) -> Host:
     host = Host(name)
-    reached = facts.get("report_reached") or {}
+    reached = dict_of(facts.get("report_reached"), "report_reached")
     error = facts.get("report_error") or ""
-    results = _results(facts.get("report_found"))
-    lost = next((one for one in [reached, *results] if one.get("unreachable")), None)
+    results = results_of(facts.get("report_found"), "report_found")
+    lost = next((item for item in [reached, *results] if item.get("unreachable")), None)
     if lost is not None:
-        host.state, host.message = UNREACHABLE, _text(lost.get("msg"))
+        host.state, host.message = UNREACHABLE, _unreachable(lost.get("msg"))
         return host
     if not results:
         failed = error or reached.get("failed")
         host.state = FAILED if failed else SILENT
-        host.message = _text(error or reached.get("msg") or "It was never asked.")
+        host.message = text_of(error or reached.get("msg") or "The host was not examined.")
         return host
     for result in results:
         host.stores.append(_store(result))
     stores = {store.user: store for store in host.stores}
-    for result in _results(facts.get("prune_collected")):
-        if str(result.get("prune_store")) in stores:
-            _collected(stores[str(result["prune_store"])], result)
-    made = facts.get("prepare_made") or {}
-    for layer in made.get("layers") or ():
-        user = str(layer.get("user") or "root")
+    for result in results_of(facts.get("report_shared_found"), "report_shared_found"):
+        host.stores.append(_shared_store(result))
+    for result in results_of(facts.get("prune_collected"), "prune_collected"):
+        if text_of(result.get("prune_store")) in stores:
+            _collected(stores[text_of(result["prune_store"])], result)
+    made = dict_of(facts.get("prepare_made"), "prepare_made")
+    for layer in dicts_of(made, "layers", "prepare_made"):
+        user = text_of(layer.get("user") or "root")
         if user not in stores:
             stores[user] = Store(user)
             host.stores.append(stores[user])
         _made(stores[user], layer)
-    for one in made.get("stores") or ():
-        if one.get("error") and str(one.get("user")) in stores:
-            stores[str(one["user"])].notes.append(_text(one["error"]))
+    for item in dicts_of(made, "stores", "prepare_made"):
+        if item.get("error") and text_of(item.get("user")) in stores:
+            stores[text_of(item["user"])].notes.append(text_of(item["error"]))
     if made.get("failed") and not made.get("layers") and not made.get("stores") and host.stores:
-        host.stores[0].notes.append(_text(made.get("msg")))
+        host.stores[0].notes.append(text_of(made.get("msg")))
     for store in host.stores:
         host.sums.add(store.sums)
     if error:
-        host.state, host.message = PARTLY, _text(error)
+        host.state, host.message = PARTLY, text_of(error)
     else:
         troubled = [store for store in host.stores if store.problem]
         if troubled:
@@ -231,82 +258,141 @@ def _host(name: str, facts: Facts) -> Host:
     return host
 
 
+def _unreachable(message: t.Any) -> str:
+    """Why a host cannot be reached, without what ssh and Ansible put around it."""
+    text = text_of(message)
+    connect = re.search(r"connect to host \S+ port (\d+): ([^:]+?)(?: *\\r.*)?$", text)
+    if connect:
+        return f"ssh: {connect[2].strip()} (port {connect[1]})"
+    refused = re.search(
+        r"Permission denied \([^()]*\)|Host key verification failed|Connection timed out", text
+    )
+    if refused:
+        return f"ssh: {refused[0]}"
+    return re.sub(
+        r"^(Data could not be sent to remote host|Failed to connect to the host via ssh)\W*(?:ssh: )?",
+        "ssh: ",
+        text,
+    )
+
+
 def _store(result: Facts) -> Store:
-    store = Store(str(result.get("report_store") or "root"))
-    described = result.get("store")
+    store = Store(text_of(result.get("report_store") or "root"))
+    described = dict_of(result.get("store"), "store")
     if not described:
         # A host without any store of a user is no trouble: nothing is there to be told.
         if result.get("graphroot") and not result.get("drivers"):
             store.notes.append("There is no store yet.")
         else:
-            store.problem = _text(result.get("msg") or result.get("module_stderr"))
+            store.problem = text_of(result.get("msg") or result.get("module_stderr"))
         return store
-    store.place = (
-        f"{described['driver']} on {described['backing_filesystem']}, {described['graphroot']}"
+    driver, backing, graphroot = (
+        text_of(described.get(key)) for key in ("driver", "backing_filesystem", "graphroot")
     )
-    for image in result.get("images") or ():
-        copies = tuple(_copy(one) for one in image.get("mapped_layers") or ())
-        own = image.get("layers") or ()
+    if driver == "vfs":
+        store.notes.append(
+            "The vfs driver copies the whole image for every container, with or without a mapped layer. "
+            "The overlay driver does not."
+        )
+    store.location = f"{driver} on {backing}, {graphroot}"
+    for image in dicts_of(result, "images", "result"):
+        mapped_layers = dicts_of(image, "mapped_layers", "image")
+        copies = tuple(map(_copy, mapped_layers))
+        own = dicts_of(image, "layers", "image")
         store.images.append(
             Image(
                 name=_name(image),
                 copies=copies,
-                recorded=sum(_number(one.get("recorded_size")) for one in own),
-                on_disk=sum(_number(one.get("size_exclusive")) for one in own),
-                problem=_text(image.get("problem")),
+                recorded=sum(number_of(item.get("recorded_size")) for item in own),
+                on_disk=sum(number_of(item.get("size_exclusive")) for item in own),
+                problem=text_of(image.get("problem")),
+                map=_map(image),
+                identity_copy=sum(
+                    number_of(item.get("size_exclusive"))
+                    for item in mapped_layers
+                    if item.get("id") is not None and item["id"] == image.get("identity_copy")
+                ),
             )
         )
-    sums = result.get("totals") or {}
-    mapped = sums.get("mapped") or {}
+    sums = dict_of(result.get("totals"), "totals")
+    mapped = dict_of(sums.get("mapped"), "totals.mapped")
     store.sums = Sums(
-        recorded=_number(sums.get("recorded")),
-        on_disk=_number(sums.get("exclusive")),
-        mapped_recorded=_number(mapped.get("recorded")),
-        mapped_on_disk=_number(mapped.get("exclusive")),
-        inodes=_number(sums.get("inodes")),
-        mapped_layers=_number(mapped.get("layers")),
+        recorded=number_of(sums.get("recorded")),
+        on_disk=number_of(sums.get("exclusive")),
+        mapped_recorded=number_of(mapped.get("recorded")),
+        mapped_on_disk=number_of(mapped.get("exclusive")),
+        inodes=number_of(sums.get("inodes")),
+        mapped_layers=number_of(mapped.get("layers")),
         images=len(store.images),
     )
-    orphans = result.get("orphans") or ()
+    orphans = dicts_of(result, "orphans", "result")
     if orphans:
-        size = sum(_number(one.get("size_exclusive")) for one in orphans)
-        store.notes.append(f"{len(orphans)} leftovers without a record hold {human(size)}.")
+        size = sum(number_of(orphan.get("size_exclusive")) for orphan in orphans)
+        store.notes.append(f"{len(orphans)} leftovers without a record use {human(size)}.")
+    return store
+
+
+def _shared_store(result: Facts) -> Store:
+    """A store of root's whose images are shared; each user would have pulled them, and copied them for each mapping."""
+    store = _store(result)
+    declared = dict_of(result.get("report_shared"), "report_shared")
+    users = dicts_of(declared, "users", "report_shared")
+    store.user = "root, shared with users"
+    copies = 0
+    for user in users:
+        patterns = [text_of(item) for item in list_of(user, "images", "report_shared")]
+        each = 1 + number_of(user.get("mappings"))
+        copies += each
+        for image in store.images:
+            if any(fnmatch.fnmatch(image.name, pattern) for pattern in patterns):
+                store.sums.saved += each * image.on_disk
+    store.notes.append(
+        f"Shared with {len(users)} users in {copies} mappings. Copies of their own would use {human(store.sums.saved)}."
+    )
     return store
 
 
 def _copy(layer: Facts) -> Copy:
     return Copy(
         map=_map(layer),
-        recorded=_number(layer.get("recorded_size")),
-        on_disk=_number(layer.get("size_exclusive")),
-        status=str(layer.get("problem") or layer.get("status") or ""),
-        containers=tuple(str(one.get("name")) for one in layer.get("containers") or ()),
-        last_used=str(layer.get("last_used") or ""),
-        origin=str(layer.get("origin") or ""),
+        recorded=number_of(layer.get("recorded_size")),
+        on_disk=number_of(layer.get("size_exclusive")),
+        status=text_of(layer.get("problem") or layer.get("status")),
+        containers=tuple(
+            text_of(item.get("name")) for item in dicts_of(layer, "containers", "mapped layer")
+        ),
+        last_used=text_of(layer.get("last_used")),
+        origin=text_of(layer.get("origin")),
     )
 
 
 def _collected(store: Store, result: Facts) -> None:
     if "removed" not in result:
-        if not store.problem and store.place:
-            store.problem = _text(result.get("msg"))
+        if not store.problem and store.location:
+            store.problem = text_of(result.get("msg"))
         return
-    for one in result["removed"]:
+    for item in dicts_of(result, "removed", "result of layer_gc"):
         store.removals.append(
             Removal(
-                image=_name(one),
-                map=_map(one),
-                size=_number(one.get("size")),
-                reason=_text(one.get("reason")),
+                image=_name(item),
+                map=_map(item),
+                size=number_of(item.get("size")),
+                reason=text_of(item.get("reason")),
             )
         )
-    store.sums.freed = sum(one.size for one in store.removals)
+    store.sums.freed = sum(removal.size for removal in store.removals)
     store.sums.freed_layers = len(store.removals)
-    store.notes += [_text(note) for note in result.get("notes") or ()]
-    for one in result.get("would_free") or ():
-        if one.get("layers"):
-            rule = f"{one.get('rule')}: {one.get('value')}"
-            store.prospects.append((rule, _number(one["layers"]), _number(one.get("bytes"))))
+    images = dicts_of(result, "removed_images", "result of layer_gc")
+    if images:
+        size = sum(number_of(item.get("size")) for item in images)
+        store.notes.append(
+            f"{len(images)} superseded images would be removed, which frees {human(size)}."
+        )
+    store.notes += [text_of(note) for note in list_of(result, "notes", "result of layer_gc")]
+    for item in dicts_of(result, "would_free", "result of layer_gc"):
+        if item.get("layers"):
+            rule = f"{text_of(item.get('rule'))}: {text_of(item.get('value'))}"
+            store.prospects.append((rule, number_of(item["layers"]), number_of(item.get("bytes"))))
 
 
 def _made(store: Store, layer: Facts) -> None:
@@ -317,42 +403,29 @@ def _made(store: Store, layer: Facts) -> None:
         Missing(
             image=_name(layer, "image_names", "image_id"),
             map=_map(layer),
-            reason=_text(layer.get("reason")),
-            size=_number(layer.get("size_apparent")),
+            reason=text_of(layer.get("reason")),
+            size=number_of(layer.get("size_apparent")),
             refused=action == "refused",
         )
     )
     store.sums.missing += 1
 
 
-def _results(registered: t.Any) -> t.List[Facts]:
-    """The results of a task with a loop; one that never came to its loop has but one result, or none."""
-    if not registered:
-        return []
-    found = registered.get("results")
-    if found is None:
-        found = [] if registered.get("skipped") else [registered]
-    return [one for one in found if not one.get("skipped")]
-
-
 def _name(entry: Facts, names: str = "", identity: str = "") -> str:
     for key in filter(None, (names, "names", "image_names")):
-        if entry.get(key):
-            return str(entry[key][0])
-    ids = [entry.get(identity)] if identity else entry.get("image_ids") or [entry.get("id")]
-    return str((ids or [""])[0] or "")[:12] or "(none)"
+        if list_of(entry, key, "entry"):
+            return text_of(entry[key][0])
+    ids = (
+        [entry.get(identity)]
+        if identity
+        else list_of(entry, "image_ids", "entry") or [entry.get("id")]
+    )
+    return text_of(ids[0])[:12] or "(none)"
 
 
 def _map(entry: Facts) -> str:
-    uid, gid = (", ".join(map(str, entry.get(key) or ())) for key in ("uidmap", "gidmap"))
+    uid, gid = (
+        text_of(", ".join(map(text_of, list_of(entry, key, "entry"))))
+        for key in ("uidmap", "gidmap")
+    )
     return uid if uid == gid else f"{uid} / {gid}"
-
-
-def _number(value: t.Any) -> int:
-    return value if isinstance(value, int) else 0
-
-
-def _text(value: t.Any) -> str:
-    """One line, not too long a one."""
-    text = " ".join(str(value or "").split())
-    return text if len(text) <= 500 else f"{text[:499]}…"

@@ -2,16 +2,16 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""A fleet as one page: style, script and charts are in it, and nothing is fetched."""
+"""Format a fleet as a single HTML page, including style, script and charts. It loads nothing from other places."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import typing as t
-from html import escape
 
 from ._amounts import human
+from ._escapes import html as esc
 from ._fleet import FAILED, OK, PARTLY, SILENT, UNREACHABLE, Fleet, Host, Store, Sums
 
 # Up to so many hosts each has a bar of its own; of more, the fullest, and a skyline of all.
@@ -57,47 +57,60 @@ svg .rail{fill:var(--line);opacity:.55}
 .name{overflow-wrap:anywhere}
 .sky svg{height:130px;border-bottom:1px solid var(--line)}
 .scale{display:flex;justify-content:space-between;font-size:13px;color:var(--soft)}
-.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{text-align:left;padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600;white-space:nowrap}th.num,td.num{text-align:right}
-td code{overflow-wrap:normal}td:last-child,th:last-child{padding-right:0}tr:last-child td{border-bottom:0}
+td:last-child,th:last-child{padding-right:0}tr:last-child td{border-bottom:0}
 code{font:13px/1.4 ui-monospace,"DejaVu Sans Mono",monospace;background:var(--code);border-radius:4px;padding:1px 5px;
 overflow-wrap:anywhere}
 input{font:inherit;color:inherit;background:var(--bg);border:1px solid var(--line);border-radius:7px;padding:6px 10px;
 width:100%;max-width:320px}
-.row{display:grid;grid-template-columns:minmax(120px,2fr) 108px 62px 62px 88px minmax(130px,2fr) 88px 70px;gap:12px;
+.row{display:grid;grid-template-columns:minmax(120px,2fr) 104px 54px 100px 76px minmax(130px,2fr) 108px 58px;gap:12px;
 align-items:center}
 .head{color:var(--soft);font-size:13px;font-weight:600;padding:10px 0 6px 18px;border-bottom:1px solid var(--line)}
-details.host{border-bottom:1px solid var(--line)}details.host:last-of-type{border-bottom:0}
+.of{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
+td[data-of=map] code{overflow-wrap:normal}
+.host{border-bottom:1px solid var(--line)}.host:last-child{border-bottom:0}
 summary{cursor:pointer;padding:7px 0;list-style:none;position:relative;padding-left:18px}
 summary::-webkit-details-marker{display:none}
 summary::before{content:"";position:absolute;left:2px;top:14px;border:5px solid transparent;
 border-left-color:var(--soft);border-right:0}
 details[open]>summary::before{transform:rotate(90deg)}
-.plain>summary{cursor:default}.plain>summary::before{display:none}
+.plain{padding:7px 0 7px 18px}
 .cell{display:grid;grid-template-columns:1fr 80px;gap:8px;align-items:center}
 .pill{justify-self:start;font-size:12px;font-weight:600;border:1px solid currentColor;border-radius:99px;
 padding:0 9px;white-space:nowrap}
-.said{grid-column:1/-1;margin:0;font-size:13px;overflow-wrap:anywhere}
+.message{grid-column:1/-1;margin:0;font-size:13px;overflow-wrap:anywhere}
 .store{margin:2px 0 14px 18px;padding:12px 16px;border:1px solid var(--line);border-radius:8px;background:var(--bg)}
+:focus-visible{outline:2px solid var(--kept);outline-offset:2px;border-radius:4px}
 .store p{font-size:13px;overflow-wrap:anywhere}.store>.soft{overflow-wrap:anywhere}
 footer{margin-top:22px;font-size:13px;color:var(--soft)}
-.plain .said{grid-column:3/-1}
-@media (max-width:820px){.plain .said{grid-column:1/-1}.head{display:none}
-.row{grid-template-columns:1fr auto;gap:3px 12px}.row>.num::before,.row>.cell>.num::before{content:attr(data-of) " ";
-color:var(--soft);font-size:12px}
+.plain .message{grid-column:3/-1}
+@media (max-width:820px){.plain .message{grid-column:1/-1}.head{display:none}main{padding:20px 12px 40px}
+section{padding:14px}.row{grid-template-columns:1fr 1fr;gap:3px 12px}.row>.name{grid-column:1/-1;font-weight:600}
+.row>.pill{grid-column:1/-1;margin:2px 0}
+.row .of{position:static;width:auto;height:auto;clip-path:none;color:var(--soft);font-size:13px}
 .row>.num{text-align:left}.row>.cell{grid-column:1/-1;grid-template-columns:1fr auto}
-.bar{grid-template-columns:minmax(80px,120px) 1fr 80px;gap:8px}.store{margin-left:0;padding:10px}}
+.bar{grid-template-columns:minmax(120px,220px) 1fr 80px;gap:8px}.store{margin-left:0;padding:10px}}
+@media (max-width:640px){.tiles{grid-template-columns:1fr 1fr}.tile:last-child{grid-column:1/-1}
+.bar{grid-template-columns:1fr auto;gap:2px 12px}.bar svg{grid-row:2;grid-column:1/-1}table,tbody{display:block}
+thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
+tr{display:grid;grid-template-columns:1fr 1fr;gap:2px 12px;padding:8px 0;border-bottom:1px solid var(--line)}
+tr:last-child{border-bottom:0}td,td.num{display:block;min-width:0;padding:0;border:0;text-align:left}
+td[data-of=image],td[data-of=rule],td[data-of=why],td[data-of=map]{grid-column:1/-1}
+td::before{content:attr(data-of) ": ";color:var(--soft);font-size:13px}td[data-of=image]::before{content:none}
+td code{overflow-wrap:anywhere}}
 @media print{body{background:#fff}section,.tile{break-inside:avoid}input{display:none}}
 """
 
 # Without it the page is the same, less the search.
 _SCRIPT = """
 const field=document.getElementById("search");
-if(field){field.hidden=false;const rows=[...document.querySelectorAll("details.host")];
+if(field){field.hidden=false;const rows=[...document.querySelectorAll(".host")];
 field.addEventListener("input",()=>{const word=field.value.trim().toLowerCase();
-for(const row of rows)row.hidden=word!==""&&!row.textContent.toLowerCase().includes(word)})}
+let shown=0;
+for(const row of rows){row.hidden=word!==""&&!row.textContent.toLowerCase().includes(word);shown+=row.hidden?0:1}
+document.getElementById("found").textContent=word===""?"":shown+" of "+rows.length+" hosts"})}
 """
 
 
@@ -113,8 +126,8 @@ def render(fleet: Fleet, title: str, moment: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{esc(title)}</title><style>{_STYLE}</style></head><body><main>",
-        f'<h1>{esc(title)}</h1><p class="soft">{esc(moment)}. On disk is what would go with the layers; '
-        "recorded is what podman counts.</p>",
+        f'<h1>{esc(title)}</h1><p class="soft">{esc(moment)}. On disk: space that the removal of the layers frees. '
+        "Recorded: sizes that podman shows.</p>",
         *_tiles(fleet),
         *_chart(fleet),
         *_images(fleet),
@@ -125,12 +138,8 @@ def render(fleet: Fleet, title: str, moment: str) -> str:
     return "\n".join(parts)
 
 
-def esc(text: t.Any) -> str:
-    return escape(str(text), quote=True)
-
-
-def _count(number: int, one: str, more: str = "") -> str:
-    return f"{number:,} {one if number == 1 else more or one + 's'}"
+def _count(number: int, text: str, more: str = "") -> str:
+    return f"{number:,} {text if number == 1 else more or text + 's'}"
 
 
 def _tiles(fleet: Fleet) -> t.Iterator[str]:
@@ -139,22 +148,29 @@ def _tiles(fleet: Fleet) -> t.Iterator[str]:
     factor = (
         f"{sums.mapped_on_disk / sums.mapped_recorded:.1f} times" if sums.mapped_recorded else ""
     )
-    tiles = (
+    tiles = [
         (human(sums.on_disk), f"on disk, {human(sums.recorded)} recorded", ""),
         (
             human(sums.mapped_on_disk),
             f"in {_count(sums.mapped_layers, 'mapped layer')}"
-            + (f", {factor} what is recorded" if factor else ""),
+            + (f", {factor} the recorded size" if factor else ""),
             "",
         ),
         (human(sums.freed), f"would be freed with {_count(sums.freed_layers, 'layer')}", ""),
-        (f"{sums.missing:,}", "missing for the next start", "bad" if sums.missing else "good"),
+        (
+            f"{sums.missing:,}",
+            "mapped layers missing for the next start",
+            "bad" if sums.missing else "good",
+        ),
         (
             f"{len(fleet.hosts) - unread:,} of {len(fleet.hosts):,}",
-            "hosts wholly read",
+            "hosts read completely",
             "bad" if unread else "good",
         ),
-    )
+    ]
+    if sums.saved:
+        shared = (human(sums.saved), "not copied, because images are shared with users", "good")
+        tiles.insert(3, shared)
     yield '<div class="tiles">'
     for value, words, kind in tiles:
         yield f'<div class="tile"><b class="{kind}">{esc(value)}</b><span>{esc(words)}</span></div>'
@@ -163,21 +179,23 @@ def _tiles(fleet: Fleet) -> t.Iterator[str]:
 
 _LEGEND = (
     '<div class="legend"><span><i class="own"></i>images\' own layers</span>'
-    '<span><i class="kept"></i>mapped layers that stay</span>'
+    '<span><i class="kept"></i>mapped layers that are kept</span>'
     '<span><i class="freed"></i>mapped layers that would be freed</span>'
     '<span><i class="mark"></i>recorded</span></div>'
 )
 
 
 def _chart(fleet: Fleet) -> t.Iterator[str]:
-    full = sorted((one for one in fleet.hosts if one.stores), key=lambda one: -one.sums.on_disk)
+    full = sorted(
+        (item for item in fleet.hosts if item.stores), key=lambda item: -item.sums.on_disk
+    )
     if not full:
         return
-    top = max(max(one.sums.on_disk, one.sums.recorded) for one in full) or 1
+    top = max(max(item.sums.on_disk, item.sums.recorded) for item in full) or 1
     yield f'<section id="chart"><h2>Bytes on disk by host</h2>{_LEGEND}'
     if len(full) > _BARS:
         yield from _skyline(full, top)
-        yield f"<h3>The fullest {_BARS}</h3>"
+        yield f"<h3>The {_BARS} hosts with the highest disk usage</h3>"
     for host in full[:_BARS]:
         yield (
             f'<div class="bar"><span class="name">{esc(host.name)}</span>{_bar(host.sums, top)}'
@@ -213,7 +231,7 @@ def _bar(sums: Sums, top: int) -> str:
 def _skyline(hosts: t.Sequence[Host], top: int) -> t.Iterator[str]:
     width = 1000 / len(hosts)
     parts = []
-    for place, host in enumerate(hosts):
+    for index, host in enumerate(hosts):
         height = 0.0
         columns = []
         for kind, size in _segments(host.sums):
@@ -221,13 +239,13 @@ def _skyline(hosts: t.Sequence[Host], top: int) -> t.Iterator[str]:
             height += part
             if part:
                 columns.append(
-                    f'<rect class="{kind}" x="{place * width:.2f}" y="{100 - height:.2f}" '
+                    f'<rect class="{kind}" x="{index * width:.2f}" y="{100 - height:.2f}" '
                     f'width="{width * 0.9:.2f}" height="{part:.2f}"/>'
                 )
         parts.append(
             f"<g><title>{esc(host.name)}: {human(host.sums.on_disk)}</title>{''.join(columns)}</g>"
         )
-    words = f"All {len(hosts)} hosts, the fullest first"
+    words = f"All {len(hosts)} hosts, by descending disk usage"
     yield (
         f'<div class="sky"><div class="scale"><span>{human(top)}</span></div>'
         f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="{words}">{"".join(parts)}</svg>'
@@ -239,35 +257,46 @@ def _skyline(hosts: t.Sequence[Host], top: int) -> t.Iterator[str]:
 def _table(
     head: t.Sequence[str], rows: t.Iterable[t.Sequence[str]], numbers: t.Collection[int] = ()
 ) -> str:
-    """A table of cells that are HTML already."""
+    """A table of cells that are HTML already. On a narrow screen each row is a block, and each cell has its heading.
 
-    def line(cells: t.Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(
-            f"<{tag}{' class=num' if place in numbers else ''}>{cell}</{tag}>"
-            for place, cell in enumerate(cells)
+    The roles say to screen readers that it is a table there, too.
+    """
+    kinds = [" class=num" if index in numbers else "" for index in range(len(head))]
+    heads = "".join(
+        f'<th scope="col" role="columnheader"{kind}>{name}</th>' for kind, name in zip(kinds, head)
+    )
+    body = "".join(
+        '<tr role="row">'
+        + "".join(
+            f'<td role="cell" data-of="{name}"{kind}><span>{cell}</span></td>'
+            for name, kind, cell in zip(head, kinds, row)
         )
-
-    body = "".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>'
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<table role="table"><thead role="rowgroup"><tr role="row">{heads}</tr></thead>'
+        f'<tbody role="rowgroup">{body}</tbody></table>'
+    )
 
 
 def _images(fleet: Fleet) -> t.Iterator[str]:
-    shown = [one for one in fleet.images if one.copies or one.freed]
+    shown = [image for image in fleet.images if image.copies or image.freed]
     if not shown:
         return
-    yield '<section id="images"><h2>Images by what their mapped layers hold</h2>'
+    yield '<section id="images"><h2>Images by disk usage of their mapped layers</h2>'
     yield _table(
-        ("image", "hosts", "copies", "recorded", "on disk", "would be freed"),
+        ("image", "hosts", "mapped layers", "recorded", "on disk", "would be freed"),
         [
             (
-                f"<code>{esc(one.name)}</code>",
-                f"{len(one.hosts):,}",
-                f"{one.copies:,}",
-                human(one.recorded),
-                human(one.on_disk),
-                human(one.freed),
+                f"<code>{esc(item.name)}</code>",
+                f"{len(item.hosts):,}",
+                f"{item.copies:,}",
+                human(item.recorded),
+                human(item.on_disk),
+                human(item.freed),
             )
-            for one in shown[:_IMAGES]
+            for item in shown[:_IMAGES]
         ],
         range(1, 6),
     )
@@ -277,13 +306,14 @@ def _images(fleet: Fleet) -> t.Iterator[str]:
 
 
 def _hosts(fleet: Fleet) -> t.Iterator[str]:
-    top = max([max(one.sums.on_disk, one.sums.recorded) for one in fleet.hosts] or [0]) or 1
+    top = max([max(item.sums.on_disk, item.sums.recorded) for item in fleet.hosts] or [0]) or 1
     yield '<section id="hosts"><h2>Hosts</h2>'
     yield '<input id="search" type="search" placeholder="Host, user, image, map …" aria-label="Search hosts" hidden>'
+    yield '<p id="found" class="soft" role="status"></p>'
     yield (
-        '<div class="row head"><span>host</span><span>state</span><span class="num">images</span>'
-        '<span class="num">copies</span><span class="num">recorded</span><span>on disk</span>'
-        '<span class="num">would free</span><span class="num">missing</span></div>'
+        '<div class="row head" aria-hidden="true"><span>host</span><span>state</span><span class="num">images</span>'
+        '<span class="num">mapped layers</span><span class="num">recorded</span><span>on disk</span>'
+        '<span class="num">would be freed</span><span class="num">missing</span></div>'
     )
     for host in fleet.hosts:
         yield from _host(host, top)
@@ -294,28 +324,33 @@ def _host(host: Host, top: int) -> t.Iterator[str]:
     sums = host.sums
     bad = "good" if host.state == OK else "bad"
     name = f'<span class="name">{esc(host.name)}</span><span class="pill {bad}">{_STATES[host.state]}</span>'
-    said = f'<p class="said bad">{esc(host.message)}</p>' if host.message else ""
+    message = f'<p class="message bad">{esc(host.message)}</p>' if host.message else ""
     if not host.stores:
-        yield f'<details class="host plain"><summary><div class="row">{name}{said}</div></summary></details>'
+        yield f'<div class="host plain"><div class="row">{name}{message}</div></div>'
         return
     missing = " bad" if sums.missing else ""
     yield (
         f'<details class="host"><summary><div class="row">{name}'
-        f'<span class="num" data-of="images">{sums.images:,}</span>'
-        f'<span class="num" data-of="copies">{sums.mapped_layers:,}</span>'
-        f'<span class="num" data-of="recorded">{human(sums.recorded)}</span>'
+        f"{_figure('images', f'{sums.images:,}')}"
+        f"{_figure('mapped layers', f'{sums.mapped_layers:,}')}"
+        f"{_figure('recorded', human(sums.recorded))}"
         f'<span class="cell">{_bar(sums, top)}<span class="num">{human(sums.on_disk)}</span></span>'
-        f'<span class="num" data-of="would free">{human(sums.freed)}</span>'
-        f'<span class="num{missing}" data-of="missing">{sums.missing:,}</span>{said}</div></summary>'
+        f"{_figure('would be freed', human(sums.freed))}"
+        f"{_figure('missing', f'{sums.missing:,}', missing)}{message}</div></summary>"
     )
     for store in host.stores:
         yield from _store(store)
     yield "</details>"
 
 
+def _figure(name: str, value: str, kind: str = "") -> str:
+    """A figure of a host's row. Its name is for screen readers, and for narrow screens, which have no headings."""
+    return f'<span class="num{kind}"><span class="of">{name}: </span>{value}</span>'
+
+
 def _store(store: Store) -> t.Iterator[str]:
     whose = "The rootful store" if store.user == "root" else f"The store of {store.user}"
-    yield f'<div class="store"><b>{esc(whose)}</b> <span class="soft">{esc(store.place)}</span>'
+    yield f'<div class="store"><b>{esc(whose)}</b> <span class="soft">{esc(store.location)}</span>'
     if store.problem:
         yield f'<p class="bad">{esc(store.problem)}</p>'
     for note in store.notes:
@@ -323,23 +358,39 @@ def _store(store: Store) -> t.Iterator[str]:
     broken = [image for image in store.images if image.problem]
     for image in broken:
         yield f'<p class="bad"><code>{esc(image.name)}</code> {esc(image.problem)}</p>'
-    copies = [(image, one) for image in store.images for one in image.copies]
+    mapped = [image for image in store.images if image.map]
+    if mapped:
+        yield "<h3>Images that carry a map and need no mapped layer for it</h3>"
+        yield _table(
+            ("image", "map", "on disk", "unmapped copy"),
+            [
+                (
+                    f"<code>{esc(image.name)}</code>",
+                    f"<code>{esc(image.map)}</code>",
+                    human(image.on_disk),
+                    human(image.identity_copy) if image.identity_copy else "none",
+                )
+                for image in mapped
+            ],
+            (2, 3),
+        )
+    copies = [(image, copy) for image in store.images for copy in image.copies]
     if copies:
-        yield "<h3>Copies of images</h3>"
+        yield "<h3>Mapped layers</h3>"
         yield _table(
             ("image", "map", "recorded", "on disk", "containers", "state"),
             [
                 (
                     f"<code>{esc(image.name)}</code>",
-                    f"<code>{esc(one.map)}</code>",
-                    human(one.recorded),
-                    human(one.on_disk),
-                    esc(", ".join(one.containers) or "none"),
-                    esc(one.status)
-                    if one.status == "ok"
-                    else f'<span class="bad">{esc(one.status)}</span>',
+                    f"<code>{esc(copy_.map)}</code>" if copy_.map else "no map",
+                    human(copy_.recorded),
+                    human(copy_.on_disk),
+                    esc(", ".join(copy_.containers) or "none"),
+                    esc(copy_.status)
+                    if copy_.status == "ok"
+                    else f'<span class="bad">{esc(copy_.status)}</span>',
                 )
-                for image, one in copies
+                for image, copy_ in copies
             ],
             (2, 3),
         )
@@ -349,17 +400,17 @@ def _store(store: Store) -> t.Iterator[str]:
             ("image", "map", "on disk", "why"),
             [
                 (
-                    f"<code>{esc(one.image)}</code>",
-                    f"<code>{esc(one.map)}</code>",
-                    human(one.size),
-                    esc(one.reason),
+                    f"<code>{esc(removal.image)}</code>",
+                    f"<code>{esc(removal.map)}</code>",
+                    human(removal.size),
+                    esc(removal.reason),
                 )
-                for one in store.removals
+                for removal in store.removals
             ],
             (2,),
         )
     if store.prospects:
-        yield "<h3>No rule is given. Each alone would free</h3>"
+        yield "<h3>No rule is set. Each rule alone would free</h3>"
         yield _table(
             ("rule", "layers", "on disk"),
             [
@@ -369,18 +420,18 @@ def _store(store: Store) -> t.Iterator[str]:
             (1, 2),
         )
     if store.missing:
-        yield "<h3>Missing for the next start</h3>"
+        yield "<h3>Mapped layers missing for the next start</h3>"
         yield _table(
             ("image", "map", "why"),
             [
                 (
-                    f"<code>{esc(one.image)}</code>",
-                    f"<code>{esc(one.map)}</code>" if one.map else "",
-                    f'<span class="bad">{esc(one.reason)}</span>'
-                    if one.refused
-                    else esc(one.reason),
+                    f"<code>{esc(item.image)}</code>",
+                    f"<code>{esc(item.map)}</code>" if item.map else "",
+                    f'<span class="bad">{esc(item.reason)}</span>'
+                    if item.refused
+                    else esc(item.reason),
                 )
-                for one in store.missing
+                for item in store.missing
             ],
         )
     yield "</div>"

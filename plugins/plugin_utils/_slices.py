@@ -2,32 +2,45 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Several calls of a module, each stopped by its time limit, told as one."""
+"""Call a module several times, each with a time limit, and merge the results."""
 
 from __future__ import annotations
 
 import abc
+import dataclasses
+import math
 import time
 import typing as t
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
+from ._escapes import terminal
+
 Json = t.Dict[str, t.Any]
 
 # Seconds between two lines.
 SHORTEST = 10
+# Seconds that a call may take at most, and all calls for one store together: as long as root waits for work in a
+# user's store.
+_LONGEST = 3600
+_TOTAL = 14_400
 # A call first looks through what others have made. It gets so many times as long, so that it gets on.
 _TIMES = 4
+# Calls in a row after which as much is left as before. Images that change meanwhile set single calls back.
+_MOST_IN_VAIN = 360
 
 display = Display()
 
 
-class Told(abc.ABC):
+class SliceResults(abc.ABC):
     """The results so far, as one."""
 
     def __init__(self) -> None:
         self.result: Json = {}
+        # The user whose store the next call works in; empty where each call works in all stores of the task.
+        self.user = ""
+        self._given_up = False
 
     def add(self, result: Json) -> Json:
         """Join the result of one more call, and return that of all."""
@@ -52,6 +65,26 @@ class Told(abc.ABC):
         """The arguments of the next call, from those of the task."""
         return arguments
 
+    @property
+    def remaining(self) -> t.Any:
+        """The number of things to do in the store at hand."""
+        return self.result.get("remaining")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another call is needed."""
+        return bool(self.result.get("partial")) and not self._given_up
+
+    def give_up(self, why: str) -> None:
+        """Make no more calls for the store at hand."""
+        self._given_up = True
+        self.result.update(failed=True, msg=why)
+
+    @property
+    def left(self) -> t.Tuple[float, float]:
+        """What goes down with each call: the number of things to do, and a number for the one at hand."""
+        return (self.result.get("remaining", 0), 0)
+
     @abc.abstractmethod
     def join(self, before: Json) -> None:
         """Put into the last result what it lacks of all before."""
@@ -65,7 +98,7 @@ class Told(abc.ABC):
 
 
 class SlicedAction(ActionBase):
-    """Calls the module of the same name again and again, and shows in between how far it is.
+    """Calls the module of the same name repeatedly, and displays its progress after each call.
 
     Each call goes on from where the last one was stopped; so nothing runs on when the play is interrupted.
     """
@@ -74,7 +107,7 @@ class SlicedAction(ActionBase):
     _supports_check_mode = True
     _supports_async = True
 
-    def told(self) -> Told:
+    def results(self) -> SliceResults:
         """What joins the results of these calls."""
         raise NotImplementedError
 
@@ -94,30 +127,47 @@ class SlicedAction(ActionBase):
         arguments = self._task.args
         if self._task.async_val or self._task.check_mode or self.whole(arguments):
             return self._call(arguments, task_vars)
+        return self.repeated(arguments, task_vars)
+
+    def repeated(
+        self, arguments: t.Mapping[str, t.Any], task_vars: t.Optional[t.Dict[str, t.Any]]
+    ) -> Json:
+        """Call the module until nothing remains."""
         host = (task_vars or {}).get("inventory_hostname", "localhost")
-        told = self.told()
-        started = time.monotonic()
+        results = self.results()
+        efforts: t.Dict[str, _Effort] = {}
+        started, passed = time.monotonic(), 0.0
         while True:
-            limit = max(SHORTEST, int(told.resuming * _TIMES))
-            called = told.following(arguments) if told.result else arguments
+            called = results.following(dict(arguments)) if results.result else arguments
+            effort = efforts.setdefault(results.user, _Effort())
+            # These numbers come from a store whose owner may write anything into it.
+            limit = max(SHORTEST, int(min(results.resuming * _TIMES, _LONGEST)))
             result = self._call({**called, "time_limit": limit}, task_vars)
-            stuck = not result.get("changed") and told.result.get("remaining") == result.get(
-                "remaining"
-            )
-            joined = told.add(result)
-            if stuck and joined.get("partial"):
-                # Each call gets something done. Where none does, none ever will.
-                joined.update(failed=True, msg=f"Nothing was done within {limit} seconds.")
-                return joined
+            # Each call gets something done. Where none does, none ever will.
+            stuck = not result.get("changed") and results.remaining == result.get("remaining")
+            joined = results.add(result)
+            before, passed = passed, time.monotonic() - started
+            effort.add(results.left, passed - before)
+            if results.goes_on:
+                why = (
+                    f"The module made no progress within {limit} seconds."
+                    if stuck
+                    else effort.endless
+                )
+                if why:
+                    results.give_up(why)
             # What was refused in one place does not keep the module from the others.
-            if not joined.get("partial") or joined.get("unreachable"):
-                asked = joined.get("invocation", {}).get("module_args", {})
-                if "time_limit" in asked:
-                    asked["time_limit"] = None
+            if not results.goes_on or joined.get("unreachable"):
+                module_args = joined.get("invocation", {}).get("module_args", {})
+                if "time_limit" in module_args:
+                    module_args["time_limit"] = None
+                if "users" in arguments and "users" in module_args:
+                    module_args["users"] = arguments["users"]
                 return joined
             if not self._task.no_log:
                 # On standard error, for there are callbacks that put JSON on the other.
-                display.display(f"{host} | {told.line(time.monotonic() - started)}", stderr=True)
+                line = terminal(f"{host} | {results.line(passed)}")
+                display.display(line, stderr=True)
 
     def _call(
         self, arguments: t.Mapping[str, t.Any], task_vars: t.Optional[t.Dict[str, t.Any]]
@@ -127,3 +177,38 @@ class SlicedAction(ActionBase):
             module_args=dict(arguments), task_vars=task_vars, wrap_async=bool(in_background)
         )
         return called
+
+
+@dataclasses.dataclass
+class _Effort:
+    """What the calls for one store have come to.
+
+    :ivar seconds: their time altogether
+    """
+
+    seconds: float = 0.0
+    _least: t.Tuple[float, float] = (math.inf, math.inf)
+    _in_vain: int = 0
+
+    def add(self, left: t.Tuple[float, float], seconds: float) -> None:
+        """Take note of one more call.
+
+        :param left: what there is still to do, smaller with each call
+        """
+        self._in_vain = 0 if left < self._least else self._in_vain + 1
+        self._least = min(self._least, left)
+        self.seconds += seconds
+
+    @property
+    def endless(self) -> str:
+        """Why no more calls are made; empty where they are."""
+        if self._in_vain > _MOST_IN_VAIN:
+            why = f"{self._in_vain} calls in a row have brought it no nearer to its end"
+        elif self.seconds > _TOTAL:
+            why = f"it has not ended after {self.seconds / 3600:.0f} hours"
+        else:
+            return ""
+        return (
+            f"The task was stopped: {why}. See whether somebody changes the store's images or layers all the time, "
+            "then run the task again; it goes on with what is there."
+        )

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Variables as people type them into a survey or an inventory: text, lines, or the list itself."""
+"""Convert variables as people type them into a survey or an inventory: text, lines or a list."""
 
 from __future__ import annotations
 
@@ -10,31 +10,63 @@ import re
 import shlex
 import typing as t
 
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.mapping_options import (
+    OPTIONS,
+)
+
 Mapping = t.Dict[str, t.Any]
 
 _USERNS = re.compile(r"(host|keep-id|nomap|auto)(:|$)")
-_NAMED = frozenset({"subuidname", "subgidname", "runtime", "slots"})
+# What can follow the user namespace or the maps.
+_NAMED = frozenset(OPTIONS) - {"userns", "uidmap", "gidmap"}
+
+
+def is_blank(value: t.Any) -> bool:
+    """Whether a survey's answer was left empty: ansible-core 2.19 and later read it as null."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def is_none(value: t.Any) -> bool:
+    """Whether a text is the word that switches an option off in a survey."""
+    return isinstance(value, str) and value.strip().lower() == "none"
+
+
+def number_as_text(value: t.Any) -> t.Any:
+    """The text of a number, for ansible-core 2.19 and later read the answer 0 as a number; any other value itself."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if number else value
 
 
 def words(value: t.Any) -> t.List[str]:
-    """The words of a text or of a list of texts, parted by white space and commas."""
-    if value is None:
+    """The words of a text or of a list of texts, parted by white space and commas; nothing for the text "none"."""
+    value = number_as_text(value)
+    if value is None or is_none(value):
         return []
     if isinstance(value, str):
-        return [word for word in re.split(r"[\s,]+", value) if word]
+        return _words(value)
     if isinstance(value, (list, tuple)):
-        return [word for one in value for word in words(one)]
+        return [
+            word
+            for item in value
+            for word in (_words(item) if isinstance(item, str) else words(item))
+        ]
     raise ValueError(f"{value!r} is neither a text nor a list of texts")
 
 
+def _words(text: str) -> t.List[str]:
+    return [word for word in re.split(r"[\s,]+", text) if word]
+
+
 def lines(value: t.Any) -> t.List[t.Any]:
-    """The lines of a text, or the items of a list with each text among them in lines."""
-    if value is None:
+    """The lines of a text, or the items of a list with each text among them in lines; nothing for the text "none"."""
+    if value is None or is_none(value):
         return []
     if isinstance(value, str):
         return [line.strip() for line in re.split(r"[\n;]", value) if line.strip()]
     if isinstance(value, (list, tuple)):
-        return [line for one in value for line in (lines(one) if isinstance(one, str) else [one])]
+        return [
+            line for item in value for line in (lines(item) if isinstance(item, str) else [item])
+        ]
     raise ValueError(f"{value!r} is neither a text nor a list")
 
 
@@ -45,7 +77,7 @@ def mappings(value: t.Any) -> t.List[Mapping]:
         ``0:100000:65536/0:300000:65536`` or ``subuidname=web``; or a list of these and of dicts
     :raises ValueError: a line is none of that
     """
-    return [_mapping(one) for one in lines(value)]
+    return [_mapping(line) for line in lines(value)]
 
 
 def policies(value: t.Any) -> t.Dict[str, t.Dict[str, t.Any]]:
@@ -55,15 +87,15 @@ def policies(value: t.Any) -> t.Dict[str, t.Dict[str, t.Any]]:
     :raises ValueError: a line is none of that
     """
     if isinstance(value, dict):
-        if not all(isinstance(one, dict) for one in value.values()):
-            raise ValueError(f"{value!r} does not hold a dictionary of options for each store")
-        return {str(name): dict(one) for name, one in value.items()}
+        if not all(isinstance(item, dict) for item in value.values()):
+            raise ValueError(f"{value!r} does not contain a dictionary of options for each store")
+        return {str(name): dict(entry) for name, entry in value.items()}
     found: t.Dict[str, t.Dict[str, t.Any]] = {}
-    for one in lines(value):
-        owner, *settings = shlex.split(one) if isinstance(one, str) else [""]
+    for line in lines(value):
+        owner, *settings = shlex.split(line) if isinstance(line, str) else [""]
         if not owner or "=" in owner or not all("=" in setting for setting in settings):
             raise ValueError(
-                f"{one!r} is no policy: write the store's owner and options of layer_gc, "
+                f"{line!r} is not a policy: write the store's owner and options of layer_gc, "
                 "for example: alice unused_for=2w"
             )
         parts = (setting.partition("=") for setting in settings)
@@ -71,30 +103,30 @@ def policies(value: t.Any) -> t.Dict[str, t.Dict[str, t.Any]]:
     return found
 
 
-def _mapping(one: t.Any) -> Mapping:
-    if isinstance(one, dict):
+def _mapping(value: t.Any) -> Mapping:
+    if isinstance(value, dict):
         return {
-            str(name): setting for name, setting in one.items() if setting not in (None, "", [])
+            str(name): setting for name, setting in value.items() if setting not in (None, "", [])
         }
-    if not isinstance(one, str):
-        raise ValueError(f"{one!r} is no mapping")
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a mapping")
     found: Mapping = {}
-    for place, word in enumerate(shlex.split(one)):
+    for location, word in enumerate(shlex.split(value)):
         name, equals, setting = word.partition("=")
         if equals and name in _NAMED:
-            found[name] = int(setting) if name == "slots" else setting
-        elif place == 0 and _USERNS.match(word):
+            found[name] = int(setting) if OPTIONS[name].type == "int" else setting
+        elif location == 0 and _USERNS.match(word):
             found["userns"] = word
-        elif place == 0 and ":" in word:
+        elif location == 0 and ":" in word:
             uid, _slash, gid = word.partition("/")
             for option, text in (("uidmap", uid), ("gidmap", gid)):
                 if text:
                     found[option] = text.split(",")
         else:
             raise ValueError(
-                f"{word!r} in {one!r} is no mapping: write keep-id, auto, nomap, or a map such as "
-                f"0:100000:65536, then what of {', '.join(sorted(_NAMED))} is needed, as NAME=VALUE"
+                f"{word!r} in {value!r} is not a mapping: write keep-id, auto, nomap, or a map such as "
+                f"0:100000:65536, then any of {', '.join(sorted(_NAMED))} as NAME=VALUE"
             )
     if not found:
-        raise ValueError("an empty text is no mapping")
+        raise ValueError("an empty text is not a mapping")
     return found

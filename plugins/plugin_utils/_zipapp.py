@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""The driver library as one file that any Python runs, equal to the byte wherever it is made."""
+"""Build the driver library as one file that any Python runs, reproducibly byte for byte."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def table(rows: t.Sequence[Row]) -> str:
     for row in rows:
         limit = f"<= {number(row, row.allowed)}" if row.allowed is not None else ""
         cells.append((f"{row.group}: {row.work}", number(row, row.value), limit, row.verdict))
-    widths = [max(len(one[column]) for one in cells) for column in range(4)]
+    widths = [max(len(cell[column]) for cell in cells) for column in range(4)]
     lines = []
     for line in cells:
         first = line[0].ljust(widths[0])

@@ -21,6 +21,7 @@ import threading
 import time
 import typing as t
 
+from support.conversions import convert
 from support.images import Image
 from support.lab import Lab
 from support.modules import SYSTEM_PYTHON
@@ -32,25 +33,7 @@ MAP_ARGS = ("--uidmap", MAP, "--gidmap", MAP)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-# Everything is imported before the clock starts: how long that takes is the host's Python's affair.
-_OPERATION = """
-import json, resource, sys, time
-from ansible_collections.userns.storage.plugins.module_utils._storage import userns
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations import template
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations.opening import StoreRequest
-
-place, image, text = json.loads(sys.argv[1])
-started = time.perf_counter()
-place["storage_options"] = tuple(place.get("storage_options", ()))
-wanted = (template.Wanted(uidmap=(text,)),)
-request = template.TemplateRequest(store=StoreRequest(**place), images=(image,), wanted=wanted)
-result = userns.run(template.declare, (request,), None)
-seconds = time.perf_counter() - started
-kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-largest = max(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps([seconds, used.ru_utime + used.ru_stime, largest, result]))
-"""
+MAKE_LAYER = pathlib.Path(__file__).with_name("make_layer.py")
 
 
 @dataclasses.dataclass
@@ -146,17 +129,20 @@ class Place:
             raise RuntimeError("podman has made no mapped layer")
         return first, second
 
+    def start(self) -> float:
+        """A container with the map from its creation to its end."""
+        return self.store.timed(lambda: self.store.run(self.image.name, "true", args=MAP_ARGS))
+
     def ours(self, watch: bool = False) -> Made:
         """What layer_template does, in a process of the system's Python that has imported it."""
-        args = self.store.module_args()
-        asked = json.dumps([args, self.image.name, MAP])
+        where = json.dumps(self.store.module_args())
         env = {"PYTHONPATH": str(self.lab.tree), "PYTHONDONTWRITEBYTECODE": "1"}
         forced = "_CONTAINERS_OVERLAY_DISABLE_IDMAP"
         if forced in self.store.env():
             env[forced] = "yes"
         started = time.perf_counter()
         process = self.lab.machine.popen(
-            [SYSTEM_PYTHON, "-c", _OPERATION, asked],
+            [SYSTEM_PYTHON, str(MAKE_LAYER), where, self.image.name, MAP],
             env=env,
             stdout=subprocess.PIPE,
         )
@@ -170,6 +156,10 @@ class Place:
         (entry,) = result["layers"]
         peak = memory.peak if memory else 0
         return Made(wall, inner, cpu, entry["lock_seconds"], entry, peak, largest)
+
+    def converted(self, back: bool = False) -> Json:
+        """What a conversion of the image in place does, in a process that has imported it."""
+        return convert(self.store, [self.image.name], [] if back else [MAP])
 
     def diff_and_apply(self) -> float:
         """Each layer as an archive into a layer with the map, by containers-storage itself."""
@@ -233,8 +223,8 @@ def _fill(root: pathlib.Path, number: int, step: int, count: int) -> None:
         path.mkdir(parents=True)
         os.chown(path, 1000, 1000)
         opened = os.open(path, os.O_RDONLY)
-        for one in range(folder * 150, min((folder + 1) * 150, count)):
-            made = os.open(str(one), os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=opened)
+        for item in range(folder * 150, min((folder + 1) * 150, count)):
+            made = os.open(str(item), os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=opened)
             os.write(made, b"a few bytes, as in a small file of a package\n" * 4)
             os.fchown(made, 1000, 1000)
             os.close(made)

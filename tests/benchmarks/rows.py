@@ -13,8 +13,10 @@ import typing as t
 
 from benchmarks.ground import LockWatch, Made, Place, Waiting, processor_seconds
 from support import images
+from support import large_store as store_data
 from support.images import Image
 from support.lab import Lab
+from support.stores import Store
 
 Say = t.Callable[[str], None]
 
@@ -52,7 +54,7 @@ def ratio(ours: t.Sequence[float], theirs: t.Sequence[float]) -> float:
 
 
 def seconds(values: t.Sequence[float]) -> t.List[float]:
-    return [round(one, 3) for one in values]
+    return [round(value, 3) for value in values]
 
 
 # kind of store, its options, words for it, bar against podman's own copy
@@ -72,7 +74,7 @@ def against_podman(lab: Lab, pictures: t.Sequence[Image], rounds: int, say: Say)
         for kind, options, words, allowed in PODMAN:
             where = f"{words}, {image.name.partition('/')[2].partition(':')[0]}"
             say(where)
-            place = Place(lab, kind, image, **options)
+            place = Place(lab, kind, image, 2048, **options)
             try:
                 yield from _pairs(place, where, allowed, kind, options, rounds)
             finally:
@@ -126,12 +128,12 @@ def _pairs(
         for contestant in contestants[turn:] + contestants[:turn]:
             contestant()
             place.forget()
-    inner = [one.inner for one in mine]
+    inner = [item.inner for item in mine]
     # What a first container waits for the copy alone: its second start does all the rest too.
     alone = [max(first - second, 0.001) for first, second in theirs]
     detail = {
         "ours": seconds(inner),
-        "ours_with_start_and_imports": seconds([one.wall for one in mine]),
+        "ours_with_start_and_imports": seconds([item.wall for item in mine]),
         "processor_seconds": {name: seconds(used) for name, used in cpu.items()},
         "strategy": mine[0].entry["strategy"],
         "files": mine[0].entry["files"],
@@ -239,8 +241,8 @@ def locks_and_waits(lab: Lab, rounds: int, say: Say) -> t.Iterator[Row]:
             50,
             "ms",
             {
-                "told_ms": [round(one * 1000, 1) for one in told],
-                "seen_by_another_process_ms": [round(one * 1000, 1) for one in seen],
+                "told_ms": [round(item * 1000, 1) for item in told],
+                "seen_by_another_process_ms": [round(item * 1000, 1) for item in seen],
             },
         )
         yield Row(
@@ -249,10 +251,10 @@ def locks_and_waits(lab: Lab, rounds: int, say: Say) -> t.Iterator[Row]:
             median(max(busy) / max(calm) for busy, calm in zip(meanwhile, idle)),
             2,
             detail={
-                "longest": seconds([max(one) for one in meanwhile]),
-                "median": seconds([median(one) for one in meanwhile]),
-                "idle_longest": seconds([max(one) for one in idle]),
-                "idle_median": seconds([median(one) for one in idle]),
+                "longest": seconds([max(item) for item in meanwhile]),
+                "median": seconds([median(item) for item in meanwhile]),
+                "idle_longest": seconds([max(item) for item in idle]),
+                "idle_median": seconds([median(item) for item in idle]),
                 "longest_beside_podmans_own_copy": round(max(theirs), 3),
             },
         )
@@ -265,6 +267,7 @@ def growth(lab: Lab, most: int, rounds: int, say: Say) -> t.List[Row]:
     taken: t.List[float] = []
     peaks: t.List[int] = []
     walls: t.List[t.List[float]] = []
+    largest = 0
     for count in counts:
         say(f"growth, {count:,} files")
         place = Place(lab, "overlay-ext4", picture, mib=1024 + count // 50)
@@ -278,9 +281,10 @@ def growth(lab: Lab, most: int, rounds: int, say: Say) -> t.List[Row]:
                 runs.append(place.ours())
         finally:
             place.close()
-        walls.append([one.inner for one in runs])
-        taken.append(median(one.inner for one in runs))
+        walls.append([run.inner for run in runs])
+        taken.append(median(run.inner for run in runs))
         peaks.append(watched.memory)
+        largest = watched.largest
     factor = taken[1] / taken[0] / (counts[1] / counts[0])
     return [
         Row(
@@ -296,8 +300,7 @@ def growth(lab: Lab, most: int, rounds: int, say: Say) -> t.List[Row]:
             round(peaks[1] / 1e6, 1),
             100,
             "MB",
-            {str(count): peak for count, peak in zip(counts, peaks)}
-            | {"largest_process": watched.largest},
+            {str(count): peak for count, peak in zip(counts, peaks)} | {"largest_process": largest},
         ),
     ]
 
@@ -309,7 +312,7 @@ def in_place(lab: Lab, picture: Image, rounds: int, say: Say) -> t.List[Row]:
     try:
         place.ours()
         runs = [place.ours() for _number in range(max(rounds, 3))]
-        if any(one.entry["action"] != "existing" for one in runs):
+        if any(run.entry["action"] != "existing" for run in runs):
             raise RuntimeError("a second run did not find the first one's layer")
     finally:
         place.close()
@@ -317,15 +320,126 @@ def in_place(lab: Lab, picture: Image, rounds: int, say: Say) -> t.List[Row]:
         Row(
             "a run that finds everything in place",
             "inside the module",
-            round(median(one.inner for one in runs), 3),
+            round(median(run.inner for run in runs), 3),
             0.15,
             "s",
             {
-                "inside": seconds([one.inner for one in runs]),
-                "process_with_imports": seconds([one.wall for one in runs]),
+                "inside": seconds([run.inner for run in runs]),
+                "process_with_imports": seconds([run.wall for run in runs]),
             },
         )
     ]
+
+
+def conversions(lab: Lab, pictures: t.Sequence[Image], rounds: int, say: Say) -> t.Iterator[Row]:
+    """An image converted in place against a mapped layer of ours."""
+    for image in pictures:
+        where = f"overlay on ext4, {image.name.partition('/')[2].partition(':')[0]}"
+        say(f"conversion in place, {where}")
+        place = Place(lab, "overlay-ext4", image)
+        copies: t.List[float] = []
+        found: t.List[t.Dict[str, t.Any]] = []
+        try:
+            for _number in range(rounds):
+                copies.append(place.ours().inner)
+                place.forget()
+                found.append(place.converted())
+                place.calm()
+                place.converted(back=True)
+                place.calm()
+        finally:
+            place.close()
+        if any(not item.get("changed") for item in found):
+            raise RuntimeError(f"not converted: {found}")
+        mine = [item["seconds"] for item in found]
+        yield Row(
+            "conversion in place against a copy",
+            where,
+            ratio(mine, copies),
+            0.5,
+            detail={
+                "ours": seconds(mine),
+                "copy": seconds(copies),
+                "inodes": found[0]["inodes"],
+                "lock_seconds": seconds([item["lock_seconds"] for item in found]),
+                "expected_lock_seconds": [item["expected_lock_seconds"] for item in found],
+            },
+        )
+
+
+# Images in the large store; each has 50 layers.
+LARGE = 200
+
+
+def large_store(lab: Lab, rounds: int, say: Say) -> t.List[Row]:
+    """image_layers_info on 10,000 layers against containers-storage, which only lists them."""
+    say(f"a store of {LARGE * store_data.DEEP:,} layers")
+    store = Store(lab, "overlay-forced")
+    ours: t.List[t.Tuple[float, float]] = []
+    theirs: t.List[t.Tuple[float, float]] = []
+    try:
+        store.podman("images")
+        store_data.populate(store, LARGE)
+        for _number in range(rounds):
+            before = processor_seconds()
+            wall = store.timed(lambda: store.storage_cli("layers", "--json"))
+            theirs.append((wall, processor_seconds() - before))
+            found = store_data.gather(lab, store)
+            ours.append((found["seconds"], found["processor"]))
+    finally:
+        store.close()
+    group = f"image_layers_info on {LARGE * store_data.DEEP:,} layers"
+    walls, processors = (
+        ([mine[part] for mine in ours], [their[part] for their in theirs]) for part in (0, 1)
+    )
+    return [
+        # Go works on all processors at once, we on one.
+        Row(group, f"against {LISTING}", ratio(*walls), 1.25, detail=_pair(*walls)),
+        Row(
+            group,
+            f"processor time, against {LISTING}",
+            ratio(*processors),
+            1,
+            detail=_pair(*processors),
+        ),
+    ]
+
+
+LISTING = "containers-storage layers --json"
+
+
+def _pair(ours: t.Sequence[float], theirs: t.Sequence[float]) -> t.Dict[str, t.Any]:
+    return {"ours": seconds(ours), "theirs": seconds(theirs)}
+
+
+def first_start(lab: Lab, rounds: int, say: Say) -> t.Iterator[Row]:
+    """The first start of a container on a layer of ours against the second one."""
+    image = images.build(lab.folder(), images.many_files_layers(3000), "localhost/many:3000")
+    for kind in ("vfs-ext4", "overlay-ext4"):
+        say(f"first start on a layer of ours, {kind}")
+        place = Place(lab, kind, image)
+        first, second = [], []
+        try:
+            # podman's own warm-up (database, page cache) is not what is measured.
+            place.store.run(image.name, "true")
+            for _number in range(rounds):
+                place.ours()
+                first.append(place.start())
+                second.append(place.start())
+                if len(place.store.mapped_layers(image.name)) != 1:
+                    raise RuntimeError("podman has made a layer of its own")
+                place.forget()
+        finally:
+            place.close()
+        detail = {"first": seconds(first), "second": seconds(second)}
+        driver = kind.partition("-")[0]
+        yield Row(
+            "first start on a layer of ours",
+            f"against the second, {driver} on ext4, 3,000 files",
+            ratio(first, second),
+            1.5,
+            detail=detail,
+        )
 
 
 def progress(text: str) -> None:

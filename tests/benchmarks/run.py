@@ -21,12 +21,22 @@ import typing as t
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks import chart, rows, soak
+from benchmarks import chart, mapped_images, rows, sharing, soak
 from support import hosts, images, mounts
 from support.lab import Lab
 from support.modules import SYSTEM_PYTHON
 
-PARTS = ("copies", "locks", "growth", "in-place")
+PARTS = (
+    "copies",
+    "locks",
+    "growth",
+    "in-place",
+    "large-store",
+    "first-start",
+    "sharing",
+    "conversion",
+    "mapped-images",
+)
 
 
 def main() -> int:
@@ -43,7 +53,7 @@ def main() -> int:
         for row in _measure(lab, asked):
             rows.progress(chart.line(row))
             found.append(row)
-            about["load_after"] = [round(one, 2) for one in os.getloadavg()]
+            about["load_after"] = [round(item, 2) for item in os.getloadavg()]
             # What has been measured stays, whatever becomes of the rest.
             _write(asked.docs, found, about)
     finally:
@@ -93,12 +103,23 @@ def _asked() -> argparse.Namespace:
 
 def _measure(lab: Lab, asked: argparse.Namespace) -> t.Iterator[rows.Row]:
     parts = [name for name in PARTS if name in (asked.only or PARTS)]
-    debian = hosts.debian_image(lab)
     if "in-place" in parts:
-        yield from rows.in_place(lab, debian, asked.rounds, rows.progress)
-    if "copies" in parts:
+        yield from rows.in_place(lab, hosts.debian_image(lab), asked.rounds, rows.progress)
+    if "large-store" in parts:
+        yield from rows.large_store(lab, asked.rounds, rows.progress)
+    if "first-start" in parts:
+        yield from rows.first_start(lab, asked.rounds, rows.progress)
+    if "sharing" in parts:
+        yield from sharing.measure(lab, hosts.debian_image(lab), asked.rounds, rows.progress)
+    if {"copies", "conversion", "mapped-images"}.intersection(parts):
         many = images.build(lab.folder(), images.many_files_layers(10_000), "localhost/many:10000")
-        yield from rows.against_podman(lab, (debian, many), asked.rounds, rows.progress)
+        both = (hosts.debian_image(lab), many)
+        if "mapped-images" in parts:
+            yield from mapped_images.measure(lab, both, asked.rounds, rows.progress)
+        if "conversion" in parts:
+            yield from rows.conversions(lab, both, asked.rounds, rows.progress)
+        if "copies" in parts:
+            yield from rows.against_podman(lab, both, asked.rounds, rows.progress)
     if "locks" in parts:
         yield from rows.locks_and_waits(lab, asked.rounds, rows.progress)
     if "growth" in parts:
@@ -120,7 +141,7 @@ def _about(lab: Lab, asked: argparse.Namespace, load: t.Sequence[float]) -> t.Di
         "memory_mb": memory >> 20,
         "filesystem": mounts.filesystem(str(lab.base)),
         "rounds": asked.rounds,
-        "load_before": [round(one, 2) for one in load],
+        "load_before": [round(item, 2) for item in load],
         "versions": {
             "podman": ".".join(map(str, lab.machine.version("podman"))),
             "containers-storage": first_line(

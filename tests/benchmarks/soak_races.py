@@ -24,14 +24,14 @@ def soak(place: Place, seconds: float, seed: int) -> int:
     for kind in KINDS:
         for ours in (0, 2):
             race = Race(place.lab, place.make_store(kind, place.image), place.image, seed)
-            race.run(seconds / len(KINDS) / (1 if ours else 3), ours=ours)
+            race.run(seconds=seconds / len(KINDS) / (1 if ours else 3), ours=ours)
             race.settle()
             who = kind if ours else f"{kind} without our modules"
             told = ", ".join(f"{number} {what}" for what, number in sorted(race.done.items()))
             print(f"{who}: {sum(race.done.values())} operations: {told}", flush=True)
             for why, number in race.known.items():
                 print(f"{who}: {number} times podman's own: {why}", flush=True)
-            for one in race.failures:
-                print(f"{who}: {one}", flush=True)
+            for failure in race.failures:
+                print(f"{who}: {failure}", flush=True)
             failures += len(race.failures) if ours else 0
     return failures

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typing as t
 
+from support.conversion_stops import Conversions
 from support.hosts import Host
 from support.stops import TASKS, stop_everywhere
 
@@ -14,6 +15,7 @@ if t.TYPE_CHECKING:
     from benchmarks.soak import Place
 
 KINDS = ("vfs-tmpfs", "overlay-tmpfs", "overlay-ext4", "btrfs")
+CONVERTED = ("vfs-tmpfs", "overlay-tmpfs", "btrfs")
 
 
 def soak(place: Place) -> int:
@@ -26,10 +28,16 @@ def soak(place: Place) -> int:
             scene = stop_everywhere(
                 place.lab, place.make_store, kind, task, machines, thorough=True
             )
-            for one in scene.problems:
-                print(one, flush=True)
+            for problem in scene.problems:
+                print(problem, flush=True)
             problems += len(scene.problems)
             tried += sum(scene.tried.values())
+    for kind in CONVERTED:
+        conversions = Conversions(place.lab, place.make_store(kind), machines)
+        try:
+            tried += conversions.kill_everywhere()
+        finally:
+            conversions.modules.close()
     trixie.close()
     print(f"{tried} stops tried, {tried - problems} survived", flush=True)
     return problems

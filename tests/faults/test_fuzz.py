@@ -76,9 +76,9 @@ def test_all_that_code_can_be_made_to_do() -> None:
     print(f"{fed.inputs} inputs stood")
 
 
-@given(st.tuples(*[st.lists(RECORD, max_size=4, unique_by=lambda one: one["id"])] * 3))
+@given(st.tuples(*[st.lists(RECORD, max_size=4, unique_by=lambda item: item["id"])] * 3))
 @USUAL
 def test_records_as_an_attacker_writes_them(
     tmp_path: pathlib.Path, files: t.Tuple[t.List[t.Dict[str, t.Any]], ...]
 ) -> None:
-    read("store_records", b"\n#\n".join(json.dumps(one).encode() for one in files), tmp_path)
+    read("store_records", b"\n#\n".join(json.dumps(file).encode() for file in files), tmp_path)

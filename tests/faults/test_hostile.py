@@ -101,7 +101,7 @@ def test_a_hostile_image(lab: Lab, make_store: MakeStore, modules: Modules) -> N
     template = store.layer_folder(store.image(image.name)["layer"])
     hostile_tree(template, outside)
     before = disk_state(outside)
-    others = {one: os.lstat(one) for one in store.layer_folder("x").parent.iterdir()}
+    others = {path: os.lstat(path) for path in store.layer_folder("x").parent.iterdir()}
     args = {**store.module_args(), "images": [image.name], "uidmap": [MAP]}
     made = modules.run("layer_template", args, opens=True)
     result = refused_or_done(made)
@@ -109,7 +109,7 @@ def test_a_hostile_image(lab: Lab, make_store: MakeStore, modules: Modules) -> N
     # Not even to read it.
     assert not [call for call in made.calls if str(outside) in call.paths[0]]
     assert before.changes(disk_state(outside)) == []
-    assert {one: os.lstat(one) for one in others} == others
+    assert {item: os.lstat(item) for item in others} == others
     _written_below(made, store)
     # Named, not told one by one.
     assert len(made.output) < 20_000
@@ -146,7 +146,7 @@ def test_a_hundred_thousand_entries_in_one_directory(
     assert entry["files"] > 100_000
     assert len(json.dumps(result)) < 20_000
     mapped = store.layer_folder(entry["layer_id"]) / "diff/wide"
-    assert {(one.name, one.stat().st_uid) for one in os.scandir(mapped)} == {
+    assert {(item.name, item.stat().st_uid) for item in os.scandir(mapped)} == {
         (str(number), 100000) for number in range(100_000)
     }
     assert run_module("layer_template", {**args, "state": "absent"})["changed"]
@@ -270,8 +270,8 @@ def _circle(found: t.List[Json]) -> None:
 
 
 def _slashes(found: t.List[Json]) -> None:
-    for one in found:
-        one["id"] = "../../" + one["id"][6:]
+    for item in found:
+        item["id"] = "../../" + item["id"][6:]
 
 
 TRICKS: t.Mapping[str, t.Callable[[Tampered], None]] = {
@@ -295,12 +295,12 @@ TRICKS: t.Mapping[str, t.Callable[[Tampered], None]] = {
     "slashes in IDs": lambda case: case.records("layers", _slashes),
     "slashes in the image": lambda case: case.records("images", _slashes),
     "huge numbers": lambda case: case.records(
-        "layers", _first(lambda one: one.update({"diff-size": 10**300, "uidset": [2**70]}))
+        "layers", _first(lambda item: item.update({"diff-size": 10**300, "uidset": [2**70]}))
     ),
     "a map of everything": lambda case: case.records(
         "layers",
         _first(
-            lambda one: one.update(
+            lambda item: item.update(
                 uidmap=[{"container_id": 0, "host_id": 0, "size": 2**32}], gidmap=[{}]
             )
         ),

@@ -17,6 +17,7 @@ from support.images import Image
 from support.injection import KILL, Call, Modules
 from support.lab import Lab
 from support.power import PowerLoss
+from support.power_cut import cut_off
 from support.stops import MAP, OTHER_IMAGE, tiny_image
 from support.stores import Store
 
@@ -142,37 +143,13 @@ def tells(call: Call) -> bool:
     ) and (call.name == "syncfs" or "/userns-storage" not in path)
 
 
-class cut_off:  # noqa: N801
-    """The store's filesystem from a copy of its disk, which has seen no more than was written to it."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._copy = pathlib.Path(f"/dev/shm/us-{os.getpid()}-copy.img")
-        self._place = store.base / "copy"
-
-    def __enter__(self) -> pathlib.Path:
-        source = self._store.base / "disk.img"
-        words = ["cp", "--sparse=always", "--reflink=auto", str(source), str(self._copy)]
-        subprocess.run(words, check=True)
-        self._place.mkdir(exist_ok=True)
-        if self._store.driver == "btrfs":
-            # Otherwise the kernel takes it for a device of a copy that has gone.
-            subprocess.run(["btrfs", "device", "scan", "--forget"], check=False)
-        mounts.mount("-o", "loop", str(self._copy), str(self._place))
-        return self._place / "g"
-
-    def __exit__(self, *_reason: object) -> None:
-        subprocess.run(["umount", str(self._place)], check=True)
-        self._copy.unlink()
-
-
 def lost(graphroot: pathlib.Path, driver: str, image: Image) -> t.List[str]:
     """What the records of a store speak of and is not there, or not as it should be."""
     records = {
         kind: json.loads((graphroot / f"{driver}-{kind}" / f"{kind}.json").read_text())
         for kind in ("layers", "images")
     }
-    layers = {one["id"]: one for one in records["layers"]}
+    layers = {item["id"]: item for item in records["layers"]}
     found = []
     for record in records["images"]:
         for layer_id in record.get("mapped-layers") or ():

@@ -15,7 +15,6 @@ import signal
 import stat
 import struct
 import subprocess
-import time
 import traceback
 import typing as t
 
@@ -43,7 +42,6 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.clone
     can_reflink,
     clone,
 )
-from ansible_collections.userns.storage.plugins.module_utils._storage.tree.craft import CloneResult
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.measure import measure
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.merged import (
     LayerStack,
@@ -53,10 +51,14 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.shift
     shift_in_place,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.survey import survey
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.tree_tools import (
+    CloneResult,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import mounts
 from support.differ import IDs, Ranges, differences, to_host
+from support.waiting import wait_until
 
 if t.TYPE_CHECKING:
     from support.lab import Lab
@@ -203,8 +205,8 @@ def id_maps(draw: st.DrawFn) -> Ranges:
 
 def mapping(ids: IDs) -> Mapping:
     return Mapping(
-        uid=IDMap(tuple(IDRange(*one) for one in ids.uid)),
-        gid=IDMap(tuple(IDRange(*one) for one in ids.gid)),
+        uid=IDMap(tuple(IDRange(*item) for item in ids.uid)),
+        gid=IDMap(tuple(IDRange(*item) for item in ids.gid)),
     )
 
 
@@ -287,9 +289,9 @@ class Builder:
 
     def _acl(self, ids: t.Sequence[int], mode: int) -> bytes:
         entries = [(0x01, mode >> 6 & 7, 2**32 - 1)]
-        entries += [(0x02, one & 7, to_host(self.old.uid, one)) for one in ids]
+        entries += [(0x02, identifier & 7, to_host(self.old.uid, identifier)) for identifier in ids]
         entries += [(0x04, 5, 2**32 - 1)]
-        entries += [(0x08, one & 6, to_host(self.old.gid, one)) for one in ids]
+        entries += [(0x08, identifier & 6, to_host(self.old.gid, identifier)) for identifier in ids]
         entries += [(0x10, mode >> 3 & 7, 2**32 - 1), (0x20, mode & 7, 2**32 - 1)]
         return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
@@ -300,7 +302,7 @@ def stacked(
 ) -> t.Iterator[t.Any]:
     """Layers on disk, and the kernel's view of them; yields (directories top first, view)."""
     builder = Builder(old, family)
-    directories = []
+    directories: t.List[str] = []
     for number, node in enumerate(bottom_first):
         path = str(base / f"layer{number}")
         builder.layer(path, node)
@@ -591,7 +593,7 @@ def test_full_filesystem(lab: Lab, workers: int) -> None:
     try:
         with pytest.raises(NoSpace, match="no space left on device") as caught:
             make([template], base / "small" / "mapped", IDs(), HIGH, workers=workers)
-        assert caught.value.facts["path"].startswith(f"{base}/small/mapped/d")
+        assert str(caught.value.facts["path"]).startswith(f"{base}/small/mapped/d")
     finally:
         mounts.detach(str(base / "small"))
     assert set(os.listdir("/proc/self/fd")) == before
@@ -635,10 +637,7 @@ def test_workers_die_with_their_leader(lab: Lab) -> None:
     workers = [int(word) for word in os.read(reading, 1000).split()]
     os.close(reading)
     assert len(workers) == 2
-    deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
 
 
 def children() -> t.List[int]:
@@ -686,7 +685,7 @@ def test_what_only_the_kernel_reads(lab: Lab, attribute: str, value: bytes, on: 
     make([template], base / "plain", IDs(), HIGH, family="plain")
 
 
-def test_racing_attacker_leads_nobody_astray(lab: Lab) -> None:
+def test_racing_attacker_cannot_redirect_the_walk(lab: Lab) -> None:
     base = lab.folder()
     secret = base / "secret"
     secret.mkdir()

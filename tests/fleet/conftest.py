@@ -40,7 +40,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[t.Any]:
 
 @pytest.fixture
 def play(collections_path: str, tmp_path: pathlib.Path) -> t.Callable[..., Play]:
-    """play(playbook, inventory, *options, environ=None): run ansible-playbook in a folder of its own."""
+    """play(playbook, inventory, *options, environ=None): run ansible-playbook in a folder of its own.
+
+    `python` is that of another ansible-core. With `below`, paths, it runs under support.path_trace, and what that has
+    seen is the play's `trace`.
+    """
 
     def run(
         playbook: t.Any,
@@ -48,30 +52,32 @@ def play(collections_path: str, tmp_path: pathlib.Path) -> t.Callable[..., Play]
         *options: str,
         environ: t.Optional[t.Mapping[str, str]] = None,
         fails: bool = False,
+        below: t.Sequence[t.Any] = (),
+        python: t.Any = sys.executable,
     ) -> Play:
         hosts = tmp_path / "inventory.json"
         hosts.write_text(json.dumps(inventory))
+        words = [str(python), "-m", "ansible", "playbook", "-i", str(hosts), str(playbook)]
+        env = {
+            **os.environ,
+            "ANSIBLE_COLLECTIONS_PATH": collections_path,
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_HOME": str(tmp_path / "ansible"),
+            "ANSIBLE_SHOW_CUSTOM_STATS": "1",
+            "PWD": str(tmp_path),
+            **(environ or {}),
+        }
+        if below:
+            from support import path_trace
+
+            seen = path_trace.trace([*words, *options], below, env=env, cwd=str(tmp_path))
+            if (seen.rc != 0) != fails:
+                raise AssertionError(f"rc {seen.rc}\n{seen.output}")
+            return Play(seen.output, tmp_path, seen)
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "ansible",
-                "playbook",
-                "-i",
-                str(hosts),
-                str(playbook),
-                *options,
-            ],
+            [*words, *options],
             cwd=tmp_path,
-            env={
-                **os.environ,
-                "ANSIBLE_COLLECTIONS_PATH": collections_path,
-                "ANSIBLE_NOCOLOR": "1",
-                "ANSIBLE_HOME": str(tmp_path / "ansible"),
-                "ANSIBLE_SHOW_CUSTOM_STATS": "1",
-                "PWD": str(tmp_path),
-                **(environ or {}),
-            },
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -88,12 +94,12 @@ def play(collections_path: str, tmp_path: pathlib.Path) -> t.Callable[..., Play]
 class Play:
     """A playbook that has run: what it said, and where."""
 
-    def __init__(self, output: str, folder: pathlib.Path) -> None:
-        self.output, self.folder = output, folder
+    def __init__(self, output: str, folder: pathlib.Path, trace: t.Any = None) -> None:
+        self.output, self.folder, self.trace = output, folder, trace
 
     def recap(self, host: str) -> t.Dict[str, int]:
         """The counts of a host: ok, changed, unreachable, failed ..."""
         lines = self.output.rpartition("PLAY RECAP")[2].splitlines()
-        (line,) = (one for one in lines if one.partition(":")[0].strip() == host)
+        (line,) = (item for item in lines if item.partition(":")[0].strip() == host)
         words = line.partition(":")[2].split()
         return {name: int(count) for name, count in (word.split("=") for word in words)}

@@ -14,7 +14,7 @@ import typing as t
 
 import pytest
 import yaml
-from support import awx
+from support import awx, cores
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 JOBS = ("prepare", "prune", "report")
@@ -29,19 +29,27 @@ class Controller:
         self.number = 0
 
     def launch(
-        self, job: str, answers: t.Mapping[str, t.Any], *options: str, hosts: t.Any = None
+        self,
+        job: str,
+        answers: t.Mapping[str, t.Any],
+        *options: str,
+        hosts: t.Any = None,
+        variables: t.Optional[t.Mapping[str, t.Any]] = None,
     ) -> t.Dict[str, t.Any]:
-        """Run a job and return the artifacts it leaves."""
+        """Launch a job with answers to its survey, and variables in the inventory; returns the artifacts it leaves."""
         self.number += 1
         base = self.folder / f"job{self.number}"
         private, remote = base / "private", base / "remote"
         shutil.copytree(ROOT / "awx", private / "project")
         (private / "inventory").mkdir()
         local = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
-        inventory = {"all": {"hosts": hosts or {"store1": {}}, "vars": local}}
+        all_vars = {**local, **(variables or {})}
+        inventory = {"all": {"hosts": hosts or {"store1": {}}, "vars": all_vars}}
         (private / "inventory/hosts.json").write_text(json.dumps(inventory))
         (private / "env").mkdir()
-        (private / "env/extravars").write_text(json.dumps(answers))
+        (private / "env/extravars").write_text(
+            awx.extravars(awx.launch_variables(survey_of(job), answers))
+        )
         (private / "env/cmdline").write_text(" ".join(options))
         (private / "env/envvars").write_text(json.dumps({**self.environ, "ANSIBLE_NOCOLOR": "1"}))
         remote.mkdir()
@@ -57,7 +65,7 @@ class Controller:
         events = [
             json.loads(file.read_text()) for file in (artifacts / "job_events").glob("*.json")
         ]
-        (stats,) = (one for one in events if one["event"] == "playbook_on_stats")
+        (stats,) = (event for event in events if event["event"] == "playbook_on_stats")
         found: t.Dict[str, t.Any] = stats["event_data"]["artifact_data"]
         return found
 
@@ -82,19 +90,21 @@ def controller(store: t.Any, tmp_path: pathlib.Path, collections_path: str) -> C
     return Controller(tmp_path, environ)
 
 
-def defaults(job: str) -> t.Dict[str, t.Any]:
-    survey = json.loads((ROOT / f"awx/surveys/{job}.json").read_text())
-    return {one["variable"]: one["default"] for one in survey["spec"] if "default" in one}
+def survey_of(job: str) -> t.Dict[str, t.Any]:
+    found: t.Dict[str, t.Any] = json.loads((ROOT / f"awx/surveys/{job}.json").read_text())
+    return found
 
 
 def test_the_three_jobs(controller, store, tmp_path):
     wanted = {
-        **defaults("prepare"),
         "prepare_images": "localhost/small:1\n",
-        "prepare_mappings": f"{MAP}\n0:200000:65536/0:300000:65536",
+        "prepare_mappings": f"{MAP}\n0:200000:65536",
+        "prepare_install": "false",
+        "prepare_lease": "30d",
     }
     predicted = controller.launch("prepare", wanted, "--check", "--diff")
     assert predicted["userns_storage_layers_created"] == 2
+    assert predicted["userns_storage_hosts_not_predicted"] == 0
     made = controller.launch("prepare", wanted)
     assert made["userns_storage_hosts_prepared"] == 1
     assert made["userns_storage_layers_created"] == 2
@@ -106,11 +116,9 @@ def test_the_three_jobs(controller, store, tmp_path):
     page = tmp_path / "page.html"
     report = controller.launch(
         "report",
-        {
-            **defaults("report"),
+        {"report_html": str(page), "report_users": "none"},
+        variables={
             **wanted,
-            "report_html": str(page),
-            "report_users": "",
             "prune_max_copies_per_image": "1",
             "prune_min_age": "0",
             "prepare_mappings": f"{MAP}\n0:400000:65536",
@@ -126,40 +134,129 @@ def test_the_three_jobs(controller, store, tmp_path):
     assert "`localhost/small:1`" in report["userns_storage_report_markdown"]
     assert "0:400000:65536" in page.read_text()
 
-    kept = controller.launch(
-        "prune", {**defaults("prune"), "prune_max_copies_per_image": "0", "prune_min_age": "0"}
-    )
+    kept = controller.launch("prune", {"prune_max_copies_per_image": "0", "prune_min_age": "0"})
     assert kept["userns_storage_layers_removed"] == 0
     assert kept["userns_storage_layers_kept"] == 2
 
 
 def test_prune_removes_and_counts(controller, store):
-    # As a survey gives an empty lease.
+    # The survey's word switches off what the inventory sets.
     wanted = {
-        **defaults("prepare"),
         "prepare_images": "localhost/small:1",
         "prepare_mappings": f"{MAP}\n0:200000:65536",
-        "prepare_lease": "",
+        "prepare_install": "false",
+        "prepare_lease": "none",
     }
-    controller.launch("prepare", wanted)
-    policy = {**defaults("prune"), "prune_max_copies_per_image": "1", "prune_min_age": "0"}
+    controller.launch("prepare", wanted, variables={"prepare_lease": "30d"})
+    # Read as numbers by ansible-core 2.19, and as a text for the age.
+    policy = {"prune_max_copies_per_image": "1", "prune_min_age": "0", "prune_orphans": "report"}
     predicted = controller.launch("prune", policy, "--check")
-    done = controller.launch("prune", policy)
+    # Without answers, the inventory says what is removed, and a survey can switch that off.
+    inventory = {"prune_max_copies_per_image": 0, "prune_min_age": 0}
+    off = controller.launch("prune", {"prune_max_copies_per_image": "none"}, variables=inventory)
+    young = controller.launch("prune", {"prune_min_age": ""}, variables=inventory)
+    done = controller.launch("prune", {}, variables={**inventory, "prune_max_copies_per_image": 1})
     again = controller.launch("prune", policy)
-    for one in (predicted, done):
-        assert one["userns_storage_hosts_pruned"] == 1
-        assert one["userns_storage_layers_removed"] == 1
-        assert one["userns_storage_layers_kept"] == 1
+    assert off["userns_storage_layers_removed"] == young["userns_storage_layers_removed"] == 0
+    for item in (predicted, done):
+        assert item["userns_storage_hosts_pruned"] == 1
+        assert item["userns_storage_layers_removed"] == 1
+        assert item["userns_storage_layers_kept"] == 1
     # What is measured of a filesystem that others use too may be less.
     assert predicted["userns_storage_inodes_reclaimed"] > 0
     assert again["userns_storage_layers_removed"] == 0
 
 
+def test_check_mode_leaves_artifacts_where_an_image_is_still_to_be_pulled(controller, small_image):
+    source = f"localhost/other:1=oci:{small_image.path}"
+    found = controller.launch(
+        "prepare",
+        {"prepare_images": source, "prepare_mappings": MAP, "prepare_install": "false"},
+        "--check",
+    )
+    assert found["userns_storage_hosts_prepared"] == 1
+    assert found["userns_storage_hosts_not_predicted"] == 1
+    assert found["userns_storage_layers_created"] == 0
+
+
+# What a survey's blank answers, numbers and switches become in different lines of ansible-core.
+ANSWERS = {
+    "prune_users": "",
+    "prune_unused_for": "",
+    "prune_created_before": "",
+    "prune_max_used_space": "none",
+    "prune_high_threshold": "95",
+    "prune_low_threshold": "0",
+    "prune_min_age": "0",
+    "prune_max_copies_per_image": "1",
+    "prune_keep_images": "none",
+    "prune_duplicates": "true",
+    "prune_shared": "",
+    "prune_time_limit": "",
+    "report_users": "all",
+    "report_html": "",
+    "report_markdown": "none",
+    "report_host": "",
+    "report_title": "",
+    "prepare_images": "localhost/small:1",
+    "prepare_mappings": f"{MAP}\n0:200000:65536",
+    "prepare_users": "",
+    "prepare_lease": "",
+    "prepare_install": "false",
+    "prepare_storage_options": "",
+}
+
+
+@pytest.mark.parametrize("core", ["oldest", "own", "newest"])
+def test_answers_mean_the_same_to_every_line_of_ansible_core(play, store, tmp_path, core):
+    answers = tmp_path / "answers.yml"
+    answers.write_text(awx.extravars(ANSWERS))
+    local = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
+    hosts = {"one": {}, "two": {}}
+    jobs = tmp_path / "jobs.yml"
+    jobs.write_text("".join(f"- import_playbook: {ROOT}/awx/{job}.yml\n" for job in JOBS))
+    done = play(
+        jobs,
+        {"all": {"hosts": hosts, "vars": local}},
+        "-e",
+        f"@{answers}",
+        environ=store.env(),
+        python=cores.python_with_core(core),
+    )
+    text = done.output.partition("RUN: ")[2]
+    stats, _end = json.JSONDecoder().raw_decode(text)
+    # Two names for one store: its two layers are made under the first and seen under the second, and the policy
+    # leaves one. As numbers, not as texts put side by side.
+    assert stats["userns_storage_hosts_prepared"] == 2
+    assert stats["userns_storage_layers_created"] + stats["userns_storage_layers_existing"] == 4
+    assert stats["userns_storage_layers_removed"] == 1
+    assert stats["userns_storage_report"]["hosts"] == 2
+    assert (tmp_path / "userns-storage-report.html").exists()
+    assert not (tmp_path / "userns-storage-report.md").exists()
+
+
+def test_the_report_is_written_on_another_host(play, store, tmp_path):
+    """With the privileges of the play, wherever they reach."""
+    page = tmp_path / "page.html"
+    local = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
+    local["ansible_become_method"] = "ansible.builtin.su"
+    answers = {"report_users": "none", "report_host": "web", "report_prune": False}
+    files = {"report_html": str(page), "report_markdown": "none"}
+    role = {"role": "userns.storage.report", "vars": {**answers, **files}}
+    jobs = tmp_path / "report.json"
+    jobs.write_text(
+        json.dumps([{"hosts": "one", "become": True, "gather_facts": False, "roles": [role]}])
+    )
+    inventory = {"all": {"hosts": {"one": {}, "web": {}}, "vars": local}}
+    done = play(jobs, inventory, environ=store.env())
+    assert done.recap("one")["failed"] == 0
+    assert "Container stores" in page.read_text()
+
+
 def test_totals_of_several_hosts_add_up(controller, store):
     """Two names of the one host here, which differ in what they ask for."""
     hosts = {"one": {"prepare_mappings": MAP}, "two": {"prepare_mappings": "0:200000:65536"}}
-    wanted = {**defaults("prepare"), "prepare_images": "localhost/small:1"}
-    del wanted["prepare_mappings"]
+    wanted = {"prepare_images": "localhost/small:1", "prepare_install": "false"}
     made = controller.launch("prepare", wanted, hosts=hosts)
     assert made["userns_storage_hosts_prepared"] == 2
     assert made["userns_storage_layers_created"] == 2
@@ -191,7 +288,7 @@ def test_the_execution_environment_can_be_built_from_its_definition(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FROM" in (tmp_path / "context/Containerfile").read_text()
     galaxy = yaml.safe_load((tmp_path / "context/_build/requirements.yml").read_text())
-    assert [one["name"] for one in galaxy["collections"]] == ["userns.storage"]
+    assert [item["name"] for item in galaxy["collections"]] == ["userns.storage"]
 
 
 @pytest.fixture
@@ -200,12 +297,15 @@ def stand_in() -> t.Iterator[awx.StandIn]:
         yield running
 
 
-def configure(play: t.Callable[..., t.Any], stand_in: awx.StandIn, *options: str) -> t.Any:
+def configure(
+    play: t.Callable[..., t.Any], stand_in: awx.StandIn, *options: str, fails: bool = False
+) -> t.Any:
     environ = {"CONTROLLER_HOST": stand_in.url, "CONTROLLER_OAUTH_TOKEN": awx.TOKEN}
     local = {
         "localhost": {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
     }
-    return play(ROOT / "awx/configure.yml", {"all": {"hosts": local}}, *options, environ=environ)
+    inventory = {"all": {"hosts": local}}
+    return play(ROOT / "awx/configure.yml", inventory, *options, environ=environ, fails=fails)
 
 
 def test_the_configuration_is_sound(play, stand_in):
@@ -217,24 +317,61 @@ def test_the_configuration_makes_all_and_once(play, stand_in):
     """Against a stand-in for a controller's interface, see support/awx.py; it is no controller."""
     first = configure(play, stand_in)
     assert first.recap("localhost")["changed"] == 5
-    jobs = {one["playbook"]: one for one in stand_in.objects["job_templates"].values()}
+    jobs = {item["playbook"]: item for item in stand_in.objects["job_templates"].values()}
     assert set(jobs) == {f"{job}.yml" for job in JOBS}
     for job in JOBS:
         template = jobs[f"{job}.yml"]
         assert template["survey_enabled"]
         assert template["ask_job_type_on_launch"]
         assert template["become_enabled"]
-        survey = json.loads((ROOT / f"awx/surveys/{job}.json").read_text())
-        assert stand_in.surveys[template["id"]] == survey
+        assert stand_in.surveys[template["id"]] == survey_of(job)
         assert template["project"] == stand_in.named("projects", "userns.storage")["id"]
     nightly = stand_in.named("schedules", "userns.storage nightly prune")
     assert nightly["unified_job_template"] == jobs["prune.yml"]["id"]
     assert "FREQ=DAILY" in nightly["rrule"]
+    assert nightly["extra_data"] == {"prune_unused_for": "4w"}
+    project = stand_in.named("projects", "userns.storage")
+    environment = stand_in.named("execution_environments", "userns.storage")
+    assert project["default_environment"] == environment["id"]
 
     made = len(stand_in.requests)
     second = configure(play, stand_in)
     assert second.recap("localhost")["changed"] == 0
     assert stand_in.requests[made:] == []
+
+
+def test_a_failed_update_of_the_project_recovers(play, stand_in):
+    """At once where it fails once, and with the next run where it goes on failing."""
+    stand_in.failing_updates = 2
+    failed = configure(play, stand_in, fails=True)
+    assert "Update the project again" in failed.output
+    assert "The Project Update - userns.storage, failed" in failed.output
+    checked = configure(play, stand_in, "--check")
+    assert checked.recap("localhost")["failed"] == 0
+    recovered = configure(play, stand_in)
+    assert recovered.recap("localhost")["failed"] == 0
+    assert len(stand_in.objects["job_templates"]) == 3
+    assert configure(play, stand_in).recap("localhost")["changed"] == 0
+    stand_in.failing_updates = 1
+    stand_in.objects["projects"].clear()
+    stand_in.objects["job_templates"].clear()
+    stand_in.objects["schedules"].clear()
+    assert configure(play, stand_in).recap("localhost")["failed"] == 0
+
+
+def test_the_project_needs_nothing_from_galaxy(play, stand_in):
+    stand_in.galaxy_reachable = False
+    assert configure(play, stand_in).recap("localhost")["changed"] == 5
+
+
+def test_check_mode_predicts_on_an_empty_controller(play, stand_in):
+    predicted = configure(play, stand_in, "--check", "--diff")
+    recap = predicted.recap("localhost")
+    assert recap["failed"] == 0
+    # Execution environment, project, inventory, and what rests on them.
+    assert recap["changed"] == 4
+    assert "The job templates and the schedule would be created." in predicted.output
+    assert stand_in.requests == []
 
 
 def test_check_mode_writes_nothing_to_the_controller(play, stand_in):
@@ -245,10 +382,113 @@ def test_check_mode_writes_nothing_to_the_controller(play, stand_in):
     assert len(stand_in.requests) == made
 
 
-def test_the_stand_in_refuses_what_a_controller_refuses(play, stand_in):
-    survey = json.loads((ROOT / "awx/surveys/prune.json").read_text())
-    survey["spec"][0]["type"] = "txet"
-    with pytest.raises(awx.Refused, match="not one of the allowed types"):
-        awx.check_survey(survey)
-    with pytest.raises(AssertionError, match=r"other/prepare\.yml not found for project"):
+def _schedule(stand_in: awx.StandIn, **fields: t.Any) -> int:
+    template = stand_in.named("job_templates", "demo")
+    body = {"name": "s", "rrule": RRULE, "unified_job_template": template["id"], **fields}
+    status, _answer = stand_in.answer("POST", "/api/v2/schedules/", body)
+    return status
+
+
+def _survey(stand_in: awx.StandIn, *questions: t.Mapping[str, t.Any]) -> int:
+    template = stand_in.named("job_templates", "demo")
+    body = {"name": "", "description": "", "spec": list(questions)}
+    path = f"/api/v2/job_templates/{template['id']}/survey_spec/"
+    status, _answer = stand_in.answer("POST", path, body)
+    return status
+
+
+RRULE = "DTSTART;TZID=UTC:20260101T023000 RRULE:FREQ=DAILY;INTERVAL=1"
+QUESTION = {"type": "integer", "question_name": "q", "variable": "q", "required": True}
+CHOICE = {**QUESTION, "type": "multiplechoice", "choices": ["a", "b"]}
+# Each of these was asked of AWX 24.6.1.
+ROWS: t.Dict[str, t.Tuple[int, t.Callable[[awx.StandIn], int]]] = {
+    "schedule without required answers": (
+        400,
+        lambda s: _survey(s, QUESTION) and _schedule(s),
+    ),
+    "schedule with required answers": (
+        201,
+        lambda s: _survey(s, QUESTION) and _schedule(s, extra_data={"q": 1}),
+    ),
+    "a default does not answer a required question": (
+        400,
+        lambda s: _survey(s, {**QUESTION, "default": 3}) and _schedule(s),
+    ),
+    "rrule without INTERVAL": (400, lambda s: _schedule(s, rrule=RRULE.replace(";INTERVAL=1", ""))),
+    "rrule with a naive DTSTART": (
+        400,
+        lambda s: _schedule(s, rrule=RRULE.replace(";TZID=UTC", "")),
+    ),
+    "rrule with Z": (
+        201,
+        lambda s: _schedule(s, rrule=RRULE.replace(";TZID=UTC", "").replace(" RRULE", "Z RRULE")),
+    ),
+    "rrule with an unknown TZID": (
+        400,
+        lambda s: _schedule(s, rrule=RRULE.replace("UTC", "Nowhere/X")),
+    ),
+    "rrule with SECONDLY": (400, lambda s: _schedule(s, rrule=RRULE.replace("DAILY", "SECONDLY"))),
+    "empty survey spec": (400, _survey),
+    "unknown type of a question": (400, lambda s: _survey(s, {**QUESTION, "type": "txet"})),
+    "choices as one text": (200, lambda s: _survey(s, {**CHOICE, "choices": "a\nb"})),
+    "blank in the name of a variable": (200, lambda s: _survey(s, {**QUESTION, "variable": "a b"})),
+    "integer default out of range": (
+        200,
+        lambda s: _survey(s, {**QUESTION, "min": 1, "max": 2, "default": 9}),
+    ),
+    "question without a default": (
+        200,
+        lambda s: _survey(s, QUESTION, {**CHOICE, "variable": "r"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+def test_the_stand_in_answers_as_awx_was_seen_to_answer(stand_in, row):
+    stand_in.put("job_templates", {"name": "demo"})
+    wanted, ask = ROWS[row]
+    assert ask(stand_in) == wanted
+
+
+def test_the_stand_in_keeps_an_inventory_as_awx_does(stand_in):
+    """A null kind is kept as an empty text, so that a module that sends null again sees a difference."""
+    _status, made = stand_in.answer(
+        "POST", "/api/v2/inventories/", {"name": "i", "organization": 1, "kind": None}
+    )
+    assert made["kind"] == ""
+
+
+REFUSED_ANSWERS = [
+    (QUESTION, {}),
+    (QUESTION, {"q": "1"}),
+    (QUESTION, {"q": None}),
+    (QUESTION, {"q": ""}),
+    ({**QUESTION, "min": 1, "max": 5}, {"q": 9}),
+    (CHOICE, {"q": True}),
+    (CHOICE, {"q": "c"}),
+]
+
+
+@pytest.mark.parametrize(("question", "answers"), REFUSED_ANSWERS)
+def test_answers_that_awx_refuses(question, answers):
+    with pytest.raises(awx.Refused):
+        awx.launch_variables({"spec": [question]}, answers)
+
+
+def test_answers_that_awx_takes():
+    text = {**QUESTION, "type": "text"}
+    assert awx.launch_variables({"spec": [text]}, {"q": "", "other": 1}) == {"q": ""}
+    # An empty default is handed on too.
+    optional = {**text, "required": False}
+    assert awx.launch_variables({"spec": [{**optional, "default": ""}]}, {}) == {"q": ""}
+    assert awx.launch_variables({"spec": [optional]}, {}) == {}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_survey_without_answers_leaves_everything_to_the_inventory(job):
+    assert awx.launch_variables(survey_of(job), {}) == {}
+
+
+def test_playbooks_that_the_project_lacks_are_refused(play, stand_in):
+    with pytest.raises(AssertionError, match=r"Playbook not found for project"):
         configure(play, stand_in, "-e", "awx_playbook_folder=other/")

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pathlib
+import shutil
 import subprocess
 import typing as t
 
@@ -68,14 +71,16 @@ def test_a_report_has_a_row_for_hosts_that_are_gone_or_broken(
     assert "/nonexistent/python" in rows["broken"]
     assert "| ok |" in rows["well"]
     # One in use, one not; one map is missing, and one image.
-    collected = text.partition("## What would be collected")[2].partition("## What is missing")[0]
+    collected = text.partition("## Would be freed")[2].partition(
+        "## Mapped layers missing for the next start"
+    )[0]
     assert collected.count("localhost/small:1") == 1
     assert user.name in collected
-    missing = text.partition("## What is missing")[2]
+    missing = text.partition("## Mapped layers missing for the next start")[2]
     assert "`0:200000:65536`" in missing
     assert "localhost/nowhere:1" in missing
     browser.show(done.folder / "userns-storage-report.html", 1280, 900)
-    names = "return [...document.querySelectorAll('details.host .name')].map(e=>e.textContent)"
+    names = "return [...document.querySelectorAll('.host .name')].map(e=>e.textContent)"
     assert browser.run(names) == ["gone", "broken", "well"]
     assert browser.complaints() == []
 
@@ -163,3 +168,162 @@ def test_a_driver_is_never_changed_under_a_store(play, etc_containers, empty_sto
     done = prepare(play, fails=True, prepare_driver="overlay")
     assert "was written by the driver vfs" in done.output
     assert list(etc_containers.iterdir()) == []
+
+
+def test_a_hostile_user_costs_the_others_nothing(
+    play: t.Any, lab: t.Any, make_user: t.Any, make_store: t.Any, small_image: t.Any
+) -> None:
+    """The users with a pipe and an endless file in the place of storage.conf fail; the last one gets everything."""
+    hostile, user = [make_user(), make_user()], make_user()
+    for account, words in zip(hostile, (["mkfifo"], ["ln", "-s", "/dev/zero"])):
+        path = pathlib.Path(account.home) / ".config/containers/storage.conf"
+        lab.machine.run(["mkdir", "-p", str(path.parent)], account=account)
+        lab.machine.run([*words, str(path)], account=account)
+    store = make_store("rootless-vfs", small_image, user=user)
+    names = [account.name for account in (*hostile, user)]
+    # Other tests of the session may have left some.
+    shutil.rmtree("/etc/userns-storage", ignore_errors=True)
+    try:
+        done = prepare(
+            play,
+            fails=True,
+            prepare_users=names,
+            prepare_rootful=False,
+            prepare_driver="vfs",
+            prepare_images=f"localhost/other:1={small_image.source}",
+            prepare_mappings="keep-id",
+            prepare_service="present",
+        )
+        jobs = [path.stem for path in pathlib.Path("/etc/userns-storage/ready").iterdir()]
+    finally:
+        shutil.rmtree("/etc/userns-storage", ignore_errors=True)
+        for path in pathlib.Path("/etc/systemd/user").rglob("userns-storage-*"):
+            path.unlink()
+    assert jobs == [user.name]
+    (layer,) = store.mapped_layers("localhost/other:1")
+    assert done.recap("one")["failed"] == 1
+    assert_ends_with_failures(done, "Fail if a store could not be prepared", hostile, user)
+
+    wanted = {"prune_users": names, "prune_max_copies_per_image": "0", "prune_min_age": "0"}
+    hosts = {"all": {"hosts": {"one": {**LOCAL, "prune_rootful": False, **wanted}}}}
+    done = play("userns.storage.prune", hosts, fails=True)
+    assert layer not in store.layer_ids()
+    assert_ends_with_failures(done, "Fail if one of several stores failed", hostile, user)
+
+
+def assert_ends_with_failures(
+    done: t.Any, task: str, hostile: t.Sequence[t.Any], user: t.Any
+) -> None:
+    """The last task tells of each hostile user, and not of the other one."""
+    ending = done.output.rpartition(task)[2]
+    for account in hostile:
+        assert f"For {account.name}: " in ending
+    assert f"For {user.name}: " not in ending
+
+
+def test_an_additional_store_ships_images_with_their_layers(
+    play, lab, etc_containers, empty_store, small_image
+):
+    policy = etc_containers / "policy.json"
+    policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+    place = lab.folder(0o755) / "images"
+    name = hashlib.sha256(str(place).encode()).hexdigest()[:8]
+    crio = pathlib.Path(f"/etc/crio/crio.conf.d/50-userns-storage-{name}.conf")
+    archive = lab.folder(0o755) / "small.tar"
+    lab.machine.run(["skopeo", "copy", "-q", small_image.source, f"oci-archive:{archive}"])
+    wanted = {
+        "prepare_additional_store": str(place),
+        "prepare_additional_store_runroot": str(place.parent / "run"),
+        "prepare_additional_store_readers": "podman\ncri-o 1.36.3",
+        "prepare_images": f"localhost/small:1=oci-archive:{archive}",
+        "prepare_mappings": MAP,
+        "prepare_force": True,
+    }
+    prepare(play, "--check", **wanted)
+    assert not place.exists()
+    assert list(etc_containers.iterdir()) == [policy]
+    assert not crio.exists()
+    prepare(play, **wanted)
+    again = prepare(play, **wanted)
+    assert again.recap("one")["changed"] == 0, again.output
+    # The rootful store itself gets nothing.
+    assert not (empty_store / "storage/overlay-images/images.json").exists()
+    assert f'storage_option = ["overlay.imagestore={place}"]' in crio.read_text()
+    assert f'additionalimagestores = ["{place}"]' in (etc_containers / "storage.conf").read_text()
+    shown = lab.machine.run(["podman", "images", "--format", "{{.Repository}} {{.ReadOnly}}"])
+    assert shown.stdout == "localhost/small true\n"
+    # Both programs write this map in the same form.
+    (images,) = place.glob("overlay-images/images.json")
+    (record,) = json.loads(images.read_text())
+    assert len(record["mapped-layers"]) == 1
+
+    prepare(play, **{**wanted, "prepare_additional_store_state": "absent"})
+    assert not crio.exists()
+    assert "additionalimagestores = []" in (etc_containers / "storage.conf").read_text()
+    assert images.exists()
+
+
+def test_readers_of_an_additional_store_are_checked_first(play, etc_containers):
+    done = prepare(
+        play,
+        fails=True,
+        prepare_additional_store="/nonexistent/images",
+        prepare_additional_store_readers="docker",
+    )
+    assert "prepare_additional_store_readers" in done.output
+    assert list(etc_containers.iterdir()) == []
+
+
+# Holds the socket of the user's systemd without ever answering, and stops all that asks there.
+STOPPER = """
+import os, signal, socket, sys
+os.makedirs(os.path.dirname(sys.argv[1]), exist_ok=True)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen(100)
+print("ready", flush=True)
+while True:
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/comm") as file:
+                if file.read() == "systemctl\\n":
+                    os.kill(int(name), signal.SIGSTOP)
+        except OSError:
+            pass
+"""
+
+
+def test_a_user_who_stops_systemctl(
+    play: t.Any, lab: t.Any, make_user: t.Any, tmp_path: pathlib.Path
+) -> None:
+    """Root's play ends, with an error."""
+    user = make_user()
+    wanted = {
+        "service_state": "present",
+        "service_job": "collect",
+        "service_store": user.name,
+        "service_config": {"policy": {"max_copies_per_image": 0}},
+        "service_calendar": "daily",
+        "service_linger": False,
+    }
+    role = {"name": "userns.storage.service"}
+    tasks = [{"name": "Install", "ansible.builtin.include_role": role, "vars": wanted}]
+    (tmp_path / "play.json").write_text(
+        json.dumps([{"hosts": "all", "gather_facts": False, "tasks": tasks}])
+    )
+    words = ["/usr/bin/python3", "-c", STOPPER, f"/run/user/{user.uid}/systemd/private"]
+    stopper = lab.machine.popen(words, account=user, env={}, stdout=subprocess.PIPE)
+    try:
+        assert stopper.stdout.readline() == b"ready\n"
+        hosts = {"all": {"hosts": {"one": LOCAL}}}
+        patience = ("-e", '{"service_patience": 1}')
+        done = play(tmp_path / "play.json", hosts, *patience, fails=True)
+    finally:
+        stopper.kill()
+        stopper.wait()
+        shutil.rmtree("/etc/userns-storage", ignore_errors=True)
+        for path in pathlib.Path("/etc/systemd/user").rglob("userns-storage-*"):
+            path.unlink()
+    ending = done.output.rpartition("Reload the user's systemd manager")[2]
+    assert "non-zero return code" in ending, done.output
+    assert done.recap("one")["failed"] == 1

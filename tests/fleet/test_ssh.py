@@ -13,13 +13,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import typing as t
 
 import pytest
 from support import managed, paces
 from support.modules import run_playbook
 from support.stores import Store
+from support.waiting import LIMIT, wait_until
 
 if t.TYPE_CHECKING:
     from support.hosts import Host
@@ -131,9 +131,9 @@ def test_becoming_an_ordinary_user(
             environ={**way, **_environ(lab, lab.folder())},
         )
         first, second = results
-        assert [one["action"] for one in first["layers"]] == ["created"], first
+        assert [item["action"] for item in first["layers"]] == ["created"], first
         assert first["stores"][0]["user"] == user.name
-        assert [one["action"] for one in second["layers"]] == ["existing"]
+        assert [item["action"] for item in second["layers"]] == ["existing"]
         store.create(small_image.name, "--userns=keep-id")
         assert store.mapped_layers(small_image.name) == [first["layers"][0]["layer_id"]]
     finally:
@@ -152,7 +152,7 @@ def test_async(lab: Lab, inventory: pathlib.Path, store: Store, small_image: Ima
         "poll": 1,
     }
     (result,) = run_playbook(lab, [task], inventory=str(inventory))
-    assert [one["action"] for one in result["layers"]] == ["created"], result
+    assert [item["action"] for item in result["layers"]] == ["created"], result
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_progress_is_shown_beside_the_results(
     assert lines
     assert f"{image} for {MAP}: " in lines[0]
     assert "% done" in lines[0]
-    assert "1 of 1 layers to do" in lines[0]
+    assert lines[0].startswith("debian13 | 0 of 1 layers created, ")
     assert "debian13 | " not in done.stdout
     assert "changed=1" in done.stdout
     assert len(store.mapped_layers(image)) == 1
@@ -215,11 +215,11 @@ def test_progress_leaves_a_callback_its_json(
     environ["ANSIBLE_COLLECTIONS_PATH"] += os.pathsep + collections_path
     environ["ANSIBLE_STDOUT_CALLBACK"] = "ansible.posix.json"
     done = lab.machine.run(_playbook(folder), env=environ, cwd=str(folder))
-    assert f"debian13 | {image}" in done.stderr
+    assert f"; now {image} for {MAP}: " in done.stderr
     told = json.loads(done.stdout)
     assert told["stats"]["debian13"]["changed"] == 1
     (task,) = told["plays"][0]["tasks"]
-    assert [one["action"] for one in task["hosts"]["debian13"]["layers"]] == ["created"]
+    assert [item["action"] for item in task["hosts"]["debian13"]["layers"]] == ["created"]
 
 
 def test_progress_is_among_the_events_of_a_runner(
@@ -234,10 +234,12 @@ def test_progress_is_among_the_events_of_a_runner(
     events = [
         json.loads(path.read_text()) for path in (folder / "artifacts/1/job_events").glob("*.json")
     ]
-    shown = [one for one in events if f"debian13 | {image}" in one.get("stdout", "")]
-    assert {one["event"] for one in shown} == {"verbose"}
-    result = next(one for one in events if one["event"] == "runner_on_ok")["event_data"]["res"]
-    assert [one["action"] for one in result["layers"]] == ["created"]
+    shown = [event for event in events if f"; now {image} for " in event.get("stdout", "")]
+    assert {item["event"] for item in shown} == {"verbose"}
+    result = next(event for event in events if event["event"] == "runner_on_ok")["event_data"][
+        "res"
+    ]
+    assert [item["action"] for item in result["layers"]] == ["created"]
     assert (result["changed"], result["partial"], result["remaining"]) == (True, False, 0)
 
 
@@ -281,19 +283,14 @@ def test_an_interrupted_play_leaves_nothing_running(
         stderr=subprocess.DEVNULL,
     )
     staging = store.graphroot / "userns-storage/staging"
-    until = time.monotonic() + 120
-    while not paces.whole_files(staging):
-        assert play.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_until(lambda: paces.whole_files(staging), while_running=play)
     assert _pythons(remote.machine)
     # As a terminal does it, to the whole process group.
     os.killpg(play.pid, number)
-    play.wait(60)
-    until = time.monotonic() + 30
-    while _pythons(remote.machine):
-        assert time.monotonic() < until, _pythons(remote.machine)
-        time.sleep(0.1)
+    play.wait(LIMIT)
+    wait_until(
+        lambda: not _pythons(remote.machine), describe=lambda: _pythons(remote.machine), pause=0.1
+    )
     assert store.mapped_layers(image) == []
     (left,) = os.listdir(staging)
     assert (staging / left / "suspended").exists()

@@ -49,22 +49,24 @@ def test_a_controller_takes_the_survey(job):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_question_sets_a_variable_of_the_role(job):
-    assert {one["variable"] for one in survey(job)["spec"]} <= set(options(job))
+    assert {item["variable"] for item in survey(job)["spec"]} <= set(options(job))
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_answer_is_taken(job):
     spec = survey(job)["spec"]
     answers = []
-    for one in spec:
-        found = [one.get("default", "")]
-        if one["type"] == "multiplechoice":
-            found += one["choices"]
-        elif one["type"] == "integer":
-            found += [one["min"], one["max"]]
-        elif not one["required"]:
-            found += [""]
-        answers.append([(one["variable"], answer) for answer in found])
+    for item in spec:
+        assert not item["required"]
+        assert "default" not in item
+        found = [""] if item["type"] in ("text", "textarea") else []
+        if item["type"] == "multiplechoice":
+            found += item["choices"]
+        elif item["type"] == "integer":
+            found += [item["min"], item["max"]]
+        else:
+            found += ["none"]
+        answers.append([(item["variable"], answer) for answer in found])
     for chosen in itertools.zip_longest(*answers):
         pairs = [pair or answers[place][0] for place, pair in enumerate(chosen)]
         assert errors(job, dict(pairs)) == []
@@ -72,10 +74,10 @@ def test_every_answer_is_taken(job):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_what_is_chosen_from_is_all_that_the_role_takes(job):
-    for one in survey(job)["spec"]:
-        known = options(job)[one["variable"]]
-        if one["type"] == "multiplechoice":
-            assert one["choices"] == known.get("choices", ["true", "false"])
+    for item in survey(job)["spec"]:
+        known = options(job)[item["variable"]]
+        if item["type"] == "multiplechoice":
+            assert item["choices"] == known.get("choices", ["true", "false"])
             assert ("choices" in known) != (known["type"] == "bool")
 
 
@@ -96,5 +98,7 @@ def test_prune_has_all_that_layer_gc_has():
     documented = yaml.safe_load(text.partition('DOCUMENTATION = r"""')[2].partition('"""')[0])
     wanted = {f"prune_{name}" for name in documented["options"]}
     own = {"prune_users", "prune_rootful", "prune_policies", "prune_schedule"}
-    own |= {"prune_service_linger", "prune_service_python"}
+    own |= {"prune_service_linger", "prune_service_python", "prune_ignore_variables"}
+    # Of the options that all modules have for a store.
+    own |= {"prune_allow_untested_runtime"}
     assert set(options("prune")) == {*wanted, *own}

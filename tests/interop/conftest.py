@@ -54,6 +54,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     terminalreporter.section("interop matrix")
     terminalreporter.write_line(matrix.render(found))
-    kept = os.environ.get("USERNS_STORAGE_MATRIX")
+    kept = os.environ.get(matrix.WRITE)
     if kept:
         matrix.merge(pathlib.Path(kept), found)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -16,21 +15,14 @@ import time
 import typing as t
 
 import pytest
-from ansible_collections.userns.storage.plugins.module_utils._storage import userns
 from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.base import (
-    Driver,
-    DriverHome,
     Staged,
 )
-from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.registry import (
-    open_driver,
-)
-from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.view import view_of
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
-    InternalError,
     StoreError,
     UnmappedIDs,
     UnsupportedDriver,
+    WorkerError,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapping import (
     Mapping,
@@ -38,12 +30,9 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapp
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import IDMap
 from ansible_collections.userns.storage.plugins.module_utils._storage.kernel import mounts
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations.records import (
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.layer_flags import (
     mapped_record,
     new_layer_id,
-)
-from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import (
-    StoreConfig,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.staging import (
     StagingArea,
@@ -52,7 +41,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.stag
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.store import (
     Store as OurStore,
 )
-from ansible_collections.userns.storage.plugins.module_utils._storage.tree.workshop import CRAFT
+from support.driver_stores import Place, config_of, inside, opened, place_of, staging_folder
 
 if t.TYPE_CHECKING:
     from support.images import Image
@@ -80,17 +69,6 @@ CASES = [
 ]
 
 
-class Place(t.NamedTuple):
-    """What a child needs to know of a store."""
-
-    driver: str
-    graphroot: str
-    runroot: str
-    options: t.Dict[str, str]
-    rootless: bool
-    image_stores: t.Tuple[str, ...] = ()
-
-
 class Made(t.NamedTuple):
     layer_id: str
     strategy: str
@@ -98,63 +76,6 @@ class Made(t.NamedTuple):
     files: int
     apparent: int
     exclusive: int
-
-
-def place_of(store: Store) -> Place:
-    return Place(
-        store.driver,
-        str(store.graphroot),
-        str(store.runroot),
-        dict(store.options),
-        store.user is not None,
-        tuple(store.read_only),
-    )
-
-
-def inside(store: Store, function: t.Callable[..., t.Any], *arguments: t.Any) -> t.Any:
-    """Run a function as the store's owner; its first argument is the place."""
-    account = store.user and userns._Login(
-        store.user.name, store.user.uid, store.user.gid, store.user.home
-    )
-    return userns.run(function, [place_of(store), *arguments], account)
-
-
-@contextlib.contextmanager
-def opened(place: Place) -> t.Iterator[Driver]:
-    with contextlib.ExitStack() as undo:
-        view = undo.enter_context(view_of(place.graphroot, place.driver))
-        home = DriverHome(
-            place.graphroot,
-            place.runroot,
-            place.options,
-            place.rootless,
-            view,
-            place.image_stores,
-            CRAFT,
-        )
-        yield open_driver(place.driver, home)
-
-
-def staging_folder(place: Place, name: str) -> str:
-    path = os.path.join(place.graphroot, "userns-storage", "staging", name)
-    os.makedirs(path, mode=0o700)
-    return path
-
-
-def config_of(place: Place) -> StoreConfig:
-    return StoreConfig(
-        graphroot=place.graphroot,
-        runroot=place.runroot,
-        driver=place.driver,
-        options=place.options,
-        imagestore="",
-        additional_image_stores=place.image_stores,
-        additional_layer_stores=(),
-        transient=False,
-        rootless=place.rootless,
-        auto_userns={},
-        sources={},
-    )
 
 
 def make(place: Place, image_id: str, items: t.Sequence[str], strategy: str) -> t.Tuple[t.Any, ...]:
@@ -245,7 +166,7 @@ def check_same(store: Store, template: str, layer: str, new_id: t.Callable[[int]
         new = entries(root)
     assert sorted(new) == sorted(old)
     for name, about in old.items():
-        about["owner"] = tuple(new_id(one) for one in about["owner"])
+        about["owner"] = tuple(new_id(item) for item in about["owner"])
         assert new[name] == about, name
 
 
@@ -282,7 +203,7 @@ def test_podman_takes_the_layer(
         store,
         image["layer"],
         made.layer_id,
-        lambda one: store.host_id(maps, container_id(store, one)),
+        lambda item: store.host_id(maps, container_id(store, item)),
     )
     arguments = [word for item in items for word in ("--uidmap", item, "--gidmap", item)]
     container = store.create(small_image.name, *arguments)
@@ -317,8 +238,8 @@ def sweep(place: Place) -> None:
         area = StagingArea(os.path.join(place.graphroot, "userns-storage"))
 
         def destroy(parent: int, name: str) -> bool:
-            if driver.holds(name):
-                driver.vacate(name)
+            if driver.is_placeholder(name):
+                driver.remove_placeholder(name)
             return driver.destroy(parent, name)
 
         area.sweep(destroy)
@@ -338,9 +259,9 @@ def take_away(place: Place, layer_id: str) -> None:
         missing = driver.damage(layer_id)
         assert missing is not None
         assert "missing" in missing
-        assert driver.holds(layer_id) == (driver.name == "btrfs")
-        driver.vacate(layer_id)
-        assert not driver.holds(layer_id)
+        assert driver.is_placeholder(layer_id) == (driver.name == "btrfs")
+        driver.remove_placeholder(layer_id)
+        assert not driver.is_placeholder(layer_id)
         descriptor = os.open(trash, os.O_RDONLY)
         if not driver.destroy(descriptor, layer_id):
             remove_tree(os.path.join(trash, layer_id), driver.destroy)
@@ -368,7 +289,7 @@ def test_staging_beside_a_bind_mounted_folder(make_store: MakeStore, small_image
 def mounted_inside(place: Place) -> t.List[str]:
     with opened(place), open("/proc/self/mountinfo", encoding="utf-8") as table:
         points = [line.split()[4] for line in table]
-    return [one for one in points if one.startswith(place.graphroot + "/")]
+    return [point for point in points if point.startswith(place.graphroot + "/")]
 
 
 def test_a_runtime_mounts_its_folder_while_the_view_is_made(
@@ -383,7 +304,7 @@ def mounted_meanwhile(place: Place) -> t.List[str]:
     folder = os.path.join(place.graphroot, place.driver)
     make_private = mounts.make_private
 
-    def late(target: mounts.Place = "/") -> None:
+    def late(target: mounts.PathOrFd = "/") -> None:
         if target == place.graphroot:
             mounts.bind(folder, folder)
             mounts.bind(folder, folder)
@@ -562,7 +483,7 @@ def killed(place: Place, image_id: str, layer_id: str, moment: str) -> None:
             transaction.begin_layer(record)
             at("begun")
             if moment == "renamed":
-                os.symlink = lambda *_a, **_n: die()  # type: ignore[assignment]
+                os.symlink = lambda *_a, **_n: die()
             driver.commit(into, layer_id)
             at("linked")
             transaction.finish_layer(layer_id)
@@ -574,7 +495,7 @@ def killed(place: Place, image_id: str, layer_id: str, moment: str) -> None:
             transaction.mark_incomplete(layer_id)
             at("marked")
             if moment == "unlinked":
-                os.rename = lambda *_a, **_n: die()  # type: ignore[assignment]
+                os.rename = lambda *_a, **_n: die()
             driver.detach(layer_id, trash)
             die()
 
@@ -596,7 +517,7 @@ def test_podman_cleans_up_after_a_kill(
     image = store.image(small_image.name)
     layer_id = "0123456789abcdef" * 4
     before = store.layer_ids()
-    with pytest.raises(InternalError, match="killed by signal 9"):
+    with pytest.raises(WorkerError, match="killed by signal 9"):
         inside(store, killed, image["id"], layer_id, moment)
     store.create(small_image.name)
     assert layer_id not in store.layer_ids()

@@ -16,7 +16,7 @@ import typing as t
 import pytest
 from support import differ, images
 from support.cases import Case
-from support.hosts import Host
+from support.hosts import SUITES, Host
 from support.images import Image
 from support.lab import Lab
 
@@ -136,7 +136,7 @@ def test_a_snapshot_holds_what_is_not_on_disk_yet(make_case: MakeCase) -> None:
     assert (case.store.layer_folder(entry["layer_id"]) / "late").read_bytes() == content
 
 
-# What each driver of containers/storage up to 1.62 gets wrong; newer ones may err less.
+# What each driver of containers/storage from 1.43 to 1.64 gets wrong.
 ERRORS = {
     "vfs": {"one letter", "mapped root", "acl", "directory mtime", "sparse"},
     "overlay-forced": {"one letter", "mapped root", "acl", "directory mtime"},
@@ -175,7 +175,9 @@ def test_podmans_own_copy_errs(make_case: MakeCase, rich_image: Image, kind: str
     (theirs,) = case.mapped()
     found = differences(case, theirs, [CLOSE_MAP])
     errors = set(ERRORS[kind])
-    if kind == "vfs" and case.store.machine.version("podman") < (4, 5):
+    version = case.store.machine.version("podman")
+    # Of releases, not of a rule that the collection asks for.
+    if (kind == "vfs" and version < (4, 5)) or (kind == "btrfs" and version >= (5, 0)):
         errors.add("root directory")
     assert kinds_of(found) == errors, "\n".join(found)
 
@@ -192,8 +194,16 @@ CHECKED = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), CHECKED)
-@pytest.mark.parametrize("suite", ["trixie", "sid"])
+# The newest checks every kind, the others the kinds in turn.
+@pytest.mark.parametrize(
+    ("suite", "kind", "options"),
+    [
+        (suite, kind, options)
+        for number, suite in enumerate(SUITES)
+        for place, (kind, options) in enumerate(CHECKED)
+        if suite == SUITES[-1] or place % 2 == number
+    ],
+)
 def test_full_check_finds_nothing(
     make_case: MakeCase,
     rich_image: Image,
@@ -226,7 +236,7 @@ def pushed(case: Case, source: str, name: str) -> t.List[str]:
     (entry,) = json.loads((folder / "index.json").read_text())["manifests"]
     manifest = blob(entry)
     layers: t.List[str] = blob(manifest["config"])["rootfs"]["diff_ids"]
-    return [one["digest"] for one in manifest["layers"]] + layers
+    return [item["digest"] for item in manifest["layers"]] + layers
 
 
 def digest(archive: pathlib.Path) -> str:
@@ -241,12 +251,19 @@ def exported(archive: pathlib.Path) -> t.Tuple[t.Dict[str, t.Tuple[t.Any, ...]],
     found: t.Dict[str, t.Tuple[t.Any, ...]] = {}
     owners: Owners = {}
     with tarfile.open(archive, errors="surrogateescape") as members:
-        for one in members:
-            stream = members.extractfile(one) if one.isreg() else None
+        for member in members:
+            stream = members.extractfile(member) if member.isreg() else None
             content = hashlib.sha256(stream.read()).hexdigest() if stream else ""
-            extra = {key: one.pax_headers[key] for key in one.pax_headers if "xattr" in key}
-            found[one.name] = (one.type, one.mode, one.mtime, one.linkname, content, extra)
-            owners[one.name] = (one.uid, one.gid)
+            extra = {key: member.pax_headers[key] for key in member.pax_headers if "xattr" in key}
+            found[member.name] = (
+                member.type,
+                member.mode,
+                member.mtime,
+                member.linkname,
+                content,
+                extra,
+            )
+            owners[member.name] = (member.uid, member.gid)
     return found, owners
 
 
@@ -281,7 +298,7 @@ def test_commit_export_save_and_push_are_as_without(
     theirs, plain_owners = exported(scratch / "plain.tar")
     assert ours == theirs
     # podman exports what is on the disk: the IDs outside the container.
-    ranges = [t.cast(t.Tuple[int, int, int], tuple(map(int, one.split(":")))) for one in case.map]
+    ranges = [t.cast(t.Tuple[int, int, int], tuple(map(int, item.split(":")))) for item in case.map]
     assert owners == {
         path: (differ.to_host(ranges, uid), differ.to_host(ranges, gid))
         for path, (uid, gid) in plain_owners.items()
@@ -325,9 +342,9 @@ def test_size_exclusive_is_what_df_loses(
     assert entry["strategy"] == strategy
     assert abs(lost - entry["size_exclusive"]) <= allowed
     (found,) = (
-        one
-        for one in case.info(measure="exclusive")["images"][0]["mapped_layers"]
-        if one["id"] == entry["layer_id"]
+        item
+        for item in case.info(measure="exclusive")["images"][0]["mapped_layers"]
+        if item["id"] == entry["layer_id"]
     )
     assert abs(lost - found["size_exclusive"]) <= allowed
 

@@ -87,8 +87,34 @@ class TestPresent:
         assert only(again["images"])["id"] == image["id"]
         assert before.changes(store.snapshot_of_disk()) == []
 
+    @pytest.mark.parametrize(
+        "name", ["docker.io/nextcloud:stable", "index.docker.io/nextcloud:stable"]
+    )
+    def test_a_name_of_docker_hub_is_the_one_that_is_recorded(
+        self,
+        name: str,
+        empty: t.Callable[[str], Store],
+        declare: Declare,
+        run_module: RunModule,
+        small_image: Image,
+    ) -> None:
+        store = empty("vfs")
+        asked: Json = {"images": [name], "source": small_image.source}
+        assert declare(store, check=True, **asked)["changed"]
+        done = declare(store, **asked)
+        assert done["changed"]
+        assert only(done["images"])["names"] == ["docker.io/library/nextcloud:stable"]
+        assert not declare(store, **asked)["changed"]
+        words = {**store.module_args(), "images": [name], "uidmap": [MAP], "gidmap": [MAP]}
+        assert only(run_module("layer_template", words)["layers"])["action"] == "created"
+        info = run_module("image_layers_info", {**store.module_args(), "images": [name]})
+        assert len(only(info["images"])["mapped_layers"]) == 1
+        gone = declare(store, images=[name], state="absent")
+        assert (gone["changed"], gone["actions"]) == (True, ["removed"])
+        assert store.images() == []
+
     @pytest.mark.parametrize("kind", KINDS)
-    def test_brought_into_a_store_that_nobody_has_written(
+    def test_pull_into_a_store_that_no_runtime_has_written(
         self, kind: str, make_store: MakeStore, declare: Declare, small_image: Image
     ) -> None:
         store = make_store(kind)
@@ -187,10 +213,10 @@ class TestPresent:
         [
             ({"image": "localhost/app:1", "source": "oci:/nowhere:1"}, "/nowhere"),
             ({"image": "localhost/app:1", "source": "carrier-pigeon:x"}, "carrier-pigeon"),
-            ({"image": "sha256:" + "0" * 64, "source": "oci:/nowhere:1"}, "no name"),
+            ({"image": "sha256:" + "0" * 64, "source": "oci:/nowhere:1"}, "is an ID"),
         ],
     )
-    def test_bad_input_is_told_and_nothing_changed(
+    def test_bad_input_is_reported_and_nothing_changed(
         self, args: Json, words: str, empty: t.Callable[[str], Store], declare: Declare
     ) -> None:
         store = empty("vfs")
@@ -267,6 +293,38 @@ class TestAbsent:
         assert done["actions"] == ["removed"]
         assert store.images() == []
 
+    @pytest.mark.parametrize("setup", ["vfs", "rootless-as-root"])
+    def test_a_source_in_a_store_that_does_not_exist_is_not_created(
+        self, make_case: t.Callable[..., t.Any], setup: str
+    ) -> None:
+        case = make_case(setup)
+        missing = case.store.base / "missing"
+        case.store.base.chmod(0o777)
+        for check in (True, False):
+            # The last one is a directory, but no store.
+            for inside in (
+                f"[vfs@{missing}+{missing}-run]",
+                f"[{missing}]",
+                f"[{case.store.base}]",
+            ):
+                refused = case.call(
+                    "image_layers",
+                    {"images": ["localhost/new:1"], "source": f"containers-storage:{inside}x:1"},
+                    check=check,
+                    fails=True,
+                )
+                assert "there is no container store in " in refused["msg"]
+                assert not missing.exists()
+            inside = f"[{case.store.driver}@{case.store.graphroot}+{missing}]"
+            refused = case.call(
+                "image_layers",
+                {"images": ["localhost/new:1"], "source": f"containers-storage:{inside}x:1"},
+                check=check,
+                fails=True,
+            )
+            assert f"the runroot {missing} does not exist" in refused["msg"]
+            assert not missing.exists()
+
     def test_an_image_of_a_read_only_store_stays(
         self, make_store: MakeStore, declare: Declare, small_image: Image
     ) -> None:
@@ -275,3 +333,17 @@ class TestAbsent:
         store.podman("images")
         result = declare(store, fails=True, image=small_image.name, state="absent")
         assert "read-only" in result["msg"]
+
+    def test_all_layers_go_that_an_additional_store_has_too(
+        self, make_store: MakeStore, declare: Declare, small_image: Image
+    ) -> None:
+        below = make_store("overlay-forced", small_image)
+        below.podman("rm", below.create(small_image.name, "--uidmap=0:100000:65536"))
+        before = below.snapshot_of_disk()
+        store = make_store("overlay-forced", small_image)
+        layers = store.layer_ids()
+        store.add_read_only(below.graphroot)
+        done = declare(store, image=small_image.name, state="absent")
+        assert (done["actions"], set(done["removed_layers"])) == (["removed"], layers)
+        assert (store.layers(), store.images()) == ([], [])
+        assert before.changes(below.snapshot_of_disk()) == []

@@ -10,7 +10,7 @@ import pathlib
 import typing as t
 
 import pytest
-from support import images, stores, users
+from support import hosts, images, stores, users
 from support.hosts import Host, Sshd
 from support.images import Image
 from support.lab import Lab
@@ -26,6 +26,7 @@ COPIES = {
     "overlay": False,
     "overlay-forced": True,
     "overlay-xfs": True,
+    "overlay-btrfs": True,
     "vfs-xfs": True,
     "vfs-ext4": True,
     "overlay-ext4": True,
@@ -39,8 +40,22 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("machine", ["local", "trixie", "sid"])
-@pytest.mark.parametrize("kind", list(stores.KINDS))
+def test_hosts_are_of_different_generations(host: t.Callable[[str], Host]) -> None:
+    versions = [host(suite).version("podman") for suite in hosts.SUITES]
+    assert versions[0][:2] == (5, 4)
+    assert versions[1] >= (5, 8)
+    assert versions[2] >= (6, 1)
+    assert host("experimental").version("buildah") >= (1, 45)
+
+
+# Each kind on one machine and each machine with several kinds; test_matrix.py has them all.
+@pytest.mark.parametrize(
+    ("kind", "machine"),
+    [
+        (kind, ("local", *hosts.SUITES)[number % (1 + len(hosts.SUITES))])
+        for number, kind in enumerate(stores.KINDS)
+    ],
+)
 def test_store_loads_starts_and_maps(
     kind: str,
     machine: str,

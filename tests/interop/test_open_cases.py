@@ -1,9 +1,25 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Reports of podman's users about its own copies, and what layer_template makes of each.
+"""Reports of podman's users about the copies that podman makes, and what the modules do in each case.
 
-E01, E05, E07 and E10 to E12 are in test_image_layers_info.py, E02 in test_layer_gc.py.
+====  ===========================================================  ==========================================
+case  reports, and what they are about                             test
+====  ===========================================================  ==========================================
+E01   containers/storage#1060, podman#11544: the size of copies    test_image_layers_info.py, ``big_image``
+E02   podman#12316: no command removes a copy                      test_layer_gc.py
+E03   podman#8259, #14574, #16673: hard links                      here
+E04   podman#1526, containers/storage PR#217: setuid, xattrs       here
+E05   containers/storage PR#1564: the root directory's owner       test_image_layers_info.py
+E06   podman#16608, containers/storage PR#1220: unmapped IDs       here
+E07   containers/storage compares maps entry by entry: a copy for  test_image_layers_info.py
+      each form of one map
+E08   podman#25213: other commands wait while a copy is made       here, smaller
+E09   podman#24743, #16882: killed while a copy is made            here
+E10   containers/storage PR#2285: images in a read-only store      test_image_layers_info.py
+E11   podman#16830: what copies cost on btrfs and xfs              test_image_layers_info.py
+E12   containers/storage#640: what copies cost with metacopy       test_image_layers_info.py
+====  ===========================================================  ==========================================
 """
 
 from __future__ import annotations
@@ -12,7 +28,6 @@ import os
 import pathlib
 import signal
 import stat
-import time
 import typing as t
 
 import pytest
@@ -22,6 +37,7 @@ from support.images import CAP_NET_RAW, Image, capability, directory, file, link
 from support.lab import Lab
 from support.modules import finish_module
 from support.stores import Store
+from support.waiting import wait_until
 
 MakeCase = t.Callable[..., Case]
 Json = t.Dict[str, t.Any]
@@ -51,8 +67,8 @@ def test_e03_hard_links_stay_one_file(kind: str, make_case: MakeCase, linked_ima
         assert (first.st_uid, first.st_gid) == (101000, 101000)
         applets = [os.lstat(path) for path in (tree / "bin").iterdir()]
         assert len(applets) == LINKS
-        assert {one.st_ino for one in applets} == {os.lstat(tree / "bin/busybox").st_ino}
-        assert {(one.st_nlink, one.st_uid) for one in applets} == {(LINKS, 100000)}
+        assert {applet.st_ino for applet in applets} == {os.lstat(tree / "bin/busybox").st_ino}
+        assert {(applet.st_nlink, applet.st_uid) for applet in applets} == {(LINKS, 100000)}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +135,7 @@ def test_e06_ids_outside_the_map_are_named_before_anything_is_made(
 ) -> None:
     case = make_case(kind, far_owners_image)
     before = case.store.snapshot_of_disk()
-    asked = {"uidmap": [f"0:100000:{size}"]}
+    asked: t.Dict[str, t.Any] = {"uidmap": [f"0:100000:{size}"]}
     result = case.layer_template(**asked, options={"fails": True})
     assert set(result["uids"]) == set(result["gids"]) == named, result["msg"]
     assert all(str(number) in result["msg"] for number in named)
@@ -137,7 +153,7 @@ def large_image(many_files_image: t.Callable[[int], Image]) -> Image:
     return many_files_image(9_000)
 
 
-def test_e08_nobody_waits_while_a_large_image_is_mapped(
+def test_e08_no_program_waits_while_a_large_image_is_mapped(
     make_case: MakeCase, large_image: Image
 ) -> None:
     case = make_case("overlay-forced", large_image)
@@ -167,7 +183,7 @@ def test_e09_a_killed_copy_leaves_nothing_behind(
             ["podman", "create", *case.podman_args, large_image.name, "true"],
             env=store.env(),
         )
-        _wait(lambda: _incomplete(store))
+        wait_until(lambda: _incomplete(store))
     else:
         process = case.start("layer_template", {"images": [large_image.name], **case.wanted})
         _staged(store)
@@ -183,22 +199,15 @@ def test_e09_a_killed_copy_leaves_nothing_behind(
     assert not list((store.graphroot / "userns-storage/staging").iterdir())
     assert str(store.graphroot / "overlay/") not in pathlib.Path("/proc/mounts").read_text()
     (info,) = case.info()["images"]
-    assert [one["status"] for one in info["mapped_layers"]] == ["ok"]
+    assert [item["status"] for item in info["mapped_layers"]] == ["ok"]
     assert info["mapped_layers"][0]["inodes"] > 9_000
 
 
 def _incomplete(store: Store) -> t.List[str]:
-    return [one["id"] for one in store.layers() if one.get("flags", {}).get("incomplete")]
+    return [layer["id"] for layer in store.layers() if layer.get("flags", {}).get("incomplete")]
 
 
 def _staged(store: Store) -> None:
     """Wait until the copy has begun."""
     staging = store.graphroot / "userns-storage/staging"
-    _wait(lambda: list(staging.glob("*/layer/diff/data/*")))
-
-
-def _wait(condition: t.Callable[[], t.Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: list(staging.glob("*/layer/diff/data/*")))

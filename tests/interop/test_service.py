@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from support.cases import Case
 from support.images import Image, build, file
 from support.lab import Lab
 from support.machines import Result
+from support.waiting import LIMIT, wait_until
 
 Json = t.Dict[str, t.Any]
 MakeCase = t.Callable[..., Case]
@@ -107,7 +109,7 @@ class Keeper:
             yield Watcher(process, log)
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(LIMIT)
 
 
 @dataclasses.dataclass
@@ -118,15 +120,14 @@ class Watcher:
     log: pathlib.Path
 
     def lines(self) -> t.List[str]:
-        return self.log.read_text().splitlines()
+        """What it has said, after the line that tells what it watches."""
+        return self.log.read_text().splitlines()[1:]
 
     def wait_for(self, count: int) -> t.List[str]:
         """Wait until it has said so many lines."""
-        until = time.monotonic() + 60
-        while len(self.lines()) < count:
-            assert self.process.poll() is None, self.lines()
-            assert time.monotonic() < until, self.lines()
-            time.sleep(0.1)
+        wait_until(
+            lambda: len(self.lines()) >= count, while_running=self.process, describe=self.lines
+        )
         return self.lines()
 
 
@@ -163,7 +164,7 @@ def test_a_new_version_under_the_same_tag_is_ready_before_the_next_start(
         for number in (0, 1):
             image_id = store.load(versions[number], NAME)
             lines = watcher.wait_for(number + 1)
-            assert f"made layer {store.mapped_layers(NAME)[0][:12]} of {NAME} for " in lines[-1]
+            assert f"created layer {store.mapped_layers(NAME)[0][:12]} of {NAME} for " in lines[-1]
             assert store.image(NAME)["id"] == image_id
             assert_starts_without_a_copy(keeper)
         # Retagged: the name now means an image that has no layer yet.
@@ -171,7 +172,7 @@ def test_a_new_version_under_the_same_tag_is_ready_before_the_next_start(
         store.podman("tag", "localhost/other:1", NAME)
         watcher.wait_for(3)
         assert_starts_without_a_copy(keeper)
-        time.sleep(2)
+        _look(watcher.process, 10)
         assert len(watcher.lines()) == 3
 
 
@@ -180,28 +181,25 @@ def test_a_burst_is_one_run_and_own_changes_start_none(
 ) -> None:
     store = vfs.case.store
     config = vfs.ready("localhost/b*:1")
-    with vfs.watching(config, quiet="3") as watcher:
-        until = time.monotonic() + 10
-        while not _asleep(watcher.process.pid):
-            assert time.monotonic() < until
-            time.sleep(0.1)
+    with vfs.watching(config, quiet="1") as watcher:
+        wait_until(lambda: _asleep(watcher.process.pid))
+        # Stopped, so that a burst is one on any machine.
+        watcher.process.send_signal(signal.SIGSTOP)
         for number, image in enumerate(versions):
             store.load(image, f"localhost/b{number}:1")
-        assert watcher.lines() == []
+        watcher.process.send_signal(signal.SIGCONT)
         watcher.wait_for(4)
         made = {name: store.mapped_layers(name) for name in _names(store.images())}
         assert [len(made[f"localhost/b{n}:1"]) for n in range(4)] == [1, 1, 1, 1]
         assert made["localhost/small:1"] == []
-        time.sleep(2)
         token = (store.graphroot / "vfs-images/images.lock").read_bytes()
+        # Once more it looks at the store, for its own changes; from then on it reads 64 bytes now and then.
+        wait_until(lambda: _only_looks(watcher.process))
         state = store.snapshot_of_disk()
-        used = _processor_time(watcher.process.pid)
-        time.sleep(4)
+        assert all(_only_looks(watcher.process) for _round in range(2))
         assert (store.graphroot / "vfs-images/images.lock").read_bytes() == token
         assert state.changes(store.snapshot_of_disk()) == []
         assert len(watcher.lines()) == 4
-        # Asleep: it reads 64 bytes now and then.
-        assert _processor_time(watcher.process.pid) - used < 10
         priority = subprocess.run(
             ["ionice", "-p", str(watcher.process.pid)], capture_output=True, text=True, check=True
         )
@@ -222,10 +220,26 @@ def _asleep(pid: int) -> bool:
     return done.stdout.strip() == "idle" and not children
 
 
-def _processor_time(pid: int) -> int:
-    """Ticks that a process and its ended children have used."""
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(int(one) for one in fields[11:15])
+def _only_looks(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process that reads ten times more reads no more than a token each time, and writes nothing."""
+    reads, read, written = _look(process, 10)
+    return (read, written) == (64 * reads, 0)
+
+
+def _look(process: subprocess.Popen[bytes], count: int) -> t.Tuple[int, int, int]:
+    """Wait until a process has read `count` times more: its reads, and bytes read and written meanwhile."""
+
+    def told() -> t.Tuple[int, int, int]:
+        lines = pathlib.Path(f"/proc/{process.pid}/io").read_text().splitlines()
+        found = {
+            name: int(value) for name, _colon, value in (line.partition(":") for line in lines)
+        }
+        return found["syscr"], found["rchar"], found["wchar"]
+
+    first = told()
+    wait_until(lambda: told()[0] >= first[0] + count, while_running=process)
+    reads, read, written = (now - then for now, then in zip(told(), first))
+    return reads, read, written
 
 
 def _names(images: t.Iterable[Json]) -> t.List[str]:
@@ -248,14 +262,45 @@ def test_collects_by_policy_and_leaves_what_is_declared(
     (gone,) = keeper.case.mapped()
     lines = keeper.run("collect", policy, "--keep", only).stdout.splitlines()
     assert f"removed layer {gone[:12]} of {keeper.case.image.name}" in lines[0]
-    assert "1 mapped layers, 0 are allowed" in lines[0]
+    assert "1 mapped layers, but only 0 are allowed" in lines[0]
     assert (store.mapped_layers(NAME), keeper.case.mapped()) == (kept, [])
     # A configuration that nobody has written declares nothing.
     keeper.run("collect", policy, "--keep", "/nonexistent.json")
     assert store.mapped_layers(NAME) == []
 
 
-def test_a_refusal_is_told_and_the_rest_done(vfs: Keeper) -> None:
+def test_a_directory_of_configurations(lab: Lab, vfs: Keeper) -> None:
+    folder = lab.folder()
+    for number, uidmap in enumerate(("0:100000:65536", OTHER_MAP)):
+        config = vfs.ready(vfs.case.image.name, mappings=[{"uidmap": [uidmap]}])
+        (folder / f"{number}.json").write_text(config.read_text())
+    (folder / "notes.txt").write_text("no configuration")
+    assert len(vfs.run("ready", folder).stdout.splitlines()) == 2
+    with vfs.watching(folder) as watcher:
+        name = vfs.case.image.name
+        line = f"root: watching the store for {name}, 1 mapping each\n"
+        wait_until(lambda: watcher.log.read_text() == 2 * line)
+    vfs.run("check", lab.folder(), status=78)
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("watch", 78, "no store has images and mappings, so nothing is watched"),
+        ("ready", 0, "no store has images and mappings, so no layer is created"),
+        ("collect", 0, "no store has a policy, so nothing is removed"),
+    ],
+)
+def test_a_configuration_without_work_is_reported(
+    vfs: Keeper, tmp_path: pathlib.Path, command: str, status: int, said: str
+) -> None:
+    path = tmp_path / "none.json"
+    path.write_text('{"stores": [{"user": "root"}]}')
+    done = vfs.run(command, path, status=status)
+    assert f"{path}: {said}" in done.stderr
+
+
+def test_a_refusal_is_reported_and_the_other_work_is_done(vfs: Keeper) -> None:
     name = vfs.case.image.name
     mappings = [{"uidmap": ["0:100000:5"]}, {"uidmap": [OTHER_MAP]}]
     done = vfs.run("ready", vfs.ready(name, mappings=mappings), status=1)
@@ -267,12 +312,12 @@ def test_a_refusal_is_told_and_the_rest_done(vfs: Keeper) -> None:
     ("text", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "the whole: is no JSON object"),
-        ("{}", "stores: names no store"),
+        ("[]", "the whole: is not a JSON object"),
+        ("{}", "stores: contains no store"),
         ('{"stores": [{"user": "nobody-of-that-name"}]}', "no such user"),
-        ('{"stores": [{"image": []}]}', "stores[0].image: is not known"),
+        ('{"stores": [{"image": []}]}', "stores[0].image: is unknown"),
         ('{"stores": [{"images": ["a"]}]}', "stores[0].mappings: is empty"),
-        ('{"stores": [{"images": "a"}]}', "stores[0].images: is no list"),
+        ('{"stores": [{"images": "a"}]}', "stores[0].images: is not a list"),
         (
             '{"stores": [{"images": ["a"], "mappings": [{"userns": "keep-it"}]}]}',
             "stores[0].mappings[0]: userns keep-it",
@@ -280,11 +325,11 @@ def test_a_refusal_is_told_and_the_rest_done(vfs: Keeper) -> None:
         ('{"stores": [{"policy": {"unused_for": "4x"}}]}', "stores[0].policy: unused_for: 4x"),
         ('{"stores": [{"policy": {"high_threshold": 85}}]}', "low_threshold go together"),
         # What a task asks of one run is no part of a policy.
-        ('{"stores": [{"policy": {"deadline": 1}}]}', "policy.deadline: is not known"),
-        ('{"stores": [{"policy": {"layers": ["a"]}}]}', "policy.layers: is not known"),
+        ('{"stores": [{"policy": {"deadline": 1}}]}', "policy.deadline: is unknown"),
+        ('{"stores": [{"policy": {"layers": ["a"]}}]}', "policy.layers: is unknown"),
     ],
 )
-def test_a_wrong_configuration_is_told(
+def test_a_wrong_configuration_is_reported(
     text: str, said: str, lab: Lab, program: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "bad.json"

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""layer_template for several users, images and maps at once: what is refused does not stop the rest."""
+"""Modules for several users, images and maps at once: what is refused does not stop the rest."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_each_podman_takes_its_layer(lab: Lab, pair: t.List[Case]) -> None:
         assert result["changed"] is True
         assert actions(result) == [(user, "created") for user in users]
         assert "store" not in result
-        assert [one["user"] for one in result["stores"]] == users
-        assert [one["graphroot"] for one in result["stores"]] == [
+        assert [item["user"] for item in result["stores"]] == users
+        assert [item["graphroot"] for item in result["stores"]] == [
             str(case.store.graphroot) for case in pair
         ]
     assert foreseen["diff"] == made["diff"]
@@ -84,8 +84,8 @@ def test_a_user_who_cannot_does_not_stop_the_others(
         result = call(lab, users, pair[0].image, options={"fails": True, "check": check})
         assert result["changed"] is True
         assert actions(result) == [(first, "created"), (last, "created")]
-        assert [one["user"] for one in result["stores"]] == users
-        assert [("error" in one) for one in result["stores"]] == [False, True, True, False]
+        assert [item["user"] for item in result["stores"]] == users
+        assert [("error" in item) for item in result["stores"]] == [False, True, True, False]
         assert result["msg"].startswith("2 of 4 ")
         assert f"{bare}: has no subordinate UIDs" in result["msg"]
         assert "nobody-of-that-name: no such user" in result["msg"]
@@ -99,7 +99,7 @@ def test_users_do_not_go_with_one_place(lab: Lab, small_image: Image) -> None:
         assert other in result["msg"]
 
 
-def test_nobody_is_nothing_to_do(lab: Lab, small_image: Image) -> None:
+def test_no_user_means_nothing_to_do(lab: Lab, small_image: Image) -> None:
     result = call(lab, [], small_image)
     assert (result["changed"], result["layers"], result["stores"]) == (False, [], [])
 
@@ -133,10 +133,10 @@ def test_one_refused_pair_does_not_stop_the_others(check: bool, make_case: MakeC
     assert "localhost/never:1" in reasons[0]
     assert result["layers"][0]["image_names"] == ["localhost/never:1"]
     assert result["layers"][0]["image_id"] == ""
-    assert "which the map does not cover" in reasons[1]
+    assert "which are not covered by the map" in reasons[1]
     assert "nobody-of-that-name" in reasons[4]
     assert result["changed"] is True
-    assert result["msg"].startswith("4 of 6 refused. ")
+    assert result["msg"].startswith("4 of 6 layers failed. ")
     for number in (0, 1, 3, 4):
         assert reasons[number] in result["msg"]
     made = [entry["layer_id"] for entry in result["layers"] if entry["layer_id"]]
@@ -165,3 +165,48 @@ def test_the_answer_says_what_would_change_it(make_case: MakeCase) -> None:
     assert "overlay driver needs no copies" in copied["advice"]
     shifted = make_case("overlay").layer_template()["layers"][0]
     assert shifted["advice"] in shifted["reason"]
+
+
+def test_other_modules_for_several_users(lab: Lab, pair: t.List[Case]) -> None:
+    """image_layers_info, layer_gc, storage_conf and image_layers: a result for each store, and all together."""
+    users = [owner(case) for case in pair]
+    missing = "nobody-of-that-name"
+    image = pair[0].image
+    for case in pair:
+        case.create()
+        case.store.podman("rm", "--all", "--force")
+    found = run_module(lab, "image_layers_info", {"users": [*users, missing]}, fails=True)
+    assert [store["user"] for store in found["stores"]] == [*users, missing]
+    assert found["msg"].startswith(f"1 of 3 users failed. For {missing}: ")
+    assert [entry["user"] for entry in found["images"]] == users
+    assert all(len(entry["mapped_layers"]) == 1 for entry in found["images"])
+    assert found["stores"][0]["store"]["graphroot"] == str(pair[0].store.graphroot)
+    assert "store" not in found
+    assert "error" in found["stores"][2]
+
+    rules = {"users": users, "max_copies_per_image": 0, "min_age": "0"}
+    foreseen = run_module(lab, "layer_gc", rules, check=True, diff=True)
+    assert all(len(case.mapped()) == 1 for case in pair)
+    done = run_module(
+        lab, "layer_gc", {**rules, "users": [users[0], missing, users[1]]}, fails=True
+    )
+    assert foreseen["changed"] is done["changed"] is True
+    assert set(foreseen["diff"]["before"]) == set(users)
+    assert [entry["user"] for entry in done["removed"]] == users
+    assert done["inodes_reclaimed"] == sum(
+        store["inodes_reclaimed"] for store in done["stores"] if "error" not in store
+    )
+    assert all(case.mapped() == [] for case in pair)
+
+    settings = {"users": users, "settings": "overlay.mountopt=nodev", "backup": False}
+    assert run_module(lab, "storage_conf", settings)["changed"] is True
+    assert run_module(lab, "storage_conf", settings)["changed"] is False
+
+    gone = run_module(
+        lab, "image_layers", {"users": users, "images": [image.name], "state": "absent"}
+    )
+    assert gone["actions"] == ["removed", "removed"]
+    assert [entry["user"] for entry in gone["images"]] == users
+    wrong = {"users": users, "user": users[0], "images": ["x"]}
+    both = run_module(lab, "image_layers", wrong, fails=True)
+    assert "mutually exclusive" in both["msg"]

@@ -13,11 +13,13 @@ import secrets
 import shutil
 import signal
 import subprocess
-import time
 import traceback
 import typing as t
 
 import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.capabilities import (
+    capabilities,
+)
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
     PermissionDenied,
     ReadOnlyStore,
@@ -35,23 +37,28 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.libp
     read_sqlite,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.store import Store
-from support.hosts import Host
+from support.hosts import SUITES, Host
 from support.images import Image
 from support.lab import Lab
 from support.machines import ROOT
 from support.stores import Store as RealStore
 from support.stores import disk_state
 from support.users import User
+from support.waiting import LIMIT, wait_until
 
 MAP = [{"container_id": 0, "host_id": 100000, "size": 65536}]
 MAP_OPTIONS = ("--uidmap=0:100000:65536", "--gidmap=0:100000:65536")
 
 MakeStore = t.Callable[..., RealStore]
 
+# The containers/storage in podman, by machine.
+_STORAGE = {"local": (1, 43), "trixie": (1, 57), "sid": (1, 64), "experimental": (1, 64)}
+_NEW = capabilities("podman", (5, 8), (1, 64))
+
 
 def opened(real: RealStore, **changes: t.Any) -> Store:
     config = StoreConfig(str(real.graphroot), str(real.runroot), real.driver)
-    return Store.open(dataclasses.replace(config, **changes), lock_timeout=20)
+    return Store.open(dataclasses.replace(config, **changes), lock_timeout=LIMIT)
 
 
 def copy(source: t.Any, target: t.Any) -> None:
@@ -106,23 +113,23 @@ def test_reads_what_podman_writes(kind: str, make_store: MakeStore, small_image:
     before = real.snapshot_of_disk()
     store = opened(real)
     snapshot = store.snapshot()
-    assert {one.id: one.raw for one in snapshot.layers.values()} == {
-        one["id"]: one for one in real.layers()
+    assert {layer.id: layer.raw for layer in snapshot.layers.values()} == {
+        layer["id"]: layer for layer in real.layers()
     }
-    assert {one.id: one.raw for one in snapshot.images.values()} == {
-        one["id"]: one for one in real.images()
+    assert {image.id: image.raw for image in snapshot.images.values()} == {
+        image["id"]: image for image in real.images()
     }
     assert list(snapshot.containers) == [container]
     found = snapshot.containers[container]
     assert (found.name, found.podman_name) == ("web", "web")
-    assert found.image_name == small_image.name
     assert snapshot.containers_on(snapshot.images[found.image].layer) == [found]
     assert all(
-        os.path.exists(store.tar_split_path(one))
-        for one in snapshot.layers
-        if not snapshot.layers[one].names
+        os.path.exists(store.tar_split_path(layer))
+        for layer in snapshot.layers
+        if not snapshot.layers[layer].names
     )
     assert before.changes(real.snapshot_of_disk()) == []
+    digest = ""
     for reference in (
         "small:1",
         small_image.name,
@@ -146,7 +153,7 @@ def test_podman_uses_our_record(make_store: MakeStore, small_image: Image) -> No
     container = real.create(small_image.name, *MAP_OPTIONS)
     (own,) = real.layer_ids() - before
     assert real.layer(own)["parent"] == layer_id
-    assert [one.id for one in store.snapshot().containers_on(layer_id)] == [container]
+    assert [item.id for item in store.snapshot().containers_on(layer_id)] == [container]
     real.podman("rm", container)
     assert real.layer_ids() == before
     assert real.podman("images", "-q", "--no-trunc").stdout.split()
@@ -166,8 +173,14 @@ def test_flags_survive_podmans_rewrites(
         store = opened(real)
         layer_id = add_mapped(store, small_image.name)
         flags = {"userns.storage": {"lease": "2026-02-03T00:00:00Z", "origin": "ours"}}
+
+        def change(raw: t.Dict[str, t.Any]) -> None:
+            raw.update(
+                flags={"userns.storage": {"lease": "2026-02-03T00:00:00Z", "origin": "ours"}}
+            )
+
         with store.transaction() as transaction:
-            transaction.update_layer(layer_id, lambda raw, new=flags: raw.update(flags=new))
+            transaction.update_layer(layer_id, change)
         container = real.create(small_image.name, *MAP_OPTIONS)
         real.podman("rm", container)
         assert store.snapshot().layers[layer_id].flags == flags
@@ -205,9 +218,16 @@ def test_locks_keep_podman_out(make_store: MakeStore, small_image: Image) -> Non
         process = real.machine.popen(
             ["podman", "images", "-q"], env=real.env(), stdout=subprocess.PIPE
         )
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.communicate(timeout=1.5)
-    assert process.communicate(timeout=60)[0].strip()
+        # A line of its own with an arrow in /proc/locks: it waits in the kernel's queue.
+        wait_until(lambda: waits_for_a_lock(process.pid), while_running=process)
+        assert process.poll() is None
+    assert process.communicate(timeout=LIMIT)[0].strip()
+
+
+def waits_for_a_lock(pid: int) -> bool:
+    """Whether a process waits for a POSIX lock that another one holds."""
+    lines = pathlib.Path("/proc/locks").read_text().splitlines()
+    return any(line.split()[1] == "->" and str(pid) in line.split() for line in lines)
 
 
 def test_podman_keeps_us_out_for_no_longer_than_it_works(
@@ -247,13 +267,13 @@ def test_read_only_store(make_store: MakeStore, small_image: Image) -> None:
     shared = make_store("vfs", small_image)
     real = make_store("vfs", read_only=[str(shared.graphroot)])
     real.podman("images")
-    config = discover(StoreOverrides(storage_conf=str(real.storage_conf)), {}, None, False)
+    config = discover(StoreOverrides(storage_conf=str(real.storage_conf)), {}, None, False, _NEW)
     assert config.additional_image_stores == (str(shared.graphroot),)
     before = disk_state(shared.graphroot)
     store = Store.open(config)
     image = store.snapshot().resolve_image(small_image.name)
     assert image.store == str(shared.graphroot)
-    assert {one.read_only_store for one in store.snapshot().chain(image.layer)} == {image.store}
+    assert {item.read_only_store for item in store.snapshot().chain(image.layer)} == {image.store}
     with store.transaction() as transaction, pytest.raises(ReadOnlyStore):
         transaction.append_mapped_layer(image.id, image.layer)
     assert before.changes(disk_state(shared.graphroot)) == []
@@ -277,18 +297,18 @@ def test_other_layouts_of_newer_podmans(
         real.storage_conf.write_text(f'{text}imagestore = "{images}"\n')
     real.skopeo("copy", "-q", small_image.source, f"containers-storage:{small_image.name}")
     container = real.create(small_image.name, *(("--rm",) if how == "rm" else ()))
-    config = discover(StoreOverrides(storage_conf=str(real.storage_conf)), {}, None, False)
+    config = discover(StoreOverrides(storage_conf=str(real.storage_conf)), {}, None, False, _NEW)
     assert config.transient == (how == "transient")
     store = Store.open(config)
     before = disk_state(real.base)
     snapshot = store.snapshot()
     image = snapshot.resolve_image("small:1")
-    assert [one.id for one in snapshot.containers.values()] == [container]
+    assert [item.id for item in snapshot.containers.values()] == [container]
     assert snapshot.containers[container].volatile == (how != "imagestore")
     layers = snapshot.chain(snapshot.containers[container].layer)
     assert len(layers) == len(small_image.layers) + 1
     assert layers[1].id == image.layer
-    assert {one.location for one in layers[1:]} == {
+    assert {layer.location for layer in layers[1:]} == {
         "imagestore" if how == "imagestore" else "stable"
     }
     assert layers[0].location == ("stable" if how == "imagestore" else "volatile")
@@ -321,19 +341,25 @@ def compare(
     environ = machine.environ(user, env) if user else machine.environ(ROOT, env)
     account = Account(user.name, user.uid, user.gid, user.home) if user else None
 
-    # containers/storage's version, as far as it makes a difference.
-    version = (1, 59) if machine.version("podman") >= (5, 6) else (1, 57)
+    can = capabilities("podman", machine.version("podman"), _STORAGE[machine.name])
 
     def ours() -> StoreConfig:
         given = overrides or StoreOverrides()
-        return discover(given, environ, account, user is not None, version)
+        return discover(given, environ, account, user is not None, can)
 
     first = ours()
     words = ["podman", *options, "info", "--format=json"]
     command = machine.command(words, account=user, env=env)
     if user:
         # podman info reads the cgroup's controllers, which a user may not be allowed to.
-        hide = 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"'
+        hide = """
+            own=$(sed -n '$s/.*:://p' /proc/self/cgroup)
+            first=${own#/}
+            mount -t tmpfs none "/sys/fs/cgroup/${first%%/*}"
+            mkdir -p "/sys/fs/cgroup$own"
+            echo cpu memory pids > "/sys/fs/cgroup$own/cgroup.controllers"
+            exec "$@"
+        """
         inside = ["unshare", "-m", "--propagation=private", "sh", "-c", hide, "sh"]
         command[len(machine.prefix) : len(machine.prefix)] = inside
     answer = subprocess.run(command, capture_output=True, check=False)
@@ -361,8 +387,8 @@ def compare(
 
 @pytest.fixture
 def etc(lab: Lab) -> t.Iterator[pathlib.Path]:
-    """/etc/containers/storage.conf of the laboratory; it is taken away again."""
-    path = pathlib.Path("/etc/containers/storage.conf")
+    """/etc/containers/storage.conf of the laboratory, where this process looks for it; it is taken away again."""
+    path = lab.local.path("/etc/containers/storage.conf")
     path.parent.mkdir(parents=True, exist_ok=True)
     yield path
     path.unlink(missing_ok=True)
@@ -379,36 +405,36 @@ def test_rootful_discovery(lab: Lab, etc: pathlib.Path) -> None:
         )
 
     etc.write_text(text("etc", more='[storage.options]\nignore_chown_errors = "true"\n'))
-    assert compare(lab, lab.machine).graphroot == f"{base}/etc/g"
+    assert compare(lab, lab.local).graphroot == f"{base}/etc/g"
     other = base / "env.conf"
     other.write_text(text("env", "overlay2", '[storage.options.overlay]\nmountopt = "nodev"\n'))
     env = {"CONTAINERS_STORAGE_CONF": str(other)}
-    assert compare(lab, lab.machine, env=env).options == {"mountopt": "nodev"}
+    assert compare(lab, lab.local, env=env).options == {"mountopt": "nodev"}
     # The database of the first use wins over a driver set later, but not over an option.
     other.write_text(text("env", "vfs"))
-    assert compare(lab, lab.machine, env=env).driver == "overlay"
+    assert compare(lab, lab.local, env=env).driver == "overlay"
     other.write_text(text("drv", "vfs", '[storage.options.overlay]\nmountopt = "nodev"\n'))
     env["STORAGE_DRIVER"] = "overlay"
-    compare(lab, lab.machine, env=env)
+    compare(lab, lab.local, env=env)
     env["STORAGE_OPTS"] = "overlay.mountopt=nosuid,.skip_mount_home=true"
-    assert compare(lab, lab.machine, env=env).options["skip_mount_home"] == "true"
+    assert compare(lab, lab.local, env=env).options["skip_mount_home"] == "true"
     xdg = base / "xdg"
     (xdg / "containers").mkdir(parents=True)
     (xdg / "containers" / "storage.conf").write_text(text("xdg"))
-    compare(lab, lab.machine, env={"XDG_CONFIG_HOME": str(xdg)})
+    compare(lab, lab.local, env={"XDG_CONFIG_HOME": str(xdg)})
     options = ["--root", f"{base}/o/g", "--runroot", f"{base}/o/r", "--storage-driver", "overlay"]
     overrides = StoreOverrides("", f"{base}/o/g", f"{base}/o/r", "overlay")
-    compare(lab, lab.machine, options, overrides)
+    compare(lab, lab.local, options, overrides)
     more = dataclasses.replace(overrides, storage_options=("overlay.mountopt=nodev",))
-    compare(lab, lab.machine, [*options, "--storage-opt", "overlay.mountopt=nodev"], more)
+    compare(lab, lab.local, [*options, "--storage-opt", "overlay.mountopt=nodev"], more)
     # Only the graphroot: the database knows the rest.
-    found = compare(lab, lab.machine, options[:2], StoreOverrides(graphroot=f"{base}/o/g"))
+    found = compare(lab, lab.local, options[:2], StoreOverrides(graphroot=f"{base}/o/g"))
     assert (found.runroot, found.driver) == (f"{base}/o/r", "overlay")
 
 
 def test_rootless_discovery(lab: Lab, etc: pathlib.Path, make_user: t.Callable[..., User]) -> None:
     user = make_user()
-    found = compare(lab, lab.machine, user=user)
+    found = compare(lab, lab.local, user=user)
     assert found.graphroot == f"{user.home}/.local/share/containers/storage"
     assert found.runroot == f"{user.runtime_dir}/containers"
 
@@ -418,10 +444,10 @@ def test_rootless_discovery(lab: Lab, etc: pathlib.Path, make_user: t.Callable[.
         '[storage]\ndriver = "vfs"\ngraphroot = "/nowhere/g"\nrunroot = "/nowhere/r"\n'
         f'rootless_storage_path = "{user.home}/$UID/s"\n[storage.options]\nsize = "1G"\n'
     )
-    assert compare(lab, lab.machine, user=user).graphroot == f"{user.home}/{user.uid}/s"
+    assert compare(lab, lab.local, user=user).graphroot == f"{user.home}/{user.uid}/s"
     compare(
         lab,
-        lab.machine,
+        lab.local,
         user=user,
         env={"STORAGE_DRIVER": "vfs", "XDG_DATA_HOME": f"{user.home}/d"},
     )
@@ -430,20 +456,20 @@ def test_rootless_discovery(lab: Lab, etc: pathlib.Path, make_user: t.Callable[.
         f'[storage]\ndriver = "overlay"\ngraphroot = "{user.home}/own"\n'
         '[storage.options.overlay]\nmountopt = "nodev"\n',
     )
-    found = compare(lab, lab.machine, user=user)
+    found = compare(lab, lab.local, user=user)
     assert (found.driver, found.options) == ("overlay", {"mountopt": "nodev"})
     user.write(
         "xdg/containers/storage.conf", f'[storage]\ndriver = "vfs"\ngraphroot = "{user.home}/x"\n'
     )
-    compare(lab, lab.machine, user=user, env={"XDG_CONFIG_HOME": f"{user.home}/xdg"})
+    compare(lab, lab.local, user=user, env={"XDG_CONFIG_HOME": f"{user.home}/xdg"})
 
 
-@pytest.mark.parametrize("name", ["local", "trixie", "sid"])
+@pytest.mark.parametrize("name", ["local", *SUITES])
 def test_rootless_discovery_with_a_named_file(
     name: str, lab: Lab, make_user: t.Callable[..., User], host: t.Callable[[str], Host]
 ) -> None:
     """podman 4.3.1 and 5.4.2 ignore the file's paths, 5.8 does not."""
-    machine = lab.machine if name == "local" else host(name)
+    machine = lab.local if name == "local" else host(name)
     user = make_user(machine)
     path = user.write(
         "s.conf",
@@ -452,10 +478,7 @@ def test_rootless_discovery_with_a_named_file(
     )
     env = {"CONTAINERS_STORAGE_CONF": str(path)}
     found = compare(lab, machine, user=user, env=env)
-    assert (found.graphroot == f"{user.home}/x") == (name == "sid")
-    account = Account(user.name, user.uid, user.gid, user.home)
-    unasked = discover(StoreOverrides(), machine.environ(user, env), account, True)
-    assert unasked.graphroot == found.graphroot
+    assert (found.graphroot == f"{user.home}/x") == (name in ("sid", "experimental"))
 
 
 def test_rootful_discovery_of_podman_5(lab: Lab, host: t.Callable[[str], Host]) -> None:
@@ -472,8 +495,9 @@ def test_rootful_discovery_of_podman_5(lab: Lab, host: t.Callable[[str], Host]) 
     assert found.sources["driver"].endswith("db.sql")
 
 
-def test_databases(make_store: MakeStore, host: t.Callable[[str], Host]) -> None:
-    real = make_store("vfs")
+def test_databases(make_store: MakeStore, host: t.Callable[[str], Host], lab: Lab) -> None:
+    # podman 4 has a bolt file, podman 5 an SQLite database.
+    real = make_store("vfs", machine=lab.local)
     real.podman("info")
     found = read_bolt(str(real.graphroot / "libpod" / "bolt_state.db"))
     told = (found.graphroot, found.runroot, found.driver)
@@ -501,13 +525,13 @@ def test_wrong_driver_and_unwritten_store(make_store: MakeStore, small_image: Im
     with pytest.raises(StoreError) as caught:
         opened(fresh)
     assert not fresh.graphroot.exists()
-    # The way out is a command that can be typed.
-    command = caught.value.way_out.split("`")[1]
-    fresh.machine.run(["sh", "-c", command], env=fresh.env())
+    # Nothing that would make a second store is advised.
+    assert caught.value.hint.startswith("Compare with the output of podman info ")
+    fresh.podman("info")
     assert opened(fresh).snapshot().images == {}
 
 
-def test_somebody_elses_store(
+def test_store_of_another_user(
     make_store: MakeStore, small_image: Image, make_user: t.Callable[..., User]
 ) -> None:
     real = make_store("vfs", small_image)
@@ -522,7 +546,7 @@ def test_somebody_elses_store(
             try:
                 opened(real).snapshot()
             except PermissionDenied as error:
-                code = 0 if "become: true" in error.way_out else 2
+                code = 0 if "become: true" in error.hint else 2
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
@@ -585,7 +609,7 @@ def test_killed_at_every_step(make_store: MakeStore) -> None:
     real.podman("import", tar, name)
     saved = real.base / "saved"
     copy(real.graphroot, saved)
-    plain = {one["id"] for one in real.layers()}
+    plain = {layer["id"] for layer in real.layers()}
 
     def reset() -> None:
         shutil.rmtree(real.graphroot)
@@ -599,7 +623,7 @@ def test_killed_at_every_step(make_store: MakeStore) -> None:
         assert plain <= known
         assert set(real.mapped_layers(name)) <= known
         # podman has deleted what was incomplete; nothing else of its records has changed.
-        assert not any(one.get("flags", {}).get("incomplete") for one in real.layers())
+        assert not any(layer.get("flags", {}).get("incomplete") for layer in real.layers())
         for layer_id in known:
             assert real.layer_folder(layer_id).is_dir()
 
@@ -611,10 +635,13 @@ def test_killed_at_every_step(make_store: MakeStore) -> None:
         store.sweep()
         known = real.layer_ids()
         found = [name for name in os.listdir(real.graphroot / "vfs" / "dir") if name not in known]
+        # Since containers/storage 1.62 runtimes remove layers by way of this folder; it is theirs, and empty.
+        removals = os.path.join(store.layers_dir, "tmp")
+        empty = {"tmp"} if os.path.isdir(removals) and not os.listdir(removals) else set()
         found += [
             name
             for name in os.listdir(store.layers_dir)
-            if name.partition(".")[0] not in {*known, "layers"}
+            if name.partition(".")[0] not in {*known, "layers", *empty}
         ]
         for folder in ("staging", "trash"):
             path = os.path.join(store.root, folder)
@@ -658,18 +685,15 @@ def test_killed_at_every_step(make_store: MakeStore) -> None:
     assert real.layer_ids() == plain
 
 
-# Speed
+# Scale
 
 
-@pytest.mark.timing
-def test_large_store(make_store: MakeStore) -> None:
-    """200 images, 10,000 layers, 1,000 of them mapped: read in less time than containers-storage."""
-    real = make_store("vfs")
-    real.podman("info")
+def write_large(real: RealStore, count: int) -> t.List[t.Dict[str, t.Any]]:
+    """Write the records of so many images, each of 45 layers and five mapped ones; the layers."""
     layers: t.List[t.Dict[str, t.Any]] = []
     images = []
-    for number in range(200):
-        parent = ""
+    for number in range(count):
+        parent = before = ""
         for _round in range(45):
             layer = {"id": secrets.token_hex(32), "created": "2026-01-02T03:04:05.123456789Z"}
             if parent:
@@ -693,29 +717,53 @@ def test_large_store(make_store: MakeStore) -> None:
                 "mapped-layers": mapped,
             }
         )
-    (real.graphroot / "vfs-layers" / "layers.json").write_text(
-        json.dumps(layers, separators=(",", ":"))
-    )
-    (real.graphroot / "vfs-images" / "images.json").write_text(
-        json.dumps(images, separators=(",", ":"))
-    )
-    for kind in ("layers", "images"):
-        path = real.graphroot / f"vfs-{kind}" / f"{kind}.lock"
-        path.write_bytes(os.urandom(64))
-    theirs = min(real.timed(lambda: real.storage_cli("layers", "--json")) for _round in range(3))
+    for kind, records in (("layers", layers), ("images", images)):
+        folder = real.graphroot / f"vfs-{kind}"
+        (folder / f"{kind}.json").write_text(json.dumps(records, separators=(",", ":")))
+        (folder / f"{kind}.lock").write_bytes(os.urandom(64))
+    return layers
 
-    def read() -> None:
-        assert len(opened(real).snapshot().layers) == 10_000
 
-    ours = min(real.timed(read) for _round in range(3))
-    assert ours < theirs
-    store = opened(real)
-    store.snapshot()
-    started = time.perf_counter()
-    with store.transaction() as transaction:
-        transaction.update_layer(layers[0]["id"], lambda raw: raw.update(metadata="x"))
-    print(
-        f"read {ours:.3f} s (containers-storage {theirs:.3f} s), "
-        f"one change {time.perf_counter() - started:.3f} s, locked {transaction.seconds_held:.3f} s"
-    )
-    assert transaction.seconds_held < 0.5
+def test_work_grows_with_the_store_and_no_faster(
+    make_store: MakeStore,
+    monkeypatch: pytest.MonkeyPatch,
+    count_calls: t.Callable[[t.Callable[[], t.Any]], int],
+) -> None:
+    """Reading, and changing one layer: each record file is opened once, and each layer costs the same."""
+    real = make_store("vfs")
+    real.podman("info")
+    opens: t.List[str] = []
+    os_open = os.open
+
+    def opened_file(path: t.Any, *words: t.Any, **options: t.Any) -> int:
+        opens.append(os.path.basename(os.fsdecode(path)))
+        return os_open(path, *words, **options)
+
+    def work(count: int) -> t.Tuple[int, int]:
+        """Functions that are called for reading a store of so many images, and for one change."""
+        layers = write_large(real, count)
+        opens.clear()
+        store = opened(real)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", opened_file)
+            reading = count_calls(store.snapshot)
+        assert (opens.count("layers.json"), opens.count("images.json")) == (1, 1)
+        assert len(store.snapshot().layers) == count * 50
+        before = disk_state(real.graphroot)
+
+        def change() -> None:
+            with store.transaction() as transaction:
+                transaction.update_layer(layers[0]["id"], lambda raw: raw.update(metadata="x"))
+
+        changing = count_calls(change)
+        changes = before.changes(disk_state(real.graphroot))
+        written = {os.path.basename(line.partition(": ")[0]) for line in changes}
+        assert {name for name in written if name.endswith((".json", ".lock"))} == {
+            "layers.json",
+            "layers.lock",
+        }
+        return reading, changing
+
+    # Eight times as many layers; what is quadratic would be 64 times as much.
+    for few, many in zip(work(20), work(160)):
+        assert many < 10 * few

@@ -18,20 +18,24 @@ import sys
 import time
 import typing as t
 
+# The tests' support, and the collection itself.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[5]))
 
 from support import images, managed
 from support.lab import Lab
 
 # Which hosts a scenario is for. The longest first, so that two lanes end together.
 SCENARIOS: t.Dict[str, t.Tuple[str, ...]] = {
-    "fleet": ("debian12", "debian13", "debiansid"),
+    "fleet": ("debian12", "debian13", "debiansid", "debianexperimental"),
     "rootless": ("debian13",),
+    "share": ("debian13",),
     "default": ("debian12",),
     "gc": ("debiansid",),
 }
 LANES = 2
-_TIME_LIMIT = 600.0
+# Seconds, to end a scenario that hangs.
+_TIME_LIMIT = 3600.0
 
 
 def main(arguments: t.List[str]) -> int:
@@ -45,11 +49,11 @@ def main(arguments: t.List[str]) -> int:
     failed = []
     with concurrent.futures.ThreadPoolExecutor(LANES) as lanes:
         running = {lanes.submit(_apart, name): name for name in chosen or SCENARIOS}
-        for one in concurrent.futures.as_completed(running):
-            seconds, code, said = one.result()
+        for item in concurrent.futures.as_completed(running):
+            seconds, code, said = item.result()
             print(said, flush=True)
-            print(f"== {running[one]}: exit status {code} after {seconds:.1f} s", flush=True)
-            failed += [running[one]] if code else []
+            print(f"== {running[item]}: exit status {code} after {seconds:.1f} s", flush=True)
+            failed += [running[item]] if code else []
     return 1 if failed else 0
 
 

@@ -5,8 +5,8 @@
 
 It answers what the modules of awx.awx ask, in the form that AWX's own documentation of its interface describes:
 lists with ``count``, ``next`` and ``results``, objects with ``url`` and ``related``, 201 for what is new, 204 for
-associations. It keeps what it is given, refuses what a controller would refuse of our job templates, surveys and
-schedules, and records each request. What it does not know it answers with 404.
+associations. It keeps what it is given, refuses what AWX 24.6.1 was seen to refuse of job templates, surveys, answers
+and schedules, and records each request. What it does not know it answers with 404.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import re
 import threading
 import typing as t
 import urllib.parse
+import zoneinfo
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import yaml
 
 Json = t.Dict[str, t.Any]
 
@@ -47,7 +50,12 @@ _TYPES = {
 # A project's file is offered as a playbook if a line of it looks like this, and not from these folders.
 _PLAYBOOK = re.compile(r"^\s*-?\s*(hosts|(ansible\.builtin\.)?import_playbook)\s*:", re.MULTILINE)
 _NO_PLAYBOOKS = frozenset({"roles", "tasks", "group_vars", "host_vars"})
-_RRULE = re.compile(r"DTSTART(;TZID=[\w/]+)?:\d{8}T\d{6}Z? RRULE:FREQ=\w+(;\w+=[\w,]+)*")
+_RRULE = re.compile(
+    r"DTSTART(?:;TZID=(?P<zone>[\w/+-]+))?:\d{8}T\d{6}(?P<utc>Z?) RRULE:(?P<rule>\S+)"
+)
+_TEXTS = ("text", "textarea", "password")
+# The states of a project whose update has come to an end.
+_DONE = ("successful", "failed")
 
 
 class Refused(Exception):
@@ -69,6 +77,8 @@ def check_survey(survey: Json) -> None:
     for key in ("name", "description", "spec"):
         if key not in survey:
             raise Refused(f"'{key}' missing from survey spec.")
+    if not survey["spec"]:
+        raise Refused("'spec' doesn't contain any items.")
     seen = set()
     for number, one in enumerate(survey["spec"]):
         for key in ("type", "question_name", "variable", "required"):
@@ -78,7 +88,7 @@ def check_survey(survey: Json) -> None:
             raise Refused(
                 f"'{one['type']}' in survey question {number} is not one of the allowed types"
             )
-        if one["variable"] in seen or not re.fullmatch(r"\w+", one["variable"]):
+        if one["variable"] in seen or not one["variable"]:
             raise Refused(
                 f"'variable' '{one['variable']}' duplicated or malformed in question {number}"
             )
@@ -90,24 +100,97 @@ def check_survey(survey: Json) -> None:
                 f"Default value {default!r} in question {number} is not of type {one['type']}"
             )
         if one["type"] == "multiplechoice":
-            if not isinstance(one.get("choices"), list) or not one["choices"]:
+            if not one.get("choices"):
                 raise Refused(f"Question {number} has no choices")
-            if default not in ["", *one["choices"]]:
+            if default not in ["", *_choices(one)]:
                 raise Refused(f"The default of question {number} is no choice of it")
-        low, high = one.get("min", default), one.get("max", default)
-        if one["type"] == "integer" and default != "" and not low <= default <= high:
-            raise Refused(f"The default of question {number} is out of range")
+
+
+def _choices(question: Json) -> t.List[str]:
+    choices = question["choices"]
+    return choices.splitlines() if isinstance(choices, str) else list(choices)
+
+
+def _check_answer(question: Json, answers: t.Mapping[str, t.Any]) -> None:
+    name, kind = question["variable"], question["type"]
+    if name not in answers:
+        if question["required"]:
+            raise Refused(f"'{name}' value missing")
+        return
+    value = answers[name]
+    if kind in _TEXTS and not isinstance(value, str):
+        raise Refused(f"Value {value!r} for '{name}' expected to be a string.")
+    if kind == "integer":
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise Refused(f"Value {value!r} for '{name}' expected to be an integer.")
+        if not question.get("min", value) <= value <= question.get("max", value):
+            raise Refused(f"'{name}' value {value} is out of range")
+    if kind == "multiplechoice" and value not in _choices(question):
+        raise Refused(f"Value {value!r} for '{name}' expected to be one of {_choices(question)}.")
+
+
+def launch_variables(survey: Json, answers: t.Mapping[str, t.Any]) -> Json:
+    """The extra variables of a job that is launched with these answers: defaults, then answers of the survey.
+
+    :raises Refused: a controller would answer 400
+    """
+    for question in survey["spec"]:
+        _check_answer(question, answers)
+    found = {
+        question["variable"]: question["default"]
+        for question in survey["spec"]
+        if question.get("default") is not None
+    }
+    known = {question["variable"] for question in survey["spec"]}
+    return {**found, **{name: value for name, value in answers.items() if name in known}}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Marks every text as unsafe, as AWX does."""
+
+
+_Dumper.add_representer(
+    str, lambda dumper, value: dumper.represent_scalar("!unsafe", value, style="'")
+)
+
+
+def extravars(variables: Json) -> str:
+    """Extra variables in the form in which AWX hands answers to a job."""
+    return yaml.dump(variables, Dumper=_Dumper, allow_unicode=True)
+
+
+def check_rrule(rrule: str) -> None:
+    """Refuse a rule of a schedule that a controller would refuse."""
+    found = _RRULE.fullmatch(rrule)
+    if not found:
+        raise Refused(f"rrule: {rrule} parsing failed validation")
+    if not found["zone"] and not found["utc"]:
+        raise Refused(
+            "rrule: DTSTART cannot be a naive datetime. Require ;TZINFO= or YYYYMMDDTHHMMSSZZ."
+        )
+    if found["zone"] and found["zone"] not in zoneinfo.available_timezones():
+        raise Refused(f"rrule: unknown time zone {found['zone']}")
+    rule = dict(part.partition("=")[::2] for part in found["rule"].split(";"))
+    if "INTERVAL" not in rule:
+        raise Refused("rrule: INTERVAL required in rrule.")
+    if rule.get("FREQ") not in ("MINUTELY", "HOURLY", "DAILY", "WEEKLY", "MONTHLY", "YEARLY"):
+        raise Refused(f"rrule: {rule.get('FREQ')} is not supported.")
 
 
 class StandIn:
     """The stand-in, listening on loopback while it is a context.
 
-    Attributes: url; requests, a list of (method, path, body); objects, what it keeps.
+    Attributes: url; requests, a list of (method, path, body); objects, what it keeps; failing_updates, how many of the
+    next updates of projects fail, as they do where the source cannot be reached; galaxy_reachable, for each update
+    installs the collections that the project asks for.
     """
 
     def __init__(self, project: pathlib.Path) -> None:
         """:param project: the folder that every project is a checkout of"""
-        self.playbooks = offered_playbooks(project)
+        self.project = project
+        self.failing_updates = 0
+        self.galaxy_reachable = True
+        self.updates: t.Dict[int, Json] = {}
         self.requests: t.List[t.Tuple[str, str, t.Any]] = []
         self.objects: t.Dict[str, t.Dict[int, Json]] = {name: {} for name in _REQUIRED}
         self.surveys: t.Dict[int, Json] = {}
@@ -130,7 +213,8 @@ class StandIn:
                     )
                 else:
                     status, result = stand_in.answer(self.command, self.path, body)
-                data = b"" if result is None else json.dumps(result).encode()
+                answered: t.Any = result
+                data = b"" if answered is None else json.dumps(result).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
@@ -157,28 +241,74 @@ class StandIn:
 
     def put(self, kind: str, fields: Json) -> Json:
         self.number += 1
-        url = f"/api/v2/{kind}/{self.number}/"
-        self.objects[kind][self.number] = {
-            "id": self.number,
+        number = self.number
+        url = f"/api/v2/{kind}/{number}/"
+        if kind == "inventories":
+            # The module sends null, and a controller keeps an empty text.
+            fields = {**fields, "kind": fields.get("kind") or ""}
+        self.objects[kind][number] = {
+            "id": number,
             "type": kind.rstrip("s"),
             "url": url,
             **fields,
         }
-        return self.shown(kind, self.number)
+        if kind == "projects":
+            self._update_project(number)
+        return self.shown(kind, number)
+
+    def _update_project(self, number: int) -> Json:
+        """Start an update of a project. It is over when it has been asked for once."""
+        fails = self.failing_updates > 0
+        self.failing_updates -= fails
+        wants_galaxy = (self.project / "collections/requirements.yml").exists()
+        fails = fails or (wants_galaxy and not self.galaxy_reachable)
+        self.number += 1
+        update = {
+            "id": self.number,
+            "type": "project_update",
+            "url": f"/api/v2/project_updates/{self.number}/",
+            "project": number,
+            "status": "pending",
+            "failed": fails,
+            "finished": None,
+            "event_processing_finished": False,
+            "scm_revision": "" if fails else "0123456789",
+        }
+        self.updates[self.number] = update
+        self.objects["projects"][number].update(status="pending", current=self.number)
+        return update
+
+    def _proceed(self, update: Json) -> None:
+        """Let an update that was pending come to its end."""
+        if update["status"] == "pending":
+            update["status"] = _DONE[update["failed"]]
+            update.update(finished="2026-01-01T00:00:00Z", event_processing_finished=True)
+            project = self.objects["projects"][update["project"]]
+            project["status"] = update["status"]
+            if not update["failed"]:
+                project["scm_revision"] = update["scm_revision"]
+
+    @property
+    def playbooks(self) -> t.List[str]:
+        return offered_playbooks(self.project)
 
     def shown(self, kind: str, number: int) -> Json:
         found = dict(self.objects[kind][number])
         found["related"] = {}
         found["summary_fields"] = {}
         if kind == "projects":
-            found["scm_revision"] = ""
+            found.setdefault("scm_revision", "")
+            found["related"]["update"] = f"{found['url']}update/"
+            update = self.updates[found.pop("current")]
+            if update["status"] == "pending":
+                found["summary_fields"]["current_update"] = {"id": update["id"]}
         if kind == "job_templates":
             found["related"]["survey_spec"] = f"{found['url']}survey_spec/"
         return found
 
     def named(self, kind: str, name: str) -> Json:
         """The one object of that name."""
-        (found,) = (one for one in self.objects[kind].values() if one["name"] == name)
+        (found,) = (item for item in self.objects[kind].values() if item["name"] == name)
         return found
 
     def answer(self, method: str, path: str, body: t.Any) -> t.Tuple[int, t.Any]:
@@ -198,6 +328,11 @@ class StandIn:
         kind = words[0] if words else ""
         if kind == "unified_job_templates" and method == "GET":
             return 200, self._list(["job_templates", "projects"], query)
+        if kind == "project_updates" and method == "GET" and int(words[1]) in self.updates:
+            update = self.updates[int(words[1])]
+            answer = dict(update)
+            self._proceed(update)
+            return 200, answer
         if kind not in self.objects:
             return 404, {"detail": "Not found."}
         if len(words) == 1:
@@ -215,7 +350,13 @@ class StandIn:
         if method == "PATCH":
             self._check(kind, {**self.objects[kind][number], **body})
             self.objects[kind][number].update(body)
-        return 200, self.shown(kind, number)
+            if kind == "inventories":
+                item = self.objects[kind][number]
+                item["kind"] = item["kind"] or ""
+        shown = self.shown(kind, number)
+        if kind == "projects":
+            self._proceed(self.updates[self.objects[kind][number]["current"]])
+        return 200, shown
 
     def _sub(
         self, method: str, kind: str, number: int, name: str, body: t.Any
@@ -225,11 +366,13 @@ class StandIn:
                 check_survey(body)
                 self.surveys[number] = body
             return 200, self.surveys.get(number, {})
+        if (kind, name, method) == ("projects", "update", "POST"):
+            return 202, self._update_project(number)
         found = self.associated.setdefault(f"{kind}/{number}/{name}", [])
         if method == "POST":
             found.append(body["id"])
             return 204, None
-        return 200, {"count": len(found), "next": None, "results": [{"id": one} for one in found]}
+        return 200, {"count": len(found), "next": None, "results": [{"id": item} for item in found]}
 
     def _list(self, kinds: t.Sequence[str], query: t.Mapping[str, str]) -> Json:
         found = []
@@ -245,9 +388,17 @@ class StandIn:
         for field in _REQUIRED[kind]:
             if body.get(field) in (None, ""):
                 raise Refused(f"{field}: This field is required.")
-        if kind == "job_templates" and body["playbook"] not in self.playbooks:
-            raise Refused(
-                f"playbook: {body['playbook']} not found for project; there are {self.playbooks}"
-            )
-        if kind == "schedules" and not _RRULE.fullmatch(body["rrule"]):
-            raise Refused(f"rrule: {body['rrule']} parsing failed validation")
+        if kind == "job_templates":
+            project = self.objects["projects"][body["project"]]
+            # A project whose first update failed has no files.
+            offered = self.playbooks if project.get("scm_revision") else []
+            if body["playbook"] not in offered:
+                raise Refused("playbook: Playbook not found for project.")
+        if kind == "schedules":
+            check_rrule(body["rrule"])
+            survey = self.surveys.get(body["unified_job_template"], {"spec": []})
+            for question in survey["spec"]:
+                try:
+                    _check_answer(question, body.get("extra_data") or {})
+                except Refused as refusal:
+                    raise Refused(f"variables_needed_to_start: {refusal}") from None

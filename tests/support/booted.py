@@ -12,6 +12,7 @@ import time
 
 from .hosts import Host
 from .machines import Machine
+from .waiting import LIMIT, wait_until
 
 # What would reach beyond the namespaces, or hide the laboratory's folder.
 _MASKED = (
@@ -92,7 +93,7 @@ class Booted(Machine):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        until = time.monotonic() + 30
+        until = time.monotonic() + LIMIT
         while True:
             children = pathlib.Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
             pids = children.read_text().split() if children.exists() else []
@@ -117,11 +118,5 @@ class Booted(Machine):
             "find . -depth -type d ! -name . -exec rmdir {} + ; cd / ; "
             'rmdir "/sys/fs/cgroup$1"'
         )
-        for _attempt in range(50):
-            done = self._host.run(
-                ["unshare", "--mount", "sh", "-c", script, "sh", self._group], check=False
-            )
-            if done.rc == 0:
-                return
-            time.sleep(0.1)
-        raise RuntimeError(f"control group {self._group} stays: {done.stderr}")
+        words = ["unshare", "--mount", "sh", "-c", script, "sh", self._group]
+        wait_until(lambda: self._host.run(words, check=False).rc == 0, pause=0.1)

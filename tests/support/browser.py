@@ -14,6 +14,8 @@ import typing as t
 import urllib.error
 import urllib.request
 
+from .waiting import LIMIT
+
 _CHROMEDRIVER = "/usr/bin/chromedriver"
 _ARGUMENTS = (
     "--headless=new",
@@ -61,7 +63,7 @@ class Browser:
             self._call("", method="DELETE")
         finally:
             self.driver.terminate()
-            self.driver.wait(10)
+            self.driver.wait(LIMIT)
 
     def _call(self, path: str, body: t.Any = None, method: str = "POST") -> t.Any:
         request = urllib.request.Request(
@@ -73,7 +75,7 @@ class Browser:
             headers={"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
+            with urllib.request.urlopen(request, timeout=LIMIT) as answer:
                 return json.load(answer)["value"]
         except urllib.error.HTTPError as error:
             raise RuntimeError(error.read().decode()) from error

@@ -72,10 +72,8 @@ class Case:
         return {**({} if self.as_user else self.store.module_args()), **args}
 
     def _options(self, options: Json) -> Json:
-        forced = "_CONTAINERS_OVERLAY_DISABLE_IDMAP"
-        env = self.store.env()
         return {
-            "environ": {forced: env[forced]} if forced in env else {},
+            "environ": self.store.module_environ(),
             "machine": self.store.machine,
             "user": self.store.user if self.as_user else None,
             **options,
@@ -127,8 +125,8 @@ class Case:
             for path, entry in described.items():
                 info, origin = os.lstat(tree / path), os.lstat(model / path)
                 wanted = (
-                    store.host_id(record["uidmap"], entry.uid),
-                    store.host_id(record["gidmap"], entry.gid),
+                    store.host_id(record.get("uidmap", ()), entry.uid),
+                    store.host_id(record.get("gidmap", ()), entry.gid),
                 )
                 assert (info.st_uid, info.st_gid) == wanted, path
                 assert stat.S_IFMT(info.st_mode) == stat.S_IFMT(origin.st_mode), path

@@ -47,7 +47,7 @@ def feed(names: t.Sequence[str], seed: int, limit: str) -> Fed:
             for number, data in enumerate(SEEDS[name]):
                 (base / "corpus" / f"{name}{number}").write_bytes(bytes([place]) + data)
         command = [sys.executable, "-m", f"{__package__}.covered", ",".join(names), folder, limit]
-        command += [f"-seed={seed % 2**31 or 1}", f"-artifact_prefix={base}/found/", "-timeout=10"]
+        command += [f"-seed={seed % 2**31 or 1}", f"-artifact_prefix={base}/found/", "-timeout=600"]
         command += ["-max_len=4096", "-verbosity=0", "-print_final_stats=1", str(base / "corpus")]
         done = subprocess.run(
             command,
@@ -66,7 +66,7 @@ def feed(names: t.Sequence[str], seed: int, limit: str) -> Fed:
 
 
 def _feed(names: t.Sequence[str], folder: str, *options: str) -> None:
-    import atheris
+    import atheris  # type: ignore[import-untyped,unused-ignore]
 
     with atheris.instrument_imports(include=["ansible_collections"]):
         from . import fuzz

@@ -54,14 +54,21 @@ IMAGES = (
 )
 _LOCAL = "ansible_connection=local ansible_python_interpreter=/usr/bin/python3"
 _INVENTORIES = {
-    # No packages: those are there, and apt would ask its mirrors. mitogen calls sudo even for root.
-    "hosts.ini": f"ws1.example.org {_LOCAL} ansible_become_method=ansible.builtin.su prepare_install=false\n",
-    "elsewhere.ini": f"web.example.org {_LOCAL}\n",
+    # No packages: those are there, and apt would ask its mirrors. mitogen calls sudo even for root. The driver is that
+    # of root's store here.
+    "hosts.ini": f"ws1.example.org {_LOCAL} ansible_become_method=ansible.builtin.su prepare_install=false "
+    "prepare_additional_store_driver=vfs\n",
+    "elsewhere.ini": f"web.example.org {_LOCAL} ansible_become_method=ansible.builtin.su\n",
 }
 _ONLY = "-i hosts.ini -i elsewhere.ini --limit ws1.example.org"
 # What an example may read.
 _UNIT = "[Container]\nImage=docker.io/library/nginx:1.29\nUserNS=auto:size=65536\n"
-_FILES = {"web.container": _UNIT, "quadlets/web.container": _UNIT}
+_ROLE = "argument_specs: {main: {options: {web_port: {type: int}}}}\n"
+_FILES = {
+    "web.container": _UNIT,
+    "quadlets/web.container": _UNIT,
+    "roles/web/meta/argument_specs.yml": _ROLE,
+}
 _RUN = ("tasks", "playbook", "console")
 _ROOTS = ("README.md", "awx/README.md", "docs/*.md", "docs/**/*.rst", "roles/*/README.md")
 _PLUGINS = ("plugins/modules/*.py", "plugins/filter/*.py")
@@ -114,11 +121,13 @@ class Block:
         if self.language != "yaml":
             return self.language if self.language in _LANGUAGES else "text"
         data = self.data
-        if isinstance(data, list) and all(isinstance(one, dict) for one in data):
-            plays = [bool({"hosts", "ansible.builtin.import_playbook"} & set(one)) for one in data]
+        if isinstance(data, list) and all(isinstance(item, dict) for item in data):
+            plays = [
+                bool({"hosts", "ansible.builtin.import_playbook"} & set(item)) for item in data
+            ]
             if all(plays):
                 return "playbook"
-            if not any(plays) and all(module_of(one) for one in data):
+            if not any(plays) and all(module_of(item) for item in data):
                 return "tasks"
         return "data"
 
@@ -230,6 +239,10 @@ class World:
         registry = Registry(self.image, ("docker.io", "registry.example.org"))
         registry.configure(etc)
         lab.on_close(registry.close)
+        # Not in the laboratory's /var, for an overlay takes no ID-mapped mounts.
+        shared = pathlib.Path("/var/lib/userns-storage")
+        shared.mkdir()
+        mounts.mount("--bind", str(lab.folder()), str(shared))
         mounts.mount("-t", "tmpfs", "lab", "/srv")
         for folder in ("images", "www"):
             pathlib.Path("/srv", folder).mkdir()
@@ -255,7 +268,7 @@ class World:
                 store.podman("tag", missing[0], *missing[1:], missing[0])
         for name, text in {**_FILES, **_INVENTORIES}.items():
             path = self.folder / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
 
     def run(self, document: t.Sequence[Block]) -> t.List[Block]:
@@ -382,7 +395,7 @@ def check_syntax(
             plays = [{"hosts": "all", "gather_facts": False, "tasks": plays}]
         # A playbook may import another that the reader has, too.
         plays = [
-            one for one in plays if "hosts" in one or "." not in one.get("import_playbook", ".")
+            play for play in plays if "hosts" in play or "." not in play.get("import_playbook", ".")
         ]
         if plays:
             names.append(f"{number}.json")

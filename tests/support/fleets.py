@@ -25,7 +25,7 @@ _USERS = ("root", "alice", "runner")
 def hostvars(count: int, seed: int = 1) -> t.Dict[str, Json]:
     """Variables of `count` hosts; of every 25 one cannot be reached, one fails and one knows half."""
     dice = random.Random(seed)
-    found = {}
+    found: t.Dict[str, Json] = {}
     for number in range(count):
         name = f"node{number:03d}.example.org"
         if number % 25 == 1 and count > 2:
@@ -80,7 +80,7 @@ def _host(users: t.Sequence[str], dice: random.Random, broken: bool) -> Json:
 
 
 def _store(user: str, dice: random.Random) -> t.Tuple[Json, Json]:
-    images = []
+    images: t.List[Json] = []
     removed = []
     for name, size in dice.sample(_IMAGES, dice.randint(2, len(_IMAGES))):
         mapped = []
@@ -101,10 +101,17 @@ def _store(user: str, dice: random.Random) -> t.Tuple[Json, Json]:
                 )
             else:
                 layer["containers"] = [{"name": "db", "id": "c", "known_to_podman": True}]
-        own = [_layer(size, size, "", dice)]
-        images.append({"id": "b" * 64, "names": [name], "layers": own, "mapped_layers": mapped})
-    layers = [one for image in images for one in (*image["layers"], *image["mapped_layers"])]
-    mapped = [one for image in images for one in image["mapped_layers"]]
+        image: Json = {"id": "b" * 64, "names": [name], "mapped_layers": mapped}
+        if user != "root" and "toolbox" in name:
+            # Pulled with the map of keep-id containers; others have a copy.
+            image["uidmap"] = image["gidmap"] = ["0:1:1000", "1000:0:1", "1001:1001:64536"]
+            if mapped:
+                mapped[0]["uidmap"] = mapped[0]["gidmap"] = []
+                image["identity_copy"] = mapped[0]["id"]
+        image["layers"] = [_layer(size, size, "", dice)]
+        images.append(image)
+    layers = [item for image in images for item in (*image["layers"], *image["mapped_layers"])]
+    mapped = [item for image in images for item in image["mapped_layers"]]
     entry = {
         "report_store": user,
         "images": images,
@@ -124,7 +131,7 @@ def _store(user: str, dice: random.Random) -> t.Tuple[Json, Json]:
         "kept": [],
         "notes": [],
         "would_free": [],
-        "space_reclaimed": sum(one["size"] for one in removed),
+        "space_reclaimed": sum(item["size"] for item in removed),
     }
     return entry, gc
 
@@ -148,8 +155,8 @@ def _layer(recorded: int, size: int, ids: str, dice: random.Random) -> Json:
 
 def _sums(layers: t.Sequence[Json]) -> Json:
     return {
-        "recorded": sum(one["recorded_size"] for one in layers),
-        "apparent": sum(one["size_apparent"] for one in layers),
-        "exclusive": sum(one["size_exclusive"] for one in layers),
-        "inodes": sum(one["inodes"] for one in layers),
+        "recorded": sum(layer["recorded_size"] for layer in layers),
+        "apparent": sum(layer["size_apparent"] for layer in layers),
+        "exclusive": sum(layer["size_exclusive"] for layer in layers),
+        "inodes": sum(layer["inodes"] for layer in layers),
     }

@@ -15,7 +15,9 @@ import typing as t
 from ansible.errors import AnsibleFilterError
 from ansible_collections.userns.storage.plugins.filter import mappings, unit_mapping
 from ansible_collections.userns.storage.plugins.filter import storage_conf as storage_conf_filter
-from ansible_collections.userns.storage.plugins.module_utils._storage import userns
+from ansible_collections.userns.storage.plugins.module_utils._storage.capabilities import (
+    capabilities,
+)
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StorageError
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.grammar import (
     UsernsContext,
@@ -28,7 +30,11 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapp
     Shift,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import IDMap
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations import policy
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
+    gc_policy,
+    inventory_results,
+    results,
+)
 from ansible_collections.userns.storage.plugins.module_utils._storage.store import (
     ledger,
     libpod_db,
@@ -42,6 +48,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.conf
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.snapshot import Snapshot
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree import owners
+from ansible_collections.userns.storage.plugins.module_utils._storage.userns import channel
 
 _ALICE = Account("alice", 1000, 1000, "/nowhere")
 _CONTEXTS = tuple(
@@ -62,9 +69,9 @@ def store_records(data: bytes, _folder: pathlib.Path) -> None:
     images = records.parse(parts[1], records.Image, "images.json")
     containers = records.parse(parts[2], records.Container, "containers.json")
     snapshot = Snapshot(
-        {one.id: one for one in layers},
-        {one.id: one for one in images},
-        {one.id: one for one in containers},
+        {item.id: item for item in layers},
+        {item.id: item for item in images},
+        {item.id: item for item in containers},
     )
     for layer in layers:
         with contextlib.suppress(StorageError):
@@ -79,9 +86,9 @@ def store_records(data: bytes, _folder: pathlib.Path) -> None:
             with contextlib.suppress(StorageError):
                 snapshot.resolve_image(name)
     for container in containers:
-        str((container.name, container.podman_name, container.image_name, container.created))
+        str((container.name, container.podman_name, container.created))
     again = records.parse(records.serialise(layers), records.Layer, "layers.json")
-    if [one.raw for one in again] != [one.raw for one in layers]:
+    if [item.raw for item in again] != [item.raw for item in layers]:
         raise AssertionError("records do not survive being written")
 
 
@@ -91,7 +98,10 @@ def storage_conf(data: bytes, folder: pathlib.Path) -> None:
         toml.loads(data, "storage.conf")
     path = folder / "storage.conf"
     path.write_bytes(data)
-    discover(StoreOverrides(storage_conf=str(path)), {}, _ALICE, True)
+    for storage in ((1, 43), (1, 62), (1, 64)):
+        can = capabilities("podman", (5, 0), storage)
+        with contextlib.suppress(StorageError):
+            discover(StoreOverrides(storage_conf=str(path)), {}, _ALICE, True, can)
 
 
 def grammar(data: bytes, _folder: pathlib.Path) -> None:
@@ -154,17 +164,29 @@ def _leaf(kind: int, key: bytes, value: bytes) -> bytes:
 
 
 def answers(data: bytes, _folder: pathlib.Path) -> None:
-    """What comes back from a process in a user's namespace."""
-    userns._load(data)
+    """Messages from a process in a user's namespace, of each kind."""
+    for form in (
+        inventory_results.INFO,
+        results.TEMPLATE,
+        inventory_results.GC,
+        inventory_results.IMAGES_REMOVED,
+    ):
+        with contextlib.suppress(channel.BadMessage):
+            channel.decode(data, form)
+    for kind in b"EPUFX":
+        with contextlib.suppress(channel.BadMessage):
+            message = channel.decode_message(bytes((kind,)), data)
+            if kind == b"E"[0]:
+                str(channel.rebuilt_error(message))
 
 
 def policies(data: bytes, _folder: pathlib.Path) -> None:
     """Ages, moments and sizes."""
     text = data.decode("utf-8", "surrogateescape")
     for read in (
-        lambda: policy.moment("option", text, 1e9),
-        lambda: policy.size("option", text),
-        lambda: policy.amount("option", text).of(10**12),
+        lambda: gc_policy.moment("option", text, 1e9),
+        lambda: gc_policy.size("option", text),
+        lambda: gc_policy.amount("option", text).of(10**12),
     ):
         with contextlib.suppress(StorageError):
             read()
@@ -181,14 +203,17 @@ def units(data: bytes, _folder: pathlib.Path) -> None:
 def words(data: bytes, _folder: pathlib.Path) -> None:
     """What people type into surveys, and settings for a storage.conf."""
     text = data.decode("utf-8", "surrogateescape")
-    for read_words in (mappings.mappings, lambda one: storage_conf_filter.storage_conf(one, one)):
+    for read_words in (
+        mappings.mappings,
+        lambda item: storage_conf_filter.storage_conf(item, item),
+    ):
         with contextlib.suppress(AnsibleFilterError):
             read_words(text)
 
 
 READERS: t.Mapping[str, t.Callable[[bytes, pathlib.Path], None]] = {
-    one.__name__: one
-    for one in (
+    item.__name__: item
+    for item in (
         *(store_records, storage_conf, grammar, attributes, databases, answers, policies),
         *(units, words),
     )
@@ -199,8 +224,8 @@ _ID, _OTHER = "a" * 64, "b" * 64
 SEEDS: t.Mapping[str, t.Sequence[bytes]] = {
     "store_records": [
         b"\n#\n".join(
-            json.dumps(one).encode()
-            for one in (
+            json.dumps(item).encode()
+            for item in (
                 [
                     {
                         "id": _ID,
@@ -239,7 +264,11 @@ SEEDS: t.Mapping[str, t.Sequence[bytes]] = {
         b"keep-id\nauto:size=4096 slots=3\n0:1:2/0:3:4\n",
         b'[storage]\ndriver = "overlay"\noverlay.mountopt=nodev\n',
     ],
-    "answers": [b"\x80\x04N.", b"\x80\x04]\x94."],
+    "answers": [
+        b'{"kind":"LayerInUse","subject":"a","cause":"b","hint":"c","facts":{"users":[{"id":"x","name":"y"}]}}',
+        b'{"moved":true,"step":"reading /a/\\udcff"}',
+        b'{"changed":false,"images":[],"actions":[],"removed_layers":[],"store":{}}',
+    ],
     "policies": [b"10m", b"1.5GiB", b"20%", b"2026-01-02T03:04:05Z"],
 }
 

@@ -16,14 +16,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import typing as t
 
 from . import images, mounts
 from .lab import Lab, cache_dir
 from .machines import Machine
+from .waiting import LIMIT, wait_until
 
-SUITES = ("trixie", "sid")
+SUITES = ("trixie", "sid", "experimental")
 _PACKAGES = (
     *("acl", "attr", "btrfs-progs", "buildah", "containers-storage", "crun", "fuse-overlayfs"),
     *("libcap2-bin", "netavark", "openssh-server", "passwd", "podman", "python3", "skopeo"),
@@ -34,6 +34,16 @@ set -e
 export DEBIAN_FRONTEND=noninteractive
 apt-get -q update
 apt-get -q -y install --no-install-recommends {" ".join(_PACKAGES)}
+apt-get clean
+"""
+# Experimental holds single packages for sid, so its root is sid's with these replaced.
+_BASES = {"experimental": "sid"}
+_UPGRADE = """\
+set -e
+export DEBIAN_FRONTEND=noninteractive
+sed -n 's/ sid / experimental /p' /etc/apt/sources.list > /etc/apt/sources.list.d/experimental.list
+apt-get -q update
+apt-get -q -y install --no-install-recommends -t experimental podman buildah
 apt-get clean
 """
 
@@ -89,13 +99,24 @@ def root(suite: str) -> pathlib.Path:
     if not target.exists():
         with _building(target) as part:
             if not target.exists():
-                _debootstrap(suite, part)
-                policy = part / "usr/sbin/policy-rc.d"
-                policy.write_text("#!/bin/sh\nexit 101\n")
-                policy.chmod(0o755)
-                script = 'mount --make-rprivate / && mount -t proc proc "$1/proc" && exec chroot "$1" sh -c "$2"'
-                _quietly(["unshare", "-m", "sh", "-c", script, "sh", str(part), _INSTALL])
+                if suite in _BASES:
+                    _quietly(["cp", "-a", "--reflink=auto", str(root(_BASES[suite])), str(part)])
+                    _inside(part, _UPGRADE)
+                else:
+                    _debootstrap(suite, part)
+                    policy = part / "usr/sbin/policy-rc.d"
+                    policy.write_text("#!/bin/sh\nexit 101\n")
+                    policy.chmod(0o755)
+                    _inside(part, _INSTALL)
     return target
+
+
+def _inside(root_folder: pathlib.Path, commands: str) -> None:
+    """Run shell commands in a root, with nothing but /proc mounted, in a private mount namespace."""
+    script = (
+        'mount --make-rprivate / && mount -t proc proc "$1/proc" && exec chroot "$1" sh -c "$2"'
+    )
+    _quietly(["unshare", "-m", "sh", "-c", script, "sh", str(root_folder), commands])
 
 
 def debian_image(lab: Lab, suite: str = "trixie") -> images.Image:
@@ -155,13 +176,22 @@ class Host(Machine):
             raise RuntimeError(str(self._holder.communicate()[1]))
         self.pid = self._holder.pid
         self.prefix = ("nsenter", f"--target={self.pid}", "--mount", "--")
-        # Its files as seen from outside.
         self.root = f"/proc/{self.pid}/root"
 
     def close(self) -> None:
         """End the host; its mounts vanish with its last process."""
         self._holder.kill()
         self._holder.wait()
+
+
+def of_release(lab: Lab, release: str, host: t.Callable[[str], Host]) -> Machine:
+    """A machine of that release: the laboratory itself for bookworm where it is one, else a host.
+
+    :param host: gives the running host of a suite
+    """
+    if release == "bookworm" and lab.machine.version("podman")[:2] == (4, 3):
+        return lab.machine
+    return host(release)
 
 
 class Sshd:
@@ -203,14 +233,15 @@ class Sshd:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        until = time.monotonic() + 20
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    break
-            if self._process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(log.read_text() if log.exists() else "sshd did not start")
-            time.sleep(0.05)
+        wait_until(
+            self._accepts,
+            while_running=self._process,
+            describe=lambda: log.read_text() if log.exists() else "sshd did not start",
+        )
+
+    def _accepts(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     @property
     def variables(self) -> t.Dict[str, t.Any]:
@@ -227,7 +258,7 @@ class Sshd:
         """End it with all its sessions."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
-        self._process.wait(10)
+        self._process.wait(LIMIT)
         self.lab.kill(self.folder)
 
 

@@ -26,6 +26,8 @@ import subprocess
 import sys
 import typing as t
 
+from .waiting import LIMIT
+
 if t.TYPE_CHECKING:
     from .lab import Lab
     from .machines import Account
@@ -36,7 +38,9 @@ KILL, KILL_ONE = "kill", "kill one"
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EINTR")
 
 _PACKAGE = "ansible_collections.userns.storage.plugins.modules"
-_MODULES = ("layer_template", "layer_gc", "image_layers", "image_layers_info")
+# A program that is called as a module is.
+CONVERSION = "support.conversion_main"
+_MODULES = ("layer_template", "layer_gc", "image_layers", "image_layers_info", "shared_images")
 
 # Where the path or the descriptor of a call is among its arguments: f a descriptor, p a path below
 # the working directory, a a descriptor of a directory followed by a path.
@@ -202,11 +206,7 @@ class Modules:
         stdin = self._process.stdin
         if stdin is not None:
             stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.wait(LIMIT)
 
 
 def _root() -> Account:
@@ -245,7 +245,7 @@ def _install_filter() -> None:
     for place, number in enumerate(numbers):
         code.append((0x15, len(numbers) - place, 0, number))
     code += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x7FF00000)]
-    body = b"".join(struct.pack("<HBBI", *one) for one in code)
+    body = b"".join(struct.pack("<HBBI", *item) for item in code)
     buffer = ctypes.create_string_buffer(body, len(body))
     program = struct.pack("@HxxxxxxP", len(code), ctypes.addressof(buffer))
     if _LIBC.prctl(22, ctypes.c_ulong(2), ctypes.c_char_p(program), 0, 0) != 0:
@@ -331,7 +331,7 @@ class _Tracer:
 
     def __init__(self, asked: Json) -> None:
         self.asked = asked
-        self.below = asked["below"] + "/" if asked["below"] else ""
+        self.below = asked["below"].rstrip("/") + "/" if asked["below"] else ""
         self.points = 0
         self.at: t.Optional[t.List[t.Any]] = None
         self.calls: t.List[t.List[t.Any]] = []
@@ -415,9 +415,9 @@ class _Tracer:
         self.at = [name, paths, "", 0, True]
         what = self.asked["what"]
         if what == KILL:
-            for one in tuple(self.known):
+            for item in tuple(self.known):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(one, signal.SIGKILL)
+                    os.kill(item, signal.SIGKILL)
         elif what == KILL_ONE:
             os.kill(pid, signal.SIGKILL)
         else:
@@ -465,7 +465,7 @@ def _child(asked: Json, output: int) -> t.NoReturn:
             "_ansible_keep_remote_files": False,
         }
         sys.argv = [asked["module"], json.dumps({"ANSIBLE_MODULE_ARGS": words})]
-        importlib.import_module(f"{_PACKAGE}.{asked['module']}").main()
+        _imported(asked["module"]).main()
     except SystemExit:
         pass
     except BaseException as error:
@@ -475,9 +475,13 @@ def _child(asked: Json, output: int) -> t.NoReturn:
         os._exit(0)
 
 
+def _imported(name: str) -> t.Any:
+    return importlib.import_module(name if "." in name else f"{_PACKAGE}.{name}")
+
+
 def _serve() -> None:
-    for name in _MODULES:
-        importlib.import_module(f"{_PACKAGE}.{name}")
+    for name in (*_MODULES, CONVERSION):
+        _imported(name)
     # Ansible imports these at the end of a module's run.
     for name in ("ansible.module_utils._internal._json", "ansible.module_utils.common.warnings"):
         with contextlib.suppress(ImportError):

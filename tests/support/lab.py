@@ -11,15 +11,16 @@ import importlib.util
 import itertools
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import stat
-import tempfile
 import time
 import typing as t
 
 from . import mounts
 from .machines import Machine, busy_pids
+from .waiting import LIMIT
 
 COLLECTION = pathlib.Path(__file__).resolve().parents[2]
 _PREFIX = "us-"
@@ -71,7 +72,9 @@ class Lab:
         # One at a time, or a folder would be swept before it is locked.
         with _locked("/tmp"):
             self._sweep()
-            self.base = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
+            # buildah takes the path for an image's name, in which underscores are not allowed everywhere.
+            self.base = pathlib.Path(f"/tmp/{_PREFIX}{secrets.token_hex(4)}")
+            self.base.mkdir(mode=0o700)
             self.base.chmod(0o755)
             self._lock = os.open(self.base / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -86,7 +89,9 @@ class Lab:
         self._private_mounts()
         self.tree = self.base / "tree"
         self._expose_collection()
-        self.machine = Machine()
+        # The laboratory's own mount namespace, whatever release its `machine` stands for.
+        self.local = Machine()
+        self.machine = self.local
 
     @staticmethod
     def _sweep() -> None:
@@ -186,7 +191,8 @@ class Lab:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, sign)
-            until = time.monotonic() + (0.2 if sign == signal.SIGTERM else 5)
+            # The first signal is a courtesy; after the second the kernel ends them in its own time.
+            until = time.monotonic() + (0.2 if sign == signal.SIGTERM else LIMIT)
             while time.monotonic() < until and busy_pids(marker):
                 time.sleep(0.02)
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import shlex
 import subprocess
 import typing as t
 
-DEFAULT_TIMEOUT = 300.0
+# Seconds, to end what hangs; what a program may take is no test's matter.
+DEFAULT_TIMEOUT = 1200.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -64,6 +66,12 @@ class Machine:
     name = "local"
     # Words put before each command to get into the machine.
     prefix: t.Tuple[str, ...] = ()
+    # Its root directory as the laboratory sees it.
+    root = "/"
+
+    def path(self, name: str) -> pathlib.Path:
+        """Where the laboratory finds what this machine has at an absolute path."""
+        return pathlib.Path(self.root, name.lstrip("/"))
 
     def command(
         self,

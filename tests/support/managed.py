@@ -12,8 +12,13 @@ import typing as t
 from . import hosts, stores
 from .lab import Lab
 
-# The release of each managed host, by the name it has in inventories: podman 4.3, 5.4 and 5.8.
-RELEASES = {"debian12": "bookworm", "debian13": "trixie", "debiansid": "sid"}
+# The release of each managed host, by the name it has in inventories: podman 4.3, 5.4, 5.8 and 6.1.
+RELEASES = {
+    "debian12": "bookworm",
+    "debian13": "trixie",
+    "debiansid": "sid",
+    "debianexperimental": "experimental",
+}
 
 
 class Managed:

@@ -14,12 +14,19 @@ import pathlib
 import re
 import typing as t
 
+# The environment variable that names the file which gets the table.
+WRITE = "USERNS_STORAGE_MATRIX"
 OWNER = "forms"
 # It has ranges, but no account.
 GHOST = "ghost"
 USER = "5000:6000"
 
-RELEASES = {"bookworm": "Debian 12", "trixie": "Debian 13", "sid": "Debian sid"}
+RELEASES = {
+    "bookworm": "Debian 12",
+    "trixie": "Debian 13",
+    "sid": "Debian sid",
+    "experimental": "Debian experimental",
+}
 ROOTFUL, ROOTLESS = "Rootful", "Rootless"
 # Column, kind of store, driver's options.
 COLUMNS: t.Dict[str, t.Dict[str, t.Tuple[str, t.Dict[str, str]]]] = {
@@ -190,6 +197,15 @@ FORMS = {
 }
 
 
+def selected(release: str, mode: str, column: str) -> t.Tuple[Form, ...]:
+    """Every second form, so that each form is tried in each column, and in each release, but not in both at once.
+
+    All of them are tried where the table is written anew.
+    """
+    shift = list(RELEASES).index(release) + list(COLUMNS[mode]).index(column)
+    return FORMS[mode][shift % 2 :: 2]
+
+
 # The table
 
 # Release, mode, column, form: what came of it.
@@ -211,8 +227,12 @@ the runtime, then the real runtime creates its container, and the store's record
 | cell | meaning |
 | --- | --- |
 """
-_COMMAND = "USERNS_STORAGE_MATRIX=$PWD/docs/interop-matrix.md scripts/test interop"
-_TAIL = f"To write it anew: `{_COMMAND}`\n"
+_COMMAND = f"{WRITE}=$PWD/docs/interop-matrix.md scripts/test interop"
+_TAIL = f"""\
+To write it anew: `{_COMMAND}`
+
+Without that variable, `scripts/test interop` tries every second cell: each form in each column and in each release.
+"""
 HOW_TO_WRITE = f"If that is right, write the table anew: {_COMMAND}"
 
 

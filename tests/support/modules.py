@@ -8,16 +8,29 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import typing as t
 
 from .lab import Lab
 from .machines import Account, Machine, Result
+from .waiting import LIMIT
 
 Json = t.Dict[str, t.Any]
 SYSTEM_PYTHON = "/usr/bin/python3"
 _PACKAGE = "ansible_collections.userns.storage.plugins.modules"
+
+
+_SERVICE = (
+    "import sys; from ansible_collections.userns.storage.plugins.module_utils._storage.service.command "
+    "import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def service_words(*words: str) -> t.List[str]:
+    """The command line of a command of the service, with the collection on PYTHONPATH."""
+    return [SYSTEM_PYTHON, "-c", _SERVICE, *words]
 
 
 class ModuleCrash(AssertionError):
@@ -65,15 +78,17 @@ def run_module(
     environ: t.Optional[t.Mapping[str, str]] = None,
     machine: t.Optional[Machine] = None,
     fails: t.Optional[bool] = False,
-    timeout: float = 300.0,
+    timeout: float = LIMIT,
+    prefix: t.Sequence[str] = (),
 ) -> Json:
     """Run plugins/modules/NAME.py as a process of `python`, as root or `user`, and return its result.
 
     :param name: one of ours, or ansible.builtin.NAME
+    :param prefix: words before the command, as a become method puts them
     :param fails: whether the module has to fail; None when either will do
     """
     done = (machine or lab.machine).run(
-        _command(name, args, check, diff, python),
+        [*prefix, *_command(name, args, check, diff, python)],
         account=user,
         env=_environ(lab, environ),
         check=False,
@@ -107,11 +122,25 @@ def start_module(
     )
 
 
-def finish_module(process: subprocess.Popen[bytes], timeout: float = 300.0) -> Json:
+def finish_module(process: subprocess.Popen[bytes], timeout: float = LIMIT) -> Json:
     """The result of a module that `start_module` has started, once it has ended."""
     output, errors = process.communicate(timeout=timeout)
     words = ("module",)
     return parsed(Result(words, process.returncode, output.decode(), errors.decode()))
+
+
+def _shell(lab: Lab, folder: pathlib.Path) -> pathlib.Path:
+    """A shell that enters the laboratory's machine first, unless its caller is there already."""
+    there = lab.machine.run(["readlink", "/proc/self/ns/mnt"]).stdout.strip()
+    enter = shlex.join(lab.machine.prefix)
+    path = folder / "sh"
+    path.write_text(
+        "#!/bin/sh\n"
+        f'[ "$(readlink /proc/self/ns/mnt)" = {shlex.quote(there)} ] && exec /bin/sh "$@"\n'
+        f'exec {enter} /bin/sh "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
 
 
 def run_playbook(
@@ -124,7 +153,7 @@ def run_playbook(
     variables: t.Optional[t.Mapping[str, t.Any]] = None,
     environ: t.Optional[t.Mapping[str, str]] = None,
     python: str = SYSTEM_PYTHON,
-    timeout: float = 300.0,
+    timeout: float = LIMIT,
 ) -> t.List[Json]:
     """Run tasks through the real ansible-playbook; returns the result of each, failures included."""
     folder = lab.folder()
@@ -148,20 +177,25 @@ def run_playbook(
     settings: Json = {"ansible_python_interpreter": python}
     if inventory == "localhost,":
         settings["ansible_connection"] = "local"
+        if lab.machine is not lab.local:
+            settings["ansible_shell_executable"] = str(_shell(lab, folder))
     command = [str(pathlib.Path(sys.executable).parent / "ansible-playbook"), str(playbook)]
     command += ["-i", inventory, "-e", json.dumps({**settings, **(variables or {})})]
     command += ["--check"] * check + ["--diff"] * diff
+    # A machine of another release sees the laboratory's folder, but not its /tmp.
+    scratch = "/tmp" if lab.machine is lab.local else str(lab.folder(0o1777))
     env = {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
         "ANSIBLE_COLLECTIONS_PATH": str(lab.tree),
         "ANSIBLE_HOST_KEY_CHECKING": "false",
         "ANSIBLE_LOCAL_TEMP": str(folder / "local"),
-        "ANSIBLE_REMOTE_TEMP": "/tmp",
+        "ANSIBLE_REMOTE_TEMP": scratch,
+        "ANSIBLE_SYSTEM_TMPDIRS": scratch,
         "ANSIBLE_NOCOLOR": "1",
         **(environ or {}),
     }
-    done = lab.machine.run(command, env=env, cwd=str(folder), check=False, timeout=timeout)
+    done = lab.local.run(command, env=env, cwd=str(folder), check=False, timeout=timeout)
     path = folder / "results.json"
     if not path.exists():
         raise ModuleCrash(f"rc {done.rc}\n{done.stdout}\n{done.stderr}")

@@ -16,19 +16,24 @@ if t.TYPE_CHECKING:
     from .lab import Lab
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_JOB = '        """Do one job and tell about it."""\n'
+_JOB = '        """Do one job and send its result."""\n'
 
 _SLICE = ("plugins/plugin_utils/_slices.py", "SHORTEST = 10\n", "SHORTEST = {}\n")
 _CHANGES = (
     (
         "plugins/module_utils/_storage/tree/walk.py",
         "_PROGRESS_SECONDS = 0.5\n",
-        "_PROGRESS_SECONDS = 0.1\n",
+        "_PROGRESS_SECONDS = 0.05\n",
+    ),
+    (
+        "plugins/module_utils/_storage/tree/walk.py",
+        "MOST_WORKERS = 8\n",
+        "MOST_WORKERS = 2\n",
     ),
     (
         "plugins/module_utils/_storage/tree/walk.py",
         _JOB,
-        f"{_JOB}        time.sleep(0.1)\n",
+        f"{_JOB}        time.sleep(0.2)\n",
     ),
 )
 
@@ -36,7 +41,8 @@ _CHANGES = (
 def slow_collection(lab: Lab, seconds: int) -> pathlib.Path:
     """A folder for ANSIBLE_COLLECTIONS_PATH or, before that of the laboratory, PYTHONPATH.
 
-    A job of a walk, which is about a hundred entries, takes a tenth of a second at least.
+    A job of a walk, which is about a hundred entries, takes a fifth of a second at least, and no more than four
+    are on their way at a time, so that a run which has to stop at once does five at most, on any machine.
 
     :param seconds: the time limit that the action plugins give
     """

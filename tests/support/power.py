@@ -118,7 +118,7 @@ class PowerLoss:
 
     def possible(self, path: str, cut: int) -> t.List[_Change]:
         """What may be found at a path when the power goes before the call after number `cut`."""
-        changes = [one for one in self._names.get(path, ()) if one.made <= cut]
+        changes = [name for name in self._names.get(path, ()) if name.made <= cut]
         last = max(
             (
                 place
@@ -135,7 +135,7 @@ class PowerLoss:
 
     def surely_there(self, path: str, cut: int) -> bool:
         """Whether something will be found at a path; what the run never touched is there."""
-        return all(one.present for one in self.possible(path, cut))
+        return all(item.present for item in self.possible(path, cut))
 
     def check(self) -> t.List[str]:
         """Each way in which a record could point at what is not there; empty is good."""
@@ -143,7 +143,7 @@ class PowerLoss:
         for cut in range(len(self.calls) + 1):
             ways = [self.possible(path, cut) for path in self._files.values()]
             for chosen in itertools.product(*ways):
-                layers, images, containers = (one.value or [] for one in chosen)
+                layers, images, containers = (item.value or [] for item in chosen)
                 for problem in self._wrong(cut, layers, images, containers):
                     after = self.calls[cut - 1] if cut else "nothing"
                     found.append(f"power lost after {cut} {after}: {problem}")
@@ -156,10 +156,12 @@ class PowerLoss:
         images: t.Sequence[Json],
         containers: t.Sequence[Json],
     ) -> t.Iterator[str]:
-        whole = {one["id"] for one in layers if not (one.get("flags") or {}).get("incomplete")}
-        known = {one["id"] for one in layers}
+        whole = {item["id"] for item in layers if not (item.get("flags") or {}).get("incomplete")}
+        known = {item["id"] for item in layers}
         for layer in layers:
-            if layer.get("parent") and layer["parent"] not in whole:
+            # Layers that are marked incomplete are deleted by whoever loads them, in whatever order.
+            needed = whole if layer["id"] in whole else known
+            if layer.get("parent") and layer["parent"] not in needed:
                 yield f"layer {layer['id'][:12]} has no parent"
             if layer["id"] in whole:
                 for path in self._data_of(layer["id"]):

@@ -23,7 +23,7 @@ import time
 import traceback
 import typing as t
 
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations.records import (
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.layer_flags import (
     ORIGIN,
     ORIGIN_FLAG,
 )
@@ -74,23 +74,28 @@ class Race:
         # write them anew, and prune takes an image that a commit is about to name.
         self.naming = threading.Lock()
         self._guard = threading.Lock()
-        self._until = self._last = 0.0
+        self._until = 0.0
+        self._steps = 0
         self._needed: t.Sequence[str] = ()
 
     def run(
         self,
-        seconds: float,
+        *,
+        steps: int = 0,
+        seconds: float = 0.0,
         podmans: int = 2,
         buildahs: int = 1,
         ours: int = 2,
         needed: t.Sequence[str] = (),
     ) -> None:
-        """Let the workers race for so long, and each end what it has begun.
+        """Let the workers race, and each end what it has begun.
 
-        :param needed: operations that are waited for, up to ten times as long
+        :param steps: of each worker, at least
+        :param seconds: for soaks: how long each worker goes on, at least
+        :param needed: operations that have to come to their end before any worker stops
         """
         self._until = time.monotonic() + seconds
-        self._last = self._until + 9 * seconds
+        self._steps = steps
         self._needed = needed
         workers: t.List[t.Tuple[str, t.Type[_Worker]]] = []
         workers += [(f"p{number}", _Podman) for number in range(podmans)]
@@ -104,15 +109,16 @@ class Race:
         for thread in threads:
             thread.join()
 
-    def _goes_on(self) -> bool:
-        now = time.monotonic()
-        lacking = any(not self.done[one] for one in self._needed)
-        return now < self._until or (lacking and now < self._last)
-
     def _work(self, worker: _Worker) -> None:
+        steps = 0
         try:
-            while self._goes_on():
+            while (
+                steps < self._steps
+                or time.monotonic() < self._until
+                or not all(self.done[item] for item in self._needed)
+            ):
                 worker.step()
+                steps += 1
         except Exception:
             self.fail(f"{worker.name}: {traceback.format_exc()}")
 
@@ -134,8 +140,9 @@ class Race:
     def settle(self) -> None:
         """Collect all that nobody uses, and compare what is left with the model."""
         final = {"min_age": "0", "max_copies_per_image": 0, "duplicates": True}
-        for _round in range(2):
-            result = run_module(self.lab, "layer_gc", {**self.store.module_args(), **final})
+        asked = {**self.store.module_args(), **final}
+        run_module(self.lab, "layer_gc", asked)
+        result = run_module(self.lab, "layer_gc", asked)
         if result["removed"]:
             self.fail(f"layer_gc has something to do twice: {result['removed']}")
         self._check_names()
@@ -169,9 +176,9 @@ class Race:
                 self.fail(f"containers-storage check: {line}")
 
     def _check_names(self) -> None:
-        found = {one["names"][0] for one in self.store.containers()}
+        found = {container["names"][0] for container in self.store.containers()}
         self._compare("containers", found, set(self.containers))
-        names = {name for one in self.store.images() for name in one.get("names") or ()}
+        names = {name for image in self.store.images() for name in image.get("names") or ()}
         self._compare("names of images", names, self.images)
         done = self.store.podman("images", "--format={{.Repository}}:{{.Tag}}", check=False)
         if done.rc != 0:
@@ -186,7 +193,7 @@ class Race:
             self.fail(f"{what}: lost are {lost}, and nobody made {new}")
 
     def _check_layers(self) -> None:
-        layers = {one["id"]: one for one in self.store.layers()}
+        layers = {item["id"]: item for item in self.store.layers()}
         needed: t.Set[str] = set()
         for image in self.store.images():
             for layer_id in [image["layer"], *(image.get("mapped-layers") or ())]:
@@ -212,9 +219,9 @@ class Race:
 
     def _check_maps(self, image: Json, layers: t.Mapping[str, Json]) -> None:
         maps = [
-            json.dumps([layers[one].get("uidmap"), layers[one].get("gidmap")])
-            for one in image.get("mapped-layers") or ()
-            if one in layers
+            json.dumps([layers[item].get("uidmap"), layers[item].get("gidmap")])
+            for item in image.get("mapped-layers") or ()
+            if item in layers
         ]
         if len(maps) != len(set(maps)):
             self.fail(f"image {image['id'][:12]} has two layers with one map: {maps}")
@@ -233,11 +240,11 @@ class Race:
             if not self.store.layer_folder(layer_id).is_dir():
                 self.fail(f"the data of layer {layer_id[:12]} is lost")
         links = self.store.graphroot / "overlay" / "l"
-        for link in links.iterdir() if links.is_dir() else ():
-            if not link.exists():
-                self.fail(f"{link} leads nowhere")
-        for folder in ("staging", "trash"):
-            left = self.store.graphroot / "userns-storage" / folder
+        for path in links.iterdir() if links.is_dir() else ():
+            if not path.exists():
+                self.fail(f"{path} leads nowhere")
+        for kind in ("staging", "trash"):
+            left = self.store.graphroot / "userns-storage" / kind
             if left.is_dir() and os.listdir(left):
                 self.fail(f"{left} holds {os.listdir(left)}")
 
@@ -331,7 +338,7 @@ class _Podman(_Worker):
         name = self.random.choice(self.own)
 
         def find() -> t.Optional[Json]:
-            layers = {one["id"]: one for one in self.race.store.layers()}
+            layers = {layer["id"]: layer for layer in self.race.store.layers()}
             own = self.race.store.container(name)
             return layers.get(layers[own["layer"]].get("parent") or "")
 
@@ -359,7 +366,7 @@ class _Podman(_Worker):
         """Where the parts of the UID map begin that the options ask for, as layers record them."""
         user = self.race.store.user
         if user is None:
-            return [int(one.split(":")[1]) for one in maps if one.startswith("--uidmap=")]
+            return [int(item.split(":")[1]) for item in maps if item.startswith("--uidmap=")]
         return {
             "--userns=keep-id": [1, 0, user.uid + 1],
             "--userns=nomap": [1],
@@ -375,7 +382,7 @@ class _Podman(_Worker):
 
     def commit(self) -> bool:
         # The shared image has no history, and podman refuses to commit twice on top of that.
-        plain = [one for one in self.own if one in self.plain]
+        plain = [item for item in self.own if item in self.plain]
         if not plain:
             return False
         name = f"localhost/{self.fresh()}:1"
@@ -403,7 +410,7 @@ class _Podman(_Worker):
         # Its containers' images have to stay.
         used = {c.get("image") for c in self.race.store.containers()}
         ids = {n: i["id"] for i in self.race.store.images() for n in i.get("names") or ()}
-        free = [one for one in self.own_images if ids.get(one) not in used]
+        free = [own_image for own_image in self.own_images if ids.get(own_image) not in used]
         if not free:
             return False
         name = self.random.choice(free)

@@ -3,6 +3,32 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What must hold when a module of ours is stopped anywhere: the store looked at, podman asked, the work done again.
 
+How the files of the fault injection work together, for one task on one store::
+
+    test_stops.py, scripts/bench          which stores, which tasks, how many points
+      |
+    stops.stop_everywhere                 a Scene for each task; a list of points
+      |
+    stops.Scene.begin                     saves the store, runs the task to its end: counts the points, records
+      |                                   the wanted outcome
+      |     for each point and each kind of fault (KILL, KILL_ONE, ERRORS):
+    stops.Scene.stop                      restores the store, then
+      |
+      +-- injection.Modules.run           asks the server process ...
+      |     +-- injection._serve          ... which forks a child for each run, with a seccomp filter
+      |     +-- injection._Tracer         counts the calls of interest of the child and its descendants, and at the
+      |     |                             wanted one kills them, or has the call fail with an error
+      |     +-- the module                runs as on a managed host, and knows nothing of this
+      |
+      +-- Scene._look                     the state that is left: nothing in use was touched; a module that had
+      |                                   an error answered with one of ours
+      +-- Scene._shown_to                 each state once to each runtime (4.3, 5.4): podman works, and finds nothing
+      |                                   more than it can repair itself
+      +-- Scene._again                    the same task again, to its end: the outcome recorded at first
+
+    power.py replays recorded calls (Run.calls) on a model of a disk that loses what was not synced.
+    full.py fills a filesystem for real; paces.py slows the modules down, to stop them half-way in time.
+
 Two states of a store are the same when they differ in nothing but the names that are drawn anew each
 time (layer IDs, short names, trash), times of writing and tokens. A runtime sees no difference between
 them either, so each state is shown to it once, however many stops lead to it.
@@ -19,6 +45,7 @@ import re
 import shutil
 import stat
 import subprocess
+import time
 import typing as t
 
 from . import images, subvolumes
@@ -37,7 +64,10 @@ _TRASH = re.compile(r"-[0-9a-f]{16}(?![0-9a-f])")
 # podman system df mounts each layer: it makes or removes these, and gives the root to itself.
 _OF_PODMAN = re.compile(r"overlay/[^/]*/(diff|empty|merged|work(/.*)?)")
 # What a task finds out about uses is none of its outcome; its empty folders come and stay.
-_OURS = frozenset(f"userns-storage/{name}" for name in ("ledger.json", "staging", "trash"))
+_OURS = frozenset(
+    f"userns-storage/{name}"
+    for name in ("ledger.json", "staging", "trash", "reserve-0", "reserve-1", "reserve-2")
+)
 # Inside of trees, times count.
 _INNER = re.compile(r"(overlay/[^/]+/diff\d*|vfs/dir/[^/]+|btrfs/subvolumes/[^/]+)/")
 
@@ -164,7 +194,9 @@ class Scene:
     def _look(self, run: Run, what: str) -> None:
         left = self.state()
         self._nothing_in_use_was_touched(left)
-        outside = frozenset(one for one in left.items() if not one[0].startswith("userns-storage"))
+        outside = frozenset(
+            item for item in left.items() if not item[0].startswith("userns-storage")
+        )
         if what not in (KILL, KILL_ONE):
             self._answer(run, left)
         if what == KILL_ONE:
@@ -191,8 +223,8 @@ class Scene:
         assert "Traceback" not in run.output, run.output
         assert "unexpected" not in message, message
         now, old, new = (
-            {key: value for key, value in one.items() if not key.startswith("userns-storage")}
-            for one in (left, self.before, self.after)
+            {key: value for key, value in item.items() if not key.startswith("userns-storage")}
+            for item in (left, self.before, self.after)
         )
         if result.get("failed") and (now == old or self.takes_away):
             # What is to go may have been given up half-way; who comes next removes the rest.
@@ -201,7 +233,11 @@ class Scene:
         assert wrong == [], f"{message!r} leaves neither the old nor the new state: {wrong}"
 
     def _again(self) -> None:
-        """The next run ends in the wanted state and leaves no rubbish."""
+        """The next run ends in the wanted state and leaves no rubbish, once no pull can rest on what was to go."""
+        trash = self.store.graphroot / "userns-storage" / "trash"
+        yesterday = time.time() - 90000
+        for entry in trash.iterdir() if trash.is_dir() else ():
+            os.utime(entry, (yesterday, yesterday))
         run = self._run()
         assert "changed" in run.result, run.output
         assert not run.result.get("failed"), run.output
@@ -220,7 +256,9 @@ class Scene:
         state = self.state()
         self._nothing_in_use_was_touched(state)
         half = [
-            one["id"] for one in self.store.layers() if (one.get("flags") or {}).get("incomplete")
+            layer["id"]
+            for layer in self.store.layers()
+            if (layer.get("flags") or {}).get("incomplete")
         ]
         assert half == [], f"{machine.name} has left {half}"
         self._again()
@@ -387,6 +425,13 @@ TASKS: t.Mapping[str, t.Tuple[str, t.Mapping[str, t.Any]]] = {
 }
 
 
+def spread(points: int, most: int) -> t.List[int]:
+    """At most so many of the points, the first and the last among them."""
+    if points <= most:
+        return list(range(1, points + 1))
+    return [1 + index * (points - 1) // (most - 1) for index in range(most)]
+
+
 def stop_everywhere(
     lab: Lab,
     make_store: t.Callable[..., Store],
@@ -394,12 +439,13 @@ def stop_everywhere(
     task: str,
     machines: t.Sequence[Machine],
     thorough: bool,
-    step: int = 1,
+    most: int = 12,
 ) -> Scene:
-    """Stop a task at each of its points, or at each so many.
+    """Stop a task at its points.
 
-    :param thorough: in each way; otherwise by killing it and, in turn, in one of the others, the latter
-        at all points with vfs and at each third with other drivers
+    :param thorough: at each point in each way; otherwise by killing it and, in turn, in one of the others, the latter
+        at all chosen points with vfs and at each third with other drivers
+    :param most: how many points to choose where it is not thorough, from the first to the last
     """
     image = tiny_image(lab)
     store = make_store(kind, image)
@@ -415,16 +461,17 @@ def stop_everywhere(
         elif task != "present":
             scene.do(*TASKS["present"])
         points = scene.begin(*TASKS[task])
-        at, more = 1, True
-        while more:
-            ways: t.Tuple[str, ...] = (KILL, WAYS[1 + at % (len(WAYS) - 1)])
+        # The number of points may differ a little from run to run.
+        chosen = range(1, points + 50) if thorough else spread(points, most)
+        for number, at in enumerate(chosen):
+            ways: t.Tuple[str, ...] = (KILL, WAYS[1 + number % (len(WAYS) - 1)])
             if thorough:
                 ways = WAYS
-            elif store.driver != "vfs" and at % 3:
+            elif store.driver != "vfs" and number % 3:
                 ways = (KILL,)
-            for way in ways:
-                more = scene.stop(way, at) and more
-            at += step
+            stopped = [scene.stop(way, at) for way in ways]
+            if not all(stopped):
+                break
     finally:
         modules.close()
     told = ", ".join(f"{number} {what}" for what, number in scene.tried.items())

@@ -18,11 +18,17 @@ import time
 import typing as t
 import uuid
 
+from ansible_collections.userns.storage.plugins.module_utils._storage.capabilities import (
+    capabilities,
+    released_storage,
+)
+
 from . import mounts
 from .images import Image
 from .lab import Lab
 from .machines import Account, Machine, Result
 from .users import User
+from .waiting import LIMIT, wait_until
 
 # kind -> (storage driver, filesystem to format or "", rootless)
 KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
@@ -36,6 +42,7 @@ KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
     "vfs-tmpfs": ("vfs", "tmpfs", False),
     "vfs-xfs": ("vfs", "xfs", False),
     "vfs-ext4": ("vfs", "ext4", False),
+    "overlay-btrfs": ("overlay", "btrfs", False),
     "btrfs": ("btrfs", "btrfs", False),
     "rootless-overlay": ("overlay", "", True),
     "rootless-vfs": ("vfs", "", True),
@@ -43,7 +50,7 @@ KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
     "rootless-fuse": ("overlay", "", True),
 }
 # Kinds whose runtime copies although the kernel could shift.
-_FORCED = ("overlay-forced", "overlay-ext4", "overlay-xfs", "overlay-tmpfs")
+_FORCED = ("overlay-forced", "overlay-ext4", "overlay-xfs", "overlay-btrfs", "overlay-tmpfs")
 
 CONTAINERS_CONF = """\
 [containers]
@@ -84,8 +91,11 @@ def disk_state(*folders: t.Union[str, pathlib.Path]) -> DiskState:
         if stat.S_ISLNK(info.st_mode):
             extra = os.readlink(path)
         elif path.endswith((".lock", ".json")) and stat.S_ISREG(info.st_mode):
-            with open(path, "rb") as content:
-                extra = content.read(64)
+            handle = os.open(path, os.O_RDONLY | os.O_NOATIME)
+            try:
+                extra = os.read(handle, 64)
+            finally:
+                os.close(handle)
         entries[path] = (
             oct(info.st_mode), info.st_uid, info.st_gid, info.st_size, info.st_nlink, info.st_ino,
             info.st_mtime_ns, info.st_ctime_ns, extra,
@@ -95,10 +105,24 @@ def disk_state(*folders: t.Union[str, pathlib.Path]) -> DiskState:
         if not os.path.lexists(folder):
             continue
         look(folder)
-        for parent, folders_, files in os.walk(folder):
-            for name in [*folders_, *files]:
-                look(os.path.join(parent, name))
+        waiting = [folder]
+        while waiting:
+            parent = waiting.pop()
+            for name in _names(parent):
+                path = os.path.join(parent, name)
+                look(path)
+                if entries[path][0].startswith("0o4"):
+                    waiting.append(path)
     return DiskState(entries)
+
+
+def _names(folder: str) -> t.List[str]:
+    """The names in a folder. Its access time stays, for that tells our modules whether a layer was used."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NOATIME)
+    try:
+        return os.listdir(handle)
+    finally:
+        os.close(handle)
 
 
 def _logged(log: pathlib.Path) -> str:
@@ -173,6 +197,11 @@ class Store:
             cache.mkdir(parents=True, mode=0o700)
             (cache / "idmapped-lower-dir-false").touch()
 
+    def add_read_only(self, graphroot: pathlib.Path) -> None:
+        """Use one more additional image store, with images that this store may have pulled already."""
+        self.read_only = (*self.read_only, str(graphroot))
+        self.storage_conf.write_text(self._storage_conf(paths=True))
+
     @staticmethod
     def _use_memory(user: User, mib: int) -> None:
         place = os.path.join(user.home, ".local")
@@ -197,7 +226,7 @@ class Store:
             # Many small files must not run out of inodes before they run out of bytes; and the kernel is
             # not to go on formatting while something else is measured.
             more = ("-i", "4096", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0")
-        self.lab.machine.run([f"mkfs.{filesystem}", "-q", *more, str(image)])
+        self.lab.local.run([f"mkfs.{filesystem}", "-q", *more, str(image)])
         disk.mkdir()
         mounts.mount("-o", "loop", str(image), str(disk))
 
@@ -213,8 +242,10 @@ class Store:
         return "\n".join(lines) + "\n"
 
     def _env_forces(self) -> bool:
-        """Whether this machine's containers/storage honours the variable (1.45.4, podman 4.5)."""
-        return self.machine.version("podman") >= (4, 5)
+        """Whether this machine's containers/storage honours the variable."""
+        version = self.machine.version("podman")
+        storage = released_storage("podman", version)
+        return capabilities("podman", version, storage).idmap_can_be_disabled
 
     # Programs
 
@@ -225,9 +256,12 @@ class Store:
             env["CONTAINERS_STORAGE_CONF"] = str(self.storage_conf)
             env["HOME"] = str(self.base / "tmp")
             env["XDG_RUNTIME_DIR"] = str(self.base / "t")
-        if self.forced and self._env_forces():
-            env["_CONTAINERS_OVERLAY_DISABLE_IDMAP"] = "yes"
-        return env
+        return {**env, **self.module_environ()}
+
+    def module_environ(self) -> t.Dict[str, str]:
+        """What a module's task has to set for it to see the store as :meth:`env`'s programs do."""
+        forced = self.forced and self._env_forces()
+        return {"_CONTAINERS_OVERLAY_DISABLE_IDMAP": "yes"} if forced else {}
 
     def tool(self, *argv: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
         """Run a program with the store as its default one; options as Machine.run takes them."""
@@ -239,6 +273,13 @@ class Store:
     def podman(self, *args: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
         """`podman ARGS` on this store."""
         return self.tool("podman", *args, **options)
+
+    def assert_image_is_not_listed(self, name: str) -> None:
+        """What `podman images` does with an image whose record names a layer that is not there."""
+        listed = self.podman("images", check=False)
+        assert name.partition(":")[0] not in listed.stdout
+        # podman 4 refuses to list any image; from podman 5 on this image is left out without a word.
+        assert listed.rc == (0 if self.machine.version("podman") >= (5,) else 125)
 
     def buildah(self, *args: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
         """`buildah ARGS` on this store."""
@@ -295,19 +336,15 @@ class Store:
             env=self.env(),
         )
         try:
-            until = time.monotonic() + 30
-            while not _accepts(str(path)):
-                if process.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError(f"podman system service ended with {process.returncode}")
-                time.sleep(0.02)
+            wait_until(lambda: _accepts(str(path)), while_running=process)
             yield Service(str(path), process.pid)
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(LIMIT)
 
     def own_entries(self, layer_id: str) -> t.List[pathlib.Path]:
         """What an overlay layer holds itself, and does not only show of the layers below."""
-        return [one for place in self._own_folders(layer_id) for one in place.iterdir()]
+        return [path for place in self._own_folders(layer_id) for path in place.iterdir()]
 
     def _own_folders(self, layer_id: str) -> t.List[pathlib.Path]:
         # containers/storage turns diff into diff1, diff2 and so on when it has changed owners.
@@ -315,8 +352,10 @@ class Store:
 
     def forget_owners(self, layer_id: str) -> None:
         """Leave an overlay layer as a copy is that podman made and gave no owner to: empty."""
-        for one in self.own_entries(layer_id):
-            shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
+        for own_entry in self.own_entries(layer_id):
+            shutil.rmtree(
+                own_entry
+            ) if own_entry.is_dir() and not own_entry.is_symlink() else own_entry.unlink()
 
     # Records, read straight from the files
 
@@ -401,7 +440,8 @@ class Store:
 
     def leftovers(self, layer_id: str) -> t.List[str]:
         """Paths of the store that still speak of a layer."""
-        found = [str(p) for p in self.graphroot.rglob(f"{layer_id}*")]
+        paths = disk_state(self.graphroot).entries
+        found = [path for path in paths if os.path.basename(path).startswith(layer_id)]
         links = self.graphroot / "overlay" / "l"
         if links.is_dir():
             found += [
@@ -468,7 +508,7 @@ def _accepts(path: str) -> bool:
 
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=60)
+        super().__init__("localhost", timeout=LIMIT)
         self._path = path
 
     def connect(self) -> None:

@@ -38,11 +38,6 @@ class User(Account):
         return target
 
 
-def _root(machine: Machine) -> pathlib.Path:
-    """Where the files of a machine can be read from outside."""
-    return pathlib.Path(getattr(machine, "root", "/"))
-
-
 def _claimed(etc: pathlib.Path) -> t.Tuple[t.Set[int], t.List[t.Tuple[int, int]]]:
     """IDs taken by users and groups, and all subordinate ranges as (first, past the last)."""
     taken: t.Set[int] = set()
@@ -100,10 +95,12 @@ def add_user(
     after a login.
     """
     machine = machine or lab.machine
-    root = _root(machine)
     home = lab.folder() / "h"
     with _numbers(lab) as fresh:
-        taken, ranges = _claimed(root / "etc")
+        taken, ranges = _claimed(machine.path("/etc"))
+        for other in _also_known_to(lab, machine):
+            more_taken, more_ranges = _claimed(other.path("/etc"))
+            taken, ranges = taken | more_taken, ranges + more_ranges
         number = uid or fresh(taken)
         name = name or f"us{os.getpid() % 100000}n{next(_NUMBERS)}x"
         machine.run(["groupadd", "-g", str(number), name])
@@ -123,18 +120,27 @@ def add_user(
     os.chown(home, number, number)
     runtime = f"/run/user/{number}"
     machine.run(["install", "-d", "-m", "0700", "-o", str(number), "-g", str(number), runtime])
-    return User(name, number, number, str(home), runtime, start, subordinate)
+    user = User(name, number, number, str(home), runtime, start, subordinate)
+    for other in _also_known_to(lab, machine):
+        introduce(user, other)
+    return user
+
+
+def _also_known_to(lab: Lab, machine: Machine) -> t.List[Machine]:
+    """Tests use the library in their own process, too, so it has to know the users of the machine under test."""
+    return [lab.local] if machine is lab.machine and machine is not lab.local else []
 
 
 def introduce(user: User, machine: Machine) -> None:
     """Make a user of this machine known to another one, with the same IDs, for as long as that lives."""
-    etc = _root(machine) / "etc"
+    etc = machine.path("/etc")
     lines = {
         "passwd": f"{user.name}:x:{user.uid}:{user.gid}::{user.home}:/bin/bash",
         "group": f"{user.name}:x:{user.gid}:",
-        "subuid": f"{user.name}:{user.subuid_start}:{user.subuid_count}",
-        "subgid": f"{user.name}:{user.subuid_start}:{user.subuid_count}",
     }
+    if user.subuid_count:
+        for name in ("subuid", "subgid"):
+            lines[name] = f"{user.name}:{user.subuid_start}:{user.subuid_count}"
     for name, line in lines.items():
         with open(etc / name, "a", encoding="utf-8") as content:
             content.write(f"{line}\n")
@@ -146,10 +152,10 @@ def remove_user(lab: Lab, user: User, machine: t.Optional[Machine] = None) -> No
     """End what the user runs, and take away home, runtime folder, account and range lines."""
     machine = machine or lab.machine
     lab.remove(pathlib.Path(user.home).parent)
-    machine.run(["rm", "-rf", user.runtime_dir])
-    with _numbers(lab):
-        machine.run(["userdel", "-f", user.name], check=False)
-        machine.run(["groupdel", user.name], check=False)
-        for name in ("subuid", "subgid"):
-            words = ["sed", "-i", f"/^{user.name}:/d", f"/etc/{name}"]
-            machine.run(words, check=False)
+    for item in (machine, *_also_known_to(lab, machine)):
+        item.run(["rm", "-rf", user.runtime_dir])
+        with _numbers(lab):
+            item.run(["userdel", "-f", user.name], check=False)
+            item.run(["groupdel", user.name], check=False)
+            for name in ("subuid", "subgid"):
+                item.run(["sed", "-i", f"/^{user.name}:/d", f"/etc/{name}"], check=False)

@@ -19,6 +19,13 @@ if COLLECTIONS.name == "ansible_collections":
     os.environ["PYTHONPATH"] = os.pathsep.join([str(COLLECTIONS.parent), *filter(None, _others)])
 
 
+# How fast a machine draws is no property of what is tested.
+settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60
+)
+settings.load_profile("untimed")
+
+
 @settings(max_examples=20, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(), min_size=50))
 def _draw(_numbers: list[int]) -> None:

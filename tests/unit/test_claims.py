@@ -27,3 +27,41 @@ def test_claims_name_tests_that_exist(name: str) -> None:
     assert len(found) > 5
     for path, test in found:
         assert f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        *("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "MAINTAINERS.md", "README.md"),
+        *("docs/architecture.md", "docs/releasing.md"),
+        ".github/PULL_REQUEST_TEMPLATE.md",
+    ],
+)
+def test_pages_name_files_that_exist(page: str) -> None:
+    """Paths below a folder of the repository, and links between its pages."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    folders = "changelogs|docs|extensions|plugins|roles|scripts|tests"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+)`", text)
+    linked = re.findall(r"\]\((?!https?:|#)([\w./-]+)(?:#[\w-]+)?\)", text)
+    # NAME stands for one to be chosen, and ... for folders in between.
+    missing = [
+        path
+        for path in named
+        if "NAME" not in path and "..." not in path and not (ROOT / path).exists()
+    ]
+    missing += [path for path in linked if not ((ROOT / page).parent / path).exists()]
+    assert not missing
+
+
+def test_names_in_contributing_are_there() -> None:
+    """What the steps for a rule or a runtime version tell to change."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)`[^`\n]{0,12}(?:in|of) `((?:tests|plugins)/[\w./-]+\.py)`", text)
+    assert len(named) >= 3
+    for name, path in named:
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), (name, path)
+
+
+def test_the_coverage_that_the_readme_promises_is_the_floor() -> None:
+    (told,) = re.findall(r"fails below (\d+) %", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert f"\nfail_under = {told}\n" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@
 
 """What a task sends to a host stays small: its size is paid for in every task.
 
-Of this collection 250 kB at most, packed as it is sent; ansible-core's own part, which every module
+Of this collection 320 kB at most, packed as it is sent; ansible-core's own part, which every module
 brings along, is not counted.
 """
 
@@ -24,7 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "plugins/modules").glob("*.py"))
-LIMIT = 250_000
+LIMIT = 320_000
 
 # In a process of its own, for Ansible's loader changes how everything after it is imported.
 CONTROLLER = """
@@ -79,11 +79,11 @@ def archive(data: bytes) -> zipfile.ZipFile:
 def test_payload_is_small(name: str) -> None:
     data = payload(name)
     with archive(data) as packed:
-        own = [one for one in packed.infolist() if "/userns/storage/" in one.filename]
+        own = [item for item in packed.infolist() if "/userns/storage/" in item.filename]
     # Each file has its name and a header of 30 and 46 bytes twice (zip's local and central one).
-    size = sum(one.compress_size + 2 * len(one.filename) + 76 for one in own)
+    size = sum(item.compress_size + 2 * len(item.filename) + 76 for item in own)
     print(f"{name}: {len(data)} bytes; of this collection {len(own)} files, {size} bytes packed")
-    assert any(one.filename.endswith(f"plugins/modules/{name}.py") for one in own)
+    assert any(item.filename.endswith(f"plugins/modules/{name}.py") for item in own)
     assert size < LIMIT
 
 
@@ -92,9 +92,9 @@ def test_what_makes_layers_rides_with_layer_template_only(name: str) -> None:
     with archive(payload(name)) as packed:
         names = packed.namelist()
     for file in (
-        "operations/template.py",
-        "operations/building.py",
+        "operations/layer_template.py",
+        "operations/layer_building.py",
         "tree/clone.py",
         "tree/walk.py",
     ):
-        assert not [one for one in names if one.endswith(f"_storage/{file}")], file
+        assert not [item for item in names if item.endswith(f"_storage/{file}")], file

@@ -1,31 +1,43 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""The one exception family: every message names the object, the cause and the way out."""
+"""The exceptions of the library. Each message names the object, the cause and a hint."""
 
 from __future__ import annotations
 
 import typing as t
 
+from .printable import printable
+
 # An image decides how much there is to tell; a task's result stays readable.
 _MOST_ENTRIES = 1000
+# Characters: no message is longer than all three together.
+_LONGEST_SUBJECT, _LONGEST_CAUSE, _LONGEST_HINT = 1000, 4000, 8000
+
+
+def size_text(number: float) -> str:
+    """Bytes for people: 512 B, 1.4 KiB, 23 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(number) < 1024 or unit == "TiB":
+            break
+        number /= 1024
+    digits = 0 if unit == "B" or abs(number) >= 99.5 else 1
+    return f"{number:.{digits}f} {unit}"
 
 
 class StorageError(Exception):
-    """What a user is told when something cannot be done.
+    """An error for users: what failed, why, and what to do.
 
     :param subject: the object it is about: an image name, a path, a map
     :param cause: what is wrong with it, a clause without a full stop
-    :param way_out: what to do next, a sentence or a command; may be empty
+    :param hint: what to do next, a sentence or a command; may be empty
     :param facts: JSON-able details, returned to the caller beside the message; lists are cut off after
         1,000 entries
     """
 
-    def __init__(self, subject: str, cause: str, way_out: str = "", **facts: t.Any) -> None:
+    def __init__(self, subject: str, cause: str, hint: str = "", **facts: t.Any) -> None:
         self.subject = subject
         self.cause = cause
-        self.way_out = way_out
+        self.hint = hint
         self.facts = {
             name: value[:_MOST_ENTRIES] if isinstance(value, (list, tuple)) else value
             for name, value in facts.items()
@@ -33,21 +45,23 @@ class StorageError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        message = f"{self.subject}: {self.cause.rstrip('.')}."
-        return f"{message} {self.way_out}" if self.way_out else message
+        subject = printable(self.subject, _LONGEST_SUBJECT)
+        message = f"{subject}: {printable(self.cause, _LONGEST_CAUSE).rstrip('.')}."
+        hint = printable(self.hint, _LONGEST_HINT)
+        return f"{message} {hint}" if hint else message
 
     def __reduce__(self) -> t.Tuple[t.Any, ...]:
-        return (_rebuild, (type(self), self.subject, self.cause, self.way_out, self.facts))
+        return (_rebuild, (type(self), self.subject, self.cause, self.hint, self.facts))
 
 
 def _rebuild(
-    kind: t.Type[StorageError], subject: str, cause: str, way_out: str, facts: t.Dict[str, t.Any]
+    kind: t.Type[StorageError], subject: str, cause: str, hint: str, facts: t.Dict[str, t.Any]
 ) -> StorageError:
-    return kind(subject, cause, way_out, **facts)
+    return kind(subject, cause, hint, **facts)
 
 
 class ConfigError(StorageError):
-    """storage.conf, the environment or an option says something that cannot be."""
+    """A value in storage.conf, in the environment or of an option is invalid."""
 
 
 class StoreError(StorageError):
@@ -60,6 +74,13 @@ class StoreUnwritten(StoreError):
 
 class RecordError(StoreError):
     """A JSON record is unreadable, half-written or of a wrong type."""
+
+
+class StoreContradictory(StoreError):
+    """The store's records do not fit together or do not fit the disk, so nothing may be removed.
+
+    The fact ``contradictions`` lists them.
+    """
 
 
 class LockTimeout(StoreError):
@@ -78,6 +99,10 @@ class ReadOnlyStore(StoreError):
     """The image lives in an additional store that is never written."""
 
 
+class UntestedRuntime(StoreError):
+    """A program of the host has a newer containers/storage than this collection was tested with."""
+
+
 class StoreChanged(StoreError):
     """Image or template changed, again and again, while the layer was being built."""
 
@@ -91,7 +116,7 @@ class ImageAmbiguous(StorageError):
 
 
 class LayerInUse(StorageError):
-    """Containers or layers rest on the layer; the facts name them."""
+    """Containers or layers use the layer. The facts list them."""
 
 
 class MapError(StorageError):
@@ -99,7 +124,7 @@ class MapError(StorageError):
 
 
 class UnmappedIDs(MapError):
-    """The image holds IDs that the map does not cover; the facts name them."""
+    """The image contains IDs that the map does not cover. The facts list them."""
 
 
 class NamespaceError(StorageError):
@@ -112,6 +137,10 @@ class UnsupportedDriver(StorageError):
 
 class TreeError(StorageError):
     """A layer's tree cannot be read or cloned faithfully."""
+
+
+class WorkerError(StorageError):
+    """The process that works in a store ended, fell silent, or sent something other than the documented data."""
 
 
 class InternalError(StorageError):

@@ -28,7 +28,7 @@ def test_both_maps_have_a_layer(store: t.Any) -> None:
 
 def test_files_are_shifted(host: t.Any, store: t.Any) -> None:
     for layer, (uidmap, gidmap) in store.mapped_layers().items():
-        first_uid, first_gid = (int(one[0].split(":")[1]) for one in (uidmap, gidmap))
+        first_uid, first_gid = (int(entries[0].split(":")[1]) for entries in (uidmap, gidmap))
         tree = f"{store.graphroot}/vfs/dir/{layer}"
         assert (host.file(f"{tree}/bin").uid, host.file(f"{tree}/bin").gid) == (
             first_uid,
@@ -86,6 +86,7 @@ def test_the_policy_of_the_store_is_its_own(host: t.Any) -> None:
     (entry,) = json.loads(text)["stores"]
     assert entry == {
         "user": "root",
+        "allow_untested_runtime": False,
         "policy": {
             "images": [],
             "keep_images": ["localhost/base:*"],

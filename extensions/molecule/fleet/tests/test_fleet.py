@@ -1,13 +1,13 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Three hosts of three ages as the scenario's play has to leave them."""
+"""Four hosts of four generations as the scenario's play has to leave them."""
 
 from __future__ import annotations
 
 import typing as t
 
-VERSIONS = {"debian12": "4.3", "debian13": "5.4", "debiansid": "5."}
+VERSIONS = {"debian12": "4.3", "debian13": "5.4", "debiansid": "5.", "debianexperimental": "6."}
 
 
 def test_podman_is_as_old_as_the_host(host: t.Any, store: t.Any) -> None:

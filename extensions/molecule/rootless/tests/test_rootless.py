@@ -17,7 +17,7 @@ def test_subordinate_ids_do_not_overlap(host: t.Any) -> None:
         lines = host.file(f"/etc/{name}").content_string.splitlines()
         ranges = sorted((int(line.split(":")[1]), int(line.split(":")[2])) for line in lines)
         assert {line.split(":")[0] for line in lines} >= set(USERS)
-        assert all(one[0] + one[1] <= other[0] for one, other in zip(ranges, ranges[1:]))
+        assert all(first[0] + first[1] <= second[0] for first, second in zip(ranges, ranges[1:]))
 
 
 @pytest.mark.parametrize("user", USERS)

@@ -1,10 +1,14 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""What every graph driver can do, with the generic, driver-oblivious copy as the default.
+"""The contract of the graph drivers. By default, layers are made by copying the tree.
 
-A new driver says where a layer lies and how its tree is read; the rest is inherited.
+A driver must say where its layers lie (``name``, ``folders``) and how the tree of one is read (``_readable``). The
+rest is inherited; what a driver may do in its own way, and what its callers rely on then, is said at each method and
+listed in docs/architecture.md. tests/interop/test_driver_contract.py holds every driver to it on real filesystems.
+
+A placeholder holds the place of a layer that is not there. A driver needs one where runtimes fail on a record without
+data, as on btrfs: between ``stage`` and ``commit``, and from ``detach`` or ``erase`` to ``remove_placeholder``. It is
+no layer (``exists``), it is damage in the place of one (``damage``), and no orphan (``orphans``).
 """
 
 from __future__ import annotations
@@ -24,27 +28,32 @@ from ..errors import (
     UnsupportedDriver,
 )
 from ..idmap.mapping import Shift
-from ..kernel import files, refusals, xattrs
-from ..store.removal import remove_tree
+from ..kernel import files, oserrors, xattrs
+from ..store.removal import Enough, empty_tree, remove_tree
 from ..tree import lookup
-from ..tree.craft import CloneResult, Craft, Suspended
 from ..tree.measure import Usage, measure
-from ..tree.merged import LayerStack
-from ..tree.roots import top_owners
+from ..tree.merged import PLAIN, LayerStack, top_owners
+from ..tree.own_tree import OwnTree
+from ..tree.tree_tools import CloneResult, Suspended, TreeTools
 
 Progress = t.Callable[[int, int], None]
 
 LAYER_ID = re.compile(r"[0-9a-f]{64}")
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_READ_TEXT = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Filesystems that keep access times as Linux has them, unless mounted otherwise.
+_KEEP_ATIME = frozenset(
+    ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs")
+)
 _WRITE_TEXT = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 SNAPSHOT, REFLINK, METACOPY, COPY = "snapshot", "reflink", "metacopy", "copy"
 # In a staging folder, the way in which its layer is being made.
-_WAY = "way"
+_STRATEGY_FILE = "way"
 
 # Filesystems in which no two files can share data, under any kernel so far.
 _NEVER_SHARING = frozenset(("ext2", "ext3", "ext4", "f2fs", "tmpfs", "reiserfs", "jfs"))
+
+_ALWAYS_SHARING = frozenset(("btrfs", "bcachefs"))
 
 _LABEL = "security.selinux"
 
@@ -58,12 +67,15 @@ class Strategy(t.NamedTuple):
 
 @dataclass(frozen=True)
 class DriverHome:
-    """Where a driver's data lies.
+    """The location of a driver's data.
 
     :param options: the driver's own options, prefix stripped, keys in lower case
     :param view: the graphroot to work through, see :func:`.view.view_of`
-    :param image_stores: graphroots of read-only image stores, where parents may lie
-    :param craft: what it takes to make layers; None for a driver that only looks and removes
+    :param image_stores: graphroots of the image store and of read-only ones, where layers may lie too
+    :param needs_short_names: whether the runtimes of this host need the names in ``l/`` of overlay; asked only
+        where one is missing
+    :param tree_tools: what it takes to make layers; None for a driver that only looks and removes
+    :param read_only: whether nothing at all may be written, as in check mode
     """
 
     graphroot: str
@@ -72,7 +84,9 @@ class DriverHome:
     rootless: bool
     view: str
     image_stores: t.Tuple[str, ...] = ()
-    craft: t.Optional[Craft] = None
+    needs_short_names: t.Callable[[], bool] = lambda: True
+    tree_tools: t.Optional[TreeTools] = None
+    read_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,20 @@ class Staged:
     inodes: int = 0
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What a runtime leaves on a layer when it creates a container on it.
+
+    :param value: differs from what it was before
+    :param at: when it was left, seconds since the epoch; None if that is not known
+    :param coarse: whether further containers leave none within a day of it (relatime)
+    """
+
+    value: str
+    at: t.Optional[float] = None
+    coarse: bool = False
+
+
 class Orphan:
     """Data in the driver's folder that no record speaks of.
 
@@ -101,7 +129,7 @@ class Orphan:
     """
 
     def __init__(
-        self, kind: str, name: str, path: str, changed: float, size: t.Callable[[], Usage]
+        self, kind: str, name: str, path: str, changed: float, size: t.Callable[[bool], Usage]
     ) -> None:
         self.kind = kind
         self.name = name
@@ -112,12 +140,13 @@ class Orphan:
     def __repr__(self) -> str:
         return f"Orphan({self.kind!r}, {self.path!r})"
 
-    def usage(self) -> Usage:
+    def usage(self, exclusive: bool = False) -> Usage:
         """What it costs; walks the tree.
 
+        :param exclusive: whether to find out which bytes nothing else shares
         :raises StorageError: it cannot be read
         """
-        return self._size()
+        return self._size(exclusive)
 
 
 class Driver(abc.ABC):
@@ -125,25 +154,29 @@ class Driver(abc.ABC):
 
     name: t.ClassVar[str]
     # The folder that holds one entry per layer, below the graphroot.
-    places: t.ClassVar[t.Tuple[str, ...]]
+    folders: t.ClassVar[t.Tuple[str, ...]]
+    # What of a layer's directory runtimes read when they create a container on it and at no other time, the
+    # first that is there; and the mount flags with which that keeps no access time.
+    _read_on_use: t.ClassVar[t.Tuple[str, ...]] = ("",)
+    _unread_flags: t.ClassVar[int] = os.ST_NODIRATIME
 
     def __init__(self, home: DriverHome) -> None:
         self.home = home
 
     @property
     def folder(self) -> str:
-        """The folder that holds the layers, as seen through the view."""
-        return os.path.join(self.home.view, *self.places)
+        """The directory of the layers, as seen through the view."""
+        return os.path.join(self.home.view, *self.folders)
 
     @property
-    def craft(self) -> Craft:
+    def tree_tools(self) -> TreeTools:
         """What it takes to make layers.
 
         :raises InternalError: the driver was opened without it
         """
-        if self.home.craft is None:
-            raise InternalError(f"driver {self.name}", "was opened to look and to remove only")
-        return self.home.craft
+        if self.home.tree_tools is None:
+            raise InternalError(f"driver {self.name}", "was opened for reading and removal only")
+        return self.home.tree_tools
 
     # Asking
 
@@ -161,10 +194,10 @@ class Driver(abc.ABC):
         :param chain: the IDs of the layers that must be there for it
         :raises StorageError: the driver's folder cannot be read
         """
-        for one in (layer_id, *chain):
+        for item in (layer_id, *chain):
             with contextlib.ExitStack() as undo:
-                if self._opened_layer(undo, one) is None:
-                    return f"the directory of layer {one[:12]} is missing"
+                if self._opened_layer(undo, item) is None:
+                    return f"the directory of layer {item[:12]} is missing"
         return None
 
     def measure(self, layer_id: str, exclusive: bool = False) -> Usage:
@@ -176,14 +209,16 @@ class Driver(abc.ABC):
         with self._explained(layer_id), contextlib.ExitStack() as undo:
             return measure([self._need_layer(undo, layer_id)], exclusive=exclusive)
 
-    def present(self) -> t.Set[str]:
+    def present(self, graphroot: t.Optional[str] = None) -> t.Set[str]:
         """The names of all directories in the driver's folder, those of its layers among them.
 
+        :param graphroot: an image store to look into in place of the store itself
         :raises StorageError: the driver's folder cannot be read
         """
         with contextlib.ExitStack() as undo:
             undo.enter_context(self._explained(self.folder))
-            entries = undo.enter_context(os.scandir(undo.enter_context(self._opened_folder())))
+            folder = undo.enter_context(self._opened_folder(graphroot))
+            entries = undo.enter_context(os.scandir(folder))
             return {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
 
     def top_owners(self, chain: t.Sequence[str]) -> t.List[t.Tuple[str, int, int]]:
@@ -196,13 +231,76 @@ class Driver(abc.ABC):
         with self._explained(chain[0]), self._readable(chain) as stack:
             return list(top_owners(stack))
 
-    def measure_path(self, path: str) -> Usage:
-        """What anything in the store costs on disk; the part that it shares is not looked for.
+    def traces(self, layer_ids: t.Iterable[str]) -> t.Dict[str, Trace]:
+        """The traces of use on layers, as far as there are any: on filesystems mounted with noatime there
+        are none. Nothing in this library leaves one.
 
+        :raises StorageError: the driver's folder cannot be read
+        """
+        found: t.Dict[str, Trace] = {}
+        with self._explained(self.folder), self._opened_folder() as folder:
+            mounted = os.statvfs(self.home.graphroot).f_flag
+            kept = files.filesystem_type(self.home.graphroot) in _KEEP_ATIME
+            if not kept or mounted & (os.ST_NOATIME | self._unread_flags):
+                return found
+            for layer_id in layer_ids:
+                trace = self._trace(folder, layer_id, bool(mounted & os.ST_RELATIME))
+                if trace is not None:
+                    found[layer_id] = trace
+        return found
+
+    def _trace(self, folder: int, layer_id: str, relatime: bool) -> t.Optional[Trace]:
+        if not LAYER_ID.fullmatch(layer_id):
+            return None
+        for name in self._read_on_use:
+            with contextlib.suppress(OSError):
+                path = os.path.join(layer_id, name)
+                status = os.stat(path, dir_fd=folder, follow_symlinks=False)
+                read = status.st_atime_ns > max(status.st_mtime_ns, status.st_ctime_ns)
+                return Trace(str(status.st_atime_ns), status.st_atime, relatime and read)
+        return None
+
+    def measure_path(self, path: str, exclusive: bool = False) -> Usage:
+        """What anything in the store costs on disk.
+
+        :param exclusive: whether to find out which bytes nothing else shares
         :raises StorageError: it cannot be read
         """
         with self._explained(path):
-            return measure([path])
+            return measure([path], exclusive=exclusive)
+
+    @contextlib.contextmanager
+    def own_trees(self, layer_ids: t.Sequence[str]) -> t.Iterator[t.List[OwnTree]]:
+        """The files of layers themselves, without those of their parents, open for a change of owners.
+
+        :raises UnsupportedDriver: their owners are not on the files, or depend on those of other layers
+        :raises StorageError: a layer is missing or cannot be read
+        """
+        with contextlib.ExitStack() as undo:
+            with self._explained(self.folder):
+                trees = [self._own_tree(undo, layer_id) for layer_id in layer_ids]
+            yield trees
+
+    def _own_tree(self, undo: contextlib.ExitStack, layer_id: str) -> OwnTree:
+        return OwnTree(layer_id, self._need_layer(undo, layer_id))
+
+    def shows_owners_of_lower_layers(self, layer_id: str) -> bool:
+        """Whether files of a mapped layer may be those of its template, with the owners that they have there.
+
+        :raises StorageError: the layer is missing or cannot be read
+        """
+        return False
+
+    @contextlib.contextmanager
+    def tree(self, chain: t.Sequence[str]) -> t.Iterator[int]:
+        """The root directory of a layer's whole tree, open, as a container sees it.
+
+        :param chain: the layer and its parents, top first
+        :raises UnsupportedDriver: owners are not on the files themselves
+        :raises StorageError: a layer is missing or cannot be read
+        """
+        with self._explained(chain[0]), self._readable(chain) as stack:
+            yield stack.fds[0]
 
     def read_text(self, chain: t.Sequence[str], path: str) -> t.Optional[str]:
         """The text of one file of a layer's tree, None when it has no such regular file.
@@ -214,7 +312,7 @@ class Driver(abc.ABC):
         with self._explained(chain[0]), self._readable(chain) as stack:
             return lookup.read_text(stack, path)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Have on disk what was written, and freed what was deleted as far as that is to be had.
 
         :raises StorageError: something could not be written
@@ -228,15 +326,39 @@ class Driver(abc.ABC):
         files.syncfs(directory)
 
     def dependencies(self, layer_id: str) -> t.List[str]:
-        """The layers whose data this one needs on disk, nearest first; none where trees are whole."""
+        """The layers whose data this one needs on disk, nearest first; none where trees are whole.
+
+        :raises StorageError: the driver has to look at the layer for it, and cannot
+        """
         return []
 
     def dependents(self, layer_id: str) -> t.List[str]:
-        """The layers in the folder that need the data of this one."""
+        """The layers in the folder that need the data of this one: those with it among their ``dependencies``.
+
+        :raises StorageError: the driver's folder cannot be read
+        """
         return []
 
+    def resting(self, names: t.Iterable[str]) -> t.Dict[str, t.List[str]]:
+        """What the folders themselves say of the layers that they rest on, whatever the records say.
+
+        :param names: of folders in the driver's folder
+        :returns: for each folder that names such layers, their IDs, nearest first; a layer that cannot be told is
+            left out, and so is a folder that cannot be read
+        :raises StorageError: the driver's folder cannot be read
+        """
+        return {}
+
+    def has_copy(self, layer_id: str) -> bool:
+        """Whether the own layer of a container, whose record has other maps than its parent, holds the image once
+        more: the runtime has changed owners in it, in place of shifting them in mounts.
+
+        :raises StorageError: the driver's folder cannot be read
+        """
+        return True
+
     def links(self) -> t.Dict[str, str]:
-        """Short names that the driver keeps, with the layer each stands for ("" if for none)."""
+        """The short names that the driver maintains, each with its layer ("" if there is none)."""
         return {}
 
     def orphans(
@@ -272,7 +394,7 @@ class Driver(abc.ABC):
 
     def _orphan(self, kind: str, name: str, changed: float) -> Orphan:
         path = os.path.join(self.folder, name)
-        return Orphan(kind, name, path, changed, lambda: self.measure(name))
+        return Orphan(kind, name, path, changed, lambda exclusive: self.measure(name, exclusive))
 
     # Making
 
@@ -289,13 +411,24 @@ class Driver(abc.ABC):
 
     def _copying(self) -> t.List[Strategy]:
         filesystem = files.filesystem_type(self.home.view) or "this filesystem"
-        # Asked for where it may be, for it takes a (nameless) file to find out.
-        if filesystem not in _NEVER_SHARING and self.craft.can_reflink(self.home.view):
+        if filesystem not in _NEVER_SHARING and self._can_reflink(filesystem):
             return [
-                Strategy(REFLINK, f"{filesystem} lets files share their data"),
-                Strategy(COPY, "plain copies work everywhere"),
+                Strategy(REFLINK, f"{filesystem} supports shared extents"),
+                Strategy(COPY, "plain copies are always possible"),
             ]
-        return [Strategy(COPY, f"{filesystem} does not let files share their data")]
+        return [Strategy(COPY, f"{filesystem} does not support shared extents")]
+
+    def _can_reflink(self, filesystem: str) -> bool:
+        """Whether files can share their data; where nothing may be written, as far as the filesystem says."""
+        if not self.home.read_only:
+            return self.tree_tools.can_reflink(self.home.view)
+        if filesystem == "xfs":
+            with contextlib.ExitStack() as undo:
+                directory = os.open(self.home.view, DIRECTORY & ~os.O_NOFOLLOW)
+                undo.callback(os.close, directory)
+                geometry = files.xfs_geometry(directory)
+                return geometry is not None and geometry.shares
+        return filesystem in _ALWAYS_SHARING
 
     def predict(
         self,
@@ -344,9 +477,9 @@ class Driver(abc.ABC):
             staging = os.open(into, DIRECTORY)
             undo.callback(os.close, staging)
             target = os.path.join(into, self._staged_name(layer_id))
-            if read_text(staging, _WAY) != chosen.name:
+            if read_text(staging, _STRATEGY_FILE) != chosen.name:
                 remove_tree(target, self.destroy)
-                write_text(staging, _WAY, chosen.name)
+                write_text(staging, _STRATEGY_FILE, chosen.name)
             staged = self._build(chosen, chain, shift, staging, target, progress)
             files.syncfs(staging)
             return staged
@@ -356,7 +489,7 @@ class Driver(abc.ABC):
         as incomplete, written: whoever finds that record removes what a kill has left. It is durable
         when this returns, so that the record may say that the layer is there.
 
-        :raises StorageError: a directory is there already, or the rename failed
+        :raises StorageError: a directory is already defined, or the rename failed
         """
         with self._explained(layer_id), contextlib.ExitStack() as undo:
             folder = undo.enter_context(self._opened_folder())
@@ -381,6 +514,43 @@ class Driver(abc.ABC):
                 self._uninstall(folder, self._checked(layer_id), trash)
                 sync_names(folder)
 
+    def thin(self, layer_id: str, enough: Enough) -> None:
+        """Delete files of a layer where they are, until that is enough, to make room on a full disk. Called with the
+        store's locks held and its record flagged as incomplete, so that nobody takes what is left for the layer.
+
+        :param enough: asked now and then
+        :raises StorageError: the driver's folder cannot be read
+        """
+        with self._explained(layer_id), contextlib.ExitStack() as undo:
+            folder = undo.enter_context(self._opened_folder())
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                layer = os.open(self._checked(layer_id), DIRECTORY, dir_fd=folder)
+                undo.callback(os.close, layer)
+                for name in self._contents(layer):
+                    if enough():
+                        return
+                    empty_tree(
+                        f"/proc/self/fd/{layer}/{name}" if name else self._path(layer_id), enough
+                    )
+
+    def _contents(self, layer: int) -> t.List[str]:
+        """The folders of a layer's open directory that hold its files; "" for the directory itself."""
+        return [""]
+
+    def erase(self, layer_id: str) -> None:
+        """Delete a layer's data where it is, in place of :meth:`detach`, where there is no room for a trash folder. At
+        most a placeholder is left.
+
+        :raises StorageError: something of it cannot be deleted
+        """
+        with self._explained(layer_id):
+            remove_tree(self._path(layer_id))
+            with self._opened_folder() as folder:
+                sync_names(folder)
+
+    def _path(self, layer_id: str) -> str:
+        return os.path.join(self.folder, self._checked(layer_id))
+
     def drop(self, orphan: Orphan, trash_dir: str) -> None:
         """Move an orphan out of the store, as :meth:`detach` does with a layer.
 
@@ -389,24 +559,30 @@ class Driver(abc.ABC):
         self.detach(orphan.name, trash_dir)
 
     def destroy(self, parent: int, name: str) -> bool:
-        """Delete an entry of an open directory in one piece, if this driver can; the store's
-        ``remove_tree`` asks wherever a device number changes.
+        """Delete an entry of an open directory in one piece, if this driver can and the entry is of its kind, as a
+        subvolume is on btrfs. The store's ``remove_tree`` asks wherever a device number changes, and deletes file by
+        file otherwise. A driver whose layers are filesystems or volumes of their own must override it, for what
+        unlink(2) cannot delete stays in the trash.
 
-        :returns: whether it is gone
+        :param parent: an open directory; need not be in the driver's folder
+        :returns: whether it is gone by this call; false for what is not there
         """
         return False
 
-    def holds(self, name: str) -> bool:
-        """Whether the place of a layer of that name is only held, for one that is to come or was taken away.
+    def is_placeholder(self, name: str) -> bool:
+        """Whether a placeholder is there in the place of a layer of that name. Drivers without placeholders never
+        override it.
 
+        :param name: any name; what is no layer ID has no placeholder
         :raises StorageError: the driver's folder cannot be read
         """
         return False
 
-    def vacate(self, layer_id: str) -> bool:
-        """Give up a place that is held, once no record speaks of that layer.
+    def remove_placeholder(self, layer_id: str) -> bool:
+        """Remove the placeholder of a layer, once there is no record of that layer. Overridden together with
+        ``is_placeholder``.
 
-        :returns: whether there was one
+        :returns: whether there was one and it is gone; false where there is none
         :raises StorageError: it cannot be removed
         """
         return False
@@ -421,11 +597,18 @@ class Driver(abc.ABC):
     def _readable(self, chain: t.Sequence[str]) -> t.ContextManager[LayerStack]:
         """The template's tree, open for reading."""
 
+    @contextlib.contextmanager
+    def _whole_layer(self, chain: t.Sequence[str]) -> t.Iterator[LayerStack]:
+        """What ``_readable`` is for a driver each of whose layers is a whole tree."""
+        with contextlib.ExitStack() as undo:
+            layer = self._need_layer(undo, chain[0])
+            yield undo.enter_context(LayerStack([layer], PLAIN))
+
     def _survey(
         self, chain: t.Sequence[str], shift: Shift, progress: t.Optional[Progress]
     ) -> CloneResult:
         with self._readable(chain) as stack:
-            return self.craft.survey(stack, shift, progress=progress)
+            return self.tree_tools.survey(stack, shift, progress=progress)
 
     def _build(
         self,
@@ -454,28 +637,28 @@ class Driver(abc.ABC):
         progress: t.Optional[Progress],
         again: bool,
     ) -> Staged:
-        made = self.craft.clone(
+        made = self.tree_tools.clone(
             stack, target, shift, strategy=strategy.name, progress=progress, again=again
         )
-        return self._told(strategy, made, made.exclusive)
+        return self._staged(strategy, made, made.exclusive)
 
-    def _in_one_go(self, staging: int, progress: t.Optional[Progress]) -> t.Optional[Progress]:
-        """A progress callback for work that nothing can go on with: what there is of it will be begun anew."""
-        write_text(staging, _WAY, "")
+    def _not_resumable(self, staging: int, progress: t.Optional[Progress]) -> t.Optional[Progress]:
+        """A progress callback for work that cannot be resumed: after an interruption it starts from the beginning."""
+        write_text(staging, _STRATEGY_FILE, "")
         if progress is None:
             return None
-        tell = progress
+        reported_to = progress
 
-        def tell_only(files_done: int, bytes_done: int) -> None:
+        def report(files_done: int, bytes_done: int) -> None:
             try:
-                tell(files_done, bytes_done)
+                reported_to(files_done, bytes_done)
             except Suspended as stop:
                 if stop.given_up:
                     raise
 
-        return tell_only
+        return report
 
-    def _told(self, strategy: Strategy, made: CloneResult, exclusive: int) -> Staged:
+    def _staged(self, strategy: Strategy, made: CloneResult, exclusive: int) -> Staged:
         return Staged(
             strategy.name, strategy.reason, made.files, made.apparent, exclusive, made.inodes
         )
@@ -489,24 +672,24 @@ class Driver(abc.ABC):
 
     # Helpers
 
-    def _choose(self, wanted: str, open_ways: t.Sequence[Strategy]) -> Strategy:
+    def _choose(self, wanted: str, supported: t.Sequence[Strategy]) -> Strategy:
         if wanted == "auto":
-            return open_ways[0]
-        for one in open_ways:
-            if one.name == wanted:
-                return Strategy(one.name, "as asked")
-        names = ", ".join(one.name for one in open_ways)
+            return supported[0]
+        for strategy in supported:
+            if strategy.name == wanted:
+                return Strategy(strategy.name, "as asked")
+        names = ", ".join(strategy.name for strategy in supported)
         raise UnsupportedDriver(
             f"strategy {wanted}",
-            f"is not to be had with driver {self.name} on "
-            f"{files.filesystem_type(self.home.view) or 'this filesystem'} as the store is set up",
+            f"is not supported by driver {self.name} on "
+            f"{files.filesystem_type(self.home.view) or 'this filesystem'} with the configuration of this store",
             f"Use auto, or one of: {names}.",
         )
 
     def _checked(self, layer_id: str) -> str:
         if not LAYER_ID.fullmatch(layer_id):
             raise StoreError(
-                f"layer {layer_id[:80]!r}", "is no layer ID, which is 64 hexadecimal digits"
+                f"layer {layer_id[:80]!r}", "is not a layer ID of 64 hexadecimal digits"
             )
         return layer_id
 
@@ -515,7 +698,7 @@ class Driver(abc.ABC):
         """The folder of the layers, reached without following a link below the graphroot."""
         current = os.open(graphroot or self.home.view, DIRECTORY & ~os.O_NOFOLLOW)
         try:
-            for place in self.places:
+            for place in self.folders:
                 following = os.open(place, DIRECTORY, dir_fd=current)
                 os.close(current)
                 current = following
@@ -543,7 +726,7 @@ class Driver(abc.ABC):
         if descriptor is None:
             raise StoreError(
                 f"layer {layer_id[:12]}",
-                f"has no directory in {os.path.join(self.home.graphroot, *self.places)}",
+                f"has no directory in {os.path.join(self.home.graphroot, *self.folders)}",
                 "Pull or load its image again.",
                 layer_id=layer_id,
             )
@@ -555,17 +738,19 @@ class Driver(abc.ABC):
         :param subject: a layer ID or a path
         """
         about = f"layer {subject[:12]}" if LAYER_ID.fullmatch(subject) else subject
-        return refusals.explained(self.home.graphroot, about)
+        return oserrors.translate_oserror(self.home.graphroot, about)
 
 
 def read_text(folder: int, name: str) -> t.Optional[str]:
     """The text of a small file in an open directory, None when there is none."""
     try:
-        descriptor = os.open(name, _READ_TEXT, dir_fd=folder)
+        descriptor = files.open_regular(name, dir_fd=folder)
     except FileNotFoundError:
         return None
-    with open(descriptor, encoding="utf-8") as stream:
-        return stream.read(1000)
+    try:
+        return os.read(descriptor, 1000).decode("utf-8", "replace")
+    finally:
+        os.close(descriptor)
 
 
 def write_text(folder: int, name: str, text: str) -> None:

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""The btrfs driver: each layer is a subvolume; a mapped one starts as a snapshot of its template.
+"""The btrfs driver. Each layer is a subvolume, and a mapped layer starts as a snapshot of its template.
 
 Runtimes remove a layer whose record is flagged as incomplete when they open the store, and on btrfs
 they fail, for the whole store, if there is no subvolume of that name. So there is one at any time
@@ -18,10 +16,13 @@ import os
 import time
 import typing as t
 
+from ..errors import StoreError
 from ..idmap.mapping import Shift
 from ..kernel import btrfs, files, renames, xattrs
+from ..store.removal import empty_tree
 from ..tree.measure import Usage
-from ..tree.merged import PLAIN, LayerStack
+from ..tree.merged import LayerStack
+from ..tree.own_tree import OwnTree
 from .base import (
     DIRECTORY,
     LAYER_ID,
@@ -31,13 +32,14 @@ from .base import (
     Progress,
     Staged,
     Strategy,
+    Trace,
 )
 
 # On the root of an empty subvolume that only holds a layer's place.
 _MARK = "trusted.userns.storage.placeholder"
 _MARK_OF_USERS = "user.userns.storage.placeholder"
 # What it is called before it has its place.
-_PLACE = "place"
+_NEW_PLACEHOLDER = "place"
 # Nobody takes longer from announcing a layer to putting it there.
 _LONGEST_WAIT = 86400.0
 _NO_EXCHANGE = frozenset((errno.ENOSYS, errno.EINVAL))
@@ -47,7 +49,7 @@ class BtrfsDriver(Driver):
     """GRAPHROOT/btrfs/subvolumes/ID is the layer's tree and a subvolume."""
 
     name = "btrfs"
-    places = ("btrfs", "subvolumes")
+    folders = ("btrfs", "subvolumes")
 
     def damage(self, layer_id: str, chain: t.Sequence[str] = ()) -> t.Optional[str]:
         """As for every driver; a plain directory in a subvolume's place is damage as well."""
@@ -59,17 +61,41 @@ class BtrfsDriver(Driver):
                 return f"layer {layer_id[:12]} is a directory, not a subvolume"
             folder = undo.enter_context(self._opened_folder())
             if self._is_placeholder(folder, layer_id):
-                return f"the subvolume of layer {layer_id[:12]} is missing, its place is only held"
+                return f"the subvolume of layer {layer_id[:12]} is missing, only its placeholder exists"
         return None
 
     def measure(self, layer_id: str, exclusive: bool = False) -> Usage:
-        """As for every driver; the exclusive bytes come from btrfs where quotas are on."""
+        """As in the base class. If quotas are enabled, btrfs provides the exclusive bytes."""
         with self._explained(layer_id), contextlib.ExitStack() as undo:
             counted: t.Optional[int] = None
             if exclusive:
                 counted = btrfs.exclusive_bytes(self._need_layer(undo, layer_id))
             usage = super().measure(layer_id, exclusive and counted is None)
-            return usage if counted is None else usage._replace(exclusive=counted)
+            if counted is not None:
+                copies = btrfs.metadata_copies(self._need_layer(undo, layer_id))
+                return usage._replace(exclusive=counted, least=counted, most=counted * copies)
+            if not exclusive:
+                return usage
+            # What snapshots share of the leaves is not to be found out without quotas.
+            if usage.parts is not None:
+                usage.parts.snapshot = True
+            return usage._replace(least=0)
+
+    def traces(self, layer_ids: t.Iterable[str]) -> t.Dict[str, Trace]:
+        """The generation of the subvolume, which grows with each snapshot of it."""
+        found = {}
+        with self._explained(self.folder), self._opened_folder() as folder:
+            for layer_id in layer_ids:
+                with contextlib.suppress(OSError):
+                    if not LAYER_ID.fullmatch(layer_id):
+                        continue
+                    descriptor = os.open(layer_id, DIRECTORY, dir_fd=folder)
+                    try:
+                        if btrfs.is_subvolume(descriptor):
+                            found[layer_id] = Trace(str(btrfs.generation(descriptor)))
+                    finally:
+                        os.close(descriptor)
+        return found
 
     def _settle(self, directory: int) -> None:
         super()._settle(directory)
@@ -79,11 +105,11 @@ class BtrfsDriver(Driver):
         """A snapshot, where the template is a subvolume; then what works everywhere."""
         with self._explained(chain[0]), contextlib.ExitStack() as undo:
             template = self._need_layer(undo, chain[0])
-            ways = self._copying()
+            strategies = self._copying()
             if btrfs.is_subvolume(template):
                 reason = "btrfs snapshots share everything but the owners"
-                ways.insert(0, Strategy(SNAPSHOT, reason))
-            return ways
+                strategies.insert(0, Strategy(SNAPSHOT, reason))
+            return strategies
 
     def exists(self, layer_id: str) -> bool:
         """As for every driver; a place that is only held does not count."""
@@ -108,8 +134,8 @@ class BtrfsDriver(Driver):
             staging = os.open(into, DIRECTORY)
             undo.callback(os.close, staging)
             # Nobody may find it there without its mark.
-            self._make_placeholder(staging, _PLACE)
-            os.rename(_PLACE, layer_id, src_dir_fd=staging, dst_dir_fd=folder)
+            self._make_placeholder(staging, _NEW_PLACEHOLDER)
+            os.rename(_NEW_PLACEHOLDER, layer_id, src_dir_fd=staging, dst_dir_fd=folder)
         return staged
 
     def _orphans(
@@ -118,27 +144,39 @@ class BtrfsDriver(Driver):
         """As for every driver, but for places that are held for a layer about to come."""
         now = time.time()
         return [
-            one
-            for one in super()._orphans(folder, names, known_ids, thorough)
-            if now - one.changed > _LONGEST_WAIT or not self._is_placeholder(folder, one.name)
+            orphan
+            for orphan in super()._orphans(folder, names, known_ids, thorough)
+            if now - orphan.changed > _LONGEST_WAIT or not self._is_placeholder(folder, orphan.name)
         ]
 
     def destroy(self, parent: int, name: str) -> bool:
         """Delete a subvolume in one piece; as an ordinary user only where the mount allows it."""
         return _delete(parent, name)
 
-    def holds(self, name: str) -> bool:
-        """Whether an empty subvolume holds the place of that layer."""
+    def is_placeholder(self, name: str) -> bool:
+        """Whether there is an empty subvolume as the placeholder of that layer."""
         if not LAYER_ID.fullmatch(name):
             return False
         with self._explained(name), self._opened_folder() as folder:
             return self._is_placeholder(folder, name)
 
-    def vacate(self, layer_id: str) -> bool:
-        """Delete the empty subvolume that holds a layer's place."""
+    def remove_placeholder(self, layer_id: str) -> bool:
+        """Delete the empty subvolume that is a layer's placeholder."""
         with self._explained(layer_id), self._opened_folder() as folder:
             held = self._is_placeholder(folder, self._checked(layer_id))
             return held and _delete(folder, layer_id)
+
+    def erase(self, layer_id: str) -> None:
+        """Empty the subvolume, which is then the placeholder of the layer until ``remove_placeholder``."""
+        with self._explained(layer_id), contextlib.ExitStack() as undo:
+            folder = undo.enter_context(self._opened_folder())
+            layer = os.open(self._checked(layer_id), DIRECTORY, dir_fd=folder)
+            undo.callback(os.close, layer)
+            if not btrfs.is_subvolume(layer):
+                super().erase(layer_id)
+                return
+            empty_tree(self._path(layer_id), lambda: False)
+            xattrs.put(layer, self._mark, b"1")
 
     def _staged_name(self, layer_id: str) -> str:
         return layer_id
@@ -193,11 +231,14 @@ class BtrfsDriver(Driver):
                 return False
             return btrfs.is_subvolume(found) and not os.listdir(found)
 
-    @contextlib.contextmanager
-    def _readable(self, chain: t.Sequence[str]) -> t.Iterator[LayerStack]:
-        with contextlib.ExitStack() as undo:
-            template = self._need_layer(undo, chain[0])
-            yield undo.enter_context(LayerStack([template], PLAIN))
+    def _own_tree(self, undo: contextlib.ExitStack, layer_id: str) -> OwnTree:
+        damage = self.damage(layer_id)
+        if damage is not None:
+            raise StoreError(f"layer {layer_id[:12]}", damage, "Pull or load its image again.")
+        return super()._own_tree(undo, layer_id)
+
+    def _readable(self, chain: t.Sequence[str]) -> t.ContextManager[LayerStack]:
+        return self._whole_layer(chain)
 
     def _build(
         self,
@@ -219,14 +260,14 @@ class BtrfsDriver(Driver):
             template = self._need_layer(undo, chain[0])
             # A snapshot holds what the template was last given, on disk already or not.
             btrfs.snapshot(template, staging, name)
-        told = self._in_one_go(staging, progress)
-        made = self.craft.shift_in_place(target, shift, progress=told)
+        report = self._not_resumable(staging, progress)
+        made = self.tree_tools.shift_in_place(target, shift, progress=report)
         # Space is counted when the filesystem commits, and known only where quotas are on.
         files.syncfs(staging)
         with contextlib.ExitStack() as undo:
             snapshot = os.open(name, DIRECTORY, dir_fd=staging)
             undo.callback(os.close, snapshot)
-            return self._told(strategy, made, btrfs.exclusive_bytes(snapshot) or 0)
+            return self._staged(strategy, made, btrfs.exclusive_bytes(snapshot) or 0)
 
 
 def _delete(parent: int, name: str) -> bool:

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""The overlay driver, native mounts only.
+"""The overlay driver, for native overlay mounts only.
 
 The mapped layer holds the whole merged tree and, as the driver has it, is a child of its template:
 ``lower`` names the template first. The records know it as a sibling of the template.
@@ -18,14 +16,16 @@ import re
 import stat
 import typing as t
 
-from ..errors import StoreError, UnsupportedDriver
+from ..errors import StoreError, UnsupportedDriver, UntestedRuntime
 from ..idmap.mapping import Shift
-from ..kernel import mounts
+from ..kernel import files, mounts
+from ..printable import printable
 from ..store.removal import remove_tree
 from ..tree import lookup
-from ..tree.craft import CloneResult
 from ..tree.measure import Usage, measure
 from ..tree.merged import PLAIN, LayerStack, NeedsMount
+from ..tree.own_tree import OwnTree
+from ..tree.tree_tools import CloneResult
 from .base import (
     COPY,
     DIRECTORY,
@@ -44,7 +44,6 @@ from .base import (
 
 _LINK = re.compile(r"[A-Z2-7]{26}")
 _LINK_TARGET = re.compile(r"\.\./([0-9a-f]{64})/diff")
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # Far more than the 500 lower layers that containers/storage allows.
 _LONGEST_TEXT = 1 << 17
@@ -54,14 +53,21 @@ _MOUNTED = "mounted"
 # In the directory of a layer whose files lie elsewhere: in an image of composefs, or in an additional layer store.
 _COMPOSEFS = "composefs-data"
 _ADDITIONAL = "additionallayer"
-_METACOPY_PARAMETER = "/sys/module/overlay/parameters/metacopy"
+# What containers/storage 1.38 to 1.64 puts into the directory of a layer; merged.1 exists while a mount is replaced.
+# On NFS a deleted file that is still open is named .nfs.
+_KNOWN = re.compile(
+    rf"diff\d*|link|lower|lower-layers|work|merged(\.1)?|mapped|empty|{_COMPOSEFS}|{_ADDITIONAL}|\.nfs.*"
+)
 
 
 class OverlayDriver(Driver):
     """GRAPHROOT/overlay/ID/ with diff, link and lower; GRAPHROOT/overlay/l/ with the short names."""
 
     name = "overlay"
-    places = ("overlay",)
+    folders = ("overlay",)
+    _read_on_use = ("link", "lower-layers")
+    _unread_flags = 0
+    _names: t.Optional[t.Dict[str, str]] = None
 
     # Asking
 
@@ -71,39 +77,53 @@ class OverlayDriver(Driver):
             directory = self._opened_layer(undo, layer_id)
             if directory is None:
                 return f"the directory of layer {layer_id[:12]} is missing"
-            found = self._own_damage(directory, layer_id)
-            if found is not None:
+            self._refuse_newer(directory)
+            if not _has_directory(directory, "diff") and not _exists(directory, _ADDITIONAL):
+                return f"diff of layer {layer_id[:12]} is missing"
+            link = _read(directory, "link")
+            # Every runtime reads it to put a container on the layer.
+            if link is None:
+                return f"link of layer {layer_id[:12]} is missing"
+            if not _LINK.fullmatch(link):
+                return f"link of layer {layer_id[:12]} is not 26 letters and digits"
+            links, named = self._lower_links(directory), self._lower_ids(directory)
+            resolved = [self._resolve(item) for item in links]
+            lowers = [item for item in resolved if item is not None]
+            lost = [link_name for link_name, target in zip(links, resolved) if target is None]
+            found = ""
+            if lost:
+                found = f"lower of layer {layer_id[:12]} names {lost[0]}, which is missing"
+            elif self._resolve(f"l/{link}") != layer_id:
+                found = f"l/{link}, the short name of layer {layer_id[:12]}, is missing"
+            # Runtimes that read lower-layers need no short names, and make lost ones no more. Others make those anew
+            # that a file link tells.
+            if found and ((named is None and lost) or self.home.needs_short_names()):
                 return found
-            lowers: t.List[str] = []
-            for link in self._lower_links(directory):
-                lower_id = self._resolve(link)
-                if lower_id is None:
-                    return f"lower of layer {layer_id[:12]} names {link}, which is missing"
-                lowers.append(lower_id)
-            named = self._lower_ids(directory)
-            if named is not None and named != lowers:
-                return f"lower and lower-layers of layer {layer_id[:12]} contradict each other"
-            for one in dict.fromkeys((*lowers, *chain)):
-                if one == layer_id:
+            if named is None:
+                for item in links:
+                    if (
+                        self._resolve(item, use_link_files=False) is None
+                        and not self.home.needs_short_names()
+                    ):
+                        return f"lower of layer {layer_id[:12]} names {item}, which is missing"
+            if named is not None:
+                if links and not lost and named != lowers:
+                    return f"lower and lower-layers of layer {layer_id[:12]} contradict each other"
+                lowers = named
+            for item in dict.fromkeys((*lowers, *chain)):
+                if item == layer_id:
                     continue
-                lower = self._opened_layer(undo, one)
+                lower = self._opened_layer(undo, item)
                 if lower is None:
-                    return f"the directory of layer {one[:12]}, which it rests on, is missing"
+                    return f"the directory of layer {item[:12]}, on which it depends, is missing"
                 if not _has_directory(lower, "diff") and not _exists(lower, _ADDITIONAL):
-                    return f"diff of layer {one[:12]}, which it rests on, is missing"
+                    return f"diff of layer {item[:12]}, on which it depends, is missing"
         return None
 
-    def _own_damage(self, directory: int, layer_id: str) -> t.Optional[str]:
-        if not _has_directory(directory, "diff") and not _exists(directory, _ADDITIONAL):
-            return f"diff of layer {layer_id[:12]} is missing"
-        link = _read(directory, "link")
-        if link is None:
-            return f"link of layer {layer_id[:12]} is missing"
-        if not _LINK.fullmatch(link):
-            return f"link of layer {layer_id[:12]} is not 26 letters and digits"
-        if self._resolve(f"l/{link}") != layer_id:
-            return f"l/{link}, the short name of layer {layer_id[:12]}, is missing"
-        return None
+    def has_copy(self, layer_id: str) -> bool:
+        """Whether there is a ``diff1``: what was in ``diff`` when owners were changed is moved there."""
+        with self._explained(layer_id), contextlib.ExitStack() as undo:
+            return _exists(self._need_layer(undo, layer_id), "diff1")
 
     def top_owners(self, chain: t.Sequence[str]) -> t.List[t.Tuple[str, int, int]]:
         """As for every driver; nothing where owners are not on the files themselves."""
@@ -116,8 +136,32 @@ class OverlayDriver(Driver):
                     return []
         return super().top_owners(chain)
 
+    def _own_tree(self, undo: contextlib.ExitStack, layer_id: str) -> OwnTree:
+        self._refuse_unsupported(undo, [layer_id], whole=False)
+        layer = self._need_layer(undo, layer_id)
+        if _exists(layer, "diff1"):
+            raise UnsupportedDriver(
+                f"layer {layer_id[:12]}",
+                "is a mapped copy of another layer, so it shows files of that layer",
+                "Remove the image and pull it again.",
+            )
+        diff = os.open("diff", DIRECTORY, dir_fd=layer)
+        undo.callback(os.close, diff)
+        return OwnTree(layer_id, diff, whiteouts=True)
+
+    def shows_owners_of_lower_layers(self, layer_id: str) -> bool:
+        """As for every driver; what a runtime copies up holds only files whose owners it has changed."""
+        return self.has_copy(layer_id)
+
+    @contextlib.contextmanager
+    def tree(self, chain: t.Sequence[str]) -> t.Iterator[int]:
+        """As for every driver, through a mount that only looks."""
+        with self._explained(chain[0]), contextlib.ExitStack() as undo:
+            self._refuse_unsupported(undo, chain)
+            yield undo.enter_context(self._mounted(chain)).fds[0]
+
     def dependencies(self, layer_id: str) -> t.List[str]:
-        """The layers that ``lower`` names: on disk a mapped layer rests on its template."""
+        """The layers in ``lower``: on disk, a mapped layer depends on its template."""
         with self._explained(layer_id), contextlib.ExitStack() as undo:
             return self._lowers(self._need_layer(undo, layer_id))
 
@@ -138,8 +182,31 @@ class OverlayDriver(Driver):
                         os.close(directory)
         return found
 
+    def resting(self, names: t.Iterable[str]) -> t.Dict[str, t.List[str]]:
+        """As for every driver, from ``lower-layers``, else from ``lower`` and the short names."""
+        found: t.Dict[str, t.List[str]] = {}
+        short: t.Dict[str, t.Optional[str]] = {}
+        with self._explained(self.folder), self._opened_folder() as folder:
+            for name in names:
+                with contextlib.ExitStack() as undo:
+                    try:
+                        layer = os.open(name, DIRECTORY, dir_fd=folder)
+                        undo.callback(os.close, layer)
+                        ids = self._lower_ids(layer)
+                        links = self._lower_links(layer) if ids is None else []
+                    except (OSError, StoreError):
+                        continue
+                for link in links:
+                    if link not in short:
+                        short[link] = self._resolve(link)
+                if ids is None:
+                    ids = [item for item in map(short.get, links) if item]
+                if ids:
+                    found[name] = ids
+        return found
+
     def links(self) -> t.Dict[str, str]:
-        """The names in l/ with the layer each stands for."""
+        """The names in l/, each with its layer."""
         found: t.Dict[str, str] = {}
         with self._explained(self.folder), contextlib.ExitStack() as undo:
             folder = _opened_links(undo, undo.enter_context(self._opened_folder()))
@@ -179,12 +246,14 @@ class OverlayDriver(Driver):
         """Files without data where the store mounts with metacopy=on, and no better way is open."""
         with self._explained(chain[0]), contextlib.ExitStack() as undo:
             self._refuse_unsupported(undo, chain)
-            ways = self._copying()
+            strategies = self._copying()
             if self._metacopy():
-                reason = "the store mounts with metacopy=on, so files need no data of their own"
+                reason = (
+                    "the store mounts with metacopy=on, so mapped files need no copy of the data"
+                )
                 # Shared data is as cheap, and stands by itself.
-                ways.insert(len(ways) - 1, Strategy(METACOPY, reason))
-            return ways
+                strategies.insert(len(strategies) - 1, Strategy(METACOPY, reason))
+            return strategies
 
     def drop(self, orphan: Orphan, trash_dir: str) -> None:
         """Move an orphan out of the store; a short name is deleted at once."""
@@ -197,59 +266,76 @@ class OverlayDriver(Driver):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(orphan.name, dir_fd=folder)
 
-    def _refuse_unsupported(self, undo: contextlib.ExitStack, chain: t.Sequence[str]) -> None:
+    def _refuse_unsupported(
+        self, undo: contextlib.ExitStack, chain: t.Sequence[str], whole: bool = True
+    ) -> None:
+        """Refuse features that are not handled here.
+
+        :param whole: whether to look at all layers that the first of the chain needs
+        """
         folder = undo.enter_context(self._opened_folder())
         sticky = (_read(folder, ".has-mount-program") or "").strip() == "true"
         if self.home.options.get("mount_program") or sticky:
             raise UnsupportedDriver(
                 self.folder,
-                "is used through a mount program (fuse-overlayfs), whose layers are not made here",
+                "is used through a mount program (fuse-overlayfs), for which this collection does not create layers",
                 "It shifts IDs at mount time, so a contiguous map needs no mapped layer; for other "
                 "maps use a store without mount_program.",
             )
         if self.home.options.get("force_mask"):
             raise UnsupportedDriver(
                 self.folder,
-                "is used with force_mask, so that owners and modes are not on the files themselves",
+                "is used with force_mask, so the files do not have their real owners and modes",
                 "Use a store without force_mask.",
             )
-        for layer_id in self._disk_chain(undo, chain):
+        for layer_id in self._disk_chain(undo, chain) if whole else chain:
             directory = self._need_layer(undo, layer_id)
+            self._refuse_newer(directory)
             if _exists(directory, _COMPOSEFS):
                 raise UnsupportedDriver(
                     f"layer {layer_id[:12]}",
-                    "is kept as composefs, whose files cannot be given other owners",
-                    "Pull the image with use_composefs off.",
+                    "is stored as composefs, whose files cannot have other owners",
+                    "Disable use_composefs and pull the image again.",
                 )
             if _exists(directory, _ADDITIONAL):
                 raise UnsupportedDriver(
                     f"layer {layer_id[:12]}",
                     "lies in an additional layer store, which is mounted on demand",
-                    "Pull the image without additionallayerstores.",
+                    "Remove additionallayerstores from the configuration and pull the image again.",
                 )
 
     def _metacopy(self) -> bool:
-        """Whether runtimes mount this store with metacopy=on, and have not found that it fails."""
-        if self.home.rootless:
+        """Whether runtimes are known to mount this store with metacopy=on.
+
+        The options that were read here may be incomplete: another loader, a variable of another process. So the note
+        counts that each runtime leaves in the runroot after it has tried its own options, and a note of any other
+        options with which metacopy is off forbids it.
+        """
+        options = self.home.options.get("mountopt", "")
+        given = [
+            mount_option
+            for mount_option in self._mount_options()
+            if mount_option.startswith("metacopy=")
+        ]
+        if self.home.rootless or (given and given[-1] != "metacopy=on"):
             return False
-        found = f"metacopy({self.home.options.get('mountopt', '')})-false"
-        if os.path.lexists(os.path.join(self.home.runroot, "overlay", found)):
-            return False
-        given = [one for one in self._mount_options() if one.startswith("metacopy=")]
-        if given:
-            return given[-1] == "metacopy=on"
         try:
-            with open(_METACOPY_PARAMETER, encoding="utf-8") as parameter:
-                return parameter.read(1) == "Y"
+            notes = os.listdir(os.path.join(self.home.runroot, "overlay"))
         except OSError:
             return False
+        off = any(note.startswith("metacopy(") and note.endswith(")-false") for note in notes)
+        return f"metacopy({options})-true" in notes and not off
 
     def _mount_options(self) -> t.List[str]:
-        return [one.strip() for one in self.home.options.get("mountopt", "").split(",")]
+        return [part.strip() for part in self.home.options.get("mountopt", "").split(",")]
 
     def _options_of_ours(self, *names: str) -> t.List[str]:
         """Those of the store's mount options that decide how layers are read and written."""
-        return [one for one in self._mount_options() if one.partition("=")[0] in names]
+        return [
+            mount_option
+            for mount_option in self._mount_options()
+            if mount_option.partition("=")[0] in names
+        ]
 
     def read_text(self, chain: t.Sequence[str], path: str) -> t.Optional[str]:
         """The text of one file of a layer's tree, through a mount where it must be."""
@@ -266,7 +352,7 @@ class OverlayDriver(Driver):
             return super()._survey(chain, shift, progress)
         except NeedsMount:
             with self._mounted(chain) as stack:
-                return self.craft.survey(stack, shift, progress=progress)
+                return self.tree_tools.survey(stack, shift, progress=progress)
 
     def _build(
         self,
@@ -294,7 +380,7 @@ class OverlayDriver(Driver):
                 made = self._without_data(
                     undo, chain, shift, staging, layer, target, progress, again
                 )
-                return self._told(strategy, made, made.exclusive)
+                return self._staged(strategy, made, made.exclusive)
             diff = os.path.join(target, "diff")
             why = read_text(staging, _MOUNTED) if again else None
             if why is None:
@@ -333,18 +419,18 @@ class OverlayDriver(Driver):
         content = os.path.join(target, "diff1")
         try:
             with self._readable(chain) as stack:
-                made = self.craft.clone(
+                made = self.tree_tools.clone(
                     stack, content, shift, METACOPY, progress=progress, again=again
                 )
         except NeedsMount:
             remove_tree(content)
             os.mkdir("diff1", 0o700, dir_fd=layer)
-            told = self._in_one_go(staging, progress)
-            made = self._copied_up(undo, chain, shift, layer, told)
+            use_link_files = self._not_resumable(staging, progress)
+            made = self._copied_up(undo, chain, shift, layer, use_link_files)
         os.mkdir("diff", 0o700, dir_fd=layer)
         opened = [os.open(name, DIRECTORY, dir_fd=layer) for name in ("diff1", "diff")]
-        for one in opened:
-            undo.callback(os.close, one)
+        for item in opened:
+            undo.callback(os.close, item)
         _copy_root(*opened)
         return made
 
@@ -353,17 +439,17 @@ class OverlayDriver(Driver):
     ) -> None:
         """Write link, lower and lower-layers: old runtimes read the first two, new ones the last."""
         link = _read(template, "link")
+        links = [f"l/{link}", *self._lower_links(template)]
         if link is None or not _LINK.fullmatch(link):
             raise StoreError(
                 f"layer {chain[0][:12]}",
                 "has no short name in its file link",
                 "Pull or load its image again.",
             )
-        links = [f"l/{link}", *self._lower_links(template)]
         if len(links) > _MOST_LOWERS - 1:
             raise UnsupportedDriver(
                 f"layer {chain[0][:12]}",
-                f"rests on {len(links) - 1} layers, and a mapped layer would be one too many",
+                f"has {len(links) - 1} parent layers, and a mapped layer would exceed the limit",
                 "Build the image with fewer layers (podman build --squash).",
             )
         own = base64.b32encode(os.urandom(17)).decode("ascii")[:26]
@@ -391,8 +477,8 @@ class OverlayDriver(Driver):
         """Let the kernel make such files, by changing owners through a mount for writing."""
         lowers = self._directories(undo, chain)
         opened = [os.open(name, DIRECTORY, dir_fd=layer) for name in ("diff1", "work", "merged")]
-        for one in opened:
-            undo.callback(os.close, one)
+        for item in opened:
+            undo.callback(os.close, item)
         upper, work, merged = opened
         _copy_root(lowers[0], upper)
         options = ["metacopy=on", *self._options_of_ours("redirect_dir", "index", "xino")]
@@ -400,7 +486,7 @@ class OverlayDriver(Driver):
         try:
             root = os.open("merged", DIRECTORY, dir_fd=layer)
             try:
-                made = self.craft.shift_in_place(root, shift, relink=True, progress=progress)
+                made = self.tree_tools.shift_in_place(root, shift, relink=True, progress=progress)
             finally:
                 os.close(root)
         finally:
@@ -417,22 +503,36 @@ class OverlayDriver(Driver):
             link = _read(layer, "link")
             links = _opened_links(undo, folder)
             if link is None or links is None:
-                raise StoreError(self.folder, "has lost its folder l or the staged link")
+                raise StoreError(self.folder, "has lost its directory l or the staged link")
             # The directory first: with it in place, whoever removes it finds the link's name.
             super()._install(staging, folder, layer_id)
             os.symlink(f"../{layer_id}/diff", link, dir_fd=links)
             sync_names(links)
 
     def _uninstall(self, folder: int, layer_id: str, trash: int) -> None:
+        self._unlink_short_name(folder, layer_id)
+        super()._uninstall(folder, layer_id, trash)
+
+    def _unlink_short_name(self, folder: int, layer_id: str) -> None:
+        """Before the directory goes, which alone tells the name."""
         with contextlib.ExitStack() as undo:
             layer = os.open(layer_id, DIRECTORY, dir_fd=folder)
             undo.callback(os.close, layer)
             link = _read(layer, "link")
             links = _opened_links(undo, folder)
-            # The link first: its name is not to be had once the directory is gone.
             if links is not None and link is not None and _is_link_of(links, link, layer_id):
                 os.unlink(link, dir_fd=links)
-            super()._uninstall(folder, layer_id, trash)
+
+    def erase(self, layer_id: str) -> None:
+        """As for every driver, the short name first."""
+        with self._explained(layer_id), contextlib.ExitStack() as undo:
+            folder = undo.enter_context(self._opened_folder())
+            undo.enter_context(contextlib.suppress(FileNotFoundError))
+            self._unlink_short_name(folder, self._checked(layer_id))
+        super().erase(layer_id)
+
+    def _contents(self, layer: int) -> t.List[str]:
+        return [name for name in os.listdir(layer) if name.startswith("diff")]
 
     # Reading
 
@@ -465,7 +565,7 @@ class OverlayDriver(Driver):
         ids = self._lower_ids(template)
         if ids is None:
             resolved = [self._resolve(link) for link in links]
-            ids = [one for one in resolved if one is not None]
+            ids = [item for item in resolved if item is not None]
             if len(ids) != len(links):
                 # A lost short name is made again by old runtimes; the records know the layers.
                 if len(links) != len(chain) - 1:
@@ -496,34 +596,55 @@ class OverlayDriver(Driver):
         if ids is not None:
             return ids
         resolved = [self._resolve(link) for link in self._lower_links(directory)]
-        return [one for one in resolved if one is not None]
+        return [item for item in resolved if item is not None]
+
+    @staticmethod
+    def _refuse_newer(directory: int) -> None:
+        """Raise where a layer's directory has something that no known version puts there.
+
+        :raises UntestedRuntime: it has
+        """
+        unknown = sorted(name for name in os.listdir(directory) if not _KNOWN.fullmatch(name))
+        if unknown:
+            raise _newer(directory, f"has {printable(unknown[0], 80)}, which")
 
     def _lower_links(self, directory: int) -> t.List[str]:
         """The entries of ``lower``, each ``l/`` and a short name.
 
-        :raises StoreError: one is something else
+        :raises UntestedRuntime: one is something else
         """
         text = _read(directory, "lower")
         if not text:
             return []
         links = text.split(":")
-        for one in links:
-            if not one.startswith("l/") or not _LINK.fullmatch(one[2:]):
-                raise StoreError(
-                    os.readlink(f"/proc/self/fd/{directory}") + "/lower",
-                    f"holds {one[:80]!r}, which is not l/ and a short name",
+        for link in links:
+            if not link.startswith("l/") or not _LINK.fullmatch(link[2:]):
+                raise _newer(
+                    directory, f"has {link[:80]!r} in lower, which is not l/ and a short name and"
                 )
         return links
 
     def _lower_ids(self, directory: int) -> t.Optional[t.List[str]]:
-        """The entries of ``lower-layers``; None without that file, which old runtimes do not write."""
+        """The entries of ``lower-layers``; None without that file, which old runtimes do not write.
+
+        :raises UntestedRuntime: one is no layer ID
+        """
         text = _read(directory, "lower-layers")
         if text is None:
             return None
-        return [self._checked(one) for one in text.split(":")] if text else []
+        ids = text.split(":") if text else []
+        for identifier in ids:
+            if not LAYER_ID.fullmatch(identifier):
+                raise _newer(
+                    directory, f"has {identifier[:80]!r} in lower-layers, which is no layer ID and"
+                )
+        return ids
 
-    def _resolve(self, link: str) -> t.Optional[str]:
-        """The layer that l/NAME stands for, in the store or a read-only one."""
+    def _resolve(self, link: str, use_link_files: bool = True) -> t.Optional[str]:
+        """The layer that l/NAME links to, in the store or in a read-only store.
+
+        :param use_link_files: whether the file ``link`` of a layer counts where that name is lost
+        """
         for graphroot in (self.home.view, *self.home.image_stores):
             with contextlib.ExitStack() as undo:
                 try:
@@ -534,7 +655,32 @@ class OverlayDriver(Driver):
                 found = None if links is None else _link_target(links, link[2:])
                 if found is not None:
                     return found
-        return None
+                if links is not None and _exists(links, link[2:]):
+                    use_link_files = False  # Runtimes leave what is there.
+        return self._names_in_link_files().get(link[2:]) if use_link_files else None
+
+    def _names_in_link_files(self) -> t.Dict[str, str]:
+        """The short name of each layer of the store by its file ``link``; read once, when a name is lost."""
+        if self._names is None:
+            self._names = {}
+            with self._opened_folder() as folder:
+                for layer_id in filter(LAYER_ID.fullmatch, sorted(os.listdir(folder))):
+                    with contextlib.ExitStack() as undo, contextlib.suppress(OSError):
+                        layer = os.open(layer_id, DIRECTORY, dir_fd=folder)
+                        undo.callback(os.close, layer)
+                        name = _read(layer, "link")
+                        if name and _LINK.fullmatch(name):
+                            self._names[name] = layer_id
+        return self._names
+
+
+def _newer(directory: int, problem: str) -> UntestedRuntime:
+    """The error about a form of layers that no version known here writes."""
+    return UntestedRuntime(
+        os.readlink(f"/proc/self/fd/{directory}"),
+        f"{problem} is newer than this version of the collection knows, or was put there by something else",
+        "Update the collection. Until then this layer is neither copied nor removed by it.",
+    )
 
 
 def _opened_links(undo: contextlib.ExitStack, folder: int) -> t.Optional[int]:
@@ -565,12 +711,10 @@ def _is_link_of(links: int, name: str, layer_id: str) -> bool:
 def _read(directory: int, name: str) -> t.Optional[str]:
     """A small file of the driver's; None if it is not there."""
     try:
-        descriptor = os.open(name, _FILE, dir_fd=directory)
+        descriptor = files.open_regular(name, dir_fd=directory)
     except FileNotFoundError:
         return None
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", name)
         return os.read(descriptor, _LONGEST_TEXT).decode("ascii", "replace")
     finally:
         os.close(descriptor)
@@ -600,5 +744,5 @@ def _copy_root(source: int, target: int) -> None:
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def _nothing() -> Usage:
+def _nothing(_exclusive: bool) -> Usage:
     return Usage(inodes=1, files=1, apparent=0, allocated=0, exclusive=0)

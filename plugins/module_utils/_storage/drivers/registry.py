@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Which drivers there are. A new one is a new file and a line here."""
+"""The list of drivers. A new driver needs a file of its own and an entry here."""
 
 from __future__ import annotations
 

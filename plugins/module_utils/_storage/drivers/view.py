@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""One mount through which staging folder and driver folder are both seen.
+"""A single mount that contains both the staging directory and the directory of the driver.
 
 Runtimes bind-mount the driver's folder on itself, so a rename from beside it would cross two mounts
 and fail with EXDEV although both lie on one filesystem.
@@ -18,7 +16,7 @@ import typing as t
 from ..errors import NamespaceError, StoreError, UnsupportedDriver
 from ..kernel import mounts, namespaces
 
-_PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_PATH_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
@@ -46,7 +44,7 @@ def view_of(graphroot: str, driver: str) -> t.Iterator[str]:
         if not namespaces.mounts_are_private():
             if folder is not None and mounts.mount_id(folder) != mounts.mount_id(top):
                 raise NamespaceError(
-                    os.path.join(path, driver), "is a mount of its own and was not entered alone"
+                    os.path.join(path, driver), "is a separate mount and was not opened alone"
                 )
             yield path
             return
@@ -57,7 +55,7 @@ def view_of(graphroot: str, driver: str) -> t.Iterator[str]:
             if folder is not None and mounts.mount_id(folder) != mounts.mount_id(top):
                 raise NamespaceError(
                     os.path.join(path, driver),
-                    f"is a mount of its own, and {path} cannot be bound without it: "
+                    f"is a separate mount, and {path} cannot be bind-mounted without it: "
                     f"{error.strerror}",
                     f"Unmount {os.path.join(path, driver)} or run this as root.",
                 ) from error
@@ -81,7 +79,7 @@ def view_of(graphroot: str, driver: str) -> t.Iterator[str]:
 
 
 def _opened(undo: contextlib.ExitStack, path: str) -> int:
-    descriptor = os.open(path, _PLACE)
+    descriptor = os.open(path, _PATH_FLAGS)
     undo.callback(os.close, descriptor)
     return descriptor
 
@@ -90,7 +88,7 @@ def _opened_folder(
     undo: contextlib.ExitStack, parent: int, driver: str, path: str
 ) -> t.Optional[int]:
     try:
-        descriptor = os.open(driver, _PLACE | os.O_NOFOLLOW, dir_fd=parent)
+        descriptor = os.open(driver, _PATH_FLAGS | os.O_NOFOLLOW, dir_fd=parent)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -98,7 +96,7 @@ def _opened_folder(
             raise UnsupportedDriver(
                 os.path.join(path, driver),
                 "is a symbolic link, so a layer built beside it cannot be moved into it",
-                "Bind-mount the target there, or set graphroot to where it really is.",
+                "Bind-mount the target there, or set graphroot to the real path.",
             ) from error
         raise StoreError(
             os.path.join(path, driver), f"cannot be opened: {error.strerror}"
@@ -107,8 +105,8 @@ def _opened_folder(
     return descriptor
 
 
-def _same(one: int, other: int) -> bool:
-    first, second = os.fstat(one), os.fstat(other)
+def _same(number: int, other: int) -> bool:
+    first, second = os.fstat(number), os.fstat(other)
     return (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino)
 
 
@@ -124,7 +122,7 @@ def _uncover(view: int, driver: str, path: str) -> None:
             except OSError as error:
                 raise NamespaceError(
                     os.path.join(path, driver),
-                    f"was mounted meanwhile and cannot be taken off: {error.strerror}",
+                    f"was mounted during the task and cannot be unmounted: {error.strerror}",
                     "Run the task again.",
                 ) from error
 

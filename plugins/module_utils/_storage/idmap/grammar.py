@@ -1,7 +1,5 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
 """podman's grammar for user namespaces: ``--userns``, ``--uidmap``, ``--subuidname`` and so on.
 
 Reading (``parse_request``) knows nothing of a host. Resolving needs a ``UsernsContext``: who asks,
@@ -68,7 +66,7 @@ class Userns:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of a runtime: a ``--userns`` value, or maps, or names of range owners.
+    """A user namespace as requested from a runtime: a ``--userns`` value, maps, or names of owners of ranges.
 
     ``kind`` is that of ``Userns``, or "maps" where maps or names are given.
     """
@@ -112,14 +110,14 @@ def parse_request(
             raise MapError(
                 f"userns {userns}",
                 "cannot be combined with uidmap, gidmap, subuidname or subgidname",
-                "Give either userns or maps.",
+                "Set either userns or maps.",
             )
         parsed = parse_userns(userns)
         return Request(parsed.kind, parsed)
     if not maps:
         if userns:
             raise MapError(
-                f"userns {userns}", "asks for maps and none is given", "Add uidmap and gidmap."
+                f"userns {userns}", "requires maps, but no map is set", "Add uidmap and gidmap."
             )
         return Request("host", Userns("host"))
     return Request("maps", None, uid_items, gid_items, subuidname or "", subgidname or "")
@@ -139,8 +137,8 @@ def parse_userns(text: str) -> Userns:
     if kind in ("container", "ns"):
         raise MapError(
             subject,
-            "joins the user namespace of something else, so its map is not known from here",
-            "Prepare the image for the mapping of the container that is joined.",
+            "joins another user namespace, so its map cannot be determined",
+            "Prepare the image for the mapping of the container whose namespace it joins.",
         )
     if kind == "keep-id":
         numbers: dict[str, int] = {}
@@ -170,7 +168,7 @@ def parse_userns(text: str) -> Userns:
             uid_items=tuple(extra["uidmapping"]),
             gid_items=tuple(extra["gidmapping"]),
         )
-    raise MapError(subject, "is no kind of user namespace that podman knows", _KINDS_HELP)
+    raise MapError(subject, "is not a user namespace mode of podman", _KINDS_HELP)
 
 
 def parse_map_flags(items: t.Iterable[str]) -> tuple[MapItem, ...]:
@@ -217,7 +215,7 @@ def _item(text: str, fields: list[str]) -> MapItem:
     )
     if max(item.container_id, item.host_id) + (1 if size is None else size) > ID_LIMIT:
         raise MapError(
-            subject, f"goes beyond the highest ID, {ID_LIMIT - 1}", "Lower its start or its count."
+            subject, f"exceeds the highest ID, {ID_LIMIT - 1}", "Lower its start or its count."
         )
     return item
 
@@ -237,7 +235,7 @@ def _number(subject: str, name: str, text: str) -> int:
         raise MapError(subject, f"{name} is {text!r}, not a whole number", "Give a number.")
     number = int(text)
     if number > ID_LIMIT:
-        raise MapError(subject, f"{name} is {number}, more than 32 bits hold", "Lower it.")
+        raise MapError(subject, f"{name} is {number}, which exceeds 32 bits", "Lower it.")
     return number
 
 
@@ -247,12 +245,14 @@ _WHOLE_HOST = Mapping(EVERYTHING, EVERYTHING)
 
 
 def _no_names(name: str, kind: str) -> tuple[SubIDRange, ...]:
-    raise MapError(f"sub{kind}name {name}", "cannot be looked up here", "Give plain maps instead.")
+    raise MapError(
+        f"sub{kind}name {name}", "cannot be looked up in this context", "Use plain maps instead."
+    )
 
 
 @dataclass(frozen=True)
 class UsernsContext:
-    """Who asks, where, and what the runtime's version understands and writes."""
+    """The user, the host's ranges, and the abilities of the runtime's version."""
 
     rootless: bool
     # The user's IDs on the host.
@@ -291,7 +291,7 @@ def resolve(userns: Userns, context: UsernsContext) -> Mapping:
     if userns.kind not in context.kinds:
         raise MapError(
             f"userns {userns.kind}",
-            f"is not known to {context.program}",
+            f"is not supported by {context.program}",
             "Use one of: " + ", ".join(sorted(context.kinds)) + ".",
         )
     if userns.kind == "host":
@@ -302,8 +302,8 @@ def resolve(userns: Userns, context: UsernsContext) -> Mapping:
         return _keep_id(userns, context)
     raise MapError(
         "userns auto",
-        "has no map of its own, it depends on the image and the containers of the store",
-        "Give the image that it is for.",
+        "has no fixed map, because the map depends on the image and the containers of the store",
+        "Specify the image.",
     )
 
 
@@ -325,8 +325,8 @@ def resolve_maps(
     if gid_items and not uid_items and not context.gid_map_alone:
         raise MapError(
             "gidmap " + ",".join(str(item) for item in gid_items),
-            f"{context.program} needs a UID map beside it",
-            "Give uidmap too.",
+            f"{context.program} also requires a UID map",
+            "Set uidmap as well.",
         )
     uid_items, gid_items = uid_items or gid_items, gid_items or uid_items
     if not context.map_flags:
@@ -346,16 +346,16 @@ def resolve_maps(
         elif gid_map and not uid_map:
             uid_map = _fill([], _free([], context.available.uid))
     result = Mapping(IDMap((*named[0], *uid_map)), IDMap((*named[1], *gid_map)))
-    for kind, one, have in (
+    for kind, idmap, have in (
         ("UID", result.uid, context.available.uid),
         ("GID", result.gid, context.available.gid),
     ):
-        one.validate()
-        _within(kind, one, have)
+        idmap.validate()
+        _within(kind, idmap, have)
     if result.identity:
         raise MapError(
             "maps " + ",".join(str(item) for item in (*uid_items, *gid_items)),
-            "map no ID at all",
+            "do not map any ID",
             _MAP_HELP,
         )
     return result
@@ -393,14 +393,14 @@ def _keep_id(userns: Userns, context: UsernsContext) -> Mapping:
         if not context.rootful_keep_id:
             raise MapError(
                 "userns keep-id",
-                f"{context.program} knows it in rootless mode only",
-                "Run this for a user, or give uidmap and gidmap.",
+                f"{context.program} supports it only in rootless mode",
+                "Run this for a user, or set uidmap and gidmap.",
             )
         if userns.size is not None:
             raise MapError(
                 "userns keep-id",
-                f"{context.program} knows its option size in rootless mode only",
-                "Leave size away.",
+                f"{context.program} supports its option size only in rootless mode",
+                "Remove `size`.",
             )
         return Mapping(
             IDMap(context.available.uid.ranges or EVERYTHING.ranges),
@@ -409,8 +409,8 @@ def _keep_id(userns: Userns, context: UsernsContext) -> Mapping:
     if userns.size is not None and not context.keep_id_size:
         raise MapError(
             "userns keep-id",
-            f"{context.program} does not know its option size, which came with podman 5.4",
-            "Leave size away.",
+            f"{context.program} does not support its option size, which requires podman 5.4 or later",
+            "Remove `size`.",
         )
     if context.keep_id_needs_ranges:
         _need_ranges("keep-id", context)
@@ -438,8 +438,8 @@ def _nomap(context: UsernsContext) -> Mapping:
     if not context.rootless:
         raise MapError(
             "userns nomap",
-            f"{context.program} knows it in rootless mode only",
-            "Run this for a user, or give uidmap and gidmap.",
+            f"{context.program} supports it only in rootless mode",
+            "Run this for a user, or set uidmap and gidmap.",
         )
     _need_ranges("nomap", context)
     maps = []
@@ -463,19 +463,19 @@ def _need_ranges(kind: str, context: UsernsContext) -> None:
         if not _subordinate(have):
             raise MapError(
                 f"userns {kind}",
-                f"{context.program} needs subordinate IDs for it and the user has none",
-                f"Give the user a range in /etc/{name}.",
+                f"{context.program} needs subordinate IDs for it, but the user has none",
+                f"Add a range for the user to /etc/{name}.",
             )
 
 
 def _plain_only(item: MapItem, context: UsernsContext) -> None:
     """Refuse what an old runtime does not understand."""
     if item.flagged or item.parent:
-        cause = f"{context.program} knows no flags in maps"
+        cause = f"{context.program} does not support flags in maps"
     elif item.size is None:
-        cause = f"{context.program} wants a count in each entry"
+        cause = f"{context.program} requires a count in each entry"
     elif not item.size:
-        cause = "maps no ID, its count is 0"
+        cause = "maps no ID, because its count is 0"
     else:
         return
     raise MapError(f"map entry {item}", cause, "Write it as CONTAINER_ID:HOST_ID:COUNT.")
@@ -522,8 +522,8 @@ def _pieces(kind: str, item: MapItem, have: IDMap, context: UsernsContext) -> t.
         mapped = inner.size
         raise MapError(
             f"map entry {item}",
-            f"{context.program} has {mapped} of these {size} host {kind}s in its namespace",
-            f"Use {kind}s that are the user's own or in its ranges: {have}.",
+            f"{context.program} has only {mapped} of these {size} host {kind}s in its namespace",
+            f"Use {kind}s that belong to the user or are in the user's ranges: {have}.",
         )
     yield from inner.ranges
 
@@ -599,11 +599,11 @@ def _merge(ranges: t.Sequence[IDRange]) -> list[IDRange]:
     return list(IDMap(tuple(ranges)).normal().ranges)
 
 
-def _within(kind: str, one: IDMap, have: IDMap) -> None:
-    """A runtime can use the IDs of its own namespace only."""
-    if one.ranges and have.compose(one).size != one.size:
+def _within(kind: str, idmap: IDMap, have: IDMap) -> None:
+    """A runtime can only use the IDs of its own namespace."""
+    if idmap.ranges and have.compose(idmap).size != idmap.size:
         raise MapError(
-            f"{kind} map {one}",
+            f"{kind} map {idmap}",
             f"uses IDs that the user's namespace does not have; it has {have.size} of them",
             "Host IDs of rootless maps count from 0, the user itself, and 1, its first "
             f"subordinate {kind}, up to {have.size - 1}.",

@@ -1,7 +1,5 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
 """A pair of ID maps, and the change of owners from one pair to another."""
 
 from __future__ import annotations
@@ -26,6 +24,11 @@ class Mapping:
     def identity(self) -> bool:
         """Whether neither map is there, as in the record of an unmapped layer."""
         return not self.uid.ranges and not self.gid.ranges
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every ID is stored as itself, however that is written: ``0:0:4294967295`` as well as no map."""
+        return self.same_meaning(UNMAPPED)
 
     def same_form(self, other: Mapping) -> bool:
         """Whether both are written alike, which is what runtimes ask for."""
@@ -109,8 +112,13 @@ class Shift:
         return known
 
     @property
+    def new_ids(self) -> t.Tuple[t.Set[int], t.Set[int]]:
+        """The host UIDs and GIDs that were answered so far."""
+        return {*self._uids.values()} - {-1}, {*self._gids.values()} - {-1}
+
+    @property
     def complete(self) -> bool:
-        """Whether every ID asked for so far could be translated."""
+        """Whether all IDs so far could be translated."""
         return not (
             self.unmapped_uids or self.unmapped_gids or self.foreign_uids or self.foreign_gids
         )

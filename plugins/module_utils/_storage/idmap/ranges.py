@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""One ID map: an ordered list of ranges, as records and the kernel write it, with its algebra.
+"""One ID map: an ordered list of ranges as in records and in the kernel, with operations on it.
 
 Order and splitting of the ranges are part of the value, because runtimes compare maps literally;
 ``normal()`` and ``same_meaning()`` are for questions about what a map does.
@@ -95,13 +93,13 @@ class IDMap:
             if entry.size <= 0:
                 raise MapError(
                     f"map entry {entry}",
-                    "maps no ID, its count is 0",
-                    "Give a count of at least 1.",
+                    "maps no ID, because its count is 0",
+                    "Set a count of at least 1.",
                 )
             if max(entry.container_id, entry.host_id) + entry.size > ID_LIMIT:
                 raise MapError(
                     f"map entry {entry}",
-                    f"goes beyond the highest ID, {ID_LIMIT - 1}",
+                    f"exceeds the highest ID, {ID_LIMIT - 1}",
                     "Lower its start or its count.",
                 )
         clash = overlapping(self.ranges)
@@ -110,7 +108,7 @@ class IDMap:
             raise MapError(
                 f"map entries {before} and {after}",
                 f"overlap in their {side} IDs",
-                "Each ID may be mapped once only; shorten or move one of them.",
+                "Each ID can be mapped only once. Shorten or move an entry.",
             )
 
     @classmethod
@@ -162,7 +160,7 @@ class IDMap:
         return None
 
     def to_container(self, host_id: int) -> int | None:
-        """The container ID that a host ID stands for, None when it is not mapped."""
+        """The container ID of a host ID; None if it is not mapped."""
         if not self.ranges:
             return host_id
         for start, host, size in self.ranges:
@@ -172,7 +170,7 @@ class IDMap:
 
     def missing(self, ids: t.Iterable[int]) -> list[int]:
         """Those of these container IDs that are not mapped, sorted, each once."""
-        return sorted(one for one in set(ids) if self.to_host(one) is None)
+        return sorted(identifier for identifier in set(ids) if self.to_host(identifier) is None)
 
     @property
     def contiguous(self) -> bool:

@@ -1,27 +1,41 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
 """Subordinate IDs: who may use which host IDs, from subuid(5), subgid(5) or NSS.
 
-The files are what newuidmap and containers/storage read. NSS (FreeIPA, LDAP) is asked through
+The files are read as newuidmap and newgidmap read them, see ``subid_file``. NSS (FreeIPA, LDAP) is asked through
 ``getsubids``, where nsswitch.conf names a ``subid`` source other than files; and for names without
 an account, since newer versions of libsubid (shadow 4.20) know no ranges for those.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import pwd
+import re
 import subprocess
 import typing as t
 from dataclasses import dataclass
 
 from ..errors import MapError, NamespaceError
+from . import subid_file
 from .mapping import Mapping
 from .ranges import ID_LIMIT, IDMap, IDRange
 
 USUAL_COUNT = 65536
 FIRST_PROPOSED = 100000
 _NSS_TIMEOUT = 60.0
+_LISTING_TIMEOUT = 10.0
+# Larger files are nobody's accounts (bytes).
+_SIZE_LIMIT = 64 * 1024 * 1024
+# What useradd keeps to where /etc/login.defs does not say otherwise.
+_USUAL_MIN, _USUAL_MAX = 100000, 600100000
+# What looks like an entry to people, whether shadow reads it or not.
+_LOOKS_LIKE = re.compile(
+    rb"\s*([^:\s][^:]*?)\s*:[^0-9:]*([0-9]+)[^0-9:]*:[^0-9:]*([0-9]+)(?:[^0-9].*)?", re.DOTALL
+)
+_DECIMAL = re.compile(r"[ \t\n\v\f\r]*\+?([0-9]+)")
 
 
 class SubIDRange(t.NamedTuple):
@@ -41,7 +55,7 @@ class SubIDs:
 
 @dataclass(frozen=True)
 class Sources:
-    """What says who has which IDs."""
+    """The files and programs that define which user has which IDs."""
 
     subuid: str = "/etc/subuid"
     subgid: str = "/etc/subgid"
@@ -49,6 +63,16 @@ class Sources:
     passwd: str = "/etc/passwd"
     # The program that asks libsubid; empty where only the files count.
     getsubids: tuple[str, ...] = ("getsubids",)
+    login_defs: str = "/etc/login.defs"
+    # How shadow reads the files; None for this host's.
+    dialect: subid_file.Dialect | None = None
+    # The program that lists accounts of other services than files.
+    getent: tuple[str, ...] = ("getent",)
+
+    @property
+    def reading(self) -> subid_file.Dialect:
+        """How shadow reads the files."""
+        return self.dialect or subid_file.installed()
 
     def path(self, kind: str) -> str:
         """The file of a kind of ID, "uid" or "gid"."""
@@ -87,31 +111,126 @@ def ranges_of(
     if service:
         ranges = _ask_nss(name, kind, service, sources)
     else:
-        ranges = tuple(
-            entry for owner, entry in _entries(path, {name, str(uid)}) if owner in (name, str(uid))
-        )
+        ranges = own_ranges(read_file(path), path, name, uid, sources.reading)
         if ranges and uid is None and not _known_to_libsubid(name, kind, sources):
             if required:
                 raise NamespaceError(
                     f"name {name}",
-                    f"has ranges in {path}, but no account, and this host gives ranges to "
-                    "accounts only",
-                    f"Make one: useradd --system --no-create-home --shell /usr/sbin/nologin {name}",
+                    f"has ranges in {path}, but no account, and this host assigns ranges only to accounts",
+                    f"Create the account: useradd --system --no-create-home --shell /usr/sbin/nologin {name}",
                     user=name,
                     file=path,
                 )
             ranges = ()
     if not ranges and required:
-        raise _nothing(name, kind, service, sources)
+        raise _nothing(name, uid, kind, service, sources)
     return ranges
 
 
+def own_ranges(
+    content: bytes, path: str, name: str, uid: int | None, dialect: subid_file.Dialect
+) -> tuple[SubIDRange, ...]:
+    """A user's ranges in the content of a file, as shadow reads it; what shadow does not read counts as absent.
+
+    :param path: the file, for messages
+    :raises NamespaceError: an entry of the user exceeds the last ID
+    """
+    found = []
+    try:
+        lines = subid_file.parse(content, dialect)
+    except subid_file.NotRead:
+        return ()
+    for line in lines:
+        if not line.size or not _is_of(line.owner, name, uid, dialect):
+            continue
+        if line.start + line.size > ID_LIMIT:
+            raise NamespaceError(
+                f"{path}: {line.owner}:{line.start}:{line.size}",
+                f"exceeds the last ID, {ID_LIMIT - 1}",
+                f"Correct the line, for example to {line.owner}:{FIRST_PROPOSED}:{USUAL_COUNT}.",
+            )
+        found.append(SubIDRange(line.start, line.size))
+    return tuple(found)
+
+
+def _is_of(owner: str, name: str, uid: int | None, dialect: subid_file.Dialect) -> bool:
+    """Whether an entry of that owner belongs to a user."""
+    if owner == name or (uid is not None and owner == str(uid)):
+        return True
+    if uid is None or not dialect.strict:
+        return False
+    # From 4.20 on whatever names the same account.
+    number = _DECIMAL.fullmatch(owner)
+    if number is not None:
+        return int(number.group(1)) == uid
+    try:
+        return pwd.getpwnam(owner).pw_uid == uid
+    except (KeyError, ValueError, UnicodeError):
+        return False
+
+
+def unread(
+    content: bytes, name: str, uid: int | None, dialect: subid_file.Dialect
+) -> list[tuple[int, str]]:
+    """Number and text of lines that people would take for entries of a user, and shadow passes over."""
+    found = []
+    for number, raw in enumerate(content.split(b"\n"), 1):
+        owner = raw.partition(b":")[0].strip().decode("utf-8", "surrogateescape")
+        if owner in (name, str(uid)) and subid_file.parse_line(raw, dialect) is None:
+            found.append((number, raw[:200].decode("utf-8", "backslashreplace")))
+        elif owner == name and not raw.startswith(name.encode("utf-8", "surrogateescape") + b":"):
+            # The blank beside the name is a part of it.
+            found.append((number, raw[:200].decode("utf-8", "backslashreplace")))
+    return found
+
+
+def why_not_read(path: str, content: bytes, dialect: subid_file.Dialect) -> str:
+    """Why shadow reads nothing of a file, whatever stands in it; empty if it does."""
+    if os.path.islink(path):
+        return "is a symbolic link"
+    try:
+        subid_file.parse(content, dialect)
+    except subid_file.NotRead as error:
+        return str(error)
+    return ""
+
+
 def everybodys_ranges(kind: str, sources: Sources = Sources()) -> tuple[SubIDRange, ...]:
-    """One kind ("uid" or "gid") of the subordinate IDs of all users, as far as the files tell.
+    """One kind ("uid" or "gid") of the subordinate IDs of all users: all that any version of shadow reads in
+    the file, and all that people would read in it.
 
     :raises NamespaceError: the file cannot be read
     """
-    return tuple(entry for _owner, entry in _entries(sources.path(kind), ()))
+    return tuple(SubIDRange(start, size) for _owner, start, size in claims(kind, sources))
+
+
+def claims(kind: str, sources: Sources = Sources()) -> list[subid_file.Line]:
+    """As :func:`everybodys_ranges`, with the owners as they are written, cut off at the last ID.
+
+    :raises NamespaceError: the file cannot be read
+    """
+    content = read_file(sources.path(kind))
+    found: dict[subid_file.Line, None] = {}
+    pieces = dict.fromkeys(re.split(rb"[\n\0]", content))
+    for dialect in subid_file.DIALECTS:
+        with contextlib.suppress(subid_file.NotRead):
+            found.update(dict.fromkeys(subid_file.parse(content, dialect)))
+        for raw in pieces:
+            line = subid_file.parse_line(raw, dialect)
+            if line is not None:
+                found[line] = None
+    for raw in pieces:
+        match = _LOOKS_LIKE.fullmatch(raw)
+        if match is not None and not match.group(1).startswith(b"#"):
+            owner, start, size = match.groups()
+            if len(start) < 20 and len(size) < 20:
+                name = owner.decode("utf-8", "surrogateescape")
+                found[subid_file.Line(name, int(start), int(size))] = None
+    return [
+        subid_file.Line(line.owner, line.start, min(line.size, ID_LIMIT - line.start))
+        for line in found
+        if line.size and line.start < ID_LIMIT
+    ]
 
 
 def namespace_mapping(uid: int, gid: int, subids: SubIDs) -> Mapping:
@@ -146,27 +265,117 @@ def namespace_mapping(uid: int, gid: int, subids: SubIDs) -> Mapping:
 
 def propose(name: str, sources: Sources = Sources()) -> SubIDRange:
     """A range of the usual size that no entry of either file and no local account touches."""
-    taken: list[SubIDRange] = []
-    for path in (sources.subuid, sources.subgid):
-        taken.extend(entry for _owner, entry in _entries(path, {name}, lenient=True))
-    for line in _lines(sources.passwd):
-        fields = line.split(":")
-        for number in fields[2:4]:
-            if number.isdigit():
-                taken.append(SubIDRange(int(number), 1))
-    start = FIRST_PROPOSED
+    taken = [
+        everybodys_range
+        for kind in ("uid", "gid")
+        for everybodys_range in everybodys_ranges(kind, sources)
+    ]
+    taken += accounts(sources.passwd, (2, 3))
+    taken += nss_accounts("passwd", (2, 3), sources) + nss_accounts("group", (2,), sources)
+    try:
+        return free_range(taken, USUAL_COUNT, *bounds(("uid", "gid"), sources))
+    except NamespaceError:
+        return free_range(taken, USUAL_COUNT)
+
+
+def free_range(
+    taken: t.Iterable[SubIDRange], count: int, first: int = FIRST_PROPOSED, last: int = ID_LIMIT - 1
+) -> SubIDRange:
+    """The first range of so many IDs, from ``first`` on by whole multiples of 65536, that touches none.
+
+    :param last: the last ID that it may hold
+    :raises NamespaceError: there is none
+    """
+    start = first
     for begin, size in sorted(taken):
-        if begin >= start + USUAL_COUNT:
+        if begin >= start + count:
             break
         if begin + size > start:
             # Whole multiples, so that the lines stay easy to read.
-            steps = -(-(begin + size - start) // USUAL_COUNT)
-            start += steps * USUAL_COUNT
-    return SubIDRange(start, USUAL_COUNT)
+            start += -(-(begin + size - start) // USUAL_COUNT) * USUAL_COUNT
+    if start + count - 1 > last:
+        raise NamespaceError(
+            f"{count} subordinate IDs",
+            f"no free range of this size is left between {first} and {last}",
+            "Remove ranges of deleted users from /etc/subuid and /etc/subgid, or raise SUB_UID_MAX and "
+            "SUB_GID_MAX in /etc/login.defs.",
+        )
+    return SubIDRange(start, count)
+
+
+def bounds(kinds: t.Iterable[str], sources: Sources = Sources()) -> tuple[int, int]:
+    """The first and the last ID that useradd gives as subordinate ones of these kinds ("uid", "gid"), by
+    SUB_UID_MIN, SUB_UID_MAX, SUB_GID_MIN and SUB_GID_MAX of login.defs(5).
+    """
+    given: dict[str, int] = {}
+    for line in _lines(sources.login_defs):
+        words = line.replace('"', " ").split()
+        if len(words) > 1:
+            value = subid_file.number(words[1].encode("utf-8", "replace"), subid_file.SHADOW_4_17)
+            if value is not None and value < ID_LIMIT:
+                given[words[0]] = value
+    names = [f"SUB_{kind.upper()}_" for kind in kinds]
+    return (
+        max(given.get(f"{name}MIN", _USUAL_MIN) for name in names),
+        min(given.get(f"{name}MAX", _USUAL_MAX) for name in names),
+    )
+
+
+def accounts(path: str, columns: t.Sequence[int]) -> list[SubIDRange]:
+    """The IDs in columns of passwd(5) or group(5), each as a range of one."""
+    return _numbers(_lines(path), columns)
+
+
+def nss_accounts(
+    database: str, columns: t.Sequence[int], sources: Sources = Sources()
+) -> list[SubIDRange]:
+    """As :func:`accounts`, of what NSS lists where accounts are not only in files.
+
+    Many services list nobody, as sssd does unless ``enumerate`` is set; what takes too long is as far as it came.
+
+    :param database: ``passwd`` or ``group``
+    """
+    if not _other_services(sources.nsswitch, database):
+        return []
+    listed: t.Any = b""
+    try:
+        listed = subprocess.run(
+            [*sources.getent, database],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_LISTING_TIMEOUT,
+            check=False,
+        ).stdout
+    except subprocess.TimeoutExpired as error:
+        listed = error.stdout
+    except OSError:
+        pass
+    return _numbers((listed or b"").decode("utf-8", "surrogateescape").split("\n"), columns)
+
+
+def _other_services(path: str, database: str) -> bool:
+    """Whether nsswitch.conf(5) names more than files for a database."""
+    for line in _lines(path):
+        name, colon, services = line.partition("#")[0].partition(":")
+        if colon and name.strip() == database:
+            return bool(set(services.split()) - {"files", "compat"})
+    return False
+
+
+def _numbers(lines: t.Iterable[str], columns: t.Sequence[int]) -> list[SubIDRange]:
+    found = []
+    for line in lines:
+        fields = line.split(":")
+        for column in columns:
+            number = _DECIMAL.fullmatch(fields[column]) if column < len(fields) else None
+            if number is not None:
+                found.append(SubIDRange(int(number.group(1)), 1))
+    return found
 
 
 def nss_service(path: str) -> str:
-    """The NSS service that holds subordinate IDs, empty when the files do."""
+    """The NSS service with the subordinate IDs; empty if they are in the files."""
     for line in _lines(path):
         database, colon, services = line.partition(":")
         if colon and database.strip() == "subid":
@@ -176,40 +385,28 @@ def nss_service(path: str) -> str:
     return ""
 
 
-def _entries(
-    path: str, strict_for: t.Collection[str], lenient: bool = False
-) -> t.Iterator[tuple[str, SubIDRange]]:
-    """Each entry with its owner; strangers' malformed lines are no concern of this user."""
-    for number, line in enumerate(_lines(path), 1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        fields = text.split(":")
-        owner = fields[0]
-        if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
-            entry = SubIDRange(int(fields[1]), int(fields[2]))
-            if entry.start + entry.size <= ID_LIMIT:
-                if entry.size:
-                    yield owner, entry
-                continue
-        if owner in strict_for and not lenient:
-            raise NamespaceError(
-                f"{path} line {number}",
-                f"{text!r} is not NAME:START:COUNT with IDs up to {ID_LIMIT - 1}",
-                f"Correct it, for example to {owner}:{FIRST_PROPOSED}:{USUAL_COUNT}.",
-            )
+def read_file(path: str) -> bytes:
+    """The content of a file; empty where there is none.
 
-
-def _lines(path: str) -> list[str]:
+    :raises NamespaceError: it cannot be read
+    """
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as stream:
-            return stream.read().splitlines()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as stream:
+            content = stream.read(_SIZE_LIMIT + 1)
+        if len(content) > _SIZE_LIMIT:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     except FileNotFoundError:
-        return []
+        return b""
     except OSError as error:
         raise NamespaceError(
             path, f"cannot be read: {error.strerror}", "Make it readable for everyone."
         ) from error
+    return content
+
+
+def _lines(path: str) -> list[str]:
+    return read_file(path).decode("utf-8", "surrogateescape").split("\n")
 
 
 def _ask_nss(name: str, kind: str, service: str, sources: Sources) -> tuple[SubIDRange, ...]:
@@ -219,13 +416,13 @@ def _ask_nss(name: str, kind: str, service: str, sources: Sources) -> tuple[SubI
     except FileNotFoundError as error:
         raise NamespaceError(
             subject,
-            f"are kept by the NSS service {service}, and getsubids is not installed to ask it",
+            f"are provided by the NSS service {service}, but getsubids, which queries it, is not installed",
             "Install the package uidmap (Debian, Ubuntu) or shadow-utils-subid (Fedora, RHEL).",
         ) from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NamespaceError(
             subject,
-            f"could not be asked of the NSS service {service}: {error}",
+            f"could not be queried from the NSS service {service}: {error}",
             f"Try: getsubids {'' if kind == 'uid' else '-g '}{name}",
         ) from error
     ranges = []
@@ -260,24 +457,44 @@ def _getsubids(name: str, kind: str, sources: Sources) -> str:
     ).stdout
 
 
-def _nothing(name: str, kind: str, service: str, sources: Sources) -> NamespaceError:
+def _nothing(
+    name: str, uid: int | None, kind: str, service: str, sources: Sources
+) -> NamespaceError:
     subject = f"user {name}"
     if service:
         return NamespaceError(
             subject,
             f"has no subordinate {kind.upper()}s in the NSS service {service}",
-            f"Let the directory give some, for example: ipa subid-generate --owner={name}",
+            f"Assign some in the directory service, for example: ipa subid-generate --owner={name}",
             user=name,
         )
     path = sources.path(kind)
     start, size = propose(name, sources)
     line = f"{name}:{start}:{size}"
+    facts = {"user": name, "file": path, "line": line}
+    content, dialect = read_file(path), sources.reading
+    reason = why_not_read(path, content, dialect)
+    if reason:
+        return NamespaceError(
+            subject,
+            f"has no subordinate {kind.upper()}s: newuidmap and newgidmap ignore {path} because it {reason}",
+            f"Correct the file: {path} must be a regular file of lines, each with its newline.",
+            **facts,
+        )
+    passed_over = unread(content, name, uid, dialect)
+    if passed_over:
+        number, text = passed_over[0]
+        return NamespaceError(
+            subject,
+            f"has no subordinate {kind.upper()}s in {path}: newuidmap and newgidmap do not read "
+            f"line {number}, {text!r}",
+            f"Correct it to NAME:START:COUNT without blanks, for example to {line}.",
+            **facts,
+        )
     return NamespaceError(
         subject,
         f"has no subordinate {kind.upper()}s in {path}",
         f"Add the line {line} to {path}, or run: "
         f"usermod --add-sub{kind}s {start}-{start + size - 1} {name}",
-        user=name,
-        file=path,
-        line=line,
+        **facts,
     )

@@ -1,7 +1,5 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
 """Subvolumes and snapshots of btrfs, see btrfs-ioctl(2) and linux/btrfs.h."""
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ _SNAP_DESTROY = 0x5000940F
 _SNAP_CREATE_V2 = 0x50009417
 _TREE_SEARCH = 0xD0009411
 _INO_LOOKUP = 0xD0009412
+_GET_SUBVOL_INFO = 0x81F8943C
 
 # struct btrfs_ioctl_vol_args and _v2 are 4096 bytes each, the name at the end.
 _ARGS = struct.Struct("=q4088s")
@@ -32,6 +31,10 @@ _SEARCH_KEY = struct.Struct("=QQQQQQQLLLL4Q")
 _SEARCH_SIZE = 4096
 _SEARCH_HEADER = struct.Struct("=QQQLL")
 
+# struct btrfs_ioctl_get_subvol_info_args: number, name, parent, inode of the directory, generation.
+_SUBVOL_INFO_SIZE = 504
+_SUBVOL_INFO = struct.Struct("=Q256sQQQ")
+
 _FIRST_FREE_INODE = 256
 _QUOTA_TREE = 8
 _QGROUP_INFO_KEY = 242
@@ -39,6 +42,14 @@ _QGROUP_INFO_KEY = 242
 _QGROUP_INFO = struct.Struct("<QQQQQ")
 
 _LONGEST_NAME = 255
+
+# BTRFS_IOC_SPACE_INFO: struct btrfs_ioctl_space_args (slots, number) and the spaces (flags, total, used).
+_SPACE_INFO = 0xC0109414
+_SPACE_ARGS = struct.Struct("=QQ")
+_SPACE = struct.Struct("=QQQ")
+_METADATA = 1 << 2
+# RAID1, DUP, RAID10, RAID1C3, RAID1C4
+_COPIES = ((1 << 4, 2), (1 << 5, 2), (1 << 6, 2), (1 << 9, 3), (1 << 10, 4))
 
 
 def is_subvolume(fd: int) -> bool:
@@ -73,7 +84,7 @@ def snapshot(src_dir_fd: int, parent_fd: int, name: str) -> None:
 
 
 def delete_subvolume(parent_fd: int, name: str) -> None:
-    """Delete the subvolume ``name`` of an open directory; its space comes back in the background.
+    """Delete the subvolume ``name`` of an open directory. Its space is freed in the background.
 
     :raises OSError: ENOTEMPTY: it holds subvolumes; EPERM: without privileges only where the
         filesystem is mounted with user_subvol_rm_allowed
@@ -82,7 +93,7 @@ def delete_subvolume(parent_fd: int, name: str) -> None:
 
 
 def subvolume_id(fd: int) -> int:
-    """The number of the subvolume that holds an open file.
+    """The number of the subvolume that contains an open file.
 
     :raises OSError: ENOTTY: no btrfs
     """
@@ -92,8 +103,20 @@ def subvolume_id(fd: int) -> int:
     return number
 
 
+def generation(fd: int) -> int:
+    """A number of the subvolume that holds an open file: it grows with each commit that has changed the
+    subvolume, or in which a snapshot of it was made.
+
+    :raises OSError: ENOTTY: no btrfs, or a kernel before 4.18
+    """
+    buffer = array.array("B", bytes(_SUBVOL_INFO_SIZE))
+    fcntl.ioctl(fd, _GET_SUBVOL_INFO, buffer, True)
+    number: int = _SUBVOL_INFO.unpack_from(buffer, 0)[4]
+    return number
+
+
 def exclusive_bytes(fd: int) -> t.Optional[int]:
-    """Bytes that nothing but this subvolume holds, as the quota groups count them.
+    """The bytes that only this subvolume uses, as counted by quota groups.
 
     Accounting lags behind writes until the filesystem commits; sync first.
 
@@ -118,6 +141,25 @@ def exclusive_bytes(fd: int) -> t.Optional[int]:
         return None
     exclusive: int = _QGROUP_INFO.unpack_from(buffer, _SEARCH_KEY.size + _SEARCH_HEADER.size)[3]
     return exclusive
+
+
+def metadata_copies(fd: int) -> int:
+    """How many copies the filesystem keeps of its metadata: 2 for DUP, RAID1 and RAID10, as mkfs has it.
+
+    :raises OSError: ENOTTY: no btrfs
+    """
+    buffer = array.array("B", _SPACE_ARGS.pack(0, 0))
+    fcntl.ioctl(fd, _SPACE_INFO, buffer, True)
+    total = _SPACE_ARGS.unpack(buffer)[1]
+    buffer = array.array("B", _SPACE_ARGS.pack(total, 0) + bytes(total * _SPACE.size))
+    fcntl.ioctl(fd, _SPACE_INFO, buffer, True)
+    found = _SPACE_ARGS.unpack_from(buffer, 0)[1]
+    copies = 1
+    for number in range(min(found, total)):
+        flags = _SPACE.unpack_from(buffer, _SPACE_ARGS.size + number * _SPACE.size)[0]
+        if flags & _METADATA:
+            copies = max([copies] + [times for flag, times in _COPIES if flags & flag])
+    return copies
 
 
 def _change(parent_fd: int, request: int, arguments: bytes, name: str) -> None:

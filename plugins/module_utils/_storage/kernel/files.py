@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""File contents and filesystems: clones, sparse copies, shared extents, descents that stay inside."""
+"""File contents and filesystems: reflinks, sparse copies, shared extents, and opening paths without leaving a
+directory.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
+import stat
 import struct
 import typing as t
 
-from . import libc, mounts
+from . import libc, mounts, steps
 
 # ioctl(2) numbers of linux/fs.h, made with _IOW/_IOWR; x86, ARM, RISC-V and s390 agree on them.
 _FICLONE = 0x40049409
@@ -30,6 +32,17 @@ _FIEMAP_HEADER = struct.Struct("=QQLLLL")
 _FIEMAP_EXTENT = struct.Struct("=QQQQQLLLL")
 _FIEMAP_BATCH = 256
 
+# struct xfs_fsop_geom_v4 of linux/xfs_fs.h: the size of inodes and the flags; _IOR('X', 124).
+_XFS_IOC_FSGEOMETRY = 0x8070587C
+_XFS_GEOMETRY = struct.Struct("=24xL64xL16x")
+_XFS_REFLINK = 1 << 20
+# struct xfs_fsop_bulkreq (last inode, how many, where to, how many there were), and xfs_inogrp.
+_XFS_IOC_FSINUMBERS = 0xC0205867
+_XFS_BULKREQ = struct.Struct("=Qi4xQQ")
+_XFS_INOGRP = struct.Struct("=Qi4x8x")
+# xfs allocates and frees inodes in chunks of 64.
+XFS_CHUNK = 64
+
 # linux/openat2.h
 _SYS_OPENAT2 = 437
 _RESOLVE_NO_XDEV = 0x01
@@ -42,6 +55,8 @@ _LONGEST_PATH = 4095
 _STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _COPY_STEP = 1 << 26
+# The null device, as in admin-guide/devices.txt of Linux.
+_NULL = os.makedev(1, 3)
 _BUFFER = 1 << 18
 _SMALL = 1 << 14
 
@@ -67,6 +82,80 @@ class _OpenHow(ctypes.Structure):
         ("mode", ctypes.c_uint64),
         ("resolve", ctypes.c_uint64),
     )
+
+
+def open_unnoticed(open_it: t.Callable[[int], int], flags: int) -> int:
+    """Open a file or directory for reading and leave its access time alone, where that is allowed.
+
+    :param open_it: opens it with the flags it is given
+    :raises OSError: as ``open_it``
+    """
+    try:
+        return open_it(flags | os.O_NOATIME)
+    except PermissionError:
+        # Only an owner may leave the access time alone.
+        return open_it(flags)
+
+
+def read_regular(
+    path: str,
+    limit: int,
+    follow: bool = False,
+    dir_fd: t.Optional[int] = None,
+    null: bool = False,
+) -> bytes:
+    """The content of a regular file that an untrusted user may have created.
+
+    A pipe, a device or a socket is opened without waiting for anybody, and not read; nor is a file read beyond the
+    limit, whatever its size was at first.
+
+    :param limit: bytes
+    :param follow: whether the path may end in a symbolic link
+    :param dir_fd: the directory to which a relative path belongs
+    :param null: whether the null device counts as an empty file, as administrators link to it to hide a file
+    :raises OSError: EINVAL: not a regular file; EFBIG: larger than the limit; else as open(2) and read(2)
+    """
+    descriptor = open_regular(path, follow, dir_fd, null)
+    try:
+        pieces, left = [], limit + 1
+        while left:
+            piece = os.read(descriptor, min(left, _BUFFER))
+            if not piece:
+                break
+            pieces.append(piece)
+            left -= len(piece)
+    finally:
+        os.close(descriptor)
+    if not left:
+        raise OSError(errno.EFBIG, f"is larger than {limit} bytes", path)
+    return b"".join(pieces)
+
+
+def open_regular(
+    path: str, follow: bool = False, dir_fd: t.Optional[int] = None, null: bool = False
+) -> int:
+    """Open a file as :func:`read_regular` does.
+
+    :returns: a descriptor to read from
+    :raises OSError: EINVAL: not a regular file; else as open(2)
+    """
+    steps.begin(f"reading {path}")
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    if not follow:
+        flags |= os.O_NOFOLLOW
+    try:
+        descriptor = open_unnoticed(functools.partial(os.open, path, dir_fd=dir_fd), flags)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        # A socket, or a device without a driver.
+        raise OSError(errno.EINVAL, "is not a regular file", path) from None
+    status = os.fstat(descriptor)
+    is_null = stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL
+    if not stat.S_ISREG(status.st_mode) and not (null and is_null):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", path)
+    return descriptor
 
 
 def reflink(dst_fd: int, src_fd: int) -> None:
@@ -145,15 +234,14 @@ def _copy_range(
             start += done
 
 
-def shared_bytes(fd: int) -> t.Tuple[int, int]:
-    """Bytes of a file's extents, and how many of them other files may share.
+def shared_extents(fd: int) -> t.Iterator[t.Tuple[int, int]]:
+    """The extents of a file that other files may share: where on the disk, and the length, in bytes.
 
     Source: the kernel's Documentation/filesystems/fiemap.rst.
 
-    :returns: (total, shared)
     :raises OSError: EOPNOTSUPP, ENOTTY: the filesystem does not tell
     """
-    total = shared = position = 0
+    position = 0
     while True:
         buffer = array.array("B", bytes(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size))
         _FIEMAP_HEADER.pack_into(
@@ -162,22 +250,64 @@ def shared_bytes(fd: int) -> t.Tuple[int, int]:
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer, True)
         mapped = _FIEMAP_HEADER.unpack_from(buffer, 0)[3]
         if not mapped:
-            return total, shared
+            return
         for index in range(mapped):
             extent = _FIEMAP_EXTENT.unpack_from(
                 buffer, _FIEMAP_HEADER.size + index * _FIEMAP_EXTENT.size
             )
-            logical, length, flags = extent[0], extent[2], extent[5]
-            total += length
+            logical, physical, length, flags = extent[0], extent[1], extent[2], extent[5]
             if flags & _FIEMAP_EXTENT_SHARED:
-                shared += length
+                yield physical, length
             position = logical + length
             if flags & _FIEMAP_EXTENT_LAST:
-                return total, shared
+                return
+
+
+class Geometry(t.NamedTuple):
+    """The geometry of an xfs filesystem.
+
+    :ivar inode_size: bytes that an inode takes of a chunk
+    :ivar shares: whether files can share their data (reflink)
+    """
+
+    inode_size: int
+    shares: bool
+
+
+def xfs_geometry(fd: int) -> t.Optional[Geometry]:
+    """The geometry of the xfs filesystem that holds an open file; None where it is none. See linux/xfs_fs.h."""
+    buffer = array.array("B", bytes(_XFS_GEOMETRY.size))
+    try:
+        fcntl.ioctl(fd, _XFS_IOC_FSGEOMETRY, buffer, True)
+    except OSError:
+        return None
+    fields = _XFS_GEOMETRY.unpack(buffer)
+    return Geometry(inode_size=fields[0], shares=bool(fields[1] & _XFS_REFLINK))
+
+
+def xfs_allocated_inodes(fd: int, number: int) -> t.Optional[int]:
+    """How many inodes of a chunk of 64 on xfs are in use. See linux/xfs_fs.h.
+
+    :param fd: an open file of the filesystem
+    :param number: an inode's number divided by 64
+    :returns: None if there is no such chunk, or the caller may not ask (CAP_SYS_ADMIN)
+    """
+    last = array.array("Q", [max(number * XFS_CHUNK - 1, 0)])
+    count = array.array("i", [0])
+    group = array.array("B", bytes(_XFS_INOGRP.size))
+    request = _XFS_BULKREQ.pack(
+        last.buffer_info()[0], 1, group.buffer_info()[0], count.buffer_info()[0]
+    )
+    try:
+        fcntl.ioctl(fd, _XFS_IOC_FSINUMBERS, request)
+    except OSError:
+        return None
+    start, allocated = _XFS_INOGRP.unpack(group)
+    return allocated if count[0] and start // XFS_CHUNK == number else None
 
 
 def syncfs(fd: int) -> None:
-    """Write everything of the filesystem that holds ``fd`` to its disk, see syncfs(2).
+    """Write all data of the filesystem of ``fd`` to disk, see syncfs(2).
 
     :raises OSError: EIO, ENOSPC, EDQUOT: something could not be written
     """

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""The owner that a process's new files get, see setfsuid(2): it saves a chown(2) for each of them."""
+"""The owner of new files that a process creates, see setfsuid(2). It saves a chown(2) for each file."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ _NO_SETUID_FIXUP = 1 << 2
 
 
 def keep_capabilities() -> bool:
-    """Let this process keep all it may do whoever its files belong to; there is no way back.
+    """Keep all capabilities of this process when the owner of its new files changes. This cannot be undone.
 
     :returns: whether the kernel allows that (CAP_SETPCAP)
     """
@@ -30,7 +28,7 @@ def keep_capabilities() -> bool:
     return True
 
 
-def become(uid: int, gid: int) -> bool:
+def set_fs_ids(uid: int, gid: int) -> bool:
     """Give the files made from now on to these IDs, as this user namespace counts them.
 
     :returns: whether the kernel did

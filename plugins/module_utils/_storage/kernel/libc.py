@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""The C library's calls that Python lacks; nothing above this floor touches ctypes."""
+"""Functions of the C library that Python lacks. Only this package uses ctypes."""
 
 from __future__ import annotations
 
@@ -37,9 +35,6 @@ _NO_ID = 0xFFFFFFFF
 # Calls that glibc 2.31 does not wrap; the numbers are the same on every architecture since 5.0.
 SYS_OPEN_TREE = 428
 SYS_MOVE_MOUNT = 429
-SYS_FSOPEN = 430
-SYS_FSCONFIG = 431
-SYS_FSMOUNT = 432
 SYS_MOUNT_SETATTR = 442
 
 for _name, _types in _PROTOTYPES.items():
@@ -67,7 +62,9 @@ def syscall(number: int, *arguments: t.Any, path: t.Optional[str] = None) -> int
 
     :raises OSError: with the call's errno
     """
-    converted = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
+    converted = [
+        ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments
+    ]
     result: int = _LIBC.syscall(ctypes.c_long(number), *converted)
     if result < 0:
         _fail(path)

@@ -1,7 +1,5 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
 """Mounts of the calling process's mount namespace; see mount(2), mount_setattr(2)."""
 
 from __future__ import annotations
@@ -27,12 +25,15 @@ MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
 
 # A path, or an open directory: a descriptor cannot be swapped for a symbolic link.
-Place = t.Union[str, int]
+PathOrFd = t.Union[str, int]
 
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 0x1
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
 _MOUNT_ATTR_IDMAP = 0x00100000
 _MAX_DATA = 4095
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -42,7 +43,6 @@ class MountEntry(t.NamedTuple):
     """A line of /proc/self/mountinfo, see proc(5)."""
 
     mount_id: int
-    parent_id: int
     root: str
     mount_point: str
     fstype: str
@@ -52,7 +52,7 @@ class MountEntry(t.NamedTuple):
 
 def mount(
     source: t.Optional[str],
-    target: Place,
+    target: PathOrFd,
     fstype: t.Optional[str],
     flags: int = 0,
     data: t.Optional[str] = None,
@@ -74,7 +74,7 @@ def mount(
     )
 
 
-def umount(target: Place, flags: int = 0) -> None:
+def umount(target: PathOrFd, flags: int = 0) -> None:
     """Call umount2(2).
 
     :param flags: MNT_DETACH, UMOUNT_NOFOLLOW, ORed
@@ -84,7 +84,9 @@ def umount(target: Place, flags: int = 0) -> None:
     libc.call("umount2", os.fsencode(name), flags, path=name)
 
 
-def bind(source: Place, target: Place, recursive: bool = False, read_only: bool = False) -> None:
+def bind(
+    source: PathOrFd, target: PathOrFd, recursive: bool = False, read_only: bool = False
+) -> None:
     """Show a directory at a second place; without `recursive` what is mounted in it is not shown.
 
     :raises OSError: EINVAL where a foreign user namespace locks what is mounted below the source
@@ -94,7 +96,7 @@ def bind(source: Place, target: Place, recursive: bool = False, read_only: bool 
         mount(None, target, None, MS_BIND | MS_REMOUNT | MS_RDONLY)
 
 
-def make_private(target: Place = "/") -> None:
+def make_private(target: PathOrFd = "/") -> None:
     """Cut a mount and all below it off from every other mount namespace, both ways.
 
     :raises OSError: with the call's errno and the target
@@ -102,7 +104,7 @@ def make_private(target: Place = "/") -> None:
     mount(None, target, None, MS_REC | MS_PRIVATE)
 
 
-def make_slave(target: Place = "/") -> None:
+def make_slave(target: PathOrFd = "/") -> None:
     """Cut a mount and all below it off, but let what others mount and unmount come through.
 
     :raises OSError: with the call's errno and the target
@@ -113,7 +115,7 @@ def make_slave(target: Place = "/") -> None:
 @contextlib.contextmanager
 def mounted(
     source: t.Optional[str],
-    target: Place,
+    target: PathOrFd,
     fstype: t.Optional[str],
     flags: int = 0,
     data: t.Optional[str] = None,
@@ -129,7 +131,7 @@ def mounted(
         unmount_surely(target)
 
 
-def unmount_surely(target: Place) -> None:
+def unmount_surely(target: PathOrFd) -> None:
     """Unmount, or detach what is still busy.
 
     :raises OSError: with the call's errno and the target
@@ -143,10 +145,10 @@ def unmount_surely(target: Place) -> None:
 
 
 def overlay(
-    target: Place,
-    lowers: t.Sequence[Place],
-    upper: t.Optional[Place] = None,
-    work: t.Optional[Place] = None,
+    target: PathOrFd,
+    lowers: t.Sequence[PathOrFd],
+    upper: t.Optional[PathOrFd] = None,
+    work: t.Optional[PathOrFd] = None,
     options: t.Sequence[str] = (),
 ) -> None:
     """Mount an overlay; see the kernel's Documentation/filesystems/overlayfs.rst.
@@ -162,14 +164,14 @@ def overlay(
     """
     with contextlib.ExitStack() as opened:
 
-        def number(place: Place) -> str:
-            if isinstance(place, int):
-                return str(place)
-            descriptor = os.open(place, _DIRECTORY)
+        def number(target: PathOrFd) -> str:
+            if isinstance(target, int):
+                return str(target)
+            descriptor = os.open(target, _DIRECTORY)
             opened.callback(os.close, descriptor)
             return str(descriptor)
 
-        data = ["lowerdir=" + ":".join([number(one) for one in lowers])]
+        data = ["lowerdir=" + ":".join([number(lower) for lower in lowers])]
         if upper is not None and work is not None:
             data += ["upperdir=" + number(upper), "workdir=" + number(work)]
         joined = ",".join(data + list(options))
@@ -188,7 +190,7 @@ def overlay(
 
 
 def overlay_view(
-    parent: int, name: str, lowers: t.Sequence[Place], options: t.Sequence[str] = ()
+    parent: int, name: str, lowers: t.Sequence[PathOrFd], options: t.Sequence[str] = ()
 ) -> int:
     """Open the merged view of layers, read-only, without leaving a mount or a directory behind.
 
@@ -207,13 +209,13 @@ def overlay_view(
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
             return descriptor
 
-        layers: t.List[Place] = []
-        for one in lowers:
+        layers: t.List[PathOrFd] = []
+        for lower in lowers:
             # Opened before the mounts below: the mount point may be one of the layers.
-            if isinstance(one, str):
-                one = os.open(one, _DIRECTORY)
-                undo.callback(os.close, one)
-            layers.append(one)
+            if isinstance(lower, str):
+                lower = os.open(lower, _DIRECTORY)
+                undo.callback(os.close, lower)
+            layers.append(lower)
         point = open_name(None)
         # An empty tmpfs serves as the second layer that the kernel insists on.
         mount("tmpfs", point, "tmpfs", MS_NODEV | MS_NOSUID, "mode=0755")
@@ -225,9 +227,9 @@ def overlay_view(
         return os.dup(view)
 
 
-def path_of(place: Place) -> str:
+def path_of(target: PathOrFd) -> str:
     """A path for a place: itself, or the magic link of a descriptor."""
-    return f"/proc/self/fd/{place}" if isinstance(place, int) else place
+    return f"/proc/self/fd/{target}" if isinstance(target, int) else target
 
 
 def mount_id(descriptor: int) -> int:
@@ -264,7 +266,6 @@ def _entry(line: str) -> MountEntry:
     fields, rest = before.split(" "), after.split(" ")
     return MountEntry(
         int(fields[0]),
-        int(fields[1]),
         _unescape(fields[3]),
         _unescape(fields[4]),
         rest[0],
@@ -288,10 +289,23 @@ class _MountAttr(ctypes.Structure):
     ]
 
 
-def idmapped(source: Place, target: Place, namespace: int) -> None:
+def without_submounts(directory: str) -> int:
+    """Open a directory as it is on its own filesystem, without what is mounted below it.
+
+    :returns: a descriptor; what is opened below it lies under those mounts
+    :raises OSError: with the call's errno
+    """
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    return libc.syscall(
+        libc.SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(directory), flags, path=directory
+    )
+
+
+def idmapped(source: PathOrFd, target: PathOrFd, namespace: int, attributes: int = 0) -> None:
     """Show a directory at a second place with its owners seen through a user namespace's maps.
 
     :param namespace: descriptor of a /proc/PID/ns/user
+    :param attributes: MOUNT_ATTR_* of this module, ORed
     :raises OSError: EINVAL where the filesystem cannot, EPERM in a user namespace, ENOSYS before
         Linux 5.12
     """
@@ -299,7 +313,7 @@ def idmapped(source: Place, target: Place, namespace: int) -> None:
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
     tree = libc.syscall(libc.SYS_OPEN_TREE, _AT_FDCWD, path, flags, path=path_of(source))
     try:
-        wanted = _MountAttr(_MOUNT_ATTR_IDMAP, 0, 0, namespace)
+        wanted = _MountAttr(_MOUNT_ATTR_IDMAP | attributes, 0, 0, namespace)
         size = ctypes.sizeof(wanted)
         reference = ctypes.byref(wanted)
         number = libc.SYS_MOUNT_SETATTR

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Namespaces of the calling process: unshare(2), setns(2), ID maps, and who dies with whom."""
+"""Namespaces of the calling process: unshare(2), setns(2), ID maps, and ending a process together with its parent."""
 
 from __future__ import annotations
 
@@ -17,6 +15,8 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 
 _mounts_are_private = False
+# The root directory as the mount namespace has it that this process came from.
+_host_root = -1
 
 
 def unshare(flags: int) -> None:
@@ -25,11 +25,27 @@ def unshare(flags: int) -> None:
     :param flags: CLONE_* of this module, ORed
     :raises OSError: EPERM where it is forbidden, ENOSPC where a limit of the user is reached
     """
+    global _host_root
+    if flags & CLONE_NEWNS and _host_root < 0:
+        _host_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     libc.call("unshare", flags)
 
 
+def open_on_host(path: str) -> int:
+    """Open a directory through the mounts that the host sees; nobody can unmount it there while it is open.
+
+    :param path: absolute, without symbolic links
+    :returns: a descriptor with O_PATH
+    :raises OSError: as open(2) says
+    """
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    if _host_root < 0:
+        return os.open(path, flags)
+    return os.open(path.lstrip("/") or ".", flags, dir_fd=_host_root)
+
+
 def setns(descriptor: int, flags: int = 0) -> None:
-    """Enter the namespace that an open /proc/PID/ns/* file stands for.
+    """Enter the namespace of an open /proc/PID/ns/* file.
 
     :raises OSError: with the call's errno
     """
@@ -65,6 +81,21 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
         os.kill(os.getpid(), number)
 
 
+def unmapped_here(kind: str, ids: t.Iterable[int]) -> t.List[int]:
+    """Those of these IDs that no file can have in the user namespace of this process, sorted.
+
+    :param kind: "uid" or "gid"
+    :raises OSError: /proc is not to be read
+    """
+    with open(f"/proc/self/{kind}_map", encoding="utf-8") as table:
+        ranges = [tuple(map(int, line.split())) for line in table]
+    return sorted(
+        item
+        for item in ids
+        if not any(first <= item < first + count for first, _outside, count in ranges)
+    )
+
+
 def write_map(pid: int, kind: str, lines: t.Iterable[t.Tuple[int, int, int]]) -> None:
     """Write a user namespace's ID map, once and for all.
 
@@ -83,33 +114,37 @@ def write_map(pid: int, kind: str, lines: t.Iterable[t.Tuple[int, int, int]]) ->
 
 
 @contextlib.contextmanager
-def user_namespace(lines: t.Sequence[t.Tuple[int, int, int]]) -> t.Iterator[int]:
-    """A descriptor of a new user namespace with the same map for UIDs and GIDs.
+def user_namespace(
+    lines: t.Sequence[t.Tuple[int, int, int]],
+    gid_lines: t.Optional[t.Sequence[t.Tuple[int, int, int]]] = None,
+) -> t.Iterator[int]:
+    """A descriptor of a new user namespace.
 
     :param lines: (ID in the namespace, ID in the parent namespace, number of IDs)
+    :param gid_lines: the same for GIDs, by default those for UIDs
     :raises OSError: EPERM or ENOSPC where namespaces are forbidden
     """
-    told, tell = os.pipe()
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             unshare(CLONE_NEWUSER)
-            os.write(tell, b"\n")
+            os.write(write_end, b"\n")
             signal.pause()
         except OSError as error:
-            os.write(tell, str(error.errno).encode())
+            os.write(write_end, str(error.errno).encode())
         finally:
             os._exit(1)
-    os.close(tell)
+    os.close(write_end)
     try:
-        answer = os.read(told, 16).strip()
+        answer = os.read(read_end, 16).strip()
         if answer:
             raise OSError(int(answer), os.strerror(int(answer)), "user namespace")
         write_map(pid, "uid", lines)
-        write_map(pid, "gid", lines)
+        write_map(pid, "gid", lines if gid_lines is None else gid_lines)
         descriptor = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
-        os.close(told)
+        os.close(read_end)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     try:

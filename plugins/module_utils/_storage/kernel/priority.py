@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Stepping back: work that nobody waits for takes what processor and disk have to spare."""
+"""Run work in the background with idle CPU and I/O priority."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ _CLASS_SHIFT = 13
 _LAST_NICE = 19
 
 
-def step_back() -> None:
+def set_idle_priority() -> None:
     """Give this process, and those it will start, the idle I/O class and the last place at the processor.
 
     What the kernel refuses is left as it was.

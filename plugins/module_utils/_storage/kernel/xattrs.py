@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Extended attributes of an open file, or of what cannot be opened. See xattr(7).
+"""Extended attributes of open files and of files that cannot be opened, see xattr(7).
 
 Every function takes a descriptor that is open for reading, or a directory's descriptor and the name
 of an entry in it; the empty name stands for a descriptor's own file, opened with O_PATH. A symbolic

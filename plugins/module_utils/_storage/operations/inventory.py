@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""What a store holds: images, their layers with the real cost, who uses them, and what is broken.
+"""The contents of a store: images, their layers with sizes and users, and damage.
 
 Nothing is changed. What is damaged is described, and the rest of the store with it.
 """
@@ -15,18 +13,21 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ..drivers.base import Driver
-from ..errors import ImageUnknown, StorageError
-from ..idmap.mapping import UNMAPPED, Mapping
-from ..kernel import cycles
+from ..errors import ImageUnknown, StorageError, UntestedRuntime
+from ..idmap.mapping import Mapping, Shift
+from ..store.consistency import nobodys_mapped_layers
 from ..store.records import Container, Image, Layer
 from ..store.snapshot import Snapshot
-from ..tree.measure import Usage
-from .moments import from_rfc3339, say
-from .naming import Patterns, image_words
-from .opening import OpenStore, StoreRequest, opened
-from .owners import top_owners
-from .records import LEASE_FLAG, ORIGIN, ORIGIN_FLAG
-from .watching import ledger_of
+from ..tree.compare import Comparison, compare
+from ..tree.measure import Usage, together
+from .contradictions import present_layers
+from .image_patterns import Patterns, image_words
+from .image_removal import layers_of_removal, users_of_image
+from .layer_flags import LEASE_FLAG, ORIGIN, ORIGIN_FLAG
+from .root_owners import top_owners
+from .store_opening import OpenStore
+from .time_formats import format_time, from_rfc3339, is_moment
+from .usage_tracking import read_ledger
 
 NONE, APPARENT, EXCLUSIVE = "none", "apparent", "exclusive"
 
@@ -35,26 +36,12 @@ MISSING = "missing"
 INCOMPLETE = "incomplete"
 UNREFERENCED = "unreferenced"
 FOREIGN_ROOT = "foreign_root"
+DIFFERENT = "different"
 DAMAGED = "damaged"
+NEWER = "newer_format"
 
 _BLOCK = 512
-_NO_SIZES: t.Dict[str, t.Optional[int]] = dict.fromkeys(
-    ("size_apparent", "size_exclusive", "inodes")
-)
 _MAGIC = frozenset("*?[")
-
-
-@dataclass(frozen=True)
-class InfoRequest:
-    """What a task asks.
-
-    :param images: names, IDs, digests or shell patterns; none for all images
-    :param measure: ``none``, ``apparent`` or ``exclusive``
-    """
-
-    store: StoreRequest
-    images: t.Tuple[str, ...] = ()
-    measure: str = APPARENT
 
 
 class LayerState:
@@ -62,6 +49,8 @@ class LayerState:
 
     status: str = OK
     problem: str = ""
+    # Whether it has more of FOREIGN_ROOT than its root directory.
+    wrong: bool = False
     containers: t.Sequence[Container] = ()
     child_layers: t.Sequence[str] = ()
     images: t.Sequence[Image] = ()
@@ -69,6 +58,7 @@ class LayerState:
     duplicate_of: t.Optional[str] = None
     last_used: t.Optional[float] = None
     dependencies: t.Tuple[str, ...] = ()
+    comparison: t.Optional[Comparison] = None
 
     def __init__(self, layer_id: str, layer: t.Optional[Layer]) -> None:
         self.layer_id = layer_id
@@ -76,7 +66,7 @@ class LayerState:
 
     @property
     def mapping(self) -> Mapping:
-        """Its maps; those of a layer without a record are not known, and told as none."""
+        """The maps of the layer; empty maps if it has no record."""
         return self.layer.mapping if self.layer else Mapping()
 
     @property
@@ -92,7 +82,7 @@ class LayerState:
 
     @property
     def lease(self) -> t.Optional[float]:
-        """Until when it is kept though nobody uses it; seconds since the epoch."""
+        """The end of the lease, in seconds since the epoch. Until then the layer is kept even if it is unused."""
         lease = self.layer.flags.get(LEASE_FLAG) if self.layer else None
         return from_rfc3339(lease) if isinstance(lease, str) else None
 
@@ -101,13 +91,13 @@ class LayerState:
         """When it was made, as the modules return it."""
         text = self.layer.raw.get("created") if self.layer else None
         # As containers/storage writes it; there may be ten thousand of them.
-        if text and text[-1] == "Z" and not text.startswith("0001"):
+        if text and text[-1] == "Z" and not text.startswith("0001") and is_moment(text[:19]):
             return f"{text[:19]}Z"
-        return None if self.created is None else say(self.created)
+        return None if self.created is None else format_time(self.created)
 
     @property
     def in_use(self) -> bool:
-        """Whether a container or another layer rests on it."""
+        """Whether a container or another layer uses it."""
         return bool(self.containers or self.child_layers)
 
 
@@ -123,6 +113,14 @@ class Orphan:
 
 
 @dataclass
+class ImageRemoval:
+    """What is removed with an image, and the space that this frees; no usage if layers were not measured."""
+
+    layers: t.List[str]
+    usage: t.Optional[Usage] = None
+
+
+@dataclass
 class ImageState:
     """One image: its own layers, top first, and its mapped ones in their recorded order."""
 
@@ -130,6 +128,7 @@ class ImageState:
     chain: t.List[LayerState]
     mapped: t.List[LayerState]
     problem: str = ""
+    removal: t.Optional[ImageRemoval] = None
     private_copies: t.List[t.Tuple[Container, t.Optional[Usage]]] = field(default_factory=list)
 
 
@@ -145,40 +144,37 @@ class Inventory:
 
     def mapped_layers(self) -> t.List[LayerState]:
         """All mapped layers of the images, each once."""
-        found = {one.layer_id: one for image in self.images for one in image.mapped}
+        found = {layer.layer_id: layer for image in self.images for layer in image.mapped}
         return list(found.values())
 
     def layers(self) -> t.List[LayerState]:
         """All layers of the images, each once."""
-        found = {one.layer_id: one for image in self.images for one in image.chain + image.mapped}
+        found = {
+            item.layer_id: item for image in self.images for item in image.chain + image.mapped
+        }
         return list(found.values())
 
 
-def info(request: InfoRequest) -> t.Dict[str, t.Any]:
-    """The result of image_layers_info.
+def take(
+    store_ctx: OpenStore,
+    images: t.Sequence[str] = (),
+    measure: str = NONE,
+    removals: bool = False,
+    verify: bool = False,
+    snapshot: t.Optional[Snapshot] = None,
+) -> Inventory:
+    """Examine the store.
 
-    :raises StorageError: the store cannot be opened, its records cannot be read, or a reference is
-        ambiguous
+    :param images: names, IDs, digests or shell patterns; none for all images
+    :param measure: ``none``, ``apparent`` or ``exclusive``
+    :param removals: whether to determine what is removed together with each image
+    :param verify: compare each mapped layer with its template, entry by entry
+    :param snapshot: the records; None to read them
+    :raises StorageError: the records cannot be read, or a reference is ambiguous
     """
-    with opened(request.store) as place, cycles.unsearched():
-        inventory = take(place, request.images, request.measure)
-        return {
-            "changed": False,
-            "images": [image_result(one) for one in inventory.images],
-            "orphans": [orphan_result(one, inventory.now) for one in inventory.orphans]
-            + [unreferenced_result(one, inventory.now) for one in inventory.unreferenced],
-            "totals": totals(inventory),
-            "store": place.describe(),
-        }
-
-
-def take(place: OpenStore, images: t.Sequence[str] = (), measure: str = NONE) -> Inventory:
-    """Look at the store.
-
-    :param images: as in :class:`InfoRequest`
-    :raises StorageError: as :func:`info`
-    """
-    return _Taker(place, measure).take(images)
+    if snapshot is None:
+        snapshot = store_ctx.store.snapshot()
+    return _Taker(store_ctx, measure, snapshot, verify, removals).take(images)
 
 
 def choose(snapshot: Snapshot, references: t.Sequence[str]) -> t.List[Image]:
@@ -208,16 +204,25 @@ def choose(snapshot: Snapshot, references: t.Sequence[str]) -> t.List[Image]:
 
 
 class _Taker:
-    def __init__(self, place: OpenStore, measure: str) -> None:
-        self.place = place
-        self.driver: Driver = place.driver
+    def __init__(
+        self,
+        store_ctx: OpenStore,
+        measure: str,
+        snapshot: Snapshot,
+        verify: bool = False,
+        removals: bool = False,
+    ) -> None:
+        self.removals = removals
+        self.verify = verify
+        self.store_ctx = store_ctx
+        self.driver: Driver = store_ctx.driver
         self.measure = measure
         self.now = time.time()
         self.states: t.Dict[str, LayerState] = {}
         # By the identity of a mapping, which is kept so that it stays unique.
         self.meanings: t.Dict[int, t.Tuple[t.Hashable, Mapping]] = {}
-        self.snapshot = place.store.snapshot()
-        self.ledger = ledger_of(place)
+        self.snapshot = snapshot
+        self.ledger = read_ledger(store_ctx)
         self.present = self._present()
         self.containers: t.Dict[str, t.List[Container]] = {}
         for container in self.snapshot.containers.values():
@@ -225,12 +230,12 @@ class _Taker:
 
     def _present(self) -> t.Optional[t.Set[str]]:
         try:
-            return self.driver.present()
+            return present_layers(self.store_ctx)
         except StorageError:
             return None
 
     def take(self, references: t.Sequence[str]) -> Inventory:
-        images = [self._image(one) for one in choose(self.snapshot, references)]
+        images = [self._image(item) for item in choose(self.snapshot, references)]
         everything = not references
         return Inventory(
             now=self.now,
@@ -245,35 +250,65 @@ class _Taker:
     def _image(self, image: Image) -> ImageState:
         problem = ""
         try:
-            chain = [one.id for one in self.snapshot.chain(image.layer)] if image.layer else []
+            chain = [item.id for item in self.snapshot.chain(image.layer)] if image.layer else []
         except StorageError as error:
             problem = str(error)
-            chain = self._as_far_as_it_goes(image.layer)
+            chain = self.snapshot.known_chain(image.layer)
         layers = self.snapshot.layers
-        template = [layers[one] for one in chain if one in layers]
+        template = [layers[item] for item in chain if item in layers]
         mapped = list(dict.fromkeys(image.mapped_layers))
         found = ImageState(
             image=image,
-            chain=[self._state(one) for one in chain],
-            mapped=[self._mapped_state(one, template) for one in mapped],
+            chain=[self._state(item) for item in chain],
+            mapped=[self._mapped_state(layer, template) for layer in mapped],
             problem=problem,
         )
-        for one in found.chain:
-            if one.status != OK and not found.problem:
-                found.problem = one.problem
+        for item in found.chain:
+            if item.status != OK and not found.problem:
+                found.problem = item.problem
         if found.mapped:
             self._find_duplicates(found)
         found.private_copies = self._private_copies(image)
+        if self.measure == EXCLUSIVE:
+            # What a mapped layer shares with the image stays.
+            template_usage = [item.usage for item in found.chain if item.usage]
+            for layer in found.mapped:
+                if layer.usage and layer not in found.chain:
+                    layer.usage = together([layer.usage], template_usage)
+        found.removal = self._removal(image)
         return found
 
-    def _as_far_as_it_goes(self, layer_id: str) -> t.List[str]:
-        """The chain up to the layer that is gone, that one included."""
-        chain: t.List[str] = []
-        while layer_id and layer_id not in chain:
-            chain.append(layer_id)
-            layer = self.snapshot.layers.get(layer_id)
-            layer_id = layer.parent if layer else ""
-        return chain
+    def _removal(self, image: Image) -> t.Optional[ImageRemoval]:
+        """What is removed with the image; None if it cannot be removed."""
+        if not self.removals or image.store or users_of_image(self.snapshot, image):
+            return None
+        try:
+            layers = layers_of_removal(self.snapshot, image)
+        except StorageError:
+            return None
+        if self.measure != EXCLUSIVE:
+            return ImageRemoval(layers)
+        usages = [self._state(layer).usage for layer in layers]
+        try:
+            beside = [self.driver.measure_path(self.store_ctx.store.image_data_dir(image.id), True)]
+        except StorageError:
+            beside = []
+        # The rest of the chain may share data with the removed layers.
+        chain = {item.id for item in self._layers_below(image.layer)}
+        staying = [self._state(item).usage for item in sorted(chain.difference(layers))]
+        return ImageRemoval(
+            layers,
+            together(
+                [*(usage for usage in usages if usage), *beside],
+                [item for item in staying if item],
+            ),
+        )
+
+    def _layers_below(self, layer_id: str) -> t.Sequence[Layer]:
+        try:
+            return self.snapshot.chain(layer_id) if layer_id else ()
+        except StorageError:
+            return ()
 
     def _private_copies(self, image: Image) -> t.List[t.Tuple[Container, t.Optional[Usage]]]:
         """Containers whose own layer carries the image once more, under other maps."""
@@ -281,9 +316,21 @@ class _Taker:
         for container in self.containers.get(image.id, ()):
             own = self.snapshot.layers.get(container.layer)
             parent = self.snapshot.layers.get(own.parent) if own else None
-            if own and parent and not own.mapping.same_meaning(parent.mapping):
+            # Newer runtimes record the map on each container's layer, whether or not they copy.
+            if (
+                own
+                and parent
+                and not own.mapping.same_meaning(parent.mapping)
+                and self._has_copy(own.id)
+            ):
                 found.append((container, self._usage(own.id)))
         return found
+
+    def _has_copy(self, layer_id: str) -> bool:
+        try:
+            return self.driver.has_copy(layer_id)
+        except StorageError:
+            return False
 
     # Layers
 
@@ -304,7 +351,7 @@ class _Taker:
             state.status, state.problem = INCOMPLETE, f"layer {layer_id[:12]} was never finished"
         elif not self._is_there(layer):
             state.status = MISSING
-            state.problem = f"the data of layer {layer_id[:12]} is gone"
+            state.problem = f"the data of layer {layer_id[:12]} is missing"
         state.usage = self._usage(layer_id)
         return state
 
@@ -318,11 +365,13 @@ class _Taker:
         state.images = self.snapshot.images_of_layer(layer_id)
         if known or state.layer is None:
             return state
-        own = {one.layer for one in state.containers}
+        own = {container.layer for container in state.containers}
         state.child_layers = [
-            one.id for one in self.snapshot.children(layer_id) if one.id not in own
+            child.id for child in self.snapshot.children(layer_id) if child.id not in own
         ]
         state.last_used = self.now if state.containers else self.ledger.last_used(layer_id)
+        if self.verify and state.status == OK and template and template[0].id != layer_id:
+            self._verify(state, state.layer, template)
         if self.measure == NONE or state.status != OK or state.layer.read_only_store:
             return state
         try:
@@ -331,17 +380,41 @@ class _Taker:
             if damage is not None:
                 state.status, state.problem = DAMAGED, damage
                 return state
-            outside, kept = top_owners(self.driver, state.layer, template)
-            if kept:
-                state.status, state.problem = DAMAGED, kept
-            elif outside:
-                state.status, state.problem = FOREIGN_ROOT, outside
+            owners = top_owners(self.driver, state.layer, template)
+            if owners.kept:
+                state.status, state.problem = DAMAGED, owners.kept
+            elif owners.outside:
+                state.status, state.problem = FOREIGN_ROOT, owners.outside
+                state.wrong = owners.wrong
+        except UntestedRuntime as error:
+            state.status, state.problem = NEWER, str(error)
         except StorageError as error:
             state.status, state.problem = DAMAGED, str(error)
         return state
 
+    def _verify(self, state: LayerState, layer: Layer, template: t.Sequence[Layer]) -> None:
+        """Compare a mapped layer with its template."""
+        theirs = [item.id for item in template]
+        try:
+            with (
+                self.driver.tree(theirs) as image,
+                self.driver.tree([layer.id, *theirs[1:]]) as own,
+            ):
+                shift = Shift(template[0].mapping, layer.mapping)
+                state.comparison = found = compare(image, own, shift)
+        except (StorageError, OSError) as error:
+            state.problem = f"could not be verified: {error}"
+            return
+        if found.different:
+            first = found.shown[0]
+            state.status = DIFFERENT
+            state.problem = (
+                f"{found.different} of {found.entries} entries differ from the image with this "
+                f"map, first {first.path}, which {' and '.join(first.problems)}"
+            )
+
     def _usage(self, layer_id: str) -> t.Optional[Usage]:
-        """What a layer costs, its tar-split file included; None when not asked for or not readable."""
+        """The space that a layer uses, with its tar-split file; None if not requested or not readable."""
         if self.measure == NONE:
             return None
         layer = self.snapshot.layers.get(layer_id)
@@ -353,37 +426,48 @@ class _Taker:
         except StorageError:
             return None
         try:
-            beside = os.lstat(self.place.store.tar_split_path(layer_id))
+            beside = os.lstat(self.store_ctx.store.tar_split_path(layer_id))
         except OSError:
             return usage
         on_disk = beside.st_blocks * _BLOCK
-        return usage._replace(
-            inodes=usage.inodes + 1,
-            allocated=usage.allocated + on_disk,
-            exclusive=usage.exclusive + on_disk if exclusive else 0,
-        )
+        if exclusive:
+            return usage.plus(on_disk)
+        return usage._replace(inodes=usage.inodes + 1, allocated=usage.allocated + on_disk)
 
     def _find_duplicates(self, found: ImageState) -> None:
         """Mapped layers whose map another layer of the image has, or one that means the same.
 
-        Containers are on the one that stays, or were last; else it is the first one recorded.
+        The layer that stays is the one with containers, else one that the runtime made, else the last one used.
         """
         template = self.states.get(found.image.layer)
         groups: t.Dict[t.Hashable, t.List[LayerState]] = {}
         if template:
             groups[self._meaning(template.mapping)] = [template]
-        for one in found.mapped:
-            if one.layer is not None and one is not template:
-                groups.setdefault(self._meaning(one.mapping), []).append(one)
+        for layer in found.mapped:
+            if layer.layer is not None and layer is not template:
+                groups.setdefault(self._meaning(layer.mapping), []).append(layer)
         for group in groups.values():
             kept = group[0]
             if kept is not template:
                 kept = max(
-                    group, key=lambda one: (one.status == OK, one.in_use, one.last_used or 0.0)
+                    group,
+                    key=lambda item: (
+                        item.status == OK,
+                        item.in_use,
+                        not item.ours,
+                        item.last_used or 0.0,
+                    ),
                 )
-            for one in group:
-                if one is not kept and one is not template:
-                    one.duplicate_of = kept.layer_id
+            # Where the runtime has not shown which form of the map it uses, each form was asked for and may be needed.
+            forms_known = kept is template or kept.in_use or not kept.ours
+            needed = {kept.mapping}
+            for layer in group:
+                if layer is kept or layer is template:
+                    continue
+                if not forms_known and layer.mapping not in needed:
+                    needed.add(layer.mapping)
+                else:
+                    layer.duplicate_of = kept.layer_id
 
     def _meaning(self, mapping: Mapping) -> t.Hashable:
         """What is equal for maps that mean the same; the same few maps come with each image."""
@@ -395,23 +479,13 @@ class _Taker:
     # What nothing refers to
 
     def _unreferenced(self) -> t.List[LayerState]:
-        """Mapped layers that no image lists and nothing rests on."""
-        containers = {one.layer for one in self.snapshot.containers.values()}
+        """Mapped layers that no image lists and nothing uses."""
         found = []
-        for layer in self.snapshot.layers.values():
-            if (
-                layer.mapping.identity
-                or layer.names
-                or layer.read_only_store
-                or layer.id in containers
-                or self.snapshot.images_of_layer(layer.id)
-                or self.snapshot.children(layer.id)
-            ):
-                continue
+        for layer in nobodys_mapped_layers(self.snapshot):
             state = self._mapped_state(layer.id, ())
-            if state.status not in (INCOMPLETE, MISSING):
+            if state.status not in (INCOMPLETE, MISSING, NEWER):
                 state.status = UNREFERENCED
-                state.problem = "no image, layer or container refers to it"
+                state.problem = "no image, layer or container references it"
             found.append(state)
         return found
 
@@ -423,148 +497,28 @@ class _Taker:
         except StorageError:
             suspects = []
         if suspects:
-            # A layer that came after the records were read is none of them.
-            known = self.place.store.snapshot().layers
-            names = {one.name for one in self.driver.orphans(known)}
+            # Except layers that were created after the records were read.
+            known = self.store_ctx.store.readable()[0].layers
+            names = {orphan.name for orphan in self.driver.orphans(known)}
             for suspect in suspects:
                 if suspect.name not in names:
                     continue
                 usage = None
                 if self.measure != NONE:
                     try:
-                        usage = suspect.usage()
+                        usage = suspect.usage(self.measure == EXCLUSIVE)
                     except StorageError:
                         usage = None
                 found.append(
                     Orphan(suspect.kind, suspect.name, suspect.path, suspect.changed, usage)
                 )
-        for leftover in self.place.store.leftovers():
+        for leftover in self.store_ctx.store.leftovers():
             usage = None
             if self.measure != NONE:
                 try:
-                    usage = self.driver.measure_path(leftover.path)
+                    usage = self.driver.measure_path(leftover.path, self.measure == EXCLUSIVE)
                 except StorageError:
                     usage = None
             name = os.path.basename(leftover.path)
             found.append(Orphan(leftover.kind, name, leftover.path, leftover.modified, usage))
         return found
-
-
-# Results
-
-
-def image_result(found: ImageState) -> t.Dict[str, t.Any]:
-    """An image as image_layers_info and image_layers return it."""
-    image = found.image
-    created = image.created
-    return {
-        "id": image.id,
-        "names": list(image.names),
-        "digests": list(image.digests),
-        "created": say(created.timestamp()) if created else None,
-        "read_only_store": image.store,
-        "problem": found.problem or None,
-        "layers": [layer_result(one) for one in found.chain],
-        "mapped_layers": [mapped_result(one) for one in found.mapped],
-        "private_copies": [
-            {**container_result(container), "layer": container.layer, **_sizes(usage)}
-            for container, usage in found.private_copies
-        ],
-    }
-
-
-def layer_result(found: LayerState) -> t.Dict[str, t.Any]:
-    """A layer as the modules return it."""
-    layer, containers = found.layer, found.containers
-    mapping = layer.mapping if layer and layer.mapping is not UNMAPPED else None
-    return {
-        "id": found.layer_id,
-        "uidmap": mapping.uid.to_strings() if mapping else [],
-        "gidmap": mapping.gid.to_strings() if mapping else [],
-        "created": found.created_in_words,
-        "recorded_size": layer.diff_size if layer else None,
-        **_sizes(found.usage),
-        "status": found.status,
-        "problem": found.problem or None,
-        "containers": [container_result(one) for one in containers] if containers else [],
-    }
-
-
-def mapped_result(found: LayerState) -> t.Dict[str, t.Any]:
-    """A mapped layer as the modules return it."""
-    return {
-        **layer_result(found),
-        "duplicate_of": found.duplicate_of,
-        "depends_on": list(found.dependencies),
-        "origin": "ours" if found.ours else "runtime",
-        "last_used": None if found.last_used is None else say(found.last_used),
-        "lease": None if found.lease is None else say(found.lease),
-    }
-
-
-def container_result(container: Container) -> t.Dict[str, t.Any]:
-    """A container as the modules return it."""
-    return {
-        "id": container.id,
-        "name": container.name,
-        "known_to_podman": _known_to_podman(container),
-    }
-
-
-def _known_to_podman(container: Container) -> bool:
-    """Podman notes its name for a container in the record; CRI-O does so as well, with a pod."""
-    return bool(container.podman_name) and '"pod-id"' not in container.metadata
-
-
-def orphan_result(found: Orphan, now: float) -> t.Dict[str, t.Any]:
-    """Something that no record accounts for, as the modules return it."""
-    return {
-        "kind": found.kind,
-        "id": found.name,
-        "path": found.path,
-        "age": max(int(now - found.changed), 0),
-        **_sizes(found.usage),
-    }
-
-
-def unreferenced_result(found: LayerState, now: float) -> t.Dict[str, t.Any]:
-    """A mapped layer of no image, among the orphans."""
-    return {
-        "kind": "layer",
-        "path": None,
-        "age": None if found.created is None else max(int(now - found.created), 0),
-        **mapped_result(found),
-    }
-
-
-def totals(inventory: Inventory) -> t.Dict[str, t.Any]:
-    """Sums over the layers of the images, each layer once; bytes and inodes."""
-    every, mapped = inventory.layers(), inventory.mapped_layers()
-    own = {image.image.layer for image in inventory.images}
-    free = [one for one in mapped if not one.in_use and one.layer_id not in own]
-    return {
-        **_sum(every),
-        "mapped": {"layers": len(mapped), **_sum(mapped)},
-        "reclaimable": sum(one.usage.exclusive for one in free if one.usage),
-        "reclaimable_inodes": sum(one.usage.inodes for one in free if one.usage),
-    }
-
-
-def _sum(layers: t.Sequence[LayerState]) -> t.Dict[str, int]:
-    measured = [one.usage for one in layers if one.usage]
-    return {
-        "recorded": sum((one.layer.diff_size or 0) if one.layer else 0 for one in layers),
-        "apparent": sum(one.apparent for one in measured),
-        "exclusive": sum(one.exclusive for one in measured),
-        "inodes": sum(one.inodes for one in measured),
-    }
-
-
-def _sizes(usage: t.Optional[Usage]) -> t.Dict[str, t.Optional[int]]:
-    if usage is None:
-        return _NO_SIZES
-    return {
-        "size_apparent": usage.apparent,
-        "size_exclusive": usage.exclusive,
-        "inodes": usage.inodes,
-    }

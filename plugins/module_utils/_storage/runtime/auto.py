@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""The map that ``userns=auto`` will give: its size and the free IDs it takes, version by version.
+"""Predict the map of ``userns=auto``: its size and the free IDs that it uses, by version.
 
 Pure functions; reading the image, the records and the configuration is the caller's part.
 """
@@ -12,52 +10,18 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass
 
-from ..errors import ConfigError, MapError
+from ..capabilities import Capabilities
+from ..errors import MapError
 from ..idmap.mapping import OVERFLOW_ID, UNMAPPED, Mapping
-from ..idmap.ranges import ID_LIMIT, IDMap, IDRange
+from ..idmap.ranges import IDMap, IDRange
 from ..idmap.subids import SubIDs
-from .detect import Runtime, Version
+from ..store.config import AutoUserns
+from .detect import Runtime
 
 Span = t.Tuple[int, int]
 
-ROOT_OWNER = "containers"
 _CRIO_SIZE = 65536
 _INT64_MAX = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class AutoLimits:
-    """What storage.conf says about automatic namespaces.
-
-    ``owner`` is the name in /etc/subuid whose ranges root's containers take.
-    """
-
-    minimum: int = 1024
-    maximum: int = 65536
-    owner: str = ROOT_OWNER
-
-    @classmethod
-    def from_config(cls, values: t.Mapping[str, t.Any]) -> AutoLimits:
-        """Read ``root-auto-userns-user``, ``auto-userns-min-size`` and ``auto-userns-max-size``.
-
-        :raises ConfigError: a size is no whole number
-        """
-        numbers = []
-        for key, usual in (
-            ("auto-userns-min-size", cls.minimum),
-            ("auto-userns-max-size", cls.maximum),
-        ):
-            given = values.get(key)
-            try:
-                number = int(given) if given else usual
-            except (TypeError, ValueError):
-                number = -1
-            if not 0 <= number <= ID_LIMIT:
-                raise ConfigError(
-                    f"storage.conf option {key}", f"is {given!r}, not a number of IDs"
-                )
-            numbers.append(number)
-        return cls(numbers[0], numbers[1], str(values.get("root-auto-userns-user") or cls.owner))
 
 
 @dataclass(frozen=True)
@@ -88,18 +52,18 @@ def image_ids(
     :param id_sets: each layer's ``uidset`` and ``gidset``
     :param read_file: gives the text of a file in the merged image ("etc/passwd"), or None
     """
-    highest = max((one for ids in id_sets for one in ids), default=-1)
+    highest = max((identifier for ids in id_sets for identifier in ids), default=-1)
     return ImageIDs(highest, read_file("etc/passwd"), read_file("etc/group"), started_group)
 
 
 def namespace_size(
     runtime: Runtime,
-    limits: AutoLimits,
+    limits: AutoUserns,
     image: ImageIDs,
     size: int | None = None,
     user: str = "",
 ) -> int:
-    """How many IDs the namespace will hold.
+    """The number of IDs in the namespace.
 
     :param size: auto's ``size=``, which is taken as it is
     :param user: ``--user`` of the container, or USER of the image ("1000", "app:50"); podman
@@ -109,27 +73,28 @@ def namespace_size(
     if size:
         return size
     if runtime.name == "cri-o":
-        return _CRIO_SIZE
+        # Its default counts only without size; 0 is passed on, and the pod's own image asks for nothing more.
+        return _CRIO_SIZE if size is None else limits.minimum
     result = limits.minimum
     if runtime.name == "podman":
         result = max(result, *(number + 1 for number in _numbers(user)), 1)
-    result = max(result, 1, image.highest + 1, accounts_size(runtime.storage_version, image))
+    result = max(result, 1, image.highest + 1, accounts_size(runtime.capabilities, image))
     if limits.maximum and result > limits.maximum:
         raise MapError(
             "userns auto",
             f"the image needs {result} IDs, more than auto-userns-max-size {limits.maximum} allows",
-            f"Raise auto-userns-max-size in storage.conf, or ask for auto:size={result}.",
+            f"Raise auto-userns-max-size in storage.conf, or use auto:size={result}.",
         )
     return result
 
 
-def accounts_size(storage: Version, image: ImageIDs) -> int:
-    """The size that an image's accounts ask for, as a containers/storage version counts it.
+def accounts_size(can: Capabilities, image: ImageIDs) -> int:
+    """The size that an image's accounts ask for, as the runtime counts it.
 
     Up to 1.55 the highest ID itself is taken, without room for it, and the group file is looked
     for below the working directory; before 1.46 the number 65534 counts unless named nobody.
     """
-    if storage >= (1, 56):
+    if can.counts_accounts_exactly:
         size = 0
         for name, ids in _accounts(image.passwd, (2, 3)) + _accounts(image.group, (2,)):
             if name in ("nobody", "nogroup"):
@@ -144,7 +109,7 @@ def accounts_size(storage: Version, image: ImageIDs) -> int:
         if name == "nobody":
             continue
         for number in ids:
-            if number > size and (storage < (1, 46) or number != OVERFLOW_ID):
+            if number > size and not (can.ignores_overflow_accounts and number == OVERFLOW_ID):
                 size = number
     return size
 
@@ -152,15 +117,15 @@ def accounts_size(storage: Version, image: ImageIDs) -> int:
 def available_ids(rootless: bool, subids: SubIDs) -> tuple[list[Span], list[Span]]:
     """(start, end) spans of the UIDs and of the GIDs that containers may share out among them.
 
-    :param subids: of a rootless user the user's own; of root those of ``AutoLimits.owner``
+    :param subids: of a rootless user the user's own; of root those of ``AutoUserns.owner``
     """
     result = []
     for ranges in (subids.uid, subids.gid):
         if rootless:
             # Intermediate IDs; 0 is the user itself.
-            result.append([(1, sum(one.size for one in ranges) + 1)])
+            result.append([(1, sum(item.size for item in ranges) + 1)])
         else:
-            result.append(_union((one.start, one.start + one.size) for one in ranges))
+            result.append(_union((item.start, item.start + item.size) for item in ranges))
     return result[0], result[1]
 
 
@@ -180,10 +145,12 @@ def allocate(
     taken = list(used)
     maps = []
     for kind, spans, held, more in (
-        ("UID", available[0], [one.uid for one in taken], extra.uid),
-        ("GID", available[1], [one.gid for one in taken], extra.gid),
+        ("UID", available[0], [item.uid for item in taken], extra.uid),
+        ("GID", available[1], [item.gid for item in taken], extra.gid),
     ):
-        busy = [(entry.host_id, entry.host_id + entry.size) for one in held for entry in one.ranges]
+        busy = [
+            (entry.host_id, entry.host_id + entry.size) for item in held for entry in item.ranges
+        ]
         busy += [(entry.host_id, entry.host_id + entry.size) for entry in more.ranges]
         inside = _without(
             [(0, size)],
@@ -192,13 +159,20 @@ def allocate(
         free = _without(_union(spans), busy)
         wanted = _count(inside)
         if _count(free) < wanted:
+            total = _count(_union(spans))
+            advice = [
+                "Use smaller namespaces (auto:size=N), remove containers that are no longer needed"
+            ]
+            if any(entry.size >= total > 0 for item in held for entry in item.ranges):
+                advice.append(
+                    "set a size for the containers with keep-id, because each of them reserves all IDs without it "
+                    "(keep-id:size=N, podman 5.4 or later)"
+                )
+            advice.append(f"or add a range to /etc/sub{kind.lower()}.")
             raise MapError(
                 "userns auto",
-                f"needs {wanted} free {kind}s and the store has {_count(free)} left "
-                f"of {_count(_union(spans))}",
-                "Remove containers that are no longer needed, give keep-id containers a size "
-                "(keep-id:size=N, podman 5.4 or later), or add a range to "
-                f"/etc/sub{kind.lower()}.",
+                f"needs {wanted} free {kind}s, but the store has only {_count(free)} left of {total}",
+                ", ".join(advice),
                 wanted=wanted,
                 free=_count(free),
             )
@@ -225,31 +199,50 @@ def slots(
     """
     taken = list(used)
     result: list[Mapping] = []
-    for one in held:
-        alike = one.uid.size == size and one.gid.size == size and one.uid.ranges and one.gid.ranges
-        if alike and one not in result and _from(one, available):
-            result.append(one)
+    for item in held:
+        alike = (
+            item.uid.size == size and item.gid.size == size and item.uid.ranges and item.gid.ranges
+        )
+        if alike and item not in result and _from(item, available):
+            result.append(item)
     while len(result) < count:
-        mapping = allocate(size, available, taken, extra)
+        try:
+            mapping = allocate(size, available, taken, extra)
+        except MapError as error:
+            if count == 1:
+                raise
+            raise MapError(
+                "userns auto",
+                f"{count} slots of {size} IDs each exceed the free IDs, only {len(result)} are possible: {error.cause}",
+                f"{_fewer(len(result))}{error.hint[0].lower()}{error.hint[1:]}",
+                **error.facts,
+            ) from error
         taken.append(mapping)
         result.append(mapping)
     return result[:count]
 
 
+def _fewer(fit: int) -> str:
+    return f"Set slots to {fit}, " if fit else ""
+
+
 def _from(mapping: Mapping, available: tuple[t.Sequence[Span], t.Sequence[Span]]) -> bool:
     """Whether a map begins with IDs that are shared out automatically."""
     return all(
-        any(low <= one.ranges[0].host_id < high for low, high in spans)
-        for one, spans in zip((mapping.uid, mapping.gid), available)
+        any(low <= idmap.ranges[0].host_id < high for low, high in spans)
+        for idmap, spans in zip((mapping.uid, mapping.gid), available)
     )
 
 
 def _numbers(user: str) -> list[int]:
-    return [
-        int(part)
-        for part in user.split(":")
-        if part.isascii() and part.isdigit() and int(part) < 2**32
-    ]
+    numbers = (_whole(part) for part in user.split(":") if part.isascii() and part.isdigit())
+    return [number for number in numbers if number < 2**32]
+
+
+def _whole(digits: str) -> int:
+    """A number of any length, at most what 64 bits hold: Python refuses to convert thousands of digits."""
+    significant = digits.lstrip("0") or "0"
+    return min(int(significant), _INT64_MAX) if len(significant) < 20 else _INT64_MAX
 
 
 def _accounts(text: str | None, fields: tuple[int, ...]) -> list[tuple[str, list[int]]]:
@@ -258,7 +251,9 @@ def _accounts(text: str | None, fields: tuple[int, ...]) -> list[tuple[str, list
     for line in (text or "").split("\n"):
         parts = line.strip().split(":")
         if parts != [""]:
-            result.append((parts[0], [_atoi(parts[one]) for one in fields if one < len(parts)]))
+            result.append(
+                (parts[0], [_atoi(parts[field]) for field in fields if field < len(parts)])
+            )
     return result
 
 
@@ -266,7 +261,7 @@ def _atoi(text: str) -> int:
     sign, digits = (-1, text[1:]) if text[:1] == "-" else (1, text[1:] if text[:1] == "+" else text)
     if not (digits.isascii() and digits.isdigit()):
         return 0
-    return sign * min(int(digits), _INT64_MAX)
+    return sign * _whole(digits)
 
 
 def _union(spans: t.Iterable[Span]) -> list[Span]:

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Which program and version will ask for a layer, and which containers/storage is built into it."""
+"""Detect which program and version will request a layer, and the version of containers/storage in it."""
 
 from __future__ import annotations
 
@@ -12,90 +10,41 @@ import re
 import shutil
 import subprocess
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from ..capabilities import Capabilities, Version, capabilities, released_storage
 from ..errors import ConfigError
-
-Version = t.Tuple[int, ...]
+from .storage_version import ELF, FoundVersion, storage_version
 
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 _TIMEOUT = 60.0
-_ELF = b"\x7fELF"
 
 # Executables, in the order in which a host is searched.
 PROGRAMS = {"podman": "podman", "buildah": "buildah", "cri-o": "crio"}
 _ALIASES = {"crio": "cri-o", **{name: name for name in PROGRAMS}}
-
-# From (major, minor) on: the containers/storage that the release was built with (its go.mod).
-_STORAGE: dict[str, tuple[tuple[Version, Version], ...]] = {
-    "podman": (
-        ((4, 0), (1, 38, 2)),
-        ((4, 1), (1, 40, 2)),
-        ((4, 2), (1, 42, 0)),
-        ((4, 3), (1, 43, 0)),
-        ((4, 4), (1, 45, 3)),
-        ((4, 5), (1, 46, 1)),
-        ((4, 6), (1, 48, 0)),
-        ((4, 7), (1, 50, 2)),
-        ((4, 8), (1, 51, 0)),
-        ((5, 0), (1, 53, 0)),
-        ((5, 1), (1, 54, 0)),
-        ((5, 2), (1, 55, 0)),
-        ((5, 3), (1, 56, 0)),
-        ((5, 4), (1, 57, 1)),
-        ((5, 5), (1, 58, 0)),
-        ((5, 6), (1, 59, 1)),
-        ((5, 7), (1, 61, 0)),
-        ((5, 8), (1, 62, 0)),
-        ((6, 0), (1, 63, 0)),
-    ),
-    "buildah": (
-        ((1, 24), (1, 38, 2)),
-        ((1, 26), (1, 40, 2)),
-        ((1, 27), (1, 42, 0)),
-        ((1, 28), (1, 43, 0)),
-        ((1, 29), (1, 45, 3)),
-        ((1, 30), (1, 46, 1)),
-        ((1, 31), (1, 48, 0)),
-        ((1, 32), (1, 50, 2)),
-        ((1, 33), (1, 51, 0)),
-        ((1, 35), (1, 53, 0)),
-        ((1, 36), (1, 54, 0)),
-        ((1, 37), (1, 55, 0)),
-        ((1, 38), (1, 56, 0)),
-        ((1, 39), (1, 57, 1)),
-        ((1, 40), (1, 58, 0)),
-        ((1, 41), (1, 59, 1)),
-        ((1, 42), (1, 61, 0)),
-        ((1, 43), (1, 62, 0)),
-    ),
-    "cri-o": (
-        ((1, 24), (1, 37, 0)),
-        ((1, 25), (1, 42, 0)),
-        ((1, 26), (1, 44, 0)),
-        ((1, 27), (1, 46, 1)),
-        ((1, 28), (1, 49, 0)),
-        ((1, 29), (1, 51, 0)),
-        ((1, 31), (1, 55, 0)),
-        ((1, 32), (1, 56, 0)),
-        ((1, 33), (1, 58, 0)),
-        ((1, 34), (1, 59, 1)),
-        ((1, 35), (1, 61, 0)),
-    ),
-}
+_RELEASE = "the table of releases"
+# Before what a program said of its storage version, in the cache.
+_STORAGE_KEY = "storage "
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A program that asks for layers.
+    """A program that requests layers.
 
-    ``name`` is "podman", "buildah" or "cri-o"; ``path`` is empty when it was only named.
+    ``name`` is "podman", "buildah" or "cri-o"; ``path`` is empty when it was only named; ``source`` says where the
+    version of containers/storage is known from.
     """
 
     name: str
     version: Version
     storage_version: Version
     path: str = ""
+    source: str = field(default="", compare=False)
+
+    @functools.cached_property
+    def capabilities(self) -> Capabilities:
+        """What it does."""
+        return capabilities(self.name, self.version, self.storage_version)
 
     def __str__(self) -> str:
         return f"{self.name} {'.'.join(str(number) for number in self.version)}"
@@ -110,7 +59,7 @@ def runtime(name: str, version: str, path: str = "") -> Runtime:
     if known is None:
         raise ConfigError(
             f"runtime {name}",
-            "is no program whose layers can be predicted",
+            "is not a supported program",
             f"Use one of: {', '.join(PROGRAMS)}.",
         )
     match = _VERSION.search(version)
@@ -118,29 +67,20 @@ def runtime(name: str, version: str, path: str = "") -> Runtime:
         raise ConfigError(
             f"runtime {name}",
             f"has no readable version in {version.strip()!r}",
-            f'Give one, for example "{known} 5.4.2".',
+            f'Set it, for example "{known} 5.4.2".',
         )
     numbers = tuple(int(number or 0) for number in match.groups())
-    return Runtime(known, numbers, storage_version(known, numbers), path)
-
-
-def storage_version(name: str, version: Version) -> Version:
-    """The containers/storage version in a release of a program, (0,) before any that is known."""
-    found: Version = (0,)
-    for start, storage in _STORAGE[name]:
-        if version[:2] >= start:
-            found = storage
-    return found
+    return Runtime(known, numbers, released_storage(known, numbers), path, _RELEASE)
 
 
 def detect(
-    preferred: str | None = None, said: t.MutableMapping[str, str] | None = None
+    preferred: str | None = None, version_cache: t.MutableMapping[str, str] | None = None
 ) -> Runtime | None:
     """The runtime of this host: the preferred one, else the first of podman, buildah and CRI-O.
 
     :param preferred: a program's name or path, optionally followed by a version ("podman 5.4.2"),
         which is then believed without asking the program
-    :param said: what programs said when they were asked before, by what identifies their file; the
+    :param version_cache: what programs said when they were asked before, by what identifies their file; the
         same file is not asked again, and new answers are added
     :raises ConfigError: the preferred program is unknown, not installed, or does not tell its
         version
@@ -158,14 +98,37 @@ def detect(
             raise ConfigError(
                 f"runtime {word}",
                 "is not installed on this host",
-                f'Install it, or give its version too, for example "{known} 5.4.2".',
+                f'Install it, or set its version as well, for example "{known} 5.4.2".',
             )
-        return _ask(known, path, said)
-    for known, program in PROGRAMS.items():
-        path = shutil.which(program, path=_search_path())
-        if path is not None:
-            return _ask(known, path, said)
+        return _ask(known, path, version_cache)
+    for known in PROGRAMS:
+        path = find_program(known)
+        if path:
+            return _ask(known, path, version_cache)
     return None
+
+
+def find_program(name: str) -> str:
+    """The path of "podman", "buildah" or "cri-o"; empty where it is not installed."""
+    return shutil.which(PROGRAMS[name], path=_search_path()) or ""
+
+
+def installed() -> t.Iterator[tuple[str, Capabilities, FoundVersion]]:
+    """The programs of this host that use stores, with as much as is known without running them.
+
+    :returns: name, what it does by its version of containers/storage (nothing of podman's own), and that version
+    :raises ConfigError: a program does not report its version in any way
+    """
+    for name in PROGRAMS:
+        path = find_program(name)
+        if not path:
+            continue
+        if _is_executable(path):
+            found = _storage_version(name, path)
+        else:
+            detected = _ask(name, path, None)
+            found = FoundVersion(detected.storage_version, detected.source)
+        yield name, capabilities(name, (), found.version), found
 
 
 def _search_path() -> str:
@@ -174,13 +137,66 @@ def _search_path() -> str:
     return os.pathsep.join((given, "/usr/local/bin", "/usr/bin", "/usr/sbin"))
 
 
-def _ask(name: str, path: str, said: t.MutableMapping[str, str] | None) -> Runtime:
-    identity = _identity(path) if said is not None else ""
-    if said is None or not identity:
-        return runtime(name, _version(name, path), path)
-    if identity not in said:
-        said[identity] = _version(name, path)
-    return runtime(name, said[identity], path)
+def _ask(name: str, path: str, version_cache: t.MutableMapping[str, str] | None) -> Runtime:
+    found = runtime(name, _remembered(version_cache, "", path, lambda: _version(name, path)), path)
+    executable = path if _is_executable(path) else _wrapped(found)
+    if not executable:
+        return found
+
+    def look() -> str:
+        answer = _storage_version(name, executable)
+        return f"{'.'.join(map(str, answer.version))} {answer.source}"
+
+    number, _blank, source = _remembered(version_cache, _STORAGE_KEY, executable, look).partition(
+        " "
+    )
+    match = _VERSION.match(number)
+    if match is None:
+        return found
+    return replace(
+        found,
+        storage_version=tuple(int(number or 0) for number in match.groups()),
+        source=source,
+    )
+
+
+def _remembered(
+    version_cache: t.MutableMapping[str, str] | None, kind: str, path: str, ask: t.Callable[[], str]
+) -> str:
+    """An answer about a file that is given once, for as long as the file stays the same."""
+    identity = _identity(path) if version_cache is not None else ""
+    if version_cache is None or not identity:
+        return ask()
+    if kind + identity not in version_cache:
+        version_cache[kind + identity] = ask()
+    return version_cache[kind + identity]
+
+
+def _wrapped(script: Runtime) -> str:
+    """The executable that a script of its name calls, as far as their equal versions tell; empty if unknown."""
+    program = PROGRAMS[script.name]
+    for folder in _search_path().split(os.pathsep):
+        path = os.path.join(folder, program)
+        if _is_executable(path) and os.access(path, os.X_OK):
+            same = runtime(script.name, _version(script.name, path)).version == script.version
+            return path if same else ""
+    return ""
+
+
+@functools.cache
+def _storage_version(name: str, path: str) -> FoundVersion:
+    def released() -> Version:
+        return runtime(name, _version(name, path)).storage_version
+
+    try:
+        return storage_version(path, name, released)
+    except OSError:
+        return FoundVersion(released(), _RELEASE)
+
+
+def _is_executable(path: str) -> bool:
+    """Whether it is a compiled program."""
+    return bool(_identity(path))
 
 
 def _identity(path: str) -> str:
@@ -188,7 +204,7 @@ def _identity(path: str) -> str:
     real = os.path.realpath(path)
     try:
         with open(real, "rb") as file:
-            if file.read(len(_ELF)) != _ELF:
+            if file.read(len(ELF)) != ELF:
                 return ""
             status = os.fstat(file.fileno())
     except OSError:
@@ -214,7 +230,7 @@ def _version(name: str, path: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(
             f"runtime {path}",
-            f"does not tell its version: {error}",
-            f'Try: {path} --version, or give the version, for example "{name} 5.4.2".',
+            f"does not report its version: {error}",
+            f'Try: {path} --version, or set the version, for example "{name} 5.4.2".',
         ) from error
     return answer.stdout or answer.stderr

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""The literal form in which a runtime writes a map; runtimes match layers entry by entry."""
+"""The literal form in which a runtime writes a map. Runtimes compare maps entry by entry."""
 
 from __future__ import annotations
 
@@ -58,25 +56,25 @@ def context(
             program=str(runtime),
             named_ranges=names,
         )
-    version = runtime.version
+    can = runtime.capabilities
     return UsernsContext(
         rootless=rootless,
         uid=uid,
         gid=gid,
         available=available,
-        map_flags=version >= (4, 7),
-        merge_and_sort=version >= (4, 7),
-        keep_zero_entry=version < (5, 1),
-        keep_id_needs_ranges=version < (4, 4),
-        rootful_keep_id=version >= (4, 5),
-        keep_id_size=version >= (5, 4),
-        auto_parent_ids=version >= (5, 0),
+        map_flags=can.map_flags,
+        merge_and_sort=can.merges_maps,
+        keep_zero_entry=not can.drops_zero_entry,
+        keep_id_needs_ranges=not can.keep_id_without_ranges,
+        rootful_keep_id=can.rootful_keep_id,
+        keep_id_size=can.keep_id_size,
+        auto_parent_ids=can.auto_parent_ids,
         program=str(runtime),
         named_ranges=names,
     )
 
 
-def shape(
+def recorded_form(
     mapping: Mapping, runtime: Runtime, shifting_checked: bool, typed: bool = False
 ) -> Mapping:
     """The form in which the runtime's store records a map that was resolved for it.
@@ -87,7 +85,7 @@ def shape(
     :param typed: the map comes from elsewhere than ``resolve``, as a user would type it, and
         the runtime's own sorting and merging is still to be done
     """
-    if typed and runtime.name == "podman" and runtime.version >= (4, 7):
+    if typed and runtime.capabilities.merges_maps:
         mapping = Mapping(mapping.uid.normal(), mapping.gid.normal())
     if not shifting_checked:
         return mapping
@@ -95,8 +93,8 @@ def shape(
     return Mapping(uid, mapping.gid.contiguity()[1] if contiguous else mapping.gid)
 
 
-def prefer(mapping: Mapping, seen: t.Iterable[Mapping]) -> Mapping:
-    """The form that the runtime has already used for a map of the same meaning, if any.
+def reuse_form(mapping: Mapping, seen: t.Iterable[Mapping]) -> Mapping:
+    """The form in which the runtime has already recorded a map of the same meaning, if any.
 
     :param seen: mappings of the runtime's own containers and mapped layers, best evidence first
     """

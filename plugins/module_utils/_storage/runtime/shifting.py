@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Whether a runtime will ask for a mapped layer at all, or shift the IDs while it mounts.
+"""Predict whether a runtime needs a mapped layer, or shifts the IDs with a mount.
 
 The answer follows what containers/storage 1.38 to 1.63 ask, in their order: environment, mount
 program, remembered feature test, and the kernel itself last.
@@ -16,23 +14,16 @@ import shutil
 import typing as t
 from dataclasses import dataclass
 
+from ..capabilities import KERNEL_IDMAPPED_OVERLAY, Version, first_release, idmapped_overlay
 from ..idmap.mapping import Mapping
 from ..kernel.namespaces import idmap_probe
-from .detect import Runtime, Version
+from .detect import Runtime
 
 DISABLE_VARIABLE = "_CONTAINERS_OVERLAY_DISABLE_IDMAP"
 FORCE_VARIABLE = "_TEST_FORCE_SUPPORT_SHIFTING"
 FUSE_PROGRAM = "fuse-overlayfs"
 
-# Linux lets overlay stand on idmapped layers since this version.
-KERNEL = (5, 19)
-# containers/storage: idmapped lower layers; the variable that disables them, and mapped layers
-# mounted as they are; maps that are not contiguous.
-_IDMAPPED = (1, 40)
-_DISABLING = (1, 45, 4)
-_ANY_MAP = (1, 59)
-
-_FORCE = "To make a mapped layer all the same, set force: true."
+_FORCE = "To create a mapped layer anyway, set force: true."
 
 Probe = t.Callable[[str], bool]
 
@@ -44,7 +35,7 @@ class Shifting:
     :param shifts: no mapped layer is needed
     :param reason: why, one clause
     :param advice: what would change it, whole sentences
-    :param sorts: the store asks whether the map is contiguous, which sorts what it records
+    :param reorders_map: the store asks whether the map is contiguous, which sorts what it records
         (see ``forms.shape``)
     :param usable: the runtime can mount a mapped layer of this map at all
     """
@@ -52,7 +43,7 @@ class Shifting:
     shifts: bool
     reason: str
     advice: str
-    sorts: bool = False
+    reorders_map: bool = False
     usable: bool = True
 
 
@@ -79,44 +70,51 @@ def shifting(
     if mapping.identity:
         return Shifting(
             True,
-            "no ID map is asked for, so the image is used as it is",
-            "Give userns or maps to prepare a mapped layer.",
+            "no ID map is set, so the image is used unchanged",
+            "Set userns or maps to prepare a mapped layer.",
         )
     if driver_name not in ("overlay", "overlay2"):
-        return _other_driver(driver_name, runtime)
-    if runtime.storage_version >= _DISABLING and environ.get(DISABLE_VARIABLE) == "yes":
+        return _other_driver(driver_name, rootless, runtime)
+    if runtime.capabilities.idmap_can_be_disabled and environ.get(DISABLE_VARIABLE) == "yes":
         return Shifting(
             False,
-            f"{DISABLE_VARIABLE}=yes in the environment forbids {runtime} to shift IDs",
-            "Remove the variable where the kernel has idmapped mounts: then no copy is needed.",
+            f"{DISABLE_VARIABLE}=yes in the environment prevents {runtime} from shifting IDs",
+            "If the kernel supports idmapped mounts, remove the variable. No copy is then needed.",
         )
-    if runtime.storage_version < _DISABLING and environ.get(FORCE_VARIABLE) == "yes-please":
+    if (
+        not runtime.capabilities.idmap_can_be_disabled
+        and environ.get(FORCE_VARIABLE) == "yes-please"
+    ):
         return _asked_for_contiguity(
-            mapping, runtime, f"{FORCE_VARIABLE}=yes-please makes {runtime} believe in shifting"
+            mapping,
+            runtime,
+            f"{FORCE_VARIABLE}=yes-please makes {runtime} assume that the kernel shifts IDs",
         )
     program = mount_program(options, graphroot, runroot)
     if program:
         return _mount_program(program, mapping, runtime)
-    if rootless:
+    if rootless and not (
+        runtime.capabilities.shifts_rootless and _remembered(runroot, "idmapped-lower-dir")
+    ):
         return Shifting(
             False,
-            "in a user's namespace the kernel allows no idmapped mounts of the host's filesystem, "
+            "in a user's namespace the kernel does not allow idmapped mounts of the host's filesystem, "
             f"so {runtime} copies the image for each map",
             f"Only mount_program = {FUSE_PROGRAM} in storage.conf shifts IDs for rootless users, "
-            "at the price of slower files.",
+            "but file access is slower.",
         )
-    if runtime.storage_version < _IDMAPPED:
+    if not runtime.capabilities.idmapped_mounts:
         return Shifting(
             False,
-            f"{runtime} knows no idmapped mounts and copies the image for each map",
-            "podman 4.1 or later needs no copies on Linux 5.19 or later.",
+            f"{runtime} does not support idmapped mounts and copies the image for each map",
+            f"{_since(runtime, 'idmapped_mounts')} or later needs no copies on Linux 5.19 or later.",
         )
     able, why = _native(graphroot, runroot, probe, kernel)
     if not able:
         return Shifting(
             False, f"{why}, so {runtime} copies the image for each map", _native_advice(why)
         )
-    if runtime.storage_version >= _ANY_MAP:
+    if runtime.capabilities.shifts_any_map:
         return Shifting(True, _no_copy(why, runtime), _FORCE)
     return _asked_for_contiguity(mapping, runtime, why)
 
@@ -136,18 +134,24 @@ def mount_program(options: t.Mapping[str, str], graphroot: str, runroot: str) ->
     return ""
 
 
-def _other_driver(driver_name: str, runtime: Runtime) -> Shifting:
+def _other_driver(driver_name: str, rootless: bool, runtime: Runtime) -> Shifting:
+    advice = (
+        f"Only the overlay driver with mount_program = {FUSE_PROGRAM} needs no copies for rootless users, "
+        "but file access is slower."
+        if rootless
+        else f"The overlay driver needs no copies for root on Linux {_dotted(KERNEL_IDMAPPED_OVERLAY)} or later."
+    )
     if driver_name in ("btrfs", "zfs"):
         return Shifting(
             False,
             f"the {driver_name} driver cannot shift IDs; {runtime} clones the image for each map "
-            "and changes its owners, the data stays shared",
-            f"The overlay driver needs no copies for root on Linux {_dotted(KERNEL)} or later.",
+            "and changes its owners, while the data stays shared",
+            advice,
         )
     return Shifting(
         False,
         f"the {driver_name} driver cannot shift IDs, so {runtime} copies the image for each map",
-        f"The overlay driver needs no copies for root on Linux {_dotted(KERNEL)} or later.",
+        advice,
     )
 
 
@@ -157,37 +161,37 @@ def _mount_program(program: str, mapping: Mapping, runtime: Runtime) -> Shifting
         return Shifting(
             True,
             _no_copy(f"{name} shifts the IDs", runtime),
-            f"A mapped layer would be shifted by {name} once more, so none is made. Without "
+            f"A mapped layer would be shifted by {name} a second time, so it is not created. Without "
             "mount_program in storage.conf the kernel's overlay mounts mapped layers.",
-            sorts=True,
+            reorders_map=True,
             usable=False,
         )
     return Shifting(
         False,
-        f"{name} shifts contiguous maps only and this one has gaps, "
+        f"{name} shifts only contiguous maps and this map has gaps, "
         f"so {runtime} copies the image for it",
-        "Map a single range of IDs, or ranges that touch inside and outside the container.",
-        sorts=True,
+        "Map a single range of IDs, or ranges that are adjacent inside and outside the container.",
+        reorders_map=True,
     )
 
 
 def _asked_for_contiguity(mapping: Mapping, runtime: Runtime, why: str) -> Shifting:
     if mapping.contiguous:
-        return Shifting(True, _no_copy(why, runtime), _FORCE, sorts=True)
-    if runtime.storage_version >= _DISABLING:
+        return Shifting(True, _no_copy(why, runtime), _FORCE, reorders_map=True)
+    if runtime.capabilities.idmap_can_be_disabled:
         return Shifting(
             False,
-            f"{runtime} shifts contiguous maps only and this one has gaps, "
+            f"{runtime} shifts only contiguous maps and this map has gaps, "
             "so it copies the image for it",
-            "Map a single range of IDs, or use podman 5.6 or later, which shifts any map.",
-            sorts=True,
+            f"Map a single range of IDs, or use {_since(runtime, 'shifts_any_map')} or later, which shifts any map.",
+            reorders_map=True,
         )
     return Shifting(
         False,
-        f"{runtime} shifts contiguous maps only and this one has gaps; it copies the image for it, "
-        "but cannot mount the copy, its own neither, on a kernel with idmapped mounts",
-        "Map a single range of IDs, or use podman 4.5 or later.",
-        sorts=True,
+        f"{runtime} shifts only contiguous maps and this map has gaps; it copies the image for it, "
+        "but it cannot mount any such copy on a kernel with idmapped mounts",
+        f"Map a single range of IDs, or use {_since(runtime, 'idmap_can_be_disabled')} or later.",
+        reorders_map=True,
         usable=False,
     )
 
@@ -201,27 +205,35 @@ def _native(
         return True, "the kernel shifts IDs with idmapped mounts"
     if remembered is False:
         return False, (
-            "the runtime has found, and noted in "
+            "the runtime detected, and recorded in "
             f"{_feature_file(runroot, 'idmapped-lower-dir', False)}, "
             "that idmapped mounts do not work here"
         )
     release = os.uname().release if kernel is None else kernel
-    if _version(release) < KERNEL:
-        return False, f"kernel {release} has no idmapped mounts for overlay"
+    if not idmapped_overlay(_version(release)):
+        return False, f"kernel {release} does not support idmapped mounts for overlay"
     if probe is None:
         probe = idmap_probe
-    folder = os.path.join(graphroot, "overlay")
-    if probe(folder if os.path.isdir(folder) else graphroot):
+    if probe(_existing(os.path.join(graphroot, "overlay"))):
         return True, "the kernel shifts IDs with idmapped mounts"
-    return False, f"the filesystem of {graphroot} takes no idmapped mounts"
+    return False, f"the filesystem of {graphroot} does not support idmapped mounts"
+
+
+def _existing(path: str) -> str:
+    """The folder, or the nearest above it that exists: a store that no runtime has written yet will lie there."""
+    while not os.path.isdir(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return path
 
 
 def _native_advice(why: str) -> str:
-    if "noted in" in why:
-        return "The note goes with the next boot; after a change of kernel or filesystem remove it."
+    if "recorded in" in why:
+        return (
+            "The next boot removes this file. Remove it after a change of the kernel or filesystem."
+        )
     if why.startswith("kernel"):
-        return f"Linux {_dotted(KERNEL)} or later needs no copies."
-    return "ext4, xfs, btrfs and, since Linux 6.3, tmpfs take idmapped mounts."
+        return f"Linux {_dotted(KERNEL_IDMAPPED_OVERLAY)} or later needs no copies."
+    return "ext4, xfs, btrfs and, since Linux 6.3, tmpfs support idmapped mounts."
 
 
 def _no_copy(why: str, runtime: Runtime) -> str:
@@ -229,7 +241,7 @@ def _no_copy(why: str, runtime: Runtime) -> str:
 
 
 def _remembered(runroot: str, feature: str) -> bool | None:
-    """What a runtime's own test of a feature has said, None when it has not been made."""
+    """The result of a runtime's own test of a feature; None if it was not run."""
     for answer in (True, False):
         if os.path.exists(_feature_file(runroot, feature, answer)):
             return answer
@@ -251,6 +263,11 @@ def _read(path: str) -> str:
 def _version(release: str) -> Version:
     match = re.match(r"(\d+)\.(\d+)", release)
     return tuple(int(number) for number in match.groups()) if match else (0,)
+
+
+def _since(runtime: Runtime, field: str) -> str:
+    """The first release of a program that has a capability."""
+    return f"{runtime.name} {_dotted(first_release(runtime.name, field)[:2])}"
 
 
 def _dotted(version: Version) -> str:

@@ -1,27 +1,26 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""What the service is told: a JSON file with what each store is to hold, and what may go from it."""
+"""The configuration of the service: a JSON file with the layers to create and the collection rules of each store."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import os
 import time
 import typing as t
 
 from ..errors import ConfigError, StorageError
 from ..idmap.grammar import parse_request
-from ..operations.asking import Wanted
-from ..operations.gc import GcRequest, read_policy
-from ..operations.moments import age
-from ..operations.opening import StoreRequest, account_named
-from ..operations.template import TemplateRequest
+from ..operations import gc_policy, mapping_options
+from ..operations.layer_gc import GcRequest, read_policy
+from ..operations.layer_template import TemplateRequest
+from ..operations.mapping_options import MappingOptions
+from ..operations.options import Option
+from ..operations.store_opening import STORE_OPTIONS, StoreRequest, account_named, store_request
+from ..operations.time_formats import age
 from ..store.config import Account
 
-_STORE_TEXTS = ("storage_conf", "graphroot", "runroot", "driver")
 _STRATEGIES = ("auto", "snapshot", "reflink", "metacopy", "copy")
 _UNMAPPED = ("fail", "overflow")
 Json = t.Dict[str, t.Any]
@@ -29,7 +28,7 @@ Json = t.Dict[str, t.Any]
 
 @dataclasses.dataclass(frozen=True)
 class StoreSettings:
-    """What one store is to hold, and what may go from it.
+    """The layers to create in one store, and the rules for removing layers.
 
     :param user: the store's owner, "root" for the rootful one
     :param images: names, IDs or shell patterns of images that may come and go
@@ -45,16 +44,18 @@ class StoreSettings:
 
 
 def load(path: str) -> t.Tuple[StoreSettings, ...]:
-    """Read a configuration.
+    """Read a configuration, or all that a directory holds, which are its files that end in .json.
 
     :raises ConfigError: it cannot be read, or says what cannot be; the file and the place in it are named
     """
+    if os.path.isdir(path):
+        return tuple(store for file in _files(path) for store in load(file))
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except OSError as error:
         raise ConfigError(
-            path, f"cannot be read: {error.strerror}", "Write it, or name another file."
+            path, f"cannot be read: {error.strerror}", "Create it, or use another file."
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(
@@ -64,19 +65,37 @@ def load(path: str) -> t.Tuple[StoreSettings, ...]:
     whole.known(("stores",))
     entries = whole.items("stores")
     if not entries:
-        raise whole.wrong("stores", "names no store")
-    return tuple(_store(_Reader(path, f"stores[{n}].", one)) for n, one in enumerate(entries))
+        raise whole.wrong("stores", "contains no store")
+    return tuple(_store(_Reader(path, f"stores[{n}].", entry)) for n, entry in enumerate(entries))
+
+
+def _files(folder: str) -> t.List[str]:
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".json"))
+    except OSError as error:
+        raise ConfigError(
+            folder, f"cannot be read: {error.strerror}", "Check its permissions."
+        ) from error
+    if not names:
+        raise ConfigError(
+            folder,
+            "contains no file that ends in .json",
+            "Create such a file, or use a path of a file.",
+        )
+    return [os.path.join(folder, name) for name in names]
 
 
 class _Reader:
-    """One JSON object of the file, and where it stands there."""
+    """One JSON object of the file, with its location in the file."""
 
-    def __init__(self, path: str, place: str, content: t.Any) -> None:
+    def __init__(self, path: str, location: str, content: t.Any) -> None:
         self._path = path
-        self.place = place
+        self.location = location
         if not isinstance(content, dict):
             raise ConfigError(
-                f"{path}: {place.rstrip('.') or 'the whole'}", "is no JSON object", "Write {...}."
+                f"{path}: {location.rstrip('.') or 'the whole'}",
+                "is not a JSON object",
+                "Write {...}.",
             )
         self._content: Json = content
 
@@ -84,11 +103,11 @@ class _Reader:
         """Refuse all other names."""
         for name in self._content:
             if name not in names:
-                raise self.wrong(name, "is not known", f"Known here: {', '.join(names)}.")
+                raise self.wrong(name, "is unknown", f"Supported are {', '.join(names)}.")
 
-    def wrong(self, name: str, cause: str, way_out: str = "") -> ConfigError:
-        place = f"{self.place}{name}".rstrip(".")
-        return ConfigError(f"{self._path}: {place}", cause, way_out)
+    def wrong(self, name: str, cause: str, hint: str = "") -> ConfigError:
+        location = f"{self.location}{name}".rstrip(".")
+        return ConfigError(f"{self._path}: {location}", cause, hint)
 
     def has(self, name: str) -> bool:
         """Whether it is given; an empty text, an empty list and null are not."""
@@ -99,7 +118,7 @@ class _Reader:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise self.wrong(name, "is no text", 'Write "...".')
+            raise self.wrong(name, "is not a text", 'Write "...".')
         return str(value)
 
     def choice(self, name: str, among: t.Sequence[str]) -> str:
@@ -120,21 +139,21 @@ class _Reader:
         try:
             return float(self.text(name))
         except ValueError:
-            raise self.wrong(name, f"is no number: {self.text(name)}") from None
+            raise self.wrong(name, f"is not a number: {self.text(name)}") from None
 
     def items(self, name: str) -> t.List[t.Any]:
         value = self._content.get(name)
         if value is None:
             return []
         if not isinstance(value, list):
-            raise self.wrong(name, "is no list", "Write [...].")
+            raise self.wrong(name, "is not a list", "Write [...].")
         return value
 
     def texts(self, name: str) -> t.Tuple[str, ...]:
         found = self.items(name)
-        for one in found:
-            if not isinstance(one, str) or not one:
-                raise self.wrong(name, f"holds {json.dumps(one)}, which is no text")
+        for item in found:
+            if not isinstance(item, str) or not item:
+                raise self.wrong(name, f"holds {json.dumps(item)}, which is not a text")
         return tuple(found)
 
     def whole_number(self, name: str, default: t.Optional[int] = None) -> t.Optional[int]:
@@ -142,8 +161,25 @@ class _Reader:
         if found is None:
             return default
         if found != int(found):
-            raise self.wrong(name, f"is no whole number: {found:g}")
+            raise self.wrong(name, f"is not a whole number: {found:g}")
         return int(found)
+
+    def given(self, options: t.Mapping[str, Option]) -> t.Dict[str, t.Any]:
+        """Those of these options that are given."""
+        return {
+            name: self._option(name, option) for name, option in options.items() if self.has(name)
+        }
+
+    def _option(self, name: str, option: Option) -> t.Any:
+        if option.choices:
+            return self.choice(name, option.choices)
+        readers: t.Mapping[str, t.Callable[[str], t.Any]] = {
+            "list": self.texts,
+            "bool": self.switch,
+            "int": self.whole_number,
+            "float": self.number,
+        }
+        return readers.get(option.type, self.text)(name)
 
     def inside(self, name: str) -> t.Optional[_Reader]:
         """The object of that name, if there is one."""
@@ -151,8 +187,8 @@ class _Reader:
         return None if value is None else self.below(name, value)
 
     def below(self, name: str, content: t.Any) -> _Reader:
-        """What stands under that name."""
-        return _Reader(self._path, f"{self.place}{name}.", content)
+        """The value of that name."""
+        return _Reader(self._path, f"{self.location}{name}.", content)
 
     def checked(self, name: str, check: t.Callable[[], t.Any]) -> t.Any:
         """What a rule of the library makes of what was read; its complaint then names the place.
@@ -165,33 +201,12 @@ class _Reader:
             raise self.wrong(name, str(error).rstrip(".")) from error
 
 
-# The options of layer_gc that make a policy, and how each is read; see GcRequest.
-_POLICY: t.Mapping[str, t.Callable[[_Reader, str], t.Any]] = {
-    **dict.fromkeys(("images", "keep_images", "keep_mappings"), _Reader.texts),
-    **dict.fromkeys(("min_age", "unused_for", "created_before"), _Reader.text),
-    **dict.fromkeys(("duplicates", "unusable_maps"), _Reader.switch),
-    "max_copies_per_image": _Reader.whole_number,
-    **dict.fromkeys(("max_used_space", "reserved_space", "min_free_space"), _Reader.text),
-    **dict.fromkeys(("high_threshold", "low_threshold"), _Reader.number),
-    "max_freed": _Reader.text,
-    "origin": functools.partial(_Reader.choice, among=("any", "ours")),
-    "orphans": functools.partial(_Reader.choice, among=("report", "remove")),
-    "broken": functools.partial(_Reader.choice, among=("report", "repair")),
-}
-
-
 def _store(reader: _Reader) -> StoreSettings:
-    options = ("user", *_STORE_TEXTS, "storage_options", "lock_timeout")
     declared = ("images", "mappings", "strategy", "unmapped_ids", "force", "lease")
-    reader.known((*options, *declared, "policy"))
+    reader.known(("user", *STORE_OPTIONS, *declared, "policy"))
     name = reader.text("user")
     account: t.Optional[Account] = reader.checked("user", lambda: account_named(name or None))
-    store = StoreRequest(
-        account=account,
-        **{name: reader.text(name) for name in _STORE_TEXTS},
-        storage_options=reader.texts("storage_options"),
-        lock_timeout=float(reader.whole_number("lock_timeout", 60) or 0),
-    )
+    store = store_request(account, reader.given(STORE_OPTIONS))
     images, policy = reader.texts("images"), reader.inside("policy")
     return StoreSettings(
         user=account.name if account else "root",
@@ -206,7 +221,7 @@ def _ready(reader: _Reader, store: StoreRequest) -> TemplateRequest:
     mappings = reader.items("mappings")
     if not mappings:
         raise reader.wrong(
-            "mappings", "is empty, though images are named", 'Write [{"userns": "keep-id"}].'
+            "mappings", "is empty, but images is set", 'Write [{"userns": "keep-id"}].'
         )
     lease = reader.text("lease")
     if lease:
@@ -214,7 +229,9 @@ def _ready(reader: _Reader, store: StoreRequest) -> TemplateRequest:
     return TemplateRequest(
         store=store,
         images=(),
-        wanted=tuple(_wanted(reader, number, one) for number, one in enumerate(mappings)),
+        wanted=tuple(
+            _mapping_options(reader, number, entry) for number, entry in enumerate(mappings)
+        ),
         strategy=reader.choice("strategy", _STRATEGIES),
         force=reader.switch("force"),
         overflow=reader.choice("unmapped_ids", _UNMAPPED) == "overflow",
@@ -222,19 +239,11 @@ def _ready(reader: _Reader, store: StoreRequest) -> TemplateRequest:
     )
 
 
-def _wanted(parent: _Reader, number: int, content: t.Any) -> Wanted:
+def _mapping_options(parent: _Reader, number: int, content: t.Any) -> MappingOptions:
     name = f"mappings[{number}]"
     reader = parent.below(name, content)
-    reader.known(tuple(field.name for field in dataclasses.fields(Wanted)))
-    wanted = Wanted(
-        userns=reader.text("userns"),
-        uidmap=reader.texts("uidmap"),
-        gidmap=reader.texts("gidmap"),
-        subuidname=reader.text("subuidname"),
-        subgidname=reader.text("subgidname"),
-        runtime=reader.text("runtime"),
-        slots=reader.whole_number("slots", 1) or 1,
-    )
+    reader.known(tuple(mapping_options.OPTIONS))
+    wanted = MappingOptions(**reader.given(mapping_options.OPTIONS))
     parent.checked(
         name,
         lambda: parse_request(
@@ -245,10 +254,12 @@ def _wanted(parent: _Reader, number: int, content: t.Any) -> Wanted:
 
 
 def _policy(reader: _Reader, store: StoreRequest) -> GcRequest:
-    reader.known(tuple(_POLICY))
-    read = {name: take(reader, name) for name, take in _POLICY.items() if reader.has(name)}
-    if ("high_threshold" in read) != ("low_threshold" in read):
-        raise reader.wrong("high_threshold", "and low_threshold go together", "Give both.")
-    request = GcRequest(store=store, **read)
+    options = {name: option for name, option in gc_policy.OPTIONS.items() if not option.of_one_run}
+    reader.known(tuple(options))
+    read = reader.given(options)
+    for name, pair in gc_policy.pairs():
+        if (name in read) != (pair in read):
+            raise reader.wrong(name, f"and {pair} go together", "Give both.")
+    request = GcRequest(store, read)
     reader.checked("", lambda: read_policy(request, time.time()))
     return request

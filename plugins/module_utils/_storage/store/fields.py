@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""The fields that records of layers, images and containers have, and what their values may be."""
+"""The fields in the records of layers, images and containers, and their valid values."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ def _check_uint32s(value: t.Any) -> str:
         return ""
     if set(map(type, value)) != {int}:
         return "has an entry that is not a whole number"
-    return "" if min(value) >= 0 and max(value) < 2**32 else "has an entry that is no ID"
+    return "" if min(value) >= 0 and max(value) < 2**32 else "has an entry that is not an ID"
 
 
 def _check_list(check: Check) -> Check:
@@ -94,11 +92,11 @@ def _too_deep(value: t.Any) -> bool:
     level = [value]
     for _depth in range(DEPTH_LIMIT):
         deeper: t.List[t.Any] = []
-        for one in level:
-            if isinstance(one, dict):
-                deeper.extend(one.values())
-            elif isinstance(one, list):
-                deeper.extend(one)
+        for item in level:
+            if isinstance(item, dict):
+                deeper.extend(item.values())
+            elif isinstance(item, list):
+                deeper.extend(item)
         if not deeper:
             return False
         level = deeper
@@ -176,7 +174,7 @@ def first_fault(raw: Raw, fields: Fields) -> t.Optional[t.Tuple[str, str]]:
             wrong = check(value) if value is not None else ""
         elif key.lower() in fields:
             # Go matches names without regard to case: such a field would count there.
-            wrong = f"is spelt otherwise than {key.lower()!r}"
+            wrong = f"is spelled differently from {key.lower()!r}"
         else:
             wrong = _check_depth(value)
         if wrong:

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""What podman's own database says about its store, which podman puts above storage.conf.
+"""The store settings in podman's own database, which take precedence over storage.conf.
 
 Two forms exist: a bolt file (podman 4, and later ones that found it) and SQLite (new stores of
 podman 5). Both are read as plain files, never opened for writing and never locked.
@@ -10,19 +8,30 @@ podman 5). Both are read as plain files, never opened for writing and never lock
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import shutil
 import stat
 import struct
-import tempfile
 import typing as t
 from dataclasses import dataclass
-from urllib.parse import quote
+
+from ..kernel import files
+from . import sqlite_file
 
 BOLT = os.path.join("libpod", "bolt_state.db")
 SQLITE = "db.sql"
 
-_SIZE_LIMIT = 1024 * 1024 * 1024
+# Bytes; a database of 1,000 containers has 20 MB.
+_SIZE_LIMIT = 256 * 1024 * 1024
+_PATH_LIMIT = 4096
+_MOST_CONTAINERS = 100_000
+# Reads of a bolt file that is written to meanwhile.
+_ATTEMPTS = 5
+# What reading a file of any content may raise.
+_UNREADABLE = (OSError, ValueError, KeyError, IndexError, struct.error, RecursionError)
+
+_Read = t.TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -38,27 +47,131 @@ class PodmanStore:
     driver: str = ""
 
 
-def recorded(graphroot: str, runroot: str, transient: bool) -> t.Optional[PodmanStore]:
-    """What podman's database of this store says; None without one, or when it cannot be read.
+@dataclass(frozen=True)
+class PodmanContainer:
+    """A container that podman's database names.
+
+    :ivar name: empty where the database does not tell it
+    :ivar rootfs: whether it runs on a directory of its own (``podman run --rootfs``, and the
+        infrastructure containers of new podmans): containers/storage has no record of it
+    """
+
+    id: str
+    name: str = ""
+    rootfs: bool = False
+
+
+def database(
+    graphroot: str, runroot: str, transient: bool, sqlite_first: bool = False
+) -> t.Optional[str]:
+    """The path of podman's database of a store, None without one; parameters as :func:`recorded`."""
+    paths = [os.path.join(runroot if transient else graphroot, SQLITE)]
+    if not transient:
+        paths.insert(len(paths) if sqlite_first else 0, os.path.join(graphroot, BOLT))
+    return next((path for path in paths if os.path.lexists(path)), None)
+
+
+def databases(graphroot: str, runroot: str) -> t.List[str]:
+    """The paths of all of podman's databases of a store, whichever of them a podman would take."""
+    paths = [os.path.join(graphroot, BOLT)]
+    paths += [os.path.join(base, SQLITE) for base in dict.fromkeys((graphroot, runroot))]
+    return [path for path in paths if os.path.lexists(path)]
+
+
+@dataclass(frozen=True)
+class Databases:
+    """What podman's databases of a store say.
+
+    :ivar containers: those that any of them names, by ID
+    :ivar unreadable: why databases cannot be read, by path
+    """
+
+    containers: t.Mapping[str, PodmanContainer]
+    unreadable: t.Mapping[str, str]
+
+
+def read_databases(graphroot: str, runroot: str) -> Databases:
+    """The containers that podman's databases name. Never raises for what they contain."""
+    found: t.Dict[str, PodmanContainer] = {}
+    unreadable: t.Dict[str, str] = {}
+    for path in databases(graphroot, runroot):
+        read = _settled_bolt_containers if path.endswith(BOLT) else _sqlite_containers
+        try:
+            for key, container in read(path).items():
+                found.setdefault(key, container)
+        except (FileNotFoundError, sqlite_file.NoTables):
+            continue
+        except _UNREADABLE as error:
+            if not _is_new(path):
+                unreadable[path] = str(error) or type(error).__name__
+    return Databases(found, unreadable)
+
+
+def _is_new(path: str) -> bool:
+    """Whether podman has created the file, and written nothing to it yet."""
+    with contextlib.suppress(OSError):
+        status = os.lstat(path)
+        return stat.S_ISREG(status.st_mode) and status.st_size == 0
+    return False
+
+
+def _settled_bolt_containers(path: str) -> t.Dict[str, PodmanContainer]:
+    """The containers in a bolt file that podman may be writing; sqlite_file.py reads again by itself."""
+    for _attempt in range(_ATTEMPTS - 1):
+        before = _signature(path)
+        try:
+            return _bolt_containers(path)
+        except _UNREADABLE:
+            if _signature(path) == before:
+                raise
+    return _bolt_containers(path)
+
+
+def _signature(path: str) -> t.Tuple[int, ...]:
+    status = os.lstat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _container(container_id: str, config: t.Union[str, bytes]) -> PodmanContainer:
+    try:
+        content = json.loads(config)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        return PodmanContainer(container_id)
+    name = content.get("name")
+    return PodmanContainer(
+        container_id, name if isinstance(name, str) else "", bool(content.get("rootfs"))
+    )
+
+
+def recorded(
+    graphroot: str, runroot: str, transient: bool, sqlite_first: bool = False
+) -> t.Optional[PodmanStore]:
+    """The settings in podman's database of this store; None if it does not exist or cannot be read.
 
     :param graphroot: where podman would look for its database
     :param transient: a transient store keeps it in the runroot
+    :param sqlite_first: the SQLite file counts where both are there, else the bolt file
     """
-    if not transient:
-        path = os.path.join(graphroot, BOLT)
-        if os.path.lexists(path):
-            return _quietly(read_bolt, path)
-    path = os.path.join(runroot if transient else graphroot, SQLITE)
-    return _quietly(read_sqlite, path) if os.path.lexists(path) else None
+    path = database(graphroot, runroot, transient, sqlite_first)
+    if path is None:
+        return None
+    return _quietly(read_bolt if path.endswith(BOLT) else read_sqlite, path)
 
 
-def _quietly(read: t.Callable[[str], PodmanStore], path: str) -> t.Optional[PodmanStore]:
+def ambiguous(graphroot: str) -> bool:
+    """Whether both databases are there, so that the version of podman decides which one counts."""
+    return all(os.path.lexists(os.path.join(graphroot, name)) for name in (BOLT, SQLITE))
+
+
+def _quietly(read: t.Callable[[str], _Read], path: str) -> t.Optional[_Read]:
     """A database that is damaged, or in a form not known here, decides nothing."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return None
         return read(path)
-    except (OSError, ValueError, KeyError, IndexError, struct.error):
+    except _UNREADABLE:
         return None
 
 
@@ -84,7 +197,7 @@ class _Bolt:
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.pages = 0
-        metas = [one for size in _PAGE_SIZES for one in (self._meta(0), self._meta(size)) if one]
+        metas = [item for size in _PAGE_SIZES for item in (self._meta(0), self._meta(size)) if item]
         if not metas:
             raise ValueError("no meta page")
         _txid, self.page_size, self.root = max(metas)
@@ -104,15 +217,35 @@ class _Bolt:
 
     def bucket(self, name: bytes) -> t.Dict[bytes, bytes]:
         """The plain entries of a top-level bucket."""
+        return self._plain(self._top(name))
+
+    def buckets(self, name: bytes) -> t.Dict[bytes, t.Dict[bytes, bytes]]:
+        """The buckets in a top-level bucket, each with its plain entries."""
+        return {
+            key: self._plain(value)
+            for flags, key, value in self._inside(self._top(name))
+            if flags & _BUCKET_FLAG
+        }
+
+    def _top(self, name: bytes) -> bytes:
         for flags, key, value in self._entries(self.data, self.root * self.page_size, 0):
             if key == name and flags & _BUCKET_FLAG:
-                root, _sequence = _BUCKET.unpack_from(value)
-                if root:
-                    entries = self._entries(self.data, root * self.page_size, 0)
-                else:
-                    entries = self._entries(value[_BUCKET.size :], 0, 0)
-                return {one: text for kind, one, text in entries if not kind & _BUCKET_FLAG}
-        raise KeyError(name)
+                return value
+        raise ValueError(f"no bucket {name.decode('ascii')}")
+
+    @property
+    def is_new(self) -> bool:
+        """Whether podman has created the file, and no bucket yet."""
+        return not any(True for _entry in self._entries(self.data, self.root * self.page_size, 0))
+
+    def _inside(self, value: bytes) -> t.Iterator[t.Tuple[int, bytes, bytes]]:
+        root, _sequence = _BUCKET.unpack_from(value)
+        if root:
+            return self._entries(self.data, root * self.page_size, 0)
+        return self._entries(value[_BUCKET.size :], 0, 0)
+
+    def _plain(self, value: bytes) -> t.Dict[bytes, bytes]:
+        return {key: text for kind, key, text in self._inside(value) if not kind & _BUCKET_FLAG}
 
     def _entries(
         self, data: bytes, offset: int, depth: int
@@ -154,7 +287,7 @@ def read_bolt(path: str) -> PodmanStore:
     :raises OSError: it cannot be read
     :raises ValueError: it is no bolt file (also KeyError, IndexError and struct.error)
     """
-    bucket = _Bolt(_bytes_of(path)).bucket(b"runtime-config")
+    bucket = _Bolt(files.read_regular(path, _SIZE_LIMIT)).bucket(b"runtime-config")
 
     def text(key: bytes) -> str:
         return bucket.get(key, b"").decode("utf-8", "surrogateescape")
@@ -162,49 +295,35 @@ def read_bolt(path: str) -> PodmanStore:
     return PodmanStore(path, text(b"graph-root"), text(b"run-root"), text(b"graph-driver-name"))
 
 
-def _bytes_of(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read(_SIZE_LIMIT)
+def _bolt_containers(path: str) -> t.Dict[str, PodmanContainer]:
+    """As :func:`read_bolt`; the bucket ``ctr`` has one bucket for each container, with its config."""
+    found = {}
+    database = _Bolt(files.read_regular(path, _SIZE_LIMIT))
+    if database.is_new:
+        return {}
+    for key, entries in database.buckets(b"ctr").items():
+        container_id = key.decode("ascii", "replace")
+        found[container_id] = _container(container_id, entries.get(b"config", b""))
+    return found
 
 
 def read_sqlite(path: str) -> PodmanStore:
     """Read podman's db.sql.
 
-    A journal beside it belongs to it and would be written to on opening, so both are copied then.
-
     :raises OSError: it cannot be read
-    :raises ValueError: it is no SQLite file, holds no configuration, or Python lacks ``sqlite3``
+    :raises ValueError: it is no SQLite file, or holds no configuration (also struct.error and IndexError)
     """
-    journals = [f"{path}{end}" for end in ("-wal", "-journal")]
-    journals = [one for one in journals if os.path.isfile(one) and os.path.getsize(one)]
-    if not journals:
-        return _query(path, path, "mode=ro&immutable=1")
-    with tempfile.TemporaryDirectory(prefix="userns-storage-") as folder:
-        copy = os.path.join(folder, SQLITE)
-        shutil.copyfile(path, copy)
-        for journal in journals:
-            shutil.copyfile(journal, f"{copy}{journal[len(path) :]}")
-        return _query(copy, path, "mode=rw")
+    rows = sqlite_file.rows(path, "DBConfig", ("GraphRoot", "RunRoot", "GraphDriver"), 1)
+    paths = [item for item in rows[0] if isinstance(item, str) and len(item) < _PATH_LIMIT]
+    graphroot, runroot, driver = paths
+    return PodmanStore(path, graphroot, runroot, driver)
 
 
-def _query(file: str, path: str, options: str) -> PodmanStore:
-    # Not every Python is built with it, and only stores of podman 5 need it.
-    try:
-        import sqlite3
-    except ImportError as error:
-        raise ValueError(str(error)) from error
-
-    try:
-        connection = sqlite3.connect(f"file:{quote(file)}?{options}", uri=True)
-        try:
-            row = connection.execute(
-                "SELECT GraphRoot, RunRoot, GraphDriver FROM DBConfig LIMIT 1"
-            ).fetchone()
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise ValueError(str(error)) from error
-    if row is None or not all(isinstance(one, str) for one in row):
-        raise ValueError("no configuration")
-    return PodmanStore(path, *row)
+def _sqlite_containers(path: str) -> t.Dict[str, PodmanContainer]:
+    """As :func:`read_sqlite`."""
+    rows = sqlite_file.rows(path, "ContainerConfig", ("ID", "JSON"), _MOST_CONTAINERS)
+    return {
+        key: _container(key, config)
+        for key, config in rows
+        if isinstance(key, str) and isinstance(config, (str, bytes))
+    }

@@ -1,7 +1,5 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
 """Lock files as containers/storage uses them: a POSIX record lock and a 64-byte change token.
 
 POSIX locks belong to the process, and closing any descriptor of the file gives them up. So each
@@ -22,6 +20,7 @@ import time
 import typing as t
 
 from ..errors import InternalError, LockTimeout, StoreError
+from ..printable import command
 
 TOKEN_SIZE = 64
 
@@ -42,8 +41,22 @@ def fresh_token() -> bytes:
     return head + os.urandom(TOKEN_SIZE - len(head))
 
 
+def peek_token(path: str) -> bytes:
+    """The token of a lock file, read without the lock; empty where there is none. Follows no link."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return b""
+    try:
+        return os.pread(descriptor, TOKEN_SIZE, 0)
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
+
+
 def _holder(descriptor: int, operation: int) -> t.Optional[int]:
-    """The PID of a process that holds the lock, None when the kernel does not tell."""
+    """The PID of a process that holds the lock; None if the kernel does not report it."""
     kind = fcntl.F_RDLCK if operation == fcntl.LOCK_SH else fcntl.F_WRLCK
     if struct.calcsize("P") != 8:
         return None
@@ -59,16 +72,16 @@ def _holder(descriptor: int, operation: int) -> t.Optional[int]:
     return pid if found != fcntl.F_UNLCK and pid > 0 else None
 
 
-def _timeout(path: str, timeout: float, pid: t.Optional[int]) -> LockTimeout:
+def _timeout(path: str, allowed: float, pid: t.Optional[int]) -> LockTimeout:
     by = f" by process {pid}" if pid else ""
-    look = f"`ps -o args= -p {pid}`" if pid else f"`fuser -v {path}`"
+    look = f"`ps -o args= -p {pid}`" if pid else f"`{command('fuser', '-v', path)}`"
     return LockTimeout(
         path,
-        f"stayed locked{by} for {timeout:g} s",
-        f"See what holds it with {look}, wait for it or end it, or raise `lock_timeout`.",
+        f"stayed locked{by} for {allowed:g} s",
+        f"Find the process with {look}, wait for it or end it, or raise `lock_timeout`.",
         path=path,
         pid=pid,
-        seconds=timeout,
+        seconds=allowed,
     )
 
 
@@ -88,7 +101,7 @@ class _Gates:
         self._guard = threading.Lock()
         self._gates: t.Dict[_FileKey, _Gate] = {}
 
-    def enter(self, key: _FileKey, timeout: float, path: str) -> _Gate:
+    def enter(self, key: _FileKey, timeout: float, allowed: float, path: str) -> _Gate:
         with self._guard:
             gate = self._gates.setdefault(key, _Gate())
             if gate.owner == threading.get_ident():
@@ -96,7 +109,7 @@ class _Gates:
             gate.users += 1
         if not gate.mutex.acquire(timeout=max(timeout, 0)):
             self._forget(key, gate)
-            raise _timeout(path, timeout, os.getpid())
+            raise _timeout(path, allowed, os.getpid())
         gate.owner = threading.get_ident()
         return gate
 
@@ -117,7 +130,7 @@ class _Gates:
             return gate is not None and gate.mutex.locked()
 
     def reset(self) -> None:
-        """Forget all: a forked child holds none of its parent's locks."""
+        """Forget all locks, because a forked child does not inherit locks of its parent."""
         self._guard = threading.Lock()
         self._gates = {}
 
@@ -146,7 +159,7 @@ class _Claim:
 
 
 class _Waiter(threading.Thread):
-    """Waits for a lock in the kernel's queue; drops the claim when nobody wants it any more."""
+    """Wait for a lock in the kernel's queue, and give the claim up when it is no longer needed."""
 
     def __init__(self, claim: _Claim, operation: int) -> None:
         super().__init__(name="store-lock", daemon=True)
@@ -232,34 +245,36 @@ class LockFile:
         return self._claim.descriptor
 
     @contextlib.contextmanager
-    def shared(self, timeout: float) -> t.Iterator[LockFile]:
+    def shared(self, timeout: float, allowed: t.Optional[float] = None) -> t.Iterator[LockFile]:
         """Hold the lock together with other readers.
 
         :param timeout: seconds; 0 tries once
+        :param allowed: the seconds that the error names, where `timeout` is what is left of them
         :raises LockTimeout: somebody held it exclusively all the time
         :raises FileNotFoundError: there is no such file
         """
-        self.acquire(fcntl.LOCK_SH, timeout)
+        self.acquire(fcntl.LOCK_SH, timeout, allowed)
         try:
             yield self
         finally:
             self.release()
 
     @contextlib.contextmanager
-    def exclusive(self, timeout: float) -> t.Iterator[LockFile]:
+    def exclusive(self, timeout: float, allowed: t.Optional[float] = None) -> t.Iterator[LockFile]:
         """Hold the lock alone.
 
         :param timeout: seconds; 0 tries once
+        :param allowed: the seconds that the error names, where `timeout` is what is left of them
         :raises LockTimeout: somebody held it all the time
         :raises FileNotFoundError: there is no such file
         """
-        self.acquire(fcntl.LOCK_EX, timeout)
+        self.acquire(fcntl.LOCK_EX, timeout, allowed)
         try:
             yield self
         finally:
             self.release()
 
-    def acquire(self, operation: int, timeout: float) -> None:
+    def acquire(self, operation: int, timeout: float, allowed: t.Optional[float] = None) -> None:
         """Take the lock; ``shared`` and ``exclusive`` are this with a release at their end.
 
         :param operation: ``fcntl.LOCK_SH`` or ``fcntl.LOCK_EX``
@@ -267,11 +282,12 @@ class LockFile:
         if self.held:
             raise InternalError(self.path, "is locked already")
         if operation == fcntl.LOCK_EX and self.read_only:
-            raise InternalError(self.path, "is in a read-only store and is never written")
+            raise InternalError(self.path, "is in a read-only store, which is never changed")
         deadline = time.monotonic() + timeout
-        while not self._attempt(operation, timeout, deadline):
+        allowed = timeout if allowed is None else allowed
+        while not self._attempt(operation, allowed, deadline):
             if time.monotonic() >= deadline:
-                raise _timeout(self.path, timeout, None)
+                raise _timeout(self.path, allowed, None)
         self._exclusive = operation == fcntl.LOCK_EX
 
     def release(self) -> None:
@@ -291,22 +307,24 @@ class LockFile:
         :raises OSError: the token could not be written
         """
         if not self._exclusive:
-            raise InternalError(self.path, "is to be written without an exclusive lock")
+            raise InternalError(self.path, "would be written without an exclusive lock")
         token = fresh_token()
         done = 0
         while done < TOKEN_SIZE:
             done += os.pwrite(self._descriptor, token[done:], done)
         return token
 
-    def _attempt(self, operation: int, timeout: float, deadline: float) -> bool:
+    def _attempt(self, operation: int, allowed: float, deadline: float) -> bool:
         """Once through; False when another file lies at the path meanwhile."""
         before = os.lstat(self.path)
         if not stat.S_ISREG(before.st_mode):
             raise StoreError(
-                self.path, "is not a regular file", "Move it away; the runtime makes a new one."
+                self.path,
+                "is not a regular file",
+                "Move it elsewhere; the runtime creates it again.",
             )
         key = (before.st_dev, before.st_ino)
-        gate = _GATES.enter(key, deadline - time.monotonic(), self.path)
+        gate = _GATES.enter(key, deadline - time.monotonic(), allowed, self.path)
         try:
             flags = os.O_RDWR if operation == fcntl.LOCK_EX else os.O_RDONLY
             descriptor = os.open(self.path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -320,7 +338,7 @@ class LockFile:
                 claim.drop()
                 return False
             if not _try(descriptor, operation, deadline):
-                self._queue(claim, operation, timeout, deadline)
+                self._queue(claim, operation, allowed, deadline)
                 # Whoever held it may have put another file in its place, or taken it away.
                 now = os.lstat(self.path)
                 if (now.st_dev, now.st_ino) != key:
@@ -334,18 +352,18 @@ class LockFile:
         self._claim = claim
         return True
 
-    def _queue(self, claim: _Claim, operation: int, timeout: float, deadline: float) -> None:
+    def _queue(self, claim: _Claim, operation: int, allowed: float, deadline: float) -> None:
         """Wait in turn; short gaps between busy runtimes are missed by asking now and then."""
         pid = _holder(claim.descriptor, operation)
         left = deadline - time.monotonic()
         if left <= 0:
-            raise _timeout(self.path, timeout, pid)
+            raise _timeout(self.path, allowed, pid)
         waiter = _Waiter(claim, operation)
         waiter.start()
         try:
             if not waiter.done.wait(left):
                 pid = _holder(claim.descriptor, operation) or pid
-                raise _timeout(self.path, timeout, pid)
+                raise _timeout(self.path, allowed, pid)
         except BaseException as error:
             if waiter.abandon():
                 raise _GivenAway(error) from None

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""The JSON records of layers, images and containers, read strictly and kept to the byte.
+"""The JSON records of layers, images and containers. Unchanged records are written back byte for byte.
 
 Each file is one JSON array, as containers/storage writes it. A record keeps the bytes it was read
 from: what is not changed is written back as it stood, unknown fields and odd numbers included.
@@ -35,7 +33,7 @@ IMAGESTORE = "imagestore"
 SIZE_LIMIT = 256 * 1024 * 1024
 _DIGITS_LIMIT = 400
 
-_WAY_OUT = "Restore the file from a backup, or let `podman system check` tell what is damaged."
+_HINT = "Restore the file from a backup. `contradictions` of userns.storage.image_layers_info lists all damage."
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 # What Go's encoder escapes, and surrogates that UTF-8 cannot hold.
@@ -69,7 +67,7 @@ def _integer(literal: str) -> int:
 
 
 def _constant(literal: str) -> t.NoReturn:
-    raise ValueError(f"{literal}, which is no JSON number")
+    raise ValueError(f"{literal}, which is not a JSON number")
 
 
 def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> Raw:
@@ -163,7 +161,7 @@ class _Source:
 
 
 class Record:
-    """One record: ``raw`` is what the JSON says, in its order. Treat it as read-only.
+    """One record. ``raw`` has the fields of the JSON in their order; treat it as read-only.
 
     :ivar path: the file it came from
     :ivar location: which of the store's files that is: "stable", "volatile" or "imagestore"
@@ -224,7 +222,7 @@ class Record:
         raise RecordError(
             str(subject),
             f"field {_plain(key)!r} {wrong}",
-            _WAY_OUT,
+            _HINT,
             path=self.path,
             record=index,
             field=_plain(key),
@@ -263,7 +261,8 @@ class Record:
     @property
     def id(self) -> str:
         """64 lower-case hexadecimal digits."""
-        return t.cast(str, self.raw["id"])
+        identifier: str = self.raw["id"]
+        return identifier
 
     @property
     def names(self) -> t.Tuple[str, ...]:
@@ -279,11 +278,6 @@ class Record:
     def flags(self) -> Raw:
         """The open map that every runtime preserves."""
         return self._table("flags")
-
-    @property
-    def big_data_names(self) -> t.Tuple[str, ...]:
-        """Keys of the files stored beside the record."""
-        return self._texts("big-data-names")
 
     @property
     def created(self) -> t.Optional[datetime]:
@@ -316,11 +310,6 @@ class Layer(Record):
         return flags is not None and flags.get("incomplete") is True
 
     @property
-    def mount_label(self) -> str:
-        """The SELinux label recorded for mounts, empty for none."""
-        return self._text("mountlabel")
-
-    @property
     def diff_size(self) -> t.Optional[int]:
         """Bytes of the uncompressed tar as recorded, None when unknown."""
         size = self.raw.get("diff-size") or 0
@@ -351,6 +340,16 @@ class Image(Record):
     fields = IMAGE
 
     @property
+    def names_history(self) -> t.Tuple[str, ...]:
+        """All names that the image has or had, the latest first."""
+        return tuple(text for text in self._texts("names-history") if text)
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return self.names[0] if self.names else self.id[:12]
+
+    @property
     def layer(self) -> str:
         """The top layer's ID, empty for an image without layers."""
         return self._text("layer")
@@ -358,7 +357,7 @@ class Image(Record):
     @property
     def mapped_layers(self) -> t.Tuple[str, ...]:
         """Layers of the same content and parent as ``layer`` with other ID maps."""
-        return tuple(one for one in self._texts("mapped-layers") if one)
+        return tuple(text for text in self._texts("mapped-layers") if text)
 
     @property
     def candidates(self) -> t.Tuple[str, ...]:
@@ -373,7 +372,7 @@ class Image(Record):
 
     @property
     def big_data_digests(self) -> t.Dict[str, str]:
-        """Digest of each file stored beside the record."""
+        """Digest of each file of big data."""
         return self._table("big-data-digests")
 
     @property
@@ -383,7 +382,7 @@ class Image(Record):
         found += [
             digest for key, digest in self.big_data_digests.items() if key.startswith("manifest")
         ]
-        return tuple(dict.fromkeys(one for one in found if one))
+        return tuple(dict.fromkeys(item for item in found if item))
 
 
 class Container(Record):
@@ -420,9 +419,14 @@ class Container(Record):
         return self._note("name")
 
     @property
-    def image_name(self) -> str:
-        """The image's name in podman's metadata, may be empty."""
-        return self._note("image-name")
+    def from_crio(self) -> bool:
+        """Whether CRI-O created the container: it notes the pod."""
+        return bool(self._note("pod-id"))
+
+    @property
+    def is_pod(self) -> bool:
+        """Whether it is the infrastructure container of a pod of CRI-O, which only goes with the pod."""
+        return self.from_crio and self.id == self._note("pod-id")
 
     def _note(self, key: str) -> str:
         text = self.metadata
@@ -441,6 +445,11 @@ R = t.TypeVar("R", bound=Record)
 KINDS: t.Dict[str, t.Type[Record]] = {LAYERS: Layer, IMAGES: Image, CONTAINERS: Container}
 
 
+def recorded_size(layers: t.Iterable[Layer]) -> int:
+    """The bytes of layers by their records."""
+    return sum(layer.diff_size or 0 for layer in layers)
+
+
 def parse(
     data: bytes,
     kind: t.Type[R],
@@ -448,7 +457,7 @@ def parse(
     location: str = STABLE,
     read_only_store: t.Optional[str] = None,
 ) -> t.List[R]:
-    """Read a whole file of records; an empty one holds none.
+    """Parse a file of records. An empty file has no records.
 
     :param kind: ``Layer``, ``Image`` or ``Container``
     :param path: the file, for messages
@@ -457,7 +466,7 @@ def parse(
     if not data.strip(b" \t\r\n"):
         return []
     if len(data) > SIZE_LIMIT:
-        raise RecordError(path, f"is larger than {SIZE_LIMIT} bytes", _WAY_OUT, path=path)
+        raise RecordError(path, f"is larger than {SIZE_LIMIT} bytes", _HINT, path=path)
     source = _Source(data, path)
     values = _values(data, path)
     if all_good(values, kind.fields) and len({raw["id"] for raw in values}) == len(values):
@@ -472,7 +481,7 @@ def parse(
             raise RecordError(
                 str(_Subject(path, index)),
                 "is not an object",
-                _WAY_OUT,
+                _HINT,
                 path=path,
                 record=index,
             )
@@ -481,7 +490,7 @@ def parse(
             raise RecordError(
                 str(_Subject(path, index, record.id)),
                 "has the ID of an earlier record",
-                _WAY_OUT,
+                _HINT,
                 path=path,
                 record=index,
                 field="id",
@@ -546,11 +555,11 @@ def _split(data: bytes, path: str) -> t.Iterator[t.Tuple[t.Any, bytes]]:
 
 
 def _malformed(path: str, index: int, cause: str) -> RecordError:
-    return RecordError(str(_Subject(path, index)), cause, _WAY_OUT, path=path, record=index)
+    return RecordError(str(_Subject(path, index)), cause, _HINT, path=path, record=index)
 
 
 def serialise(records: t.Iterable[Record]) -> bytes:
-    """The bytes of a file that holds these records, each as it was read or last changed."""
+    """The bytes of a file with these records, each as it was read or last changed."""
     return b"[" + b",".join(record.text for record in records) + b"]"
 
 
@@ -584,7 +593,7 @@ def _encode(value: t.Any, pieces: t.List[str], depth: int) -> None:
         pieces.append(value.literal)
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{value} is no JSON number")
+            raise ValueError(f"{value} is not a JSON number")
         pieces.append(float.__repr__(value))
     elif isinstance(value, (list, tuple)):
         mark = "["

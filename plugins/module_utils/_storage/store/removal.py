@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Removing a directory tree that strangers may have filled."""
+"""Remove a directory tree whose contents are untrusted."""
 
 from __future__ import annotations
 
@@ -15,10 +13,16 @@ import uuid
 from ..errors import StoreError
 from ..kernel import mounts
 
-# Called with the directory that holds a subvolume and its name; True when it is gone.
+# Called with the parent directory of a subvolume and its name; returns whether it was deleted.
 Destroy = t.Callable[[int, str], bool]
 
-# Descriptors held at once; what lies deeper is first moved up, so that no depth is too deep.
+# Called between the deletions of a tree; True when enough has been deleted.
+Enough = t.Callable[[], bool]
+
+# So many entries are deleted between two questions whether that is enough.
+_STEP = 128
+
+# The maximum number of open descriptors. Deeper directories are moved up first, so that any depth can be removed.
 _DESCRIPTORS = 64
 _RESCANS = 4
 _NAMED = 5
@@ -38,10 +42,18 @@ class _Frame:
         self.failed = False
 
 
+class _Enough(Exception):
+    """Enough has been deleted."""
+
+
 class _Removal:
-    def __init__(self, path: str, destroy: t.Optional[Destroy]) -> None:
+    def __init__(
+        self, path: str, destroy: t.Optional[Destroy], enough: t.Optional[Enough] = None
+    ) -> None:
         self.path = path
         self.destroy = destroy
+        self.enough = enough
+        self.deleted = 0
         self.stack: t.List[_Frame] = []
         self.failures: t.List[str] = []
         self.failed = 0
@@ -68,6 +80,13 @@ class _Removal:
                     pass
                 except OSError as error:
                     self.fail(entry.name, error)
+                self.count()
+
+    def count(self) -> None:
+        """Count a deleted entry."""
+        self.deleted += 1
+        if self.enough is not None and self.deleted % _STEP == 0 and self.enough():
+            raise _Enough
 
     def enter(self, parent: int, name: str, device: int) -> None:
         """Begin with a directory, unless it goes in one piece or is none of ours."""
@@ -103,6 +122,10 @@ class _Removal:
     def leave(self, parent: int) -> None:
         """Remove the directory on top of the stack, which has no folder left to enter."""
         frame = self.stack[-1]
+        if self.enough is not None and len(self.stack) == 1:
+            # It is emptied only.
+            self.pop()
+            return
         if frame.failed:
             self.pop()
             if self.stack:
@@ -167,9 +190,19 @@ def remove_tree(path: str, destroy: t.Optional[Destroy] = None) -> None:
         if removal.failed:
             raise StoreError(
                 path,
-                f"cannot be removed whole, {removal.failed} entries are left, "
-                f"first {removal.failures[0]}",
-                "Unmount or unlock what is named there and run this again.",
+                f"cannot be removed completely, {removal.failed} entries remain, first {removal.failures[0]}",
+                "Unmount or unlock the named entry and run the task again.",
                 path=path,
                 failures=removal.failures,
             )
+
+
+def empty_tree(path: str, enough: Enough) -> None:
+    """Delete contents of a directory until that is enough. The directory itself is kept, and may be missing.
+
+    What cannot be deleted is left. No symbolic link is followed and no other mount or subvolume is entered.
+
+    :param enough: asked after every 128 entries
+    """
+    with contextlib.suppress(OSError, _Enough):
+        _Removal(path, None, enough).run()

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""All records of a store at one moment, and how they hang together."""
+"""All records of a store at one point in time, and the references between them."""
 
 from __future__ import annotations
 
@@ -10,8 +8,10 @@ import re
 import typing as t
 from dataclasses import dataclass, field
 
-from ..errors import ImageAmbiguous, ImageUnknown, StoreError
+from ..errors import ConfigError, ImageAmbiguous, ImageUnknown, StoreError
+from ..printable import command
 from .records import Container, Image, Layer
+from .references import DOCKER, LOCAL, parse, split_tag
 
 _HEX = re.compile(r"[0-9a-f]+")
 _DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[0-9a-fA-F]{32,}")
@@ -26,16 +26,27 @@ class Snapshot:
 
     Where an ID occurs in several files the first one counts: the store's own, then the image
     store's, the volatile ones, and the additional stores in their configured order.
+
+    :ivar podman: the words with which a podman command line on this store starts
+    :ivar additional: the IDs of all layers of each additional store, those of layers listed elsewhere included
     """
 
     layers: t.Dict[str, Layer] = field(default_factory=dict)
     images: t.Dict[str, Image] = field(default_factory=dict)
     containers: t.Dict[str, Container] = field(default_factory=dict)
+    # "cri-o" where the store is known to be CRI-O's; for the commands in messages.
+    runtime: str = ""
+    podman: t.Tuple[str, ...] = ("podman",)
+    additional: t.Mapping[str, t.FrozenSet[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._children: t.Optional[t.Dict[str, t.List[Layer]]] = None
         self._on_layer: t.Optional[t.Dict[str, t.List[Container]]] = None
         self._of_layer: t.Optional[t.Dict[str, t.List[Image]]] = None
+
+    def runtime_command(self, *words: str) -> str:
+        """A command line of podman, or crictl, on this store, as its owner types it."""
+        return command(*(("crictl",) if self.runtime else self.podman), *words)
 
     def layer(self, layer_id: str) -> Layer:
         """The layer of that full ID.
@@ -47,7 +58,9 @@ class Snapshot:
             raise StoreError(
                 f"layer {layer_id}",
                 "has no record in the store",
-                "See `podman system check` for what else is damaged.",
+                "See `crio check` for other damage."
+                if self.runtime
+                else "`contradictions` of userns.storage.image_layers_info lists all damage.",
                 layer=layer_id,
             )
         return found
@@ -55,7 +68,7 @@ class Snapshot:
     def chain(self, layer_id: str) -> t.List[Layer]:
         """The layer and all its parents, top first.
 
-        :raises StoreError: a parent has no record, or the parents go in a circle
+        :raises StoreError: a parent has no record, or the parents form a cycle
         """
         result: t.List[Layer] = []
         seen: t.Set[str] = set()
@@ -64,7 +77,7 @@ class Snapshot:
             if current in seen:
                 raise StoreError(
                     f"layer {layer_id}",
-                    f"has parents that go in a circle at {current}",
+                    f"has parents that form a cycle at {current}",
                     "The records are damaged; remove the image and pull it again.",
                     layer=layer_id,
                 )
@@ -72,7 +85,9 @@ class Snapshot:
             layer = self.layers.get(current)
             if layer is None:
                 what = (
-                    f"rests on layer {current}, which has no record" if result else "has no record"
+                    f"depends on layer {current}, which has no record"
+                    if result
+                    else "has no record"
                 )
                 raise StoreError(
                     f"layer {layer_id}",
@@ -85,13 +100,30 @@ class Snapshot:
             current = layer.parent
         return result
 
+    def known_chain(self, layer_id: str) -> t.List[str]:
+        """The IDs of the layer and its parents, top first, down to the first that has no record or comes again."""
+        chain: t.Dict[str, None] = {}
+        while layer_id and layer_id not in chain:
+            chain[layer_id] = None
+            layer = self.layers.get(layer_id)
+            layer_id = layer.parent if layer else ""
+        return list(chain)
+
+    def _refers_to_another(self, store: str, layer_id: str) -> bool:
+        """Whether a record of an additional store means another layer than the listed one of the same ID."""
+        if layer_id not in self.additional.get(store, ()):
+            return False
+        listed = self.layers.get(layer_id)
+        return listed is not None and listed.read_only_store != store
+
     def children(self, layer_id: str) -> t.List[Layer]:
         """The layers whose recorded parent is that one, containers' layers included."""
         if self._children is None:
             self._children = {}
             for layer in self.layers.values():
-                if layer.parent:
-                    self._children.setdefault(layer.parent, []).append(layer)
+                parent, store = layer.parent, layer.read_only_store
+                if parent and not (store and self._refers_to_another(store, parent)):
+                    self._children.setdefault(parent, []).append(layer)
         return list(self._children.get(layer_id, ()))
 
     def containers_on(self, layer_id: str) -> t.List[Container]:
@@ -100,22 +132,36 @@ class Snapshot:
             self._on_layer = {}
             for container in self.containers.values():
                 own = self.layers.get(container.layer)
-                for one in {container.layer, own.parent if own else ""} - {""}:
-                    self._on_layer.setdefault(one, []).append(container)
+                for item in {container.layer, own.parent if own else ""} - {""}:
+                    self._on_layer.setdefault(item, []).append(container)
         return list(self._on_layer.get(layer_id, ()))
 
     def containers_of(self, image_id: str) -> t.List[Container]:
         """The containers whose record names that image."""
-        return [one for one in self.containers.values() if one.image == image_id]
+        return [container for container in self.containers.values() if container.image == image_id]
 
     def images_of_layer(self, layer_id: str) -> t.List[Image]:
         """The images that have the layer as their top layer or as a mapped one."""
         if self._of_layer is None:
             self._of_layer = {}
             for image in self.images.values():
-                for one in dict.fromkeys(image.candidates):
-                    self._of_layer.setdefault(one, []).append(image)
+                store = image.read_only_store
+                for candidate in dict.fromkeys(image.candidates):
+                    if not (store and self._refers_to_another(store, candidate)):
+                        self._of_layer.setdefault(candidate, []).append(image)
         return list(self._of_layer.get(layer_id, ()))
+
+    def images_above(self, layers: t.Collection[str], most: int) -> t.Dict[str, t.List[Image]]:
+        """The first images that have one of the layers among their own, by layer.
+
+        :param most: images of each layer
+        """
+        found: t.Dict[str, t.List[Image]] = {}
+        for image in self.images.values():
+            for layer_id in self.known_chain(image.layer):
+                if layer_id in layers and len(found.setdefault(layer_id, [])) < most:
+                    found[layer_id].append(image)
+        return found
 
     def image_of_layer(self, layer_id: str) -> t.Optional[Image]:
         """The first of ``images_of_layer``, None when there is none."""
@@ -126,8 +172,9 @@ class Snapshot:
         """The image that podman would take for this reference.
 
         Tried in turn: the full ID (with or without ``sha256:``), a recorded name as it stands, an
-        unambiguous beginning of an ID of at least 3 digits, a digest, and the name completed with
-        tag ``latest`` and with ``localhost/`` or ``docker.io/library/``, then any registry.
+        unambiguous beginning of an ID of at least 3 digits, a digest, and the name as
+        :mod:`.references` completes it, a short one with ``localhost/``, ``docker.io/library/``,
+        then any registry.
 
         :raises ImageUnknown: nothing answers to it
         :raises ImageAmbiguous: more than one image does; ``candidates`` of the facts lists them
@@ -146,7 +193,26 @@ class Snapshot:
                 return next(iter(distinct.values()))
             if distinct:
                 raise _ambiguous(reference, list(distinct.values()))
-        raise _unknown(reference, list(self.images.values()))
+        raise self._unknown(reference, list(self.images.values()))
+
+    def _unknown(self, reference: str, images: t.List[Image]) -> ImageUnknown:
+        word = re.split(r"[@:]", reference.rpartition("/")[2])[0]
+        alike = [image for image in images if word and any(word in name for name in image.names)]
+        wrong = _malformed(reference)
+        listed = f"`{self.runtime_command('images')}` lists the images."
+        hint = f"Did you mean {_listing(alike)}?" if alike else listed
+        if not wrong:
+            pull = self.runtime_command("pull", reference.strip()[:_NAME_LIMIT])
+            hint += (
+                f" Pull it{'' if self.runtime else ' as the owner of the store'} with `{pull}`, or with "
+                "the module userns.storage.image_layers."
+            )
+        return ImageUnknown(
+            f"image {reference[:_NAME_LIMIT]!r}",
+            "is not in the store" + ("" if images else ", which contains no images") + wrong,
+            hint,
+            candidates=[{"id": image.id, "names": list(image.names)} for image in alike[:100]],
+        )
 
     def _by_id(self, text: str) -> t.List[Image]:
         image = self.images.get(text)
@@ -168,47 +234,29 @@ class Snapshot:
         return [image for image in self.images.values() if text in image.digests]
 
     def _by_completed_name(self, text: str) -> t.Iterator[t.List[Image]]:
-        name, _mark, digest = text.partition("@")
-        if not name or (digest and not _DIGEST.fullmatch(digest)):
+        try:
+            wanted = parse(text)
+        except ConfigError:
             return
-        repository, tag = split_tag(name)
-        if name.endswith(":"):
-            return
-        if digest:
-            pool = [image for image in self.images.values() if digest in image.digests]
-        else:
-            pool = list(self.images.values())
-        wanted = "" if digest else (tag or "latest")
+        images = self.images.values()
+        tag = wanted.tag or "latest"
         known: t.Dict[str, t.List[Image]] = {}
-        for image in pool:
-            for one in image.names:
-                own, own_tag = split_tag(one.partition("@")[0])
-                # Where a digest is asked for, its images are the pool and tags do not matter.
-                if digest or own_tag == wanted:
-                    known.setdefault(own, []).append(image)
-        if has_registry(repository):
-            yield known.get(repository, [])[:1]
+        for image in images:
+            if wanted.digest and wanted.digest not in image.digests:
+                continue
+            for name in image.names:
+                repository, own_tag = split_tag(name.partition("@")[0])
+                # Where a digest is asked for tags do not matter.
+                if wanted.digest or own_tag == tag:
+                    known.setdefault(repository, []).append(image)
+        if wanted.domain:
+            yield known.get(wanted.repository, [])[:1]
             return
-        yield known.get(f"localhost/{repository}", [])[:1]
-        yield known.get(f"docker.io/{repository}", [])[:1]
-        if "/" not in repository:
-            yield known.get(f"docker.io/library/{repository}", [])[:1]
-        ending = f"/{repository}"
-        yield [image for own, images in known.items() if own.endswith(ending) for image in images]
-
-
-def split_tag(name: str) -> t.Tuple[str, str]:
-    """A name without digest as (repository, tag); the tag is empty when there is none."""
-    head, colon, tail = name.rpartition(":")
-    if not colon or "/" in tail:
-        return name, ""
-    return head, tail
-
-
-def has_registry(repository: str) -> bool:
-    """Whether the first part of the name is a registry's host."""
-    first, slash, _rest = repository.partition("/")
-    return bool(slash) and ("." in first or ":" in first or first == "localhost")
+        for domain in (LOCAL, DOCKER):
+            yield known.get(f"{domain}/{wanted.path}", [])[:1]
+        yield known.get(parse(f"{DOCKER}/{wanted.path}").repository, [])[:1]
+        ending = f"/{wanted.path}"
+        yield [image for name, found in known.items() if name.endswith(ending) for image in found]
 
 
 def _label(image: Image) -> str:
@@ -225,20 +273,17 @@ def _ambiguous(reference: str, images: t.List[Image]) -> ImageAmbiguous:
     return ImageAmbiguous(
         f"image {reference[:_NAME_LIMIT]!r}",
         f"may be any of {_listing(images)}",
-        "Give a full name with its tag, or the full ID.",
+        "Use a full name with its tag, or the full ID.",
         candidates=[
             {"id": image.id, "names": list(image.names)} for image in images[: _LIST_LIMIT * 10]
         ],
     )
 
 
-def _unknown(reference: str, images: t.List[Image]) -> ImageUnknown:
-    word = re.split(r"[@:]", reference.rpartition("/")[2])[0]
-    alike = [image for image in images if word and any(word in name for name in image.names)]
-    hint = f"Did you mean {_listing(alike)}?" if alike else "`podman images` lists what is there."
-    return ImageUnknown(
-        f"image {reference[:_NAME_LIMIT]!r}",
-        "is not in the store" if images else "is not in the store, which holds no image",
-        hint,
-        candidates=[{"id": image.id, "names": list(image.names)} for image in alike[:100]],
-    )
+def _malformed(reference: str) -> str:
+    """An explanation why a reference is malformed; empty if it is valid."""
+    try:
+        parse(reference.strip())
+    except ConfigError as error:
+        return f", and {error.cause}"
+    return ""

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Our own folder in a store: staging for layers being built, trash for what is being deleted.
+"""The collection's own directory in a store: staging for layers being built, trash for data being deleted.
 
 ``staging/ID/`` and ``trash/ID/`` each hold a file ``lock`` that the worker keeps locked while it
 lives: what nobody has locked is rubbish, unless a file ``suspended`` says that somebody is to go on
@@ -24,7 +22,8 @@ import uuid
 from dataclasses import dataclass
 
 from ..errors import LockTimeout, NoSpace, StoreError
-from ..kernel.refusals import explained
+from ..kernel import files
+from ..kernel.oserrors import translate_oserror
 from .locks import LockFile
 from .removal import Destroy, remove_tree
 
@@ -37,14 +36,14 @@ LOCK_NAME = "lock"
 LEDGER_TEMPORARY = "ledger.json.tmp"
 SUSPENDED = "suspended"
 
-# For so long (seconds) somebody may come back to suspended work.
+# Suspended work can be resumed for this long (seconds).
 _PATIENCE = 86400.0
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 @dataclass
 class Workspace:
-    """A folder of one's own to build in; it is gone when the claim ends, unless it is suspended.
+    """A private directory to build in. It is removed when the claim ends, unless the work is suspended.
 
     :ivar resumed: whether it holds what a suspended claim of the same key has left
     :ivar suspended: set it to leave everything to the next claim of the same key
@@ -58,7 +57,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something in our folder that nobody works on any more.
+    """An entry of the collection's directory that no process works on any more.
 
     :ivar kind: "staging", "trash", or "records" for a half-written file of records
     :ivar modified: when its top folder last changed, seconds since the epoch
@@ -101,14 +100,16 @@ class StagingArea:
         name = _named(key)
         path = os.path.join(self.root, STAGING, name)
         workspace = Workspace(name, path)
-        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        allowed = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + allowed
         while True:
             lock = self._open_entry(STAGING, name)
             if lock is None:
                 lock = LockFile(os.path.join(path, LOCK_NAME))
-                with explained(path):
+                with translate_oserror(path):
                     try:
-                        lock.acquire(fcntl.LOCK_EX, max(deadline - time.monotonic(), 0))
+                        left = max(deadline - time.monotonic(), 0)
+                        lock.acquire(fcntl.LOCK_EX, left, allowed)
                     except (FileNotFoundError, NotADirectoryError):
                         continue
                 if fits is not None and self._resumes(path, lock, fits):
@@ -166,25 +167,32 @@ class StagingArea:
                 continue
             try:
                 missing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
-                with explained(path), missing, lock.shared(0):
+                with translate_oserror(path), missing, lock.shared(0):
                     # Its worker may have suspended it since the folder was listed.
                     if _is_suspended(path):
                         continue
             except LockTimeout:
                 continue
-            with explained(path), contextlib.suppress(FileNotFoundError):
+            with translate_oserror(path), contextlib.suppress(FileNotFoundError):
                 found.append(Leftover(kind, path, os.lstat(path).st_mtime))
         return found
 
-    def sweep(self, destroy: t.Optional[Destroy] = None) -> t.List[str]:
-        """Delete what nobody works on; live work is left alone.
+    def sweep(
+        self,
+        destroy: t.Optional[Destroy] = None,
+        keep: t.Optional[t.Callable[[str], bool]] = None,
+    ) -> t.List[str]:
+        """Delete entries that no process works on.
 
+        :param keep: says of a path whether to leave that as well
         :returns: the paths that were deleted
         :raises StoreError: something cannot be deleted; everything else has been
         """
         removed = []
         failure: t.Optional[StoreError] = None
         for _kind, path in self._rubbish():
+            if keep is not None and keep(path):
+                continue
             try:
                 lock = self._seize(path)
                 if lock is not None:
@@ -196,6 +204,20 @@ class StagingArea:
             raise failure
         return removed
 
+    def give_up_suspended(self) -> t.List[str]:
+        """Delete suspended work, which the next claim of its key begins anew.
+
+        :returns: the paths that were deleted
+        :raises StoreError: something cannot be deleted
+        """
+        for kind, path in self._entries():
+            if kind == STAGING and _is_suspended(path):
+                lock = LockFile(os.path.join(path, LOCK_NAME))
+                missing = contextlib.suppress(FileNotFoundError, NotADirectoryError, LockTimeout)
+                with translate_oserror(path), missing, lock.exclusive(0):
+                    os.unlink(os.path.join(path, SUSPENDED))
+        return self.sweep(None, lambda path: os.path.basename(os.path.dirname(path)) != STAGING)
+
     # Inside
 
     def _rubbish(self) -> t.List[t.Tuple[str, str]]:
@@ -206,7 +228,7 @@ class StagingArea:
         try:
             if not (self._is_place_of(path, lock) and _is_suspended(path) and fits(path)):
                 return False
-            with explained(path):
+            with translate_oserror(path):
                 os.unlink(os.path.join(path, SUSPENDED))
         except BaseException:
             lock.release()
@@ -216,7 +238,7 @@ class StagingArea:
     def _suspend(self, path: str, lock: LockFile) -> None:
         try:
             with (
-                explained(path),
+                translate_oserror(path),
                 open(os.path.join(path, SUSPENDED), "w", encoding="ascii") as stream,
             ):
                 stream.write(_boot_id())
@@ -225,7 +247,7 @@ class StagingArea:
 
     def _entries(self) -> t.List[t.Tuple[str, str]]:
         found = []
-        with explained(self.root):
+        with translate_oserror(self.root):
             temporary = os.path.join(self.root, LEDGER_TEMPORARY)
             if _is_folder(self.root) and os.path.lexists(temporary):
                 found.append(("records", temporary))
@@ -238,16 +260,18 @@ class StagingArea:
         return found
 
     def _make(self, folder: str) -> None:
-        with explained(self.root), contextlib.suppress(FileExistsError):
+        with translate_oserror(self.root), contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)
         if not _is_folder(folder):
-            raise StoreError(folder, "is not a directory", "Move it away; it is made anew.")
+            raise StoreError(
+                folder, "is not a directory", "Move it elsewhere; it is created again."
+            )
 
     @contextlib.contextmanager
     def _settled(self) -> t.Iterator[None]:
         """Hold the short lock of the whole folder."""
         lock = LockFile(os.path.join(self.root, LOCK_NAME))
-        with explained(self.root):
+        with translate_oserror(self.root):
             lock.create()
             lock.acquire(fcntl.LOCK_EX, self.timeout)
         try:
@@ -260,7 +284,7 @@ class StagingArea:
         for folder in (self.root, os.path.join(self.root, kind)):
             self._make(folder)
         path = os.path.join(self.root, kind, name)
-        with explained(self.root), self._settled():
+        with translate_oserror(self.root), self._settled():
             lock = LockFile(os.path.join(path, LOCK_NAME))
             try:
                 os.mkdir(path, 0o700)
@@ -271,7 +295,12 @@ class StagingArea:
                     # One that died before it had a lock gets one now and is met as rubbish.
                     lock.create()
                 return None
-            lock.create()
+            try:
+                lock.create()
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
+                raise
             try:
                 # Never waited for in here: whoever has it may be waiting for the short lock.
                 lock.acquire(fcntl.LOCK_EX, 0)
@@ -280,8 +309,8 @@ class StagingArea:
             return lock
 
     def _seize(self, path: str) -> t.Optional[LockFile]:
-        """Lock an entry nobody holds; None when somebody does or it is gone."""
-        with explained(self.root), self._settled():
+        """Lock an entry; None if another process has it locked or it does not exist any more."""
+        with translate_oserror(self.root), self._settled():
             lock = LockFile(os.path.join(path, LOCK_NAME))
             if lock.busy_here:
                 return None
@@ -302,7 +331,7 @@ class StagingArea:
     def _retire(self, path: str, lock: LockFile, destroy: t.Optional[Destroy]) -> None:
         """Delete an entry that this process has locked, out of others' way first."""
         try:
-            with explained(self.root), self._settled():
+            with translate_oserror(self.root), self._settled():
                 if not self._is_place_of(path, lock):
                     lock.release()
                     return
@@ -322,13 +351,13 @@ class StagingArea:
         """
         folder = os.path.join(self.root, TRASH)
         target = os.path.join(folder, f"{os.path.basename(path)}-{uuid.uuid4().hex[:16]}")
-        with explained(self.root):
+        with translate_oserror(self.root):
             self._make(folder)
             os.rename(path, target)
         return target
 
     def _is_place_of(self, path: str, lock: LockFile) -> bool:
-        """Whether the lock held is still the one that lies at the entry's path."""
+        """Whether the held lock is still the file at the entry's path."""
         try:
             found = os.lstat(os.path.join(path, LOCK_NAME))
         except (FileNotFoundError, NotADirectoryError):
@@ -338,7 +367,7 @@ class StagingArea:
     def _delete(self, path: str, lock: LockFile, destroy: t.Optional[Destroy]) -> None:
         """Delete a trash entry; its lock goes last, so that no sweep meets it half-way."""
         try:
-            with explained(path), contextlib.suppress(FileNotFoundError):
+            with translate_oserror(path), contextlib.suppress(FileNotFoundError):
                 for name in os.listdir(path):
                     if name != LOCK_NAME:
                         remove_tree(os.path.join(path, name), destroy)
@@ -365,9 +394,12 @@ def _named(key: str) -> str:
 def _is_suspended(path: str) -> bool:
     """Whether somebody may still go on with what lies there; after a reboot none can tell what is whole."""
     try:
-        with open(os.path.join(path, SUSPENDED), encoding="ascii") as stream:
-            text = stream.read(100)
-            age = time.time() - os.fstat(stream.fileno()).st_mtime
+        descriptor = files.open_regular(os.path.join(path, SUSPENDED))
+        try:
+            text = os.read(descriptor, 100).decode("ascii")
+            age = time.time() - os.fstat(descriptor).st_mtime
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError):
         return False
     # A clock may have been set back.

@@ -1,63 +1,46 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""One store: its records read under shared locks, and changed in transactions.
-
-Power loss and kills: every change writes the lock's token first, then a temporary file beside the
-JSON, syncs its data, renames it over the JSON and syncs the directory before the next change
-begins. So no record that refers to another one can be on disk without it.
-"""
+"""One store: its records read under shared locks, and changed in transactions."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import copy
-import errno
 import os
 import re
-import stat
 import time
 import typing as t
-from dataclasses import dataclass
 
 from ..errors import (
-    InternalError,
-    LayerInUse,
-    ReadOnlyStore,
-    RecordError,
+    LockTimeout,
+    NoSpace,
+    PermissionDenied,
+    StorageError,
     StoreError,
     StoreUnwritten,
     UnsupportedDriver,
+    UntestedRuntime,
 )
-from ..kernel.refusals import explained
+from ..kernel.oserrors import translate_oserror
 from .config import StoreConfig
-from .fields import Change, Raw
-from .locks import LockFile
+from .record_files import OWN_FOLDER, LockedDirectory, RecordFile, StoreFiles
 from .records import (
     CONTAINERS,
     IMAGES,
     IMAGESTORE,
     LAYERS,
-    SIZE_LIMIT,
     STABLE,
     VOLATILE,
     Container,
     Image,
     Layer,
     R,
-    Record,
-    changed,
-    new_record,
-    parse,
-    serialise,
 )
-from .removal import Destroy, remove_tree
+from .removal import Destroy
+from .reserve import Reserve
 from .snapshot import Snapshot
 from .staging import Leftover, StagingArea
-
-OWN_FOLDER = "userns-storage"
+from .transaction import Transaction
 
 # Folder names of the drivers of containers/storage, past ones too.
 KNOWN_DRIVERS = ("overlay", "vfs", "btrfs", "zfs", "overlay2", "aufs", "devicemapper")
@@ -66,162 +49,23 @@ KNOWN_DRIVERS = ("overlay", "vfs", "btrfs", "zfs", "overlay2", "aufs", "devicema
 _MUCH = 1024 * 1024
 _RETRIES = 2
 
-_FileKey = t.Tuple[bytes, int, int, int]
-_ABSENT: _FileKey = (b"", 0, 0, 0)
-
-
-class _Area:
-    """One lock and the directory it stands for."""
-
-    def __init__(
-        self, directory: str, lock_name: str, read_only: bool = False, creates: bool = False
-    ) -> None:
-        self.directory = directory
-        self.read_only = read_only
-        self.creates = creates
-        self.lock = LockFile(os.path.join(directory, lock_name), read_only)
-
-    def enter(self, stack: contextlib.ExitStack, deadline: float, exclusive: bool) -> bool:
-        """Take the lock until the stack ends; False when there is no lock file to take."""
-        left = max(deadline - time.monotonic(), 0)
-        try:
-            if exclusive and self.creates:
-                self.lock.create()
-            if exclusive:
-                stack.enter_context(self.lock.exclusive(left))
-            else:
-                stack.enter_context(self.lock.shared(left))
-        except FileNotFoundError:
-            if exclusive and self.creates:
-                raise
-            return False
-        return True
-
-
-class _File(t.Generic[R]):
-    """One JSON file with what was last read from it."""
-
-    def __init__(
-        self,
-        area: _Area,
-        path: str,
-        kind: t.Type[R],
-        location: str = STABLE,
-        read_only_store: t.Optional[str] = None,
-    ) -> None:
-        self.area = area
-        self.path = path
-        self.kind = kind
-        self.location = location
-        self.read_only_store = read_only_store
-        self.records: t.List[R] = []
-        self.generation = 0
-        self._key: t.Optional[_FileKey] = None
-        self._fresh: t.Optional[bytes] = None
-        self._fresh_key: _FileKey = _ABSENT
-
-    @property
-    def temporary(self) -> str:
-        """Only the holder of the lock writes it, so that a name of our own cannot clash."""
-        directory, name = os.path.split(self.path)
-        return os.path.join(directory, f".tmp-{name}{OWN_FOLDER}")
-
-    def load(self) -> int:
-        """Read the file if it may have changed, under the lock; the number of bytes read."""
-        token = self.area.lock.token() if self.area.lock.held else b""
-        try:
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            descriptor = os.open(self.path, flags)
-        except FileNotFoundError:
-            if self._key != _ABSENT:
-                self.records, self._key, self._fresh = [], _ABSENT, None
-                self.generation += 1
-            return 0
-        try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise RecordError(self.path, "is not a regular file", "Move it away.")
-            if found.st_size > SIZE_LIMIT:
-                raise RecordError(self.path, f"is larger than {SIZE_LIMIT} bytes")
-            key = (token, found.st_ino, found.st_mtime_ns, found.st_size)
-            if key == self._key and token:
-                return 0
-            self._key = None
-            pieces = []
-            while True:
-                piece = os.read(descriptor, max(found.st_size + 1, 65536))
-                if not piece:
-                    break
-                pieces.append(piece)
-        finally:
-            os.close(descriptor)
-        self._fresh = b"".join(pieces)
-        self._fresh_key = key
-        return len(self._fresh)
-
-    def parse(self) -> None:
-        """Parse what ``load`` has read, if anything; needs no lock."""
-        if self._fresh is None:
-            return
-        data, self._fresh = self._fresh, None
-        self.records = parse(data, self.kind, self.path, self.location, self.read_only_store)
-        self._key = self._fresh_key
-        self.generation += 1
-
-    def write(self, records: t.List[R]) -> None:
-        """Replace the file, under the exclusive lock: token, data, rename, directory."""
-        self._key = None
-        directory, temporary = os.path.dirname(self.path), self.temporary
-        data = serialise(records)
-        token = self.area.lock.touch()
-        discard(temporary)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(temporary, flags, 0o600)
-        try:
-            try:
-                os.fchmod(descriptor, 0o600)
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(descriptor, view) :]
-                os.fdatasync(descriptor)
-                found = os.fstat(descriptor)
-            finally:
-                os.close(descriptor)
-            os.rename(temporary, self.path)
-        except BaseException as error:
-            if isinstance(error, OSError) and error.filename is None:
-                error.filename = self.path
-            discard(temporary)
-            raise
-        # Others see it from here on, whatever becomes of the directory.
-        self.records = records
-        self.generation += 1
-        self._key = (token, found.st_ino, found.st_mtime_ns, found.st_size)
-        sync_directory(directory)
-
-    def discard_leftovers(self) -> None:
-        """Remove what a killed writer of ours left, under the exclusive lock."""
-        discard(self.temporary)
-
-
-@dataclass
-class _Files:
-    """The store's files in the order in which their records count, and their locks' order."""
-
-    areas: t.Dict[str, t.List[_Area]]
-    layers: t.List[_File[Layer]]
-    images: t.List[_File[Image]]
-    containers: t.List[_File[Container]]
-
 
 class Store:
     """A store that a runtime has written, as its configuration describes it.
 
     :param lock_timeout: seconds to wait for the store's locks
+    :param untested: tells why the store is only read; asked before the first change, None for never
     """
 
-    def __init__(self, config: StoreConfig, lock_timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        lock_timeout: float = 60.0,
+        untested: t.Optional[t.Callable[[], t.Optional[UntestedRuntime]]] = None,
+    ) -> None:
         self.config = config
+        self._ask_untested = untested
+        self._untested: t.Optional[UntestedRuntime] = None
         self.lock_timeout = lock_timeout
         self._files = self._layout()
         self._snapshot: t.Optional[Snapshot] = None
@@ -229,14 +73,19 @@ class Store:
         self._staging: t.Optional[StagingArea] = None
 
     @classmethod
-    def open(cls, config: StoreConfig, lock_timeout: float = 60.0) -> Store:
+    def open(
+        cls,
+        config: StoreConfig,
+        lock_timeout: float = 60.0,
+        untested: t.Optional[t.Callable[[], t.Optional[UntestedRuntime]]] = None,
+    ) -> Store:
         """The store, after a look at whether it is one. Creates nothing.
 
         :raises StoreError: nobody has written it yet, or another driver has
         :raises PermissionDenied: it cannot be read
         """
-        store = cls(config, lock_timeout)
-        with explained(config.graphroot):
+        store = cls(config, lock_timeout, untested)
+        with translate_oserror(config.graphroot):
             store._check()
         return store
 
@@ -244,15 +93,39 @@ class Store:
 
     @property
     def root(self) -> str:
-        """The folder that holds all that is ours: staging, trash and the ledger."""
+        """The collection's directory in the store, with staging, trash and the ledger."""
         return os.path.join(self.config.graphroot, OWN_FOLDER)
 
     @property
     def staging(self) -> StagingArea:
-        """Our own folder of the store: staging and trash; always the same object."""
+        """The staging and trash of the collection's directory; always the same object."""
         if self._staging is None:
             self._staging = StagingArea(self.root, self.lock_timeout)
         return self._staging
+
+    @property
+    def reserve(self) -> Reserve:
+        """The reserve files for removals on a full disk."""
+        return Reserve(self.root, self.layers_dir)
+
+    def keep_reserve(self) -> None:
+        """Make the reserve files that are missing, where there is ample room for them.
+
+        :raises StorageError: one cannot be made
+        """
+        with translate_oserror(self.config.graphroot):
+            self.reserve.keep(max(file.size for file in self.record_files()))
+
+    def trash_if_room(self, name: str) -> t.Optional[str]:
+        """A folder as ``trash`` gives it, for the caller to discard; None on a full disk.
+
+        :raises StorageError: it cannot be made for another reason
+        """
+        try:
+            with translate_oserror(self.config.graphroot):
+                return self.staging.trash(name)
+        except NoSpace:
+            return None
 
     @contextlib.contextmanager
     def trash(self, name: str, destroy: t.Optional[Destroy] = None) -> t.Iterator[str]:
@@ -262,7 +135,7 @@ class Store:
         :param destroy: see ``removal.remove_tree``
         :raises StoreError: something in it cannot be deleted; the next sweep tries again
         """
-        with explained(self.config.graphroot):
+        with translate_oserror(self.config.graphroot):
             path = self.staging.trash(name)
         try:
             yield path
@@ -274,31 +147,36 @@ class Store:
 
         :raises PermissionDenied: our folder cannot be read
         """
-        with explained(self.config.graphroot):
+        with translate_oserror(self.config.graphroot):
             found = self.staging.leftovers()
             for path in self._temporary_files():
                 with contextlib.suppress(FileNotFoundError):
                     found.append(Leftover("records", path, os.lstat(path).st_mtime))
             return found
 
-    def sweep(self, destroy: t.Optional[Destroy] = None) -> t.List[str]:
+    def sweep(
+        self,
+        destroy: t.Optional[Destroy] = None,
+        keep: t.Optional[t.Callable[[str], bool]] = None,
+    ) -> t.List[str]:
         """Delete what killed runs of this collection have left; live work is left alone.
 
         :param destroy: see ``removal.remove_tree``
+        :param keep: says of a path in our folder whether to leave that as well
         :returns: the paths that were deleted
         :raises StoreError: something cannot be deleted; everything else has been
         """
-        with explained(self.config.graphroot):
+        with translate_oserror(self.config.graphroot):
             temporary = self._temporary_files()
             if temporary and not self.config.imagestore:
-                # Under the locks whoever writes such a file is dead.
+                # Under the locks, the writer of such a file must have been killed.
                 with self.transaction(containers=True):
                     pass
             removed = [path for path in temporary if not os.path.lexists(path)]
-            return removed + self.staging.sweep(destroy)
+            return removed + self.staging.sweep(destroy, keep)
 
     def _temporary_files(self) -> t.List[str]:
-        files = [file for file in self._all_files() if file.read_only_store is None]
+        files = self.record_files()
         return [file.temporary for file in files if os.path.lexists(file.temporary)]
 
     def _folder(self, base: str, kind: str) -> str:
@@ -334,49 +212,51 @@ class Store:
         name = key if plain else "=" + base64.b64encode(key.encode()).decode()
         return os.path.join(self.image_data_dir(image_id), name)
 
-    def _layout(self) -> _Files:
+    def _layout(self) -> StoreFiles:
         config = self.config
         graph, run, image_store = config.graphroot, config.runroot, config.imagestore
-        layers: t.List[_File[Layer]] = []
-        images: t.List[_File[Image]] = []
-        containers: t.List[_File[Container]] = []
+        layers: t.List[RecordFile[Layer]] = []
+        images: t.List[RecordFile[Image]] = []
+        containers: t.List[RecordFile[Container]] = []
 
-        main = _Area(self._folder(graph, LAYERS), "layers.lock", creates=True)
+        main = LockedDirectory(self._folder(graph, LAYERS), "layers.lock", creates=True)
         layer_areas = [main]
-        layers.append(_File(main, os.path.join(main.directory, "layers.json"), Layer))
+        layers.append(RecordFile(main, os.path.join(main.directory, "layers.json"), Layer))
         if image_store:
-            area = _Area(self._folder(image_store, LAYERS), "layers.lock")
+            area = LockedDirectory(self._folder(image_store, LAYERS), "layers.lock")
             layer_areas.append(area)
             path = os.path.join(area.directory, "layers.json")
-            layers.append(_File(area, path, Layer, IMAGESTORE))
+            layers.append(RecordFile(area, path, Layer, IMAGESTORE))
         # Another podman may use the same store as a transient one, or as a lasting one.
         for base in (run, graph) if config.transient else (graph, run):
             path = os.path.join(self._folder(base, LAYERS), "volatile-layers.json")
-            layers.append(_File(main, path, Layer, VOLATILE))
+            layers.append(RecordFile(main, path, Layer, VOLATILE))
 
-        image_areas: t.List[_Area] = []
+        image_areas: t.List[LockedDirectory] = []
         for base, location in (
             ((image_store, IMAGESTORE), (graph, STABLE)) if image_store else ((graph, STABLE),)
         ):
-            area = _Area(self._folder(base, IMAGES), "images.lock", creates=not image_areas)
+            area = LockedDirectory(
+                self._folder(base, IMAGES), "images.lock", creates=not image_areas
+            )
             image_areas.append(area)
             path = os.path.join(area.directory, "images.json")
-            images.append(_File(area, path, Image, location))
+            images.append(RecordFile(area, path, Image, location))
 
         for extra in config.additional_image_stores:
-            area = _Area(self._folder(extra, LAYERS), "layers.lock", read_only=True)
+            area = LockedDirectory(self._folder(extra, LAYERS), "layers.lock", read_only=True)
             layer_areas.append(area)
             for name, location in (("layers.json", STABLE), ("volatile-layers.json", VOLATILE)):
                 path = os.path.join(area.directory, name)
-                layers.append(_File(area, path, Layer, location, extra))
-            area = _Area(self._folder(extra, IMAGES), "images.lock", read_only=True)
+                layers.append(RecordFile(area, path, Layer, location, extra))
+            area = LockedDirectory(self._folder(extra, IMAGES), "images.lock", read_only=True)
             image_areas.append(area)
             path = os.path.join(area.directory, "images.json")
-            images.append(_File(area, path, Image, STABLE, extra))
+            images.append(RecordFile(area, path, Image, STABLE, extra))
 
-        container_areas: t.List[_Area] = []
+        container_areas: t.List[LockedDirectory] = []
         for base in (run, graph) if config.transient else (graph, run):
-            area = _Area(
+            area = LockedDirectory(
                 self._folder(base, CONTAINERS), "containers.lock", creates=not container_areas
             )
             container_areas.append(area)
@@ -385,15 +265,15 @@ class Store:
                 ("volatile-containers.json", VOLATILE),
             ):
                 path = os.path.join(area.directory, name)
-                containers.append(_File(area, path, Container, location))
+                containers.append(RecordFile(area, path, Container, location))
 
         areas = {LAYERS: layer_areas, IMAGES: image_areas, CONTAINERS: container_areas}
-        return _Files(areas, layers, images, containers)
+        return StoreFiles(areas, layers, images, containers)
 
     def _check(self) -> None:
         config = self.config
         if not config.driver.isalnum():
-            raise StoreError(f"driver {config.driver!r}", "is no driver's name")
+            raise StoreError(f"driver {config.driver!r}", "is not a driver name")
         try:
             entries = {entry.name for entry in os.scandir(config.graphroot) if _is_dir(entry)}
         except FileNotFoundError:
@@ -414,7 +294,7 @@ class Store:
             raise StoreError(
                 config.graphroot,
                 f"belongs to driver {' and '.join(others)}, not to {config.driver}: "
-                f"it holds {', '.join(f'{name}-{LAYERS}' for name in others)}",
+                f"it holds {', '.join(f'{name}-{LAYERS}' for name in others)} ({config.origin('driver')})",
                 f"Set `driver: {others[0]}`, or another `graphroot`.",
                 drivers=others,
             )
@@ -424,12 +304,13 @@ class Store:
         config = self.config
         return StoreUnwritten(
             config.graphroot,
-            f"is no store of driver {config.driver} yet, no runtime has written it",
-            f"Run `podman --root {config.graphroot} --runroot {config.runroot} "
-            f"--storage-driver {config.driver} info` once, or correct `graphroot`.",
+            f"is not a store of driver {config.driver} yet, because no runtime has written to it "
+            f"({config.origin('graphroot')})",
+            config.missing(),
             driver=config.driver,
             graphroot=config.graphroot,
             runroot=config.runroot,
+            files=list(config.files),
         )
 
     # Reading
@@ -441,16 +322,66 @@ class Store:
         :raises RecordError: a file of records cannot be understood
         :raises PermissionDenied: a file cannot be read
         """
-        with explained(self.config.graphroot):
+        with translate_oserror(self.config.graphroot):
             deadline = time.monotonic() + self.lock_timeout
             with contextlib.ExitStack() as stack:
                 for kind in (LAYERS, IMAGES, CONTAINERS):
                     for area in self._files.areas[kind]:
-                        area.enter(stack, deadline, False)
+                        area.enter(stack, deadline, self.lock_timeout, False)
                 self._load()
             return self.view()
 
-    def _all_files(self) -> t.Iterator[_File[t.Any]]:
+    def readable(self) -> t.Tuple[Snapshot, t.List[StorageError]]:
+        """The readable records and the errors of the others, to describe a damaged store.
+
+        The records of a damaged file are missing from the snapshot.
+
+        :raises LockTimeout: as :meth:`snapshot`
+        :raises PermissionDenied: a file may not be read, of which damage is no cause
+        """
+        faults: t.Dict[str, StorageError] = {}
+        deadline = time.monotonic() + self.lock_timeout
+        with contextlib.ExitStack() as stack:
+            for kind in (LAYERS, IMAGES, CONTAINERS):
+                for area in self._files.areas[kind]:
+                    try:
+                        with translate_oserror(self.config.graphroot):
+                            area.enter(stack, deadline, self.lock_timeout, False)
+                    except (LockTimeout, PermissionDenied):
+                        raise
+                    except StorageError as error:
+                        faults[area.directory] = error
+            for file in self._all_files():
+                self._try(file, file.load, faults)
+        for file in self._all_files():
+            self._try(file, file.parse, faults)
+        return self.view(), list(faults.values())
+
+    def _try(
+        self,
+        file: RecordFile[t.Any],
+        read: t.Callable[[], t.Any],
+        faults: t.Dict[str, StorageError],
+    ) -> None:
+        try:
+            with translate_oserror(self.config.graphroot):
+                read()
+        except PermissionDenied:
+            raise
+        except StorageError as error:
+            faults[file.path] = error
+            file.forget()
+
+    def record_files(self) -> t.List[RecordFile[t.Any]]:
+        """The files of records of the store itself, as they were read last; not those of additional stores."""
+        return [file for file in self._all_files() if file.read_only_store is None]
+
+    def data_folders(self, kind: str) -> t.List[str]:
+        """The folders in which a kind of records has its big data, tar-split files or userdata."""
+        files = [file for file in self.record_files() if file.kind == kind]
+        return list(dict.fromkeys(os.path.dirname(file.path) for file in files))
+
+    def _all_files(self) -> t.Iterator[RecordFile[t.Any]]:
         yield from self._files.layers
         yield from self._files.images
         yield from self._files.containers
@@ -468,40 +399,74 @@ class Store:
                 _first(self._files.layers),
                 _first(self._files.images),
                 _first(self._files.containers),
+                self.config.runtime,
+                self.config.podman,
+                _additional(self._files.layers),
             )
             self._seen = seen
         return self._snapshot
 
     # Writing
 
+    def untested(self) -> t.Optional[UntestedRuntime]:
+        """Why this store is only read here, None if it may be written; looked for once."""
+        if self._ask_untested is not None:
+            self._untested, self._ask_untested = self._ask_untested(), None
+        return self._untested
+
+    def require_tested(self) -> None:
+        """Check that the store may be written.
+
+        :raises UntestedRuntime: a program that uses the store is too new
+        """
+        error = self.untested()
+        if error is not None:
+            raise error
+
     @contextlib.contextmanager
-    def transaction(self, containers: bool = False) -> t.Iterator[Transaction]:
-        """Hold layers and images exclusively, containers too if asked for, and change them.
+    def transaction(
+        self, containers: bool = False, make_room: t.Optional[t.Callable[[], bool]] = None
+    ) -> t.Iterator[Transaction]:
+        """Hold the locks of layers and images exclusively, on request those of containers, and change records.
 
         Each method of the transaction is on disk when it returns. An exception leaves what has
         been done so far; it is always a state that runtimes take.
 
+        :param make_room: for what frees space: called, again and again, while the disk is too full to write
+            records and the reserve is used up; says whether that has made any room
         :raises LockTimeout: a lock stayed taken for longer than ``lock_timeout``
         :raises UnsupportedDriver: the store keeps its images in an ``imagestore``
+        :raises UntestedRuntime: a program that uses the store is too new
         """
+        self.require_tested()
         if self.config.imagestore:
             raise UnsupportedDriver(
                 self.config.graphroot,
-                f"keeps its images apart in imagestore {self.config.imagestore}, "
-                "and such a store is only read here",
-                "Work on the image store as a store of its own, or drop `imagestore`.",
+                f"stores its images separately in imagestore {self.config.imagestore}, and this "
+                "collection only reads such a store, because runtimes differ in where they store "
+                "its mapped layers and their records",
+                "Containers run in it as without this collection. To create or remove mapped "
+                "layers with this collection, remove `imagestore` from "
+                f"{self.config.sources.get('imagestore', 'storage.conf')} and pull the images again.",
             )
-        with explained(self.config.graphroot):
-            locks, started = self._take(containers)
-        transaction = Transaction(self, self._files, started)
+        with translate_oserror(self.config.graphroot):
+            locks, started = self._take(containers, make_room is not None)
+        transaction = Transaction(self, self._files, started, make_room)
         try:
             with locks:
-                yield transaction
+                try:
+                    yield transaction
+                finally:
+                    if make_room is not None and self.reserve.has_room():
+                        self.reserve.discard_spares()
         finally:
             transaction.end()
 
-    def _take(self, containers: bool) -> t.Tuple[contextlib.ExitStack, float]:
-        """Take the locks with all records up to date; with the moment of the first one."""
+    def _take(self, containers: bool, spare: bool) -> t.Tuple[contextlib.ExitStack, float]:
+        """Take the locks with all records up to date; with the moment of the first one.
+
+        :param spare: keep what a killed run has left as room for a full disk
+        """
         self.snapshot()
         deadline = time.monotonic() + self.lock_timeout
         for attempt in range(_RETRIES + 1):
@@ -512,7 +477,8 @@ class Store:
                         write = not area.read_only and (kind != CONTAINERS or containers)
                         if kind == CONTAINERS and not os.path.isdir(area.directory):
                             continue
-                        area.enter(written if write else only_read, deadline, write)
+                        stack = written if write else only_read
+                        area.enter(stack, deadline, self.lock_timeout, write)
                         started = started or time.monotonic()
                 read = self._load()
                 only_read.close()
@@ -520,261 +486,15 @@ class Store:
                     self.view()
                     for file in self._all_files():
                         if file.area.lock.held:
-                            file.discard_leftovers()
+                            file.discard_leftovers(self.reserve if spare else None)
+                    if not spare:
+                        self.reserve.discard_spares()
                     return written.pop_all(), started
             self.view()
         raise StoreError(self.config.graphroot, "changes faster than it can be read")
 
 
-class Transaction:
-    """What may be done while the store's locks are held; see ``Store.transaction``."""
-
-    def __init__(self, store: Store, files: _Files, started: float) -> None:
-        self._store = store
-        self._files = files
-        self._started = started
-        self._ended: t.Optional[float] = None
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """All records as they are now, with what this transaction has changed."""
-        return self._store.view()
-
-    @property
-    def seconds_held(self) -> float:
-        """Seconds since the first lock was taken, until the last was given back."""
-        return (self._ended or time.monotonic()) - self._started
-
-    def end(self) -> None:
-        """Note that the locks have been given back."""
-        self._ended = time.monotonic()
-
-    # Layers
-
-    def begin_layer(self, record: Raw) -> Layer:
-        """Add a layer that is not complete yet; runtimes delete it if it stays so.
-
-        :param record: the layer's fields as JSON has them
-        :raises StoreError: the ID or a name is taken, or the parent is unknown
-        :raises RecordError: a field is of a wrong type
-        """
-        raw = dict(record)
-        raw["flags"] = {**(raw.get("flags") or {}), "incomplete": True}
-        file = self._files.layers[0]
-        layer = new_record(Layer, raw, file.path)
-        known = self.snapshot.layers
-        if layer.id in known:
-            raise StoreError(f"layer {layer.id}", "exists already", layer=layer.id)
-        if layer.parent and layer.parent not in known:
-            raise StoreError(f"layer {layer.id}", f"has parent {layer.parent}, which has no record")
-        if layer.names:
-            taken = {name for one in known.values() for name in one.names}
-            for name in taken.intersection(layer.names):
-                raise StoreError(f"layer {layer.id}", f"has the name {name!r} of another one")
-        self._write(file, [*file.records, layer])
-        return layer
-
-    def install_tar_split(self, layer_id: str, staged_path: str) -> None:
-        """Move a staged tar-split file to its place; it is durable when this returns."""
-        self._own_layer(layer_id)
-        with explained(self._store.config.graphroot):
-            descriptor = os.open(staged_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                os.fchmod(descriptor, 0o600)
-                os.fdatasync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.rename(staged_path, self._store.tar_split_path(layer_id))
-            sync_directory(self._store.layers_dir)
-
-    def finish_layer(self, layer_id: str) -> Layer:
-        """Declare a layer complete."""
-
-        def complete(raw: Raw) -> None:
-            flags = raw.get("flags") or {}
-            flags.pop("incomplete", None)
-            if not flags:
-                raw.pop("flags", None)
-
-        return self.update_layer(layer_id, complete)
-
-    def mark_incomplete(self, layer_id: str) -> Layer:
-        """Give a layer up: if this process dies now, the next runtime deletes the rest of it."""
-
-        def give_up(raw: Raw) -> None:
-            raw["flags"] = {**(raw.get("flags") or {}), "incomplete": True}
-
-        return self.update_layer(layer_id, give_up)
-
-    def update_layer(self, layer_id: str, change: Change) -> Layer:
-        """Change a layer's record in the file it came from; nothing is written if nothing changes.
-
-        :param change: changes the dictionary it is given, a copy
-        :raises StoreError: there is no such layer
-        :raises ReadOnlyStore: it lives in an additional store
-        :raises RecordError: the change makes it malformed
-        """
-        return self._update(self._files.layers, [(self._own_layer(layer_id), change)])[0]
-
-    def remove_layer(self, layer_id: str, trash: str) -> None:
-        """Take a layer's record away; its tar-split file and big data go into ``trash``.
-
-        The layer is marked incomplete first, so that a kill in between leaves nothing half known.
-
-        :param trash: an existing directory on the store's filesystem
-        :raises LayerInUse: layers, images or containers still rest on it
-        """
-        layer = self._own_layer(layer_id)
-        snapshot = self.snapshot
-        layers = [one.id for one in snapshot.children(layer_id)]
-        images = [one.id for one in snapshot.images_of_layer(layer_id)]
-        containers = [one.id for one in snapshot.containers_on(layer_id)]
-        if layers or images or containers:
-            holders = [
-                f"{what} {', '.join(one[:12] for one in ids[:5])}"
-                for what, ids in (
-                    ("container", containers),
-                    ("image", images),
-                    ("layer", layers),
-                )
-                if ids
-            ]
-            raise LayerInUse(
-                f"layer {layer_id}",
-                f"is used by {' and '.join(holders)}",
-                "Remove what uses it first.",
-                layer=layer_id,
-                containers=containers,
-                images=images,
-                layers=layers,
-            )
-        if not layer.incomplete:
-            layer = self.mark_incomplete(layer_id)
-        with explained(self._store.config.graphroot):
-            _move(self._store.tar_split_path(layer_id), trash)
-            _move(self._store.layer_data_dir(layer_id), trash, f"{layer_id}.data")
-        file = self._file(self._files.layers, layer)
-        self._write(file, [one for one in file.records if one.id != layer_id])
-
-    # Images
-
-    def append_mapped_layer(self, image_id: str, layer_id: str) -> Image:
-        """Enter a layer at the end of an image's ``mapped-layers``."""
-        self._own_layer(layer_id)
-
-        def append(raw: Raw) -> None:
-            mapped = list(raw.get("mapped-layers") or ())
-            if layer_id not in mapped:
-                raw["mapped-layers"] = [*mapped, layer_id]
-
-        return self.update_image(image_id, append)
-
-    def drop_mapped_layer(self, layer_id: str) -> t.List[str]:
-        """Take an ID out of every image's ``mapped-layers``, whether such a layer exists or not.
-
-        :returns: the IDs of the images that had it
-        """
-
-        def drop(raw: Raw) -> None:
-            raw["mapped-layers"] = [one for one in raw["mapped-layers"] if one != layer_id]
-            if not raw["mapped-layers"]:
-                del raw["mapped-layers"]
-
-        holders = [
-            (image, drop)
-            for file in self._files.images
-            if file.read_only_store is None
-            for image in file.records
-            if layer_id in image.mapped_layers
-        ]
-        return [image.id for image in self._update(self._files.images, holders)]
-
-    def update_image(self, image_id: str, change: Change) -> Image:
-        """Change an image's record; as ``update_layer``."""
-        return self.update_images({image_id: change})[0]
-
-    def update_images(self, changes: t.Mapping[str, Change]) -> t.List[Image]:
-        """Change the records of several images by ID, all at once in each file; as ``update_layer``."""
-        pairs = [(self._own_image(image_id), change) for image_id, change in changes.items()]
-        return self._update(self._files.images, pairs)
-
-    def remove_image(self, image_id: str, trash: str) -> None:
-        """Take an image's record away, its big data goes into ``trash``; layers are left alone.
-
-        :raises LayerInUse: containers still name the image
-        """
-        image = self._own_image(image_id)
-        containers = [one.id for one in self.snapshot.containers_of(image_id)]
-        if containers:
-            raise LayerInUse(
-                f"image {image_id}",
-                f"is used by container {', '.join(one[:12] for one in containers[:5])}",
-                "Remove the containers first.",
-                image=image_id,
-                containers=containers,
-            )
-        data = self._store.image_data_dir(image_id)
-        file = self._file(self._files.images, image)
-        self._write(file, [one for one in file.records if one.id != image_id])
-        with explained(self._store.config.graphroot):
-            _move(data, trash, f"{image_id}.image")
-
-    def remove_image_data(self, image_id: str, trash: str) -> None:
-        """Put what is left of an image that has no record any more into ``trash``."""
-        if image_id not in self.snapshot.images:
-            with explained(self._store.config.graphroot):
-                _move(self._store.image_data_dir(image_id), trash, f"{image_id}.image")
-
-    # Inside
-
-    def _own_layer(self, layer_id: str) -> Layer:
-        layer = self.snapshot.layer(layer_id)
-        if layer.read_only_store is not None:
-            raise _read_only(f"layer {layer_id}", layer.read_only_store)
-        return layer
-
-    def _own_image(self, image_id: str) -> Image:
-        image = self.snapshot.images.get(image_id)
-        if image is None:
-            raise StoreError(f"image {image_id}", "is no longer in the store", image=image_id)
-        if image.read_only_store is not None:
-            raise _read_only(f"image {image_id}", image.read_only_store)
-        return image
-
-    def _file(self, files: t.Sequence[_File[R]], record: Record) -> _File[R]:
-        for file in files:
-            if file.path == record.path:
-                return file
-        raise StoreError(record.path, "is no file of this store")
-
-    def _update(
-        self, files: t.Sequence[_File[R]], changes: t.Sequence[t.Tuple[R, Change]]
-    ) -> t.List[R]:
-        results = []
-        written: t.Dict[str, t.Dict[int, R]] = {}
-        for record, change in changes:
-            raw = copy.deepcopy(record.raw)
-            change(raw)
-            result = changed(record, raw)
-            if result.id != record.id:
-                raise StoreError(f"{record.kind[:-1]} {record.id}", "may not change its ID")
-            if result.text != record.text and raw != record.raw:
-                written.setdefault(self._file(files, record).path, {})[id(record)] = result
-            results.append(result)
-        for file in files:
-            if file.path in written:
-                new = written[file.path]
-                self._write(file, [new.get(id(one), one) for one in file.records])
-        return results
-
-    def _write(self, file: _File[R], records: t.List[R]) -> None:
-        if self._ended is not None:
-            raise InternalError(file.path, "is to be written after the transaction")
-        with explained(self._store.config.graphroot):
-            file.write(records)
-
-
-def _first(files: t.Iterable[_File[R]]) -> t.Dict[str, R]:
+def _first(files: t.Iterable[RecordFile[R]]) -> t.Dict[str, R]:
     result: t.Dict[str, R] = {}
     for file in files:
         for record in file.records:
@@ -782,46 +502,15 @@ def _first(files: t.Iterable[_File[R]]) -> t.Dict[str, R]:
     return result
 
 
+def _additional(files: t.Iterable[RecordFile[Layer]]) -> t.Dict[str, t.FrozenSet[str]]:
+    """The IDs of the layers of each additional store."""
+    result: t.Dict[str, t.FrozenSet[str]] = {}
+    for file in files:
+        if file.read_only_store is not None:
+            ids = frozenset(record.id for record in file.records)
+            result[file.read_only_store] = result.get(file.read_only_store, frozenset()) | ids
+    return result
+
+
 def _is_dir(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False)
-
-
-def _move(path: str, directory: str, name: str = "") -> None:
-    """Put a file or folder aside; one that is not there is no loss."""
-    target = os.path.join(directory, name or os.path.basename(path))
-    try:
-        os.rename(path, target)
-    except FileNotFoundError:
-        if not os.path.isdir(directory):
-            raise
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        remove_tree(path)
-
-
-def _read_only(subject: str, path: str) -> ReadOnlyStore:
-    return ReadOnlyStore(
-        subject,
-        f"lives in the additional store {path}, which is never written",
-        "Pull or copy the image into the store itself first.",
-        store=path,
-    )
-
-
-def discard(path: str) -> None:
-    """Remove a file that may not be there."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def sync_directory(path: str) -> None:
-    """Make renames in a directory durable, where the filesystem can."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,5 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
 """A reader of TOML 1.0, for storage.conf on Pythons without ``tomllib``.
 
 Dates and times are left as text, since no setting of storage.conf is one.
@@ -9,6 +7,7 @@ Dates and times are left as text, since no setting of storage.conf is one.
 
 from __future__ import annotations
 
+import math
 import re
 import typing as t
 
@@ -53,6 +52,62 @@ _ESCAPES = {
 }
 
 
+def quoted(text: str) -> str:
+    """A string as TOML writes it, on one line.
+
+    :raises ConfigError: it holds a character that no TOML document can hold
+    """
+    if not _writable(text):
+        raise ConfigError(
+            repr(text), "is not Unicode text, which TOML requires", "Give it another name."
+        )
+    return f'"{"".join(map(_in_quotes, text))}"'
+
+
+def _in_quotes(character: str) -> str:
+    if character in '"\\':
+        return f"\\{character}"
+    return character if character.isprintable() else f"\\U{ord(character):08X}"
+
+
+def key(text: str) -> str:
+    """A key as TOML writes it.
+
+    :raises ConfigError: as :func:`quoted`
+    """
+    return text if _BARE_KEY.fullmatch(text) else quoted(text)
+
+
+def value(found: t.Any) -> str:
+    """A string, truth value, number, or list of these as TOML writes it.
+
+    :raises ConfigError: as :func:`quoted`, or it is something else
+    """
+    if isinstance(found, str):
+        return quoted(found)
+    if isinstance(found, bool):
+        return "true" if found else "false"
+    if isinstance(found, int) and -(2**63) <= found < 2**63:
+        return str(int(found))
+    if isinstance(found, float) and math.isfinite(found):
+        return repr(float(found))
+    if isinstance(found, (list, tuple)):
+        return f"[{', '.join(value(item) for item in found)}]"
+    raise ConfigError(
+        repr(found),
+        "is not a value of storage.conf",
+        "Give a string, a number, a boolean or a list.",
+    )
+
+
+def _writable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class _Defined(t.Dict[str, t.Any]):
     """A table with a note of how it came to be."""
 
@@ -95,7 +150,7 @@ class _Reader:
         self.skip(_BLANK)
         self.skip(_COMMENT)
         if self.at < len(self.text) and not (self.take("\n") or self.take("\r\n")):
-            raise self.wrong("something follows where the line should end")
+            raise self.wrong("unexpected text follows at the end of the line")
 
     def blanks(self) -> None:
         """Skip blanks, line ends and comments, as arrays allow them."""
@@ -154,9 +209,9 @@ class _Reader:
             elif isinstance(found, list) and found and not dotted:
                 found = found[-1]
             if not isinstance(found, _Defined) or found.closed:
-                raise self.wrong(f"{name!r} is a value already")
+                raise self.wrong(f"{name!r} is already a value")
             if dotted and not found.dotted:
-                raise self.wrong(f"{name!r} is a table already")
+                raise self.wrong(f"{name!r} is already a table")
             table = found
         return table
 
@@ -170,7 +225,7 @@ class _Reader:
             found = _Defined()
             parent[names[-1]] = found
         if not isinstance(found, _Defined) or found.header or found.dotted or found.closed:
-            raise self.wrong(f"{names[-1]!r} is there already")
+            raise self.wrong(f"{names[-1]!r} is already defined")
         found.header = True
         return found
 
@@ -181,7 +236,7 @@ class _Reader:
         parent = self.descend(self.root, names[:-1], False)
         found = parent.setdefault(names[-1], _TableArray())
         if not isinstance(found, _TableArray):
-            raise self.wrong(f"{names[-1]!r} is there already")
+            raise self.wrong(f"{names[-1]!r} is already defined")
         table = _Defined()
         found.append(table)
         return table
@@ -192,7 +247,7 @@ class _Reader:
             raise self.wrong("a key is not followed by '='")
         parent = self.descend(table, names[:-1], True)
         if names[-1] in parent:
-            raise self.wrong(f"{names[-1]!r} is there already")
+            raise self.wrong(f"{names[-1]!r} is already defined")
         self.skip(_BLANK)
         parent[names[-1]] = self.value(depth)
 

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""A faithful copy of a merged tree under other owners."""
+"""Copy a merged tree, with other owners."""
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ import typing as t
 from ..errors import TreeError, UnmappedIDs
 from ..idmap.mapping import Shift
 from ..kernel import files, fsids, mounts, xattrs
-from ..kernel.refusals import explained, shown
+from ..kernel.oserrors import shown, translate_oserror
 from . import owners
-from .craft import CloneResult
 from .merged import LayerStack, attribute_names
+from .tree_tools import CloneResult
 from .walk import (
     ALLOCATED,
     APPARENT,
@@ -98,7 +96,7 @@ def clone(
     if strategy not in (REFLINK, METACOPY, COPY):
         raise ValueError(f"strategy is {REFLINK!r}, {METACOPY!r} or {COPY!r}, not {strategy!r}")
     label = destination_dir if isinstance(destination_dir, str) else "destination"
-    with explained(kind=TreeError):
+    with translate_oserror(kind=TreeError):
         if isinstance(destination_dir, int):
             root = os.open(".", _DIRECTORY, dir_fd=destination_dir)
         else:
@@ -123,8 +121,8 @@ def can_reflink(directory: t.Union[str, int]) -> bool:
 
     :raises OSError: nothing can be written there
     """
-    place = f"/proc/self/fd/{directory}" if isinstance(directory, int) else directory
-    with tempfile.TemporaryFile(dir=place) as source, tempfile.TemporaryFile(dir=place) as copy:
+    node = f"/proc/self/fd/{directory}" if isinstance(directory, int) else directory
+    with tempfile.TemporaryFile(dir=node) as source, tempfile.TemporaryFile(dir=node) as copy:
         source.write(b"\0" * 4096)
         source.flush()
         try:
@@ -226,7 +224,7 @@ class _Cloner(Visitor):
         self._source = -1
         self._attributes: t.List[str] = []
 
-    def settle(self) -> None:
+    def init_worker(self) -> None:
         os.umask(0)
         self._exact = True
         entry = mounts.entry_of(self._root)
@@ -254,7 +252,7 @@ class _Cloner(Visitor):
         self.totals[INODES] += 1
         return ()
 
-    def enter_again(self, path: str) -> None:
+    def reenter(self, path: str) -> None:
         self._made = files.open_beneath(self._root, path, _DIRECTORY)
 
     def directory(self, fd: int, name: str) -> None:
@@ -332,7 +330,7 @@ class _Cloner(Visitor):
         return None
 
     def _made_before(self, name: str, status: os.stat_result) -> t.Optional[int]:
-        """How many bytes an earlier call has made of the entry at hand; None when it is whole.
+        """The number of bytes that an earlier call has copied of this entry; None if it is complete.
 
         Of a large file that was being copied what there is stays, anything else that was only begun goes.
         """
@@ -396,12 +394,12 @@ class _Cloner(Visitor):
         if size <= _LARGE:
             files.copy_data(made, source, size, sparse=sparse)
             return
-        told = begun
+        reported = begun
 
         def tell(there: int) -> None:
-            nonlocal told
-            self.totals[APPARENT] += there - told
-            told = there
+            nonlocal reported
+            self.totals[APPARENT] += there - reported
+            reported = there
             self.tell()
 
         # All of it was counted when it was met.
@@ -421,7 +419,7 @@ class _Cloner(Visitor):
         self._owner = (-1, -1)
         if -1 in owner:
             return False
-        self._owning = fsids.become(*owner) and self._given(owner)
+        self._owning = fsids.set_fs_ids(*owner) and self._given(owner)
         if self._owning:
             self._owner = owner
         return self._owning
@@ -478,8 +476,8 @@ class _Cloner(Visitor):
                 raise
             raise TreeError(
                 shown(name),
-                f"is a device ({os.major(status.st_rdev)}:{os.minor(status.st_rdev)}), which"
-                " only the host's root can make",
+                f"is a device ({os.major(status.st_rdev)}:{os.minor(status.st_rdev)}), which only "
+                "root on the host can create",
                 "Rebuild the image without it, or prepare it for a rootful store.",
             ) from error
         self._dress(source, name, status, owner)

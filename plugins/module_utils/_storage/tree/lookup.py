@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""One file of a merged tree, found without walking the rest."""
+"""Find a single file of a merged tree without walking the tree."""
 
 from __future__ import annotations
 
@@ -10,10 +8,10 @@ import os
 import stat
 import typing as t
 
+from ..kernel import files
 from .merged import LayerStack, attribute_names
 
 _LARGEST = 4 * 1024 * 1024
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def read_text(stack: LayerStack, path: str) -> t.Optional[str]:
@@ -23,7 +21,7 @@ def read_text(stack: LayerStack, path: str) -> t.Optional[str]:
 
     :param path: relative to the tree's root
     :returns: None when there is no such file
-    :raises NeedsMount: a directory on the way cannot be read by hand
+    :raises NeedsMount: a directory on the way, or the file itself, only the kernel can read
     :raises OSError: a layer cannot be read
     """
     folder, _slash, name = path.rpartition("/")
@@ -38,7 +36,9 @@ def read_text(stack: LayerStack, path: str) -> t.Optional[str]:
             status = os.stat(name, dir_fd=parent, follow_symlinks=False)
             if not stat.S_ISREG(status.st_mode):
                 return None
-            with os.fdopen(os.open(name, _FILE, dir_fd=parent), "rb") as file:
+            with os.fdopen(files.open_regular(name, dir_fd=parent), "rb") as file:
+                # Its data may be in a layer below, as with metacopy.
+                stack.content(attribute_names(file.fileno()))
                 return file.read(_LARGEST).decode("utf-8", "replace")
         except FileNotFoundError:
             continue
@@ -64,7 +64,9 @@ def _showing(
         yield layer
         directory = stack.open(layer, f"{walked}/{component}" if walked else component)
         try:
-            if stack.is_opaque(directory, attribute_names(directory)):
+            names = attribute_names(directory)
+            stack.content(names)
+            if stack.is_opaque(directory, names):
                 return
         finally:
             os.close(directory)

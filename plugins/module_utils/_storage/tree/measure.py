@@ -1,28 +1,123 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""What directory trees take of their filesystem."""
+"""Measure the space and the inodes that directory trees use."""
 
 from __future__ import annotations
 
+import array
+import contextlib
 import errno
+import functools
 import os
 import stat
 import typing as t
 
 from ..errors import TreeError
-from ..kernel import files
-from ..kernel.refusals import explained
+from ..kernel import btrfs, files
+from ..kernel.oserrors import translate_oserror
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOCK = 512
+# btrfs: what an inode takes of the leaves with its reference and two directory entries, but for its names; an extent's
+# item; the checksum of a block (bytes); files up to this size lie in the leaves (the default of max_inline).
+_INODE_ITEMS = 4 * 25 + 160 + 10 + 30 + 30
+_EXTENT_ITEM = 25 + 53
+_CHECKSUM = 4
+_INLINE = 2048
+# How much larger than their items leaves usually are, and what roots and inner nodes add at the most (bytes).
+_FILLED = 1.1
+_SLACK = 1 << 20
 
 # Where two files can share data; elsewhere all that is allocated is a file's own.
 _SHARING = frozenset(("btrfs", "xfs", "bcachefs", "ocfs2", "zfs"))
 
 _GONE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV))
+
+
+class Parts:
+    """What deleting trees frees, in the parts that cannot simply be added up for several trees.
+
+    :ivar own: bytes that nothing else holds, without the inodes of xfs and the metadata of btrfs
+    :ivar extents: shared extents of xfs and btrfs, as pairs of position and length in bytes
+    :ivar chunks: xfs: how many inodes of each chunk of 64
+    :ivar allocated: xfs: how many inodes of these chunks are in use; without those that could not be found out
+    :ivar inode_size: bytes of an inode of xfs; 0 elsewhere
+    :ivar items: bytes of all copies of btrfs's items
+    :ivar snapshot: whether snapshots may share the leaves of btrfs's trees
+    """
+
+    def __init__(self) -> None:
+        self.snapshot = False
+        self.own = self.inode_size = self.items = 0
+        self.extents = array.array("Q")
+        self.chunks: t.Dict[int, int] = {}
+        self.allocated: t.Dict[int, int] = {}
+
+    def add(self, other: Parts) -> None:
+        """Take in those of another tree."""
+        self.own += other.own
+        self.items += other.items
+        self.snapshot = self.snapshot or other.snapshot
+        self.inode_size = self.inode_size or other.inode_size
+        self.extents.extend(other.extents)
+        for chunk, number in other.chunks.items():
+            self.chunks[chunk] = self.chunks.get(chunk, 0) + number
+        self.allocated.update(other.allocated)
+
+    def plus(self, on_disk: int) -> Parts:
+        """The usage with this number of exclusive bytes added."""
+        found = Parts()
+        found.add(self)
+        found.own += on_disk
+        return found
+
+    def freed(self, staying: t.Iterable[Parts] = ()) -> t.Tuple[int, int, int]:
+        """The bytes that deleting all of it frees: most likely, at the least and at the most.
+
+        :param staying: trees that are not deleted and may share data with it
+        """
+        exclusive = least = most = self.own
+        lengths: t.Dict[int, int] = {}
+        holders: t.Dict[int, int] = {}
+        for position, length in _pairs(self.extents):
+            lengths[position] = max(lengths.get(position, 0), length)
+            holders[position] = holders.get(position, 0) + 1
+        for item in staying:
+            for position, length in _pairs(item.extents):
+                if position in lengths:
+                    lengths[position] = max(lengths[position] - length, 0)
+        most += sum(lengths.values())
+        # An extent that is marked as shared, and that only one of these files has, is shared with something else.
+        exclusive += sum(length for position, length in lengths.items() if holders[position] > 1)
+        for chunk, number in self.chunks.items():
+            size = files.XFS_CHUNK * self.inode_size
+            allocated = self.allocated.get(chunk)
+            if allocated is None:
+                # Given back once all its inodes are free.
+                exclusive += number * self.inode_size
+                most += size
+                least += size * (number == files.XFS_CHUNK)
+            elif allocated <= number:
+                exclusive += size
+                most += size
+                least += size
+        if self.chunks:
+            # Others make and delete inodes in the same chunks meanwhile.
+            least = max(least - 2 * files.XFS_CHUNK * self.inode_size, self.own)
+            most += 2 * files.XFS_CHUNK * self.inode_size
+        if self.items:
+            # Leaves are half full at the least; what snapshots share of them nobody tells.
+            exclusive += int(self.items * _FILLED)
+            most += 2 * self.items + _SLACK
+        if self.snapshot:
+            least = 0
+        return exclusive, least, most
+
+
+def _pairs(extents: array.array[int]) -> t.Iterator[t.Tuple[int, int]]:
+    numbers = iter(extents)
+    return zip(numbers, numbers)
 
 
 class Usage(t.NamedTuple):
@@ -32,7 +127,11 @@ class Usage(t.NamedTuple):
     * files: anything but directories
     * apparent: what all but directories claim
     * allocated: what all inodes have got
-    * exclusive: the part of ``allocated`` that nothing else shares; 0 if it was not asked for
+    * exclusive: what deleting it frees, as near as the filesystem can say: the part of ``allocated`` that nothing else
+      shares, with the metadata that the filesystem counts; 0 if it was not asked for
+    * least, most: what deleting it frees lies between these; 0 if it was not asked for
+    * parts: what these were calculated from, to calculate them for several trees together with :func:`together`; None
+      if it was not asked for
     """
 
     inodes: int
@@ -40,18 +139,38 @@ class Usage(t.NamedTuple):
     apparent: int
     allocated: int
     exclusive: int
+    least: int = 0
+    most: int = 0
+    parts: t.Optional[Parts] = None
+
+    def _freed(self, staying: t.Iterable[Usage] = (), more: t.Sequence[int] = (0, 0, 0)) -> Usage:
+        kept = [item.parts for item in staying if item.parts]
+        found = self.parts.freed(kept) if self.parts else (0, 0, 0)
+        exclusive, least, most = (size + extra for size, extra in zip(found, more))
+        return self._replace(exclusive=exclusive, least=least, most=most)
+
+    def plus(self, on_disk: int) -> Usage:
+        """With one more file that shares nothing, of so many bytes."""
+        return self._replace(
+            inodes=self.inodes + 1,
+            allocated=self.allocated + on_disk,
+            exclusive=self.exclusive + on_disk,
+            least=self.least + on_disk,
+            most=self.most + on_disk,
+            parts=self.parts.plus(on_disk) if self.parts else None,
+        )
 
 
-class _Place(t.NamedTuple):
-    above: t.Optional[_Place]
+class _Node(t.NamedTuple):
+    above: t.Optional[_Node]
     name: str
 
     def path(self) -> str:
         parts = []
-        place: t.Optional[_Place] = self
-        while place is not None and place.name:
-            parts.append(place.name)
-            place = place.above
+        node: t.Optional[_Node] = self
+        while node is not None and node.name:
+            parts.append(node.name)
+            node = node.above
         return "/".join(reversed(parts))
 
 
@@ -65,23 +184,43 @@ def measure(paths: t.Iterable[t.Union[str, int]], exclusive: bool = False) -> Us
     :raises StorageError: a directory cannot be read
     """
     meter = _Meter(exclusive)
-    with explained(kind=TreeError):
+    with translate_oserror(kind=TreeError):
         for path in paths:
             meter.add(path)
-    return Usage(
-        inodes=meter.inodes,
-        files=meter.files,
-        apparent=meter.apparent,
-        allocated=meter.allocated,
-        exclusive=meter.exclusive,
-    )
+    found = Usage(meter.inodes, meter.files, meter.apparent, meter.allocated, 0)
+    return found._replace(parts=meter.parts)._freed() if exclusive else found
+
+
+def together(going: t.Iterable[Usage], staying: t.Iterable[Usage] = ()) -> Usage:
+    """What separate trees take together, and what deleting all of them frees, though they share data with each other.
+
+    :param going: measured with ``exclusive``
+    :param staying: of trees that may share data with them and are not deleted
+    """
+    total = Usage(0, 0, 0, 0, 0, parts=Parts())
+    bounds = [0, 0, 0]
+    for item in going:
+        total = total._replace(
+            inodes=total.inodes + item.inodes,
+            files=total.files + item.files,
+            apparent=total.apparent + item.apparent,
+            allocated=total.allocated + item.allocated,
+        )
+        if item.parts is not None and total.parts is not None:
+            total.parts.add(item.parts)
+        else:
+            for index, size in enumerate((item.exclusive, item.least, item.most)):
+                bounds[index] += size
+    return total._freed(staying, bounds)
 
 
 class _Meter:
     def __init__(self, exclusive: bool) -> None:
-        self.inodes = self.files = self.apparent = self.allocated = self.exclusive = 0
-        self._asked = exclusive
+        self.inodes = self.files = self.apparent = self.allocated = 0
+        self.parts = Parts()
+        self._exclusive = exclusive
         self._extents = False
+        self._copies = 0
         self._device = 0
         # Inodes with more than one name, and given roots.
         self._seen: t.Set[t.Tuple[int, int]] = set()
@@ -97,7 +236,10 @@ class _Meter:
         try:
             status = os.fstat(root)
             self._device = status.st_dev
-            self._extents = self._asked and files.filesystem_type(root) in _SHARING
+            filesystem = files.filesystem_type(root)
+            self._extents = self._exclusive and filesystem in _SHARING
+            if self._extents:
+                self._look_at(root, filesystem)
             if not stat.S_ISDIR(status.st_mode):
                 self._count(status, f"/proc/self/fd/{root}", None)
                 return
@@ -105,36 +247,87 @@ class _Meter:
                 return
             self._seen.add((status.st_dev, status.st_ino))
             self._walk(root)
+            if self.parts.chunks:
+                self._ask_for_chunks(root)
         finally:
             os.close(root)
 
-    def _walk(self, root: int) -> None:
-        todo = [_Place(None, "")]
-        while todo:
-            place = todo.pop()
+    def _look_at(self, root: int, filesystem: str) -> None:
+        """What else than data the filesystem counts as used."""
+        with contextlib.suppress(OSError):
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            opened = os.open(f"/proc/self/fd/{root}", flags)
             try:
-                fd = files.open_beneath(root, place.path(), _DIRECTORY)
+                if filesystem == "xfs":
+                    geometry = files.xfs_geometry(opened)
+                    self.parts.inode_size = geometry.inode_size if geometry else 0
+                elif filesystem == "btrfs":
+                    self._copies = btrfs.metadata_copies(opened)
+            finally:
+                os.close(opened)
+
+    def _ask_for_chunks(self, root: int) -> None:
+        with contextlib.suppress(OSError):
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            opened = os.open(f"/proc/self/fd/{root}", flags)
+            try:
+                for chunk in self.parts.chunks:
+                    allocated = files.xfs_allocated_inodes(opened, chunk)
+                    if allocated is None:
+                        break
+                    self.parts.allocated[chunk] = allocated
+            finally:
+                os.close(opened)
+
+    def _count_inode(self, status: os.stat_result) -> None:
+        self.inodes += 1
+        self.allocated += status.st_blocks * _BLOCK
+        if self.parts.inode_size:
+            chunk = status.st_ino // files.XFS_CHUNK
+            self.parts.chunks[chunk] = self.parts.chunks.get(chunk, 0) + 1
+
+    def _count_items(self, status: os.stat_result, name: str) -> None:
+        """The bytes that btrfs keeps of an entry in leaves of its trees, headers included."""
+        size = _INODE_ITEMS + 3 * len(os.fsencode(name))
+        if stat.S_ISREG(status.st_mode) and status.st_size:
+            if status.st_size <= _INLINE:
+                size += _EXTENT_ITEM + status.st_size
+            else:
+                size += 3 * _EXTENT_ITEM + status.st_blocks * _BLOCK // 4096 * _CHECKSUM
+        elif stat.S_ISLNK(status.st_mode):
+            size += _EXTENT_ITEM + status.st_size
+        self.parts.items += size * self._copies
+
+    def _walk(self, root: int) -> None:
+        todo = [_Node(None, "")]
+        while todo:
+            node = todo.pop()
+            try:
+                fd = files.open_unnoticed(
+                    functools.partial(files.open_beneath, root, node.path()), _DIRECTORY
+                )
             except OSError as error:
                 if error.errno in _GONE:
                     continue
                 raise
             try:
-                self._directory(fd, place, todo)
+                self._directory(fd, node, todo)
             finally:
                 os.close(fd)
 
-    def _directory(self, fd: int, place: _Place, todo: t.List[_Place]) -> None:
+    def _directory(self, fd: int, node: _Node, todo: t.List[_Node]) -> None:
         status = os.fstat(fd)
         if status.st_dev != self._device:
             return
-        self.inodes += 1
-        self.allocated += status.st_blocks * _BLOCK
-        if self._asked:
-            self.exclusive += status.st_blocks * _BLOCK
+        self._count_inode(status)
+        if self._copies:
+            self._count_items(status, node.name)
+        elif self._exclusive:
+            self.parts.own += status.st_blocks * _BLOCK
         with os.scandir(fd) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    todo.append(_Place(place, entry.name))
+                    todo.append(_Node(node, entry.name))
                     continue
                 try:
                     found = os.lstat(entry.name, dir_fd=fd)
@@ -148,16 +341,20 @@ class _Meter:
             if key in self._seen:
                 return
             self._seen.add(key)
-        self.inodes += 1
+        self._count_inode(status)
         self.files += 1
         self.apparent += status.st_size
         allocated = status.st_blocks * _BLOCK
-        self.allocated += allocated
-        if not self._asked:
+        if not self._exclusive:
             return
+        if self._copies:
+            self._count_items(status, name)
+            if not stat.S_ISREG(status.st_mode) or status.st_size <= _INLINE:
+                # In the leaves.
+                return
         if allocated and self._extents and stat.S_ISREG(status.st_mode):
-            allocated = max(0, allocated - self._shared(name, dir_fd))
-        self.exclusive += allocated
+            allocated -= min(allocated, self._shared(name, dir_fd))
+        self.parts.own += allocated
 
     def _shared(self, name: str, dir_fd: t.Optional[int]) -> int:
         flags = _READ if dir_fd is not None else _READ & ~os.O_NOFOLLOW
@@ -166,7 +363,11 @@ class _Meter:
         except (FileNotFoundError, PermissionError):
             return 0
         try:
-            return files.shared_bytes(fd)[1]
+            shared = 0
+            for position, length in files.shared_extents(fd):
+                self.parts.extents.extend((position, length))
+                shared += length
+            return shared
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY):
                 return 0

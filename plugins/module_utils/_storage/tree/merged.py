@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Overlay layers as the kernel merges them, read by hand and by descriptor.
+"""Overlay layers merged as the kernel merges them, read through file descriptors.
 
 Source of the rules: the kernel's Documentation/filesystems/overlayfs.rst.
 """
@@ -10,6 +8,7 @@ Source of the rules: the kernel's Documentation/filesystems/overlayfs.rst.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
 import typing as t
@@ -50,13 +49,11 @@ class LayerStack:
         self.labels: t.List[str] = []
         self.fds: t.List[int] = []
         try:
-            for one in dirs:
-                if isinstance(one, int):
-                    self.labels.append(os.readlink(f"/proc/self/fd/{one}"))
-                    self.fds.append(os.open(".", _DIRECTORY, dir_fd=one))
-                else:
-                    self.labels.append(one)
-                    self.fds.append(os.open(one, _DIRECTORY))
+            for item in dirs:
+                path, at = (".", item) if isinstance(item, int) else (item, None)
+                self.labels.append(path if at is None else os.readlink(f"/proc/self/fd/{at}"))
+                opening = functools.partial(os.open, path, dir_fd=at)
+                self.fds.append(files.open_unnoticed(opening, _DIRECTORY))
         except OSError:
             self.close()
             raise
@@ -82,11 +79,8 @@ class LayerStack:
         :param path: relative to the layer, any length; empty for its root
         :raises OSError:
         """
-        try:
-            return files.open_beneath(self.fds[layer], path, _DIRECTORY | os.O_NOATIME)
-        except PermissionError:
-            # EPERM: only an owner may leave the access time alone.
-            return files.open_beneath(self.fds[layer], path, _DIRECTORY)
+        opening = functools.partial(files.open_beneath, self.fds[layer], path)
+        return files.open_unnoticed(opening, _DIRECTORY)
 
     def is_private(self, attribute: str) -> bool:
         """Whether an attribute is overlay's own and no content of the image."""
@@ -108,7 +102,7 @@ class LayerStack:
             elif attribute[len(self._private) :] in _BEYOND_US:
                 raise NeedsMount(
                     "layer stack",
-                    f"a file carries {attribute}, which only the kernel's overlay can follow",
+                    f"a file carries {attribute}, which only the kernel's overlay supports",
                     attribute=attribute,
                 )
         return result
@@ -126,7 +120,7 @@ class LayerStack:
         if value == b"x":
             raise NeedsMount(
                 "layer stack",
-                f"a directory carries {opaque}=x, whose whiteouts only the kernel's overlay reads",
+                f"a directory carries {opaque}=x, whose whiteouts only the kernel's overlay supports",
                 attribute=opaque,
             )
         return value == b"y"
@@ -144,3 +138,28 @@ def attribute_names(fd: int, entry: t.Optional[str] = None) -> t.List[str]:
         if error.errno == errno.ENOTSUP:
             return []
         raise
+
+
+def top_owners(stack: LayerStack) -> t.Iterator[t.Tuple[str, int, int]]:
+    """The root directory ("") and each name in it, with the IDs it has on disk.
+
+    :raises OSError: a directory cannot be read
+    """
+    if not stack.fds:
+        return
+    root = os.fstat(stack.fds[0])
+    yield "", root.st_uid, root.st_gid
+    seen: t.Set[str] = set()
+    for directory in stack.fds:
+        with os.scandir(directory) as entries:
+            names = sorted(entry.name for entry in entries)
+        for name in names:
+            if name in seen:
+                continue
+            seen.add(name)
+            try:
+                status = os.lstat(name, dir_fd=directory)
+            except FileNotFoundError:
+                continue
+            if not stack.is_whiteout(status):
+                yield name, status.st_uid, status.st_gid

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Owners of a file wherever they are written: inode, POSIX ACLs, capabilities."""
+"""The owner IDs of a file in all their locations: inode, POSIX ACLs, capabilities."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ _COPIED = ("user.", "trusted.", "security.")
 _ALIASES = frozenset(("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"))
 
 # What tells that an attribute cannot be read in this namespace or is gone again.
-_UNREADABLE = frozenset((errno.EOVERFLOW, errno.ENODATA))
+UNREADABLE = frozenset((errno.EOVERFLOW, errno.ENODATA))
 
 
 def translate(attribute: str, value: bytes, shift: Shift) -> bytes:
@@ -110,7 +108,7 @@ def copy_attributes(
             value = xattrs.get(src_fd, attribute, src_entry)
         except OSError as error:
             # EOVERFLOW: a capability of a foreign namespace, which grants nothing in this one.
-            if error.errno in _UNREADABLE:
+            if error.errno in UNREADABLE:
                 continue
             raise
         value = translate(attribute, value, shift)
@@ -163,8 +161,8 @@ def apply_owner(
         if entry is None:
             os.fchmod(fd, stat.S_IMODE(status.st_mode))
         elif not stat.S_ISLNK(status.st_mode):
-            place = entry or f"/proc/self/fd/{fd}"
-            os.chmod(place, stat.S_IMODE(status.st_mode), dir_fd=fd)
+            node = entry or f"/proc/self/fd/{fd}"
+            os.chmod(node, stat.S_IMODE(status.st_mode), dir_fd=fd)
     return True
 
 
@@ -179,7 +177,7 @@ def _values_with_ids(
         try:
             value = xattrs.get(fd, attribute, entry)
         except OSError as error:
-            if error.errno in _UNREADABLE:
+            if error.errno in UNREADABLE:
                 continue
             raise
         translated = translate(attribute, value, shift)

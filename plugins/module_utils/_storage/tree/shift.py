@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""Other owners for a tree where it is: a snapshot, a copy, or a layer mounted for writing."""
+"""Change the owners of a tree in place: a snapshot, a copy, or a layer mounted for writing."""
 
 from __future__ import annotations
 
@@ -14,11 +12,11 @@ import typing as t
 from ..errors import TreeError
 from ..idmap.mapping import Shift
 from ..kernel import files
-from ..kernel.refusals import explained, shown
+from ..kernel.oserrors import shown, translate_oserror
 from . import owners
 from .clone import as_result, raise_unmapped, unmapped_ids
-from .craft import CloneResult
 from .merged import PLAIN, LayerStack
+from .tree_tools import CloneResult
 from .walk import (
     APPARENT,
     DIRECTORIES,
@@ -61,7 +59,7 @@ def shift_in_place(
     :raises NoSpace: copying up filled the filesystem
     :raises PermissionDenied: an owner may not be changed
     """
-    with explained(kind=TreeError):
+    with translate_oserror(kind=TreeError):
         stack = LayerStack([directory], PLAIN)
     with stack:
         walk = Walk(_Shifter(stack, shift, relink), workers, progress)
@@ -88,7 +86,7 @@ class _Shifter(Visitor):
     def ids(self) -> t.Optional[IDs]:
         return unmapped_ids(self._shift)
 
-    def settle(self) -> None:
+    def init_worker(self) -> None:
         pass
 
     def enter(self, path: str, fd: int, attributes: t.List[str]) -> Token:
@@ -101,7 +99,7 @@ class _Shifter(Visitor):
         self._times = (status.st_atime_ns, status.st_mtime_ns)
         return self._times
 
-    def enter_again(self, path: str) -> None:
+    def reenter(self, path: str) -> None:
         pass
 
     def directory(self, fd: int, name: str) -> None:

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""What a merged tree holds, without building it."""
+"""Count the contents of a merged tree without building it."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ from ..idmap.mapping import Shift
 from ..kernel import xattrs
 from . import owners
 from .clone import as_result, raise_unmapped, unmapped_ids
-from .craft import CloneResult
 from .merged import LayerStack, attribute_names
+from .tree_tools import CloneResult
 from .walk import (
     ALLOCATED,
     APPARENT,
@@ -63,7 +61,7 @@ class _Surveyor(Visitor):
     def ids(self) -> t.Optional[IDs]:
         return None if self._shift is None else unmapped_ids(self._shift)
 
-    def settle(self) -> None:
+    def init_worker(self) -> None:
         pass
 
     def enter(self, path: str, fd: int, attributes: t.List[str]) -> Token:
@@ -74,7 +72,7 @@ class _Surveyor(Visitor):
         self._find_ids(fd, None, status, attributes)
         return ()
 
-    def enter_again(self, path: str) -> None:
+    def reenter(self, path: str) -> None:
         pass
 
     def directory(self, fd: int, name: str) -> None:

@@ -1,8 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-# This module util is PRIVATE to the userns.storage collection.
-"""One walk over the merged view of a stack of layers, by several processes.
+"""Walk once over the merged view of a stack of layers, with several processes.
 
 The first process hands out jobs and keeps the little that all must agree on: which directories wait
 for parts of themselves, and which hard-linked files were met. Everything else is done by workers
@@ -31,10 +29,10 @@ import traceback
 import typing as t
 
 from ..errors import InternalError, StorageError, TreeError
-from ..kernel import endings, namespaces
-from ..kernel.refusals import explained, shown
-from .craft import Suspended
+from ..kernel import namespaces, termination
+from ..kernel.oserrors import shown, translate_oserror
 from .merged import LayerStack, attribute_names
+from .tree_tools import Suspended
 
 # Kinds of entries, as a directory's listing tells them.
 FILE, SYMLINK, SPECIAL = range(3)
@@ -95,7 +93,7 @@ class Visitor(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def settle(self) -> None:
+    def init_worker(self) -> None:
         """Begin life in a process that does nothing else."""
 
     @abc.abstractmethod
@@ -103,7 +101,7 @@ class Visitor(abc.ABC):
         """Begin a directory. ``fd`` is its topmost layer's and stays open until ``leave``."""
 
     @abc.abstractmethod
-    def enter_again(self, path: str) -> None:
+    def reenter(self, path: str) -> None:
         """Come back to a directory for some of its entries."""
 
     @abc.abstractmethod
@@ -132,66 +130,66 @@ class Visitor(abc.ABC):
         """Give names to files that are there: (name, path of the other, name of the other)."""
 
 
-class _Place:
+class _Node:
     """A directory; paths are made when asked for, so that deep trees cost no more than flat ones."""
 
     __slots__ = ("above", "layers", "name")
 
-    def __init__(self, above: t.Optional[_Place], name: str, layers: Layers) -> None:
+    def __init__(self, above: t.Optional[_Node], name: str, layers: Layers) -> None:
         self.above = above
         self.name = name
         self.layers = layers
 
     def path(self) -> str:
         parts = []
-        place: t.Optional[_Place] = self
-        while place is not None:
-            if place.name:
-                parts.append(place.name)
-            place = place.above
+        node: t.Optional[_Node] = self
+        while node is not None:
+            if node.name:
+                parts.append(node.name)
+            node = node.above
         return "/".join(reversed(parts))
 
 
 class _Held:
     """A directory that waits for parts of itself."""
 
-    __slots__ = ("listed", "outstanding", "place", "token")
+    __slots__ = ("listed", "node", "outstanding", "token")
 
-    def __init__(self, place: _Place, token: Token) -> None:
-        self.place = place
+    def __init__(self, node: _Node, token: Token) -> None:
+        self.node = node
         self.token = token
         self.outstanding = 0
         self.listed = False
 
 
 class _Job:
-    __slots__ = ("entries", "held", "kind", "layer", "linked", "places")
+    __slots__ = ("entries", "held", "kind", "layer", "linked", "nodes")
 
     def __init__(
         self,
         kind: int,
-        places: t.List[_Place],
+        nodes: t.List[_Node],
         held: t.Optional[_Held] = None,
         layer: int = 0,
         entries: t.Sequence[Entry] = (),
         linked: bool = False,
     ) -> None:
         self.kind = kind
-        self.places = places
+        self.nodes = nodes
         self.held = held
         self.layer = layer
         self.entries = entries
         self.linked = linked
 
     def message(self, serial: int, budget: int) -> Message:
-        """What a worker is told.
+        """The parameters of a worker.
 
         :param budget: entries after which it leaves further directories to others
         """
         if self.kind == _DIRECTORY_JOB:
-            directories = [(place.path(), place.layers) for place in self.places]
+            directories = [(node.path(), node.layers) for node in self.nodes]
             return (serial, self.kind, directories, budget)
-        path, layers = self.places[0].path(), self.places[0].layers
+        path, layers = self.nodes[0].path(), self.nodes[0].layers
         if self.kind == _NAMES_JOB:
             return (serial, self.kind, path, layers, self.layer, self.entries, self.linked)
         token = self.held.token if self.held is not None else ()
@@ -214,7 +212,7 @@ class Worker:
         self._links: t.List[t.Tuple[int, str, Layers, Token, int, t.List[LinkedEntry]]] = []
 
     def execute(self, message: Message, emit: Emit) -> None:
-        """Do one job and tell about it."""
+        """Do one job and send its result."""
         serial, kind = message[:2]
         self._left, self._held, self._links = [], [], []
         self.visitor.tell = lambda: emit((_TOTALS_MESSAGE, self._totals()))
@@ -390,7 +388,7 @@ class Worker:
         self._at, self._name = path, ""
         fd = self.stack.open(layer, path)
         try:
-            self.visitor.enter_again(path)
+            self.visitor.reenter(path)
             found: t.List[LinkedEntry] = []
             self._entries(fd, entries, linked, found)
             if found:
@@ -436,7 +434,7 @@ class Walk:
         self._count = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
         self._own = Worker(visitor, self._count)
         self._progress = progress
-        self._told = time.monotonic()
+        self._last_report = time.monotonic()
         self.totals: Totals = [0, 0, 0, 0, 0]
         self._ids: t.Tuple[t.Set[int], ...] = (set(), set(), set(), set())
         self._pending: t.List[_Job] = []
@@ -444,8 +442,8 @@ class Walk:
         self._serials = itertools.count()
         self._held: t.Dict[t.Tuple[int, int, str], _Held] = {}
         # By layer, device and inode: the one name under which a file was dealt with.
-        self._first: t.Dict[t.Tuple[int, int, int], t.Tuple[_Place, str]] = {}
-        self._links: t.Dict[_Place, t.List[t.Tuple[str, _Place, str]]] = {}
+        self._first: t.Dict[t.Tuple[int, int, int], t.Tuple[_Node, str]] = {}
+        self._links: t.Dict[_Node, t.List[t.Tuple[str, _Node, str]]] = {}
         self._processes: t.List[_Process] = []
         self._jobs: t.Optional[socket.socket] = None
 
@@ -454,15 +452,15 @@ class Walk:
 
         :raises StorageError: the first thing that went wrong; no worker is left behind
         """
-        with explained(kind=TreeError):
+        with translate_oserror(kind=TreeError):
             try:
                 stack = self._visitor.stack
-                root = _Place(None, "", tuple(range(len(stack))))
+                root = _Node(None, "", tuple(range(len(stack))))
                 self._pending.append(_Job(_DIRECTORY_JOB, [root]))
                 self._loop()
                 self._link()
             finally:
-                self._dismiss()
+                self._stop_workers()
         with contextlib.suppress(Suspended):
             # It is too late to stop.
             self._tell(last=True)
@@ -478,7 +476,7 @@ class Walk:
             if not self._processes:
                 # From here on there is work for two.
                 if self._count > 1 and len(self._pending) > 1:
-                    self._hire()
+                    self._start_workers()
                 else:
                     self._do(self._next())
                     continue
@@ -493,10 +491,10 @@ class Walk:
         job = self._pending.pop()
         if job.kind == _DIRECTORY_JOB and self._processes:
             most = min(_MOST_DIRECTORIES, len(self._pending) // (2 * len(self._processes)))
-            while len(job.places) < most and self._pending:
+            while len(job.nodes) < most and self._pending:
                 if self._pending[-1].kind != _DIRECTORY_JOB:
                     break
-                job.places.extend(self._pending.pop().places)
+                job.nodes.extend(self._pending.pop().nodes)
         return job
 
     def _budget(self) -> int:
@@ -532,9 +530,9 @@ class Walk:
 
     def _split_or_do(self, job: _Job) -> None:
         """What is too long for a message is sent in pieces, or done here."""
-        if len(job.places) > 1:
-            for place in job.places:
-                self._send(_Job(_DIRECTORY_JOB, [place]))
+        if len(job.nodes) > 1:
+            for node in job.nodes:
+                self._send(_Job(_DIRECTORY_JOB, [node]))
         else:
             self._do(job)
 
@@ -593,13 +591,13 @@ class Walk:
             serial, index, suffix, layers, token, layer, entries = message[1:]
             held = self._hold(serial, index, suffix, layers, token)
             held.outstanding += 1
-            self._pending.append(_Job(_NAMES_JOB, [held.place], held, layer, entries))
+            self._pending.append(_Job(_NAMES_JOB, [held.node], held, layer, entries))
             return
         serial, left, listed, links, totals, ids = message[1:]
         job = self._running[serial]
         for index, suffix, layers in left:
-            place = _Place(job.places[index], suffix, layers)
-            self._pending.append(_Job(_DIRECTORY_JOB, [place]))
+            node = _Node(job.nodes[index], suffix, layers)
+            self._pending.append(_Job(_DIRECTORY_JOB, [node]))
         for index, suffix, layers, token, layer, entries in links:
             held = job.held or self._hold(serial, index, suffix, layers, token)
             self._meet_links(held, layer, entries)
@@ -625,14 +623,14 @@ class Walk:
         key = (serial, index, suffix)
         held = self._held.get(key)
         if held is None:
-            base = self._running[serial].places[index]
-            place = _Place(base, suffix, layers) if suffix else base
-            held = self._held[key] = _Held(place, token)
+            base = self._running[serial].nodes[index]
+            node = _Node(base, suffix, layers) if suffix else base
+            held = self._held[key] = _Held(node, token)
         return held
 
     def _complete(self, held: _Held) -> None:
         if held.listed and not held.outstanding:
-            self._pending.append(_Job(_FINISH_JOB, [held.place], held))
+            self._pending.append(_Job(_FINISH_JOB, [held.node], held))
 
     def _meet_links(self, held: _Held, layer: int, entries: t.List[LinkedEntry]) -> None:
         """Let the first name of a file be dealt with and note the others."""
@@ -641,22 +639,22 @@ class Walk:
             key = (layer, device, inode)
             other = self._first.get(key)
             if other is None:
-                self._first[key] = (held.place, name)
+                self._first[key] = (held.node, name)
                 firsts.append((name, kind))
             else:
-                self._links.setdefault(held.place, []).append((name, *other))
+                self._links.setdefault(held.node, []).append((name, *other))
         for start in range(0, len(firsts), _PART):
             held.outstanding += 1
             part = firsts[start : start + _PART]
-            self._pending.append(_Job(_NAMES_JOB, [held.place], held, layer, part, True))
+            self._pending.append(_Job(_NAMES_JOB, [held.node], held, layer, part, True))
 
     def _link(self) -> None:
         """Link, after all files are there."""
         stack, visitor = self._visitor.stack, self._visitor
-        for place, links in self._links.items():
-            path = place.path()
+        for node, links in self._links.items():
+            path = node.path()
             try:
-                fd = stack.open(place.layers[0], path)
+                fd = stack.open(node.layers[0], path)
                 try:
                     visitor.link(path, fd, [(name, at.path(), other) for name, at, other in links])
                 finally:
@@ -669,16 +667,16 @@ class Walk:
         if self._progress is None:
             return
         now = time.monotonic()
-        if last or now - self._told >= _PROGRESS_SECONDS:
-            self._told = now
+        if last or now - self._last_report >= _PROGRESS_SECONDS:
+            self._last_report = now
             self._progress(self.totals[FILES] + self.totals[DIRECTORIES], self.totals[APPARENT])
 
-    def _hire(self) -> None:
+    def _start_workers(self) -> None:
         """Fork the workers."""
         self._jobs, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             for _number in range(self._count):
-                results, mouth = os.pipe()
+                results, result_fd = os.pipe()
                 leader = os.getpid()
                 pid = os.fork()
                 if pid == 0:
@@ -687,13 +685,13 @@ class Walk:
                         os.close(results)
                         for process in self._processes:
                             os.close(process.results)
-                        _serve(Worker(self._visitor, self._count), leader, theirs, mouth)
+                        _serve(Worker(self._visitor, self._count), leader, theirs, result_fd)
                     finally:
                         os._exit(1)
-                os.close(mouth)
+                os.close(result_fd)
                 self._processes.append(_Process(pid, results, bytearray()))
 
-    def _dismiss(self) -> None:
+    def _stop_workers(self) -> None:
         """End the workers; those still at work have nothing to finish."""
         if self._jobs is not None:
             self._jobs.close()
@@ -707,20 +705,20 @@ class Walk:
         self._processes = []
 
 
-def _serve(worker: Worker, leader: int, jobs: socket.socket, mouth: int) -> None:
+def _serve(worker: Worker, leader: int, jobs: socket.socket, result_fd: int) -> None:
     """A worker's life: jobs come until the leader closes the queue, or dies."""
     namespaces.die_with_parent(leader)
-    for number in endings.SIGNALS:
+    for number in termination.SIGNALS:
         # The leader decides what becomes of the work, and takes the workers with it when it goes.
         signal.signal(number, signal.SIG_IGN)
     worker.visitor.totals = [0, 0, 0, 0, 0]
-    worker.visitor.settle()
+    worker.visitor.init_worker()
 
     def emit(message: Message) -> None:
         data = marshal.dumps(message)
         view = memoryview(_FRAME.pack(len(data)) + data)
         while view:
-            view = view[os.write(mouth, view) :]
+            view = view[os.write(result_fd, view) :]
 
     while True:
         data = jobs.recv(2 * _LONGEST_MESSAGE)
@@ -734,7 +732,7 @@ def _serve(worker: Worker, leader: int, jobs: socket.socket, mouth: int) -> None
                     InternalError(
                         "a worker process",
                         f"failed with {type(error).__name__}: {error}",
-                        "This is a fault of the collection; please report it.",
+                        "This is a bug in the collection; please report it.",
                         trace=traceback.format_exc(),
                     )
                 )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,9 +16,19 @@ from pathlib import Path
 import pytest
 from ansible.errors import AnsibleFilterError
 from ansible.module_utils.common.yaml import yaml_load
+from ansible_collections.userns.storage.plugins.doc_fragments._mapping import ModuleDocFragment
 from ansible_collections.userns.storage.plugins.filter import unit_mapping as plugin
 from ansible_collections.userns.storage.plugins.filter.unit_mapping import unit_mapping
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.grammar import (
+    parse_request,
+    resolve_auto_extras,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.runtime import auto, forms
+from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.detect import runtime
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import AutoUserns
 from ansible_collections.userns.storage.plugins.modules import layer_template
+from hypothesis import given
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[4]
 IMAGE = "docker.io/library/postgres:17"
@@ -89,11 +100,12 @@ def test_slots_and_runtime() -> None:
 
 
 def test_specifiers() -> None:
-    unit = "[Container]\nImage=localhost/%i:1%%\nUserNS=keep-id:uid=%U"
-    assert unit_mapping(unit, specifiers={"i": "web", "U": 1000}) == [
-        {"images": ["localhost/web:1%"], "mappings": [{"userns": "keep-id:uid=1000"}]}
+    names = "[Container]\nImage=localhost/%i:1\nSubUIDMap=%U%%-50%1\n"
+    assert unit_mapping(names, specifiers={"i": "web", "U": 1000}) == [
+        {"images": ["localhost/web:1"], "mappings": [{"subuidname": "1000%-50%1"}]}
     ]
-    with pytest.raises(AnsibleFilterError, match=r"UserNS has %U.*specifiers"):
+    unit = "[Container]\nImage=localhost/%i:1\nUserNS=keep-id:uid=%U"
+    with pytest.raises(AnsibleFilterError, match=r"UserNS=keep-id:uid=%U has %U.*specifiers"):
         unit_mapping(unit)
 
 
@@ -108,11 +120,11 @@ def test_pods() -> None:
     alone = [{"images": [], "mappings": [{"userns": "auto:size=2000"}]}]
     assert unit_mapping(POD) == alone
     assert unit_mapping("[Pod]\n") == []
-    with pytest.raises(AnsibleFilterError, match=r"from the pod web\.pod: give"):
+    with pytest.raises(AnsibleFilterError, match=r"the maps of the pod web\.pod: pass"):
         unit_mapping(unit)
     with pytest.raises(AnsibleFilterError, match="only the pod can have maps"):
         unit_mapping(container("Pod=web.pod", "UserNS=keep-id"), pod=POD)
-    with pytest.raises(AnsibleFilterError, match=r"from the pod db: give"):
+    with pytest.raises(AnsibleFilterError, match=r"the maps of the pod db: pass"):
         unit_mapping(container("PodmanArgs=--pod db"))
 
 
@@ -125,13 +137,15 @@ def test_images_of_other_units() -> None:
         "db.image": f"[Image]\nImage={IMAGE}\n",
         "app.build": "[Build]\nImageTag=localhost/app:1\nImageTag=localhost/app:latest\nFile=x\n",
     }
-    assert [one["images"] for one in unit_mapping(files)] == [[IMAGE], ["localhost/app:1"]]
+    assert [item["images"] for item in unit_mapping(files)] == [[IMAGE], ["localhost/app:1"]]
     files["db.image"] += "ImageTag=localhost/db:1\n"
     assert unit_mapping(files)[0]["images"] == ["localhost/db:1"]
-    with pytest.raises(AnsibleFilterError, match=r"from the unit db\.image: give all units"):
+    with pytest.raises(
+        AnsibleFilterError, match=r"the image of the unit db\.image: pass all units"
+    ):
         unit_mapping(pulled)
     files["app.build"] = "[Build]\n"
-    with pytest.raises(AnsibleFilterError, match=r"app\.build does not name its image"):
+    with pytest.raises(AnsibleFilterError, match=r"app\.build does not set the name of its image"):
         unit_mapping(files)
 
 
@@ -182,6 +196,16 @@ IMAGES = [
 ]
 
 
+def pod_map(start: int, size: int = 65536) -> dict[str, t.Any]:
+    """What the kubelet keeps of a pod in /var/lib/kubelet/pods/UID/userns."""
+    entry = {"hostId": start, "containerId": 0, "length": size}
+    return {"uidMappings": [entry], "gidMappings": [entry]}
+
+
+# One pod exists.
+EXISTING: dict[str, t.Any] = {"pod_maps": [pod_map(65536)]}
+
+
 def block(start: int) -> dict[str, t.Any]:
     """The map of a pod that the kubelet has given these IDs."""
     return {
@@ -192,23 +216,98 @@ def block(start: int) -> dict[str, t.Any]:
 
 
 def test_manifests_for_cri_o() -> None:
-    found = unit_mapping(MANIFEST)
+    found = unit_mapping(MANIFEST, first_id=65536)
     assert found == [{"images": images, "mappings": [block(65536)]} for images in IMAGES]
     two = unit_mapping(MANIFEST, slots=2, first_id=131072)
     assert two[0]["mappings"] == [block(131072), block(196608)]
-    assert unit_mapping(MANIFEST, runtime="cri-o 1.33.0")[0]["mappings"] == [
+    assert unit_mapping(MANIFEST, runtime="cri-o 1.33.0", first_id=65536)[0]["mappings"] == [
         {**block(65536), "runtime": "cri-o 1.33.0"}
     ]
     as_json = json.dumps(
         {"kind": "Pod", "spec": {"hostUsers": False, "containers": [{"image": "x"}]}}
     )
-    assert unit_mapping(as_json)[0]["images"] == ["x"]
+    assert unit_mapping(as_json, first_id=65536)[0]["images"] == ["x"]
+
+
+def test_new_pods_of_the_kubelet_have_no_map_that_can_be_known(
+    warnings: list[str],
+) -> None:
+    assert unit_mapping(MANIFEST) == []
+    assert len(warnings) == len(IMAGES)
+    assert "random range" in warnings[0]
+    assert "/var/lib/kubelet/pods/*/userns" in warnings[0]
+    warnings.clear()
+    unit_mapping(MANIFEST, first_id=65536, slots=2)
+    assert "at random" in warnings[0]
+    assert "first_id" in warnings[0]
+
+
+def test_pods_that_exist_have_the_maps_of_the_kubelets_files(warnings: list[str]) -> None:
+    texts = {
+        "/var/lib/kubelet/pods/1/userns": json.dumps(pod_map(131072)),
+        "/var/lib/kubelet/pods/2/userns": json.dumps(pod_map(6553600)),
+        "/var/lib/kubelet/pods/3/userns": json.dumps(pod_map(131072)),
+    }
+    found = unit_mapping(MANIFEST, pod_maps=texts)
+    assert found[0]["mappings"] == [block(131072), block(6553600)]
+    assert [entry["images"] for entry in found] == IMAGES
+    assert warnings == []
+    assert unit_mapping(MANIFEST, pod_maps=[pod_map(131072)])[0]["mappings"] == [block(131072)]
+
+
+def test_no_pod_exists_and_no_layer_is_needed(warnings: list[str]) -> None:
+    assert unit_mapping(MANIFEST, pod_maps=[]) == []
+    assert len(warnings) == len(IMAGES)
+    assert "pod_maps is empty" in warnings[0]
+
+
+def test_more_ids_for_each_pod() -> None:
+    found = unit_mapping(MANIFEST, first_id=131072, slots=2, ids_per_pod=131072)
+    assert [item["uidmap"] for item in found[0]["mappings"]] == [
+        ["0:131072:131072"],
+        ["0:262144:131072"],
+    ]
+
+
+def test_the_pause_image_is_added_where_crio_runs_the_pod() -> None:
+    pause = "registry.k8s.io/pause:3.10"
+    found = unit_mapping(MANIFEST, pod_maps=[pod_map(131072)], pause_image=pause)
+    assert [entry["images"] for entry in found] == [[*images, pause] for images in IMAGES]
+    noted = deployment(inner="userns-mode.crio.io: 'auto:size=65536'")
+    assert unit_mapping(noted, pause_image=pause)[0]["images"][-1] == pause
+    for entry in unit_mapping(MANIFEST, runtime="podman", pause_image=pause):
+        assert pause not in entry["images"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pod_maps": "x"}, "pod_maps is str"),
+        ({"pod_maps": ["{"]}, "not the content of a file"),
+        ({"pod_maps": ["[]"]}, "no uidMappings"),
+        ({"pod_maps": [{"uidMappings": [{}]}]}, "containerId is None"),
+        ({"pod_maps": [{**pod_map(1), "gidMappings": []}]}, "no gidMappings"),
+        ({"pod_maps": [pod_map(-1)]}, "hostId is -1"),
+        ({"pod_maps": [pod_map(2**32)]}, "hostId is 4294967296"),
+        ({"ids_per_pod": 65537}, "not a multiple of 65536"),
+        ({"ids_per_pod": 0}, "not a positive integer"),
+        ({"pause_image": "Not An Image"}, "pause_image"),
+        ({"first_id": 2**31, "slots": 2, "ids_per_pod": 2**31}, "exceed"),
+    ],
+)
+def test_wrong_options_for_pods(options: dict[str, t.Any], words: str) -> None:
+    with pytest.raises(AnsibleFilterError, match=words):
+        unit_mapping(MANIFEST, **options)
 
 
 def test_manifests_for_podman() -> None:
     found = unit_mapping(MANIFEST, runtime="podman", slots=2)
     mapping = {"userns": "auto", "slots": 2, "runtime": "podman"}
-    assert found == [{"images": images, "mappings": [mapping]} for images in IMAGES]
+    assert found == [
+        {"images": images, "mappings": [mapping]}
+        for images in IMAGES
+        if images != ["localhost/job:1"]
+    ]
     noted = """\
 kind: Pod
 metadata: {annotations: {io.podman.annotations.userns: keep-id}}
@@ -221,10 +320,12 @@ spec: {containers: [{image: x}]}
     assert unit_mapping(files) == [{"images": ["x"], "mappings": [{"userns": "nomap"}]}]
     files["web.kube"] = unit.replace("web.yaml", "./sub/web.yaml")
     assert unit_mapping(files)[0]["mappings"] == [{"userns": "keep-id"}]
-    with pytest.raises(AnsibleFilterError, match=r"names the manifest web\.yaml: give all files"):
+    with pytest.raises(
+        AnsibleFilterError, match=r"references the manifest web\.yaml: pass all files"
+    ):
         unit_mapping(unit)
     # Without a .kube unit it is CRI-O's.
-    assert unit_mapping({"web.yaml": MANIFEST})[0]["mappings"] == [block(65536)]
+    assert unit_mapping({"web.yaml": MANIFEST}, first_id=65536)[0]["mappings"] == [block(65536)]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +340,7 @@ spec: {containers: [{image: x}]}
         ("a: 1", "manifest with a kind"),
         ("kind: Pod", "Pod has no spec"),
         ("kind: Pod\nspec: {hostUsers: false}", "has no containers"),
-        ("kind: Pod\nspec: {hostUsers: false, containers: 5}", "containers is no list"),
+        ("kind: Pod\nspec: {hostUsers: false, containers: 5}", "containers is not a list"),
         ("kind: Pod\nspec: {hostUsers: false, containers: [{}]}", "one of containers has no image"),
         ("kind: Job\nspec: {template: 5}", "has no spec.template.spec"),
         ("[Container]\nUserNS=keep-id\n", "has no Image="),
@@ -247,12 +348,15 @@ spec: {containers: [{image: x}]}
         (container("UserNS=keep-it"), "userns keep-it"),
         (container("UIDMap=0:1:x"), "0:1:x"),
         (container("UserNS=keep-id", "UIDMap=0:1:1"), "cannot be combined"),
-        (container("UserNS=container:db"), "joins the user namespace"),
+        (container("UserNS=container:db"), "joins another user namespace"),
         (container("PodmanArgs=--userns"), "--userns without a value"),
-        (container("PodmanArgs=--userns='x"), "No closing quotation"),
+        (container("PodmanArgs=--userns='x"), "quotation mark ' is not closed"),
         (container("RemapUid=0:1:1"), "without RemapUsers"),
         (container("RemapUsers=some"), "'some', not manual"),
-        (container("RemapUsers=keep-id", "RemapUid=1", "RemapUid=2"), "takes one RemapUid"),
+        (
+            container("RemapUsers=keep-id", "RemapUid=1", "RemapUid=2"),
+            "requires exactly one RemapUid",
+        ),
     ],
 )
 def test_bad_input(given: t.Any, words: str) -> None:
@@ -266,7 +370,7 @@ def test_bad_input(given: t.Any, words: str) -> None:
         ({"slots": 0}, "slots is 0"),
         ({"slots": "2"}, "slots is '2'"),
         ({"first_id": True}, "first_id is True"),
-        ({"slots": 70000}, "more than there are"),
+        ({"first_id": 65536, "slots": 70000}, "exceed the available IDs"),
     ],
 )
 def test_bad_options(options: dict[str, t.Any], words: str) -> None:
@@ -276,12 +380,13 @@ def test_bad_options(options: dict[str, t.Any], words: str) -> None:
 
 def test_what_is_given_are_options_of_the_module() -> None:
     options = yaml_load(layer_template.DOCUMENTATION)["options"]
-    suboptions = options["mappings"]["suboptions"]
+    fragment = yaml_load(ModuleDocFragment.DOCUMENTATION)["options"]
+    suboptions = fragment["mappings"]["suboptions"]
     texts = [container(*lines) for lines in (["UserNS=auto"], ["UIDMap=0:1:1", "GIDMap=0:1:1"])]
     for text in [*texts, MANIFEST]:
-        for one in unit_mapping(text, slots=2):
-            assert set(one) <= set(options)
-            for mapping in one["mappings"]:
+        for item in unit_mapping(text, slots=2, **EXISTING):
+            assert set(item) <= set(options)
+            for mapping in item["mappings"]:
                 assert set(mapping) <= set(suboptions)
 
 
@@ -312,8 +417,434 @@ def test_examples_run(tmp_path: Path) -> None:
     for expected in (
         "auto:size=70000",
         "0:200000:65536",
-        "0:196608:65536",
+        "0:131072:65536",
         "auto:size=2000",
         IMAGE,
     ):
         assert expected in said
+
+
+# Reports from the field
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    shown: list[str] = []
+    monkeypatch.setattr(plugin.display, "warning", shown.append)
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("lines", "mapping"),
+    [
+        (['UserNS="keep-id:uid=999,gid=999"'], {"userns": "keep-id:uid=999,gid=999"}),
+        (["UserNS=keep-\\", "# comment", "", "   id"], {"userns": "keep-id"}),
+        (["UserNS=keep-id\\"], {"userns": "keep-id"}),
+        (['UIDMap="0:1:10" \'10:20:5\''], {"uidmap": ["0:1:10", "10:20:5"]}),
+        (["PodmanArgs=\"--userns\" keep-id\\x3auid=5"], {"userns": "keep-id:uid=5"}),
+        (["UserNS=keep-id\r"], {"userns": "keep-id"}),
+        (["RemapUsers=auto", "RemapUidSize=0x10"], {"userns": "auto:size=16"}),
+        (["RemapUsers=auto", "RemapUidSize=010"], {"userns": "auto:size=8"}),
+        (["UserNS=keep-id", "Label=a\u2028b\x0bc\x85d"], {"userns": "keep-id"}),
+        (["UserNS=keep-id:uid=${ID}", "[Service]", 'Environment="ID=7"'], {"userns": "keep-id:uid=7"}),
+        (["UserNS=$NS", "[Service]", "Environment=NS=nomap"], {"userns": "nomap"}),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_quadlet_and_systemd_read_them(
+    lines: list[str], mapping: dict[str, t.Any]
+) -> None:
+    assert unit_mapping(container(*lines)) == call(**mapping)
+
+
+def test_quotation_marks_of_names() -> None:
+    files = {
+        "a.container": '[Container]\nImage="docker.io/x"\nPod="w.pod"\n',
+        "w.pod": POD,
+        "k.kube": '[Kube]\nYaml="one.yaml"\nUserNS=keep-id\n',
+        "one.yaml": "kind: Pod\nspec: {containers: [{image: y}]}\n",
+    }
+    assert unit_mapping(files) == [
+        {"images": ["docker.io/x"], "mappings": [{"userns": "auto:size=2000"}]},
+        {"images": ["y"], "mappings": [{"userns": "keep-id"}]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('UserNS="keep-id', "quotation marks that do not enclose the whole value"),
+        ('UserNS=""keep-id""', "quotation marks that do not enclose the whole value"),
+        ('UserNS="', "quotation marks that do not enclose the whole value"),
+        ("userns=keep-id", "line 5: quadlet does not support the key userns, but UserNS"),
+        ("UidMap=0:1:1", "line 5: quadlet does not support the key UidMap, but UIDMap"),
+        ('UIDMap="" 0:1:1', "UIDMap: quadlet ignores the text after an empty word"),
+        ('UIDMap=0:1:1 "0', "a quotation mark \" is not closed"),
+        ("PodmanArgs=--userns=keep-id \\z", "is not an escape sequence"),
+        ("RemapUsers=auto\nRemapUidSize=many", "RemapUidSize is 'many'"),
+        ("RemapUsers=auto\nRemapUidSize=99999999999", "RemapUidSize is '99999999999'"),
+        ("UserNS=keep-id\nRemapUid=", "keys of both kinds"),
+        ("UserNS=keep-id:uid=${ID}", r"UserNS=keep-id:uid=\$\{ID\} has the variable ID: set its value in variables"),
+        ("UserNS=keep-id:uid=${ID:-5}", r"has \$\{ID:-5\}, which is not expanded"),
+        ("UserNS=keep-id:uid=%i", "has %i, the instance: set it in specifiers"),
+        ("UserNS=keep-id\\\n# the end", "continues on a missing line"),
+        ("[]", "is not a section"),
+        ("UserNS=keep-id\nImage=Docker.io/X", "Image: image Docker.io/X: is not an image reference"),
+        ("UserNS=keep-id\nImage='x'", "is not an image reference"),
+    ],
+)  # fmt: skip
+def test_unknown_values_are_reported(line: str, words: str) -> None:
+    with pytest.raises(AnsibleFilterError, match=words):
+        unit_mapping(container(*line.split("\n")))
+
+
+def test_variables_in_images() -> None:
+    unit = "[Container]\nImage=docker.io/postgres:${PG_MAJOR}-alpine\nUserNS=keep-id\n"
+    with pytest.raises(
+        AnsibleFilterError, match="the variable PG_MAJOR: set its value in variables"
+    ):
+        unit_mapping(unit)
+    assert unit_mapping(unit, variables={"PG_MAJOR": 17})[0]["images"] == [
+        "docker.io/postgres:17-alpine"
+    ]
+    manifest = "kind: Pod\nspec: {hostUsers: false, containers: [{image: 'x:${PG_MAJOR}'}]}\n"
+    with pytest.raises(AnsibleFilterError, match="the variable PG_MAJOR"):
+        unit_mapping(manifest)
+    assert unit_mapping(manifest, variables={"PG_MAJOR": "9"}, **EXISTING)[0]["images"] == ["x:9"]
+    with pytest.raises(AnsibleFilterError, match="has a template: render the manifest first"):
+        unit_mapping(manifest.replace("${PG_MAJOR}", "{{ .Values.tag }}"))
+
+
+def test_instances_tell_their_specifiers() -> None:
+    unit = "[Container]\nImage=localhost/%p-%j:%i\nUserNS=keep-id:uid=%U\n"
+    files = {"a-web@.container": unit, "a-web@one.container": unit, "plain.container": unit}
+    files["plain.container"] = "[Container]\nImage=localhost/%N-%n\nUserNS=nomap\n"
+    # The template itself starts nothing.
+    assert [item["images"] for item in unit_mapping(files, specifiers={"U": 5})] == [
+        ["localhost/a-web-web:one"],
+        ["localhost/plain-plain.service"],
+    ]
+    del files["a-web@one.container"]
+    with pytest.raises(AnsibleFilterError, match=r"a-web@\.container: .* has %[ij], .*specifiers"):
+        unit_mapping(files, specifiers={"U": 5})
+
+
+def test_drop_ins_by_their_paths(warnings: list[str]) -> None:
+    files = {
+        "quadlets/a-b.container": container("UserNS=nomap"),
+        "quadlets/a-b.container.d/20.conf": "[Container]\nImage=localhost/own:1\n",
+        "quadlets/a-.container.d/20.conf": "[Container]\nImage=localhost/less:1\n",
+        "quadlets/container.d/10.conf": "[Container]\nUserNS=keep-id\n",
+        "quadlets/other.container.d/x.conf": "[Container]\nUserNS=auto\n",
+    }
+    assert unit_mapping(files) == [
+        {"images": ["localhost/own:1"], "mappings": [{"userns": "keep-id"}]}
+    ]
+    assert len(warnings) == 1
+    assert "quadlets/a-.container.d/20.conf, quadlets/other.container.d/x.conf" in warnings[0]
+
+
+CONFIG_MAP = """\
+# A database
+apiVersion: v1
+kind: ConfigMap
+data:
+  my.cnf: |
+    [mysqld]
+    user=mysql
+  php.ini: |
+    [PHP]
+    [Container]
+    UserNS=auto
+---
+kind: Pod
+spec: {hostUsers: false, containers: [{image: x}]}
+"""
+
+
+def test_manifests_that_hold_units_are_manifests(warnings: list[str]) -> None:
+    assert unit_mapping(CONFIG_MAP, **EXISTING) == [{"images": ["x"], "mappings": [block(65536)]}]
+    assert unit_mapping({"a.yaml": CONFIG_MAP}, **EXISTING)[0]["images"] == ["x"]
+    # And units are units, whatever their comments look like.
+    assert unit_mapping("# kind: Pod\n; [Pod]\n" + container("UserNS=keep-id")) == call(
+        userns="keep-id"
+    )
+    assert warnings == []
+
+
+DEPLOYMENT = """\
+kind: Deployment
+metadata: {{name: web, annotations: {{{own}}}}}
+spec:
+  template:
+    metadata: {{annotations: {{{inner}}}}}
+    spec: {{containers: [{{image: x}}]{users}}}
+"""
+USERNS = "io.podman.annotations.userns"
+
+
+def named_pod(name: str, annotation: str) -> str:
+    metadata = f"{{name: {name}, annotations: {{{annotation}}}}}"
+    return f"kind: Pod\nmetadata: {metadata}\nspec: {{containers: [{{image: x}}]}}\n"
+
+
+def deployment(own: str = "", inner: str = "", users: str = "") -> str:
+    return DEPLOYMENT.format(own=own, inner=inner, users=users)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "userns"),
+    [
+        (deployment(own=f"{USERNS}: 'auto:size=4096'"), "auto:size=4096"),
+        (deployment(own=f"{USERNS}/web-pod: nomap"), "nomap"),
+        (deployment(own=f"{USERNS}: private"), "auto"),
+        (deployment(own=f"{USERNS}: host", users=", hostUsers: false"), ""),
+        (deployment(own=f"{USERNS}: ''", users=", hostUsers: false"), ""),
+        (deployment(users=", hostUsers: no"), "auto"),
+        (deployment(users=", hostUsers: true"), ""),
+        (deployment(inner=f"{USERNS}: keep-id"), ""),
+        (named_pod("a", f"{USERNS}/a: keep-id"), "keep-id"),
+        (named_pod("a", f"{USERNS}/b: keep-id"), ""),
+    ],
+)  # fmt: skip
+def test_annotations_that_podman_reads(manifest: str, userns: str, warnings: list[str]) -> None:
+    wanted = [{"images": ["x"], "mappings": [{"userns": userns}]}] if userns else []
+    files = {"web.kube": "[Kube]\nYaml=web.yaml\n", "web.yaml": manifest}
+    assert unit_mapping(files) == wanted
+    for item in unit_mapping(manifest, runtime="podman"):
+        assert item["mappings"] == [{"userns": userns, "runtime": "podman"}]
+    assert bool(warnings) == ("template:\n    metadata: {annotations: {io" in manifest)
+    # A namespace of the unit counts before what the manifest says.
+    files["web.kube"] += "UserNS=host\n"
+    assert unit_mapping(files) == []
+    files["web.kube"] += "UserNS=nomap\n"
+    assert unit_mapping(files) == [{"images": ["x"], "mappings": [{"userns": "nomap"}]}]
+
+
+def test_kinds_that_podman_makes_nothing_of(warnings: list[str]) -> None:
+    manifest = deployment(users=", hostUsers: false").replace("Deployment", "StatefulSet")
+    assert unit_mapping(manifest, runtime="podman") == []
+    assert "podman kube play does not create pods of a StatefulSet" in warnings[0]
+    assert len(unit_mapping(manifest, **EXISTING)) == 1
+    assert unit_mapping(manifest.replace("StatefulSet", "Rollout")) == []
+    assert "Rollout has a pod template, but its kind is not supported" in warnings[1]
+    with pytest.raises(AnsibleFilterError, match="hostUsers is neither true nor false"):
+        unit_mapping(deployment(users=", hostUsers: 'false'"))
+
+
+@pytest.mark.parametrize("name", ["io.kubernetes.cri-o.userns-mode", "userns-mode.crio.io"])
+@pytest.mark.parametrize(
+    ("value", "context", "mapping"),
+    [
+        ("auto", "", {"userns": "auto"}),
+        ("auto:size=65536", "", {"userns": "auto:size=65536"}),
+        ("auto", "runAsUser: 1000, runAsGroup: 1000",
+         {"userns": "auto:uidmapping=0:1000:1,gidmapping=0:1000:1"}),
+        ("auto:keep-id=true", "runAsUser: 1000",
+         {"userns": "auto:uidmapping=1000:1000:1"}),
+        ("auto:map-to-root=true;size=2000", "runAsUser: 7",
+         {"userns": "auto:size=2000,uidmapping=0:7:1"}),
+        ("auto", "fsGroup: 5, supplementalGroups: [6]",
+         {"userns": "auto:gidmapping=0:5:1,gidmapping=1:6:1"}),
+        ("private:uidmapping=0:300000:1000,1000:400000:1000", "runAsUser: 0",
+         {"uidmap": ["0:300000:1000", "1000:400000:1000", "2000:0:1"],
+          "gidmap": ["0:300000:1000", "1000:400000:1000"]}),
+        ("private:uidmapping=0:0:10;gidmapping=0:5:10", "runAsUser: 0",
+         {"uidmap": ["0:0:10"], "gidmap": ["0:5:10"]}),
+        ("host", "", None),
+    ],
+)  # fmt: skip
+def test_annotations_of_cri_o(
+    name: str, value: str, context: str, mapping: dict[str, t.Any] | None
+) -> None:
+    manifest = deployment(inner=f"{name}: '{value}'", users=f", securityContext: {{{context}}}")
+    wanted = [{"images": ["x"], "mappings": [{**mapping, "runtime": "cri-o"}]}] if mapping else []
+    assert unit_mapping(manifest) == wanted
+    # The kubelet reads the annotations of the template, and sends its own map for hostUsers false.
+    assert unit_mapping(deployment(own=f"{name}: auto")) == []
+    own = deployment(inner=f"{name}: auto", users=", hostUsers: false")
+    assert unit_mapping(own, **EXISTING)[0]["mappings"] == [block(65536)]
+
+
+@pytest.mark.parametrize(
+    ("value", "context", "uids", "gids"),
+    [
+        ("auto", "", ["0:200000:65536"], ["0:200000:65536"]),
+        ("auto:size=4096", "", ["0:200000:4096"], ["0:200000:4096"]),
+        ("auto", "runAsUser: 1000, runAsGroup: 1000", ["1:200000:65535", "0:1000:1"], ["1:200000:65535", "0:1000:1"]),
+        ("auto:keep-id=true", "runAsUser: 1000, runAsGroup: 1000",
+         ["0:200000:1000", "1001:201000:64535", "1000:1000:1"], ["0:200000:1000", "1001:201000:64535", "1000:1000:1"]),
+        ("private:uidmapping=0:300000:1000,1000:400000:1000", "runAsUser: 0",
+         ["0:300000:1000", "1000:400000:1000", "2000:0:1"], ["0:300000:1000", "1000:400000:1000"]),
+        # Never sorted or merged.
+        ("private:uidmapping=1000:301000:1000,0:300000:1000", "runAsUser: 300000",
+         ["1000:301000:1000", "0:300000:1000"], ["1000:301000:1000", "0:300000:1000"]),
+    ],
+)  # fmt: skip
+def test_crio_records_the_annotations_in_these_forms(
+    value: str, context: str, uids: list[str], gids: list[str]
+) -> None:
+    """As CRI-O 1.36.3 and 1.32.13 have recorded them, with containers:200000:1000000 in /etc/subuid."""
+    manifest = deployment(
+        inner=f"userns-mode.crio.io: '{value}'", users=f", securityContext: {{{context}}}"
+    )
+    (call_,) = unit_mapping(manifest)
+    (mapping,) = call_["mappings"]
+    asked = {key: given for key, given in mapping.items() if key != "runtime"}
+    request = parse_request(**asked)
+    crio = runtime("cri-o", "1.36.3")
+    node = forms.context(crio, rootless=False, uid=0, gid=0)
+    if request.kind == "auto":
+        assert request.userns is not None
+        size = auto.namespace_size(crio, AutoUserns(), auto.ImageIDs(70000), request.userns.size)
+        extra = resolve_auto_extras(request.userns, node)
+        spans = [(200000, 1200000)]
+        (found,) = auto.slots(1, size, (spans, spans), [], [], extra)
+    else:
+        found = request.resolve(node)
+    found = forms.recorded_form(found, crio, shifting_checked=False)
+    assert (found.uid.to_strings(), found.gid.to_strings()) == (uids, gids)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "keep-id", "auto:size", "auto:colour=red", "private", "auto:keep-id=true;map-to-root=true",
+     "private:uidmapping=0:1", "private:uidmapping=0:1:1", "auto:uidmapping=0:1:1"],
+)  # fmt: skip
+def test_annotations_that_cri_o_refuses(value: str) -> None:
+    users = "" if "0:1:1" in value else ", securityContext: {runAsUser: 0}"
+    with pytest.raises(AnsibleFilterError, match="CRI-O|size|crio.conf|CONTAINER:HOST:SIZE"):
+        unit_mapping(deployment(inner=f"userns-mode.crio.io: '{value}'", users=users))
+
+
+def test_whole_folders(warnings: list[str]) -> None:
+    files = {
+        "app/db.container": container("UserNS=keep-id"),
+        "app/values.yaml": "replicas: 3\n",
+        "app/chart/templates/x.yaml": "{{ if .Values.a }}\nkind: Pod\n{{ end }}",
+        "app/list.json": "[1, 2]",
+        "app/README.md": "# [Container]\n",
+        "app/empty.yml": "",
+        "app/.git/config": "[core]\n\tbare = false\n",
+        "app/k8s/pod.yaml": "kind: Pod\nspec: {hostUsers: false, containers: [{image: x}]}\n",
+        "app/data.volume": "[Volume]\nDriver=image\nImage=y\n",
+    }
+    assert [item["images"] for item in unit_mapping(files, **EXISTING)] == [[IMAGE], ["x"]]
+    assert warnings == [
+        "unit_mapping: ignored because they are neither units, nor drop-ins of units, nor "
+        "manifests: app/README.md, app/.git/config, "
+        "app/values.yaml, app/chart/templates/x.yaml, app/list.json"
+    ]
+    # What a unit names is no application's own file.
+    files["app/w.kube"] = "[Kube]\nYaml=values.yaml\n"
+    with pytest.raises(AnsibleFilterError, match="nor a manifest with a kind"):
+        unit_mapping(files)
+
+
+def test_what_is_worth_a_word(warnings: list[str]) -> None:
+    unit = container(
+        "UserNS=auto", "User=1000", "GlobalArgs=--root /srv", "[Service]", "UIDMap=0:1:1"
+    )
+    unit_mapping(unit)
+    assert [warning.partition(": ")[2] for warning in warnings] == [
+        "the unit line 9: quadlet does not read UIDMap in [Service]",
+        "the unit does not use the default store: set graphroot in layer_template",
+        "the unit: podman derives the size of the namespace from User. Set the size, for example "
+        "UserNS=auto:size=65536",
+    ]
+
+
+# Input that would never end
+
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{chr(98 + number)}: &{chr(98 + number)} [{', '.join([f'*{chr(97 + number)}'] * 9)}]\n"
+    for number in range(24)
+)
+MERGES = "m0: &m0 {x: y}\n" + "".join(
+    f"m{number}: &m{number} {{<<: [{', '.join([f'*m{number - 1}'] * 9)}]}}\n"
+    for number in range(1, 40)
+)
+SPEC = "kind: Pod\nspec: {hostUsers: false, containers: [{image: x}]}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAUGHS + SPEC, ""),
+        (LAUGHS + "kind: Pod\nspec: {hostUsers: false, containers: *y}\n", "has no image"),
+        (MERGES + SPEC, ""),
+        (MERGES + "<<: *m39\n" + SPEC, ""),
+        ("&a\nkind: Pod\nspec: {hostUsers: false, containers: [*a]}\n", "has no image"),
+        ("&a\nkind: List\nitems: [*a]\n", "lists of lists"),
+        ("&a\nkind: Pod\nspec: *a\n", ""),
+        ("&a\nkind: Pod\n<<: *a\n" + SPEC.partition("\n")[2], ""),
+        ("i: &i {kind: List, items: []}\n" + "".join(
+            f"i{number}: &i{number} {{kind: List, items: [{', '.join(['*i' + str(number - 1 or '')] * 9)}]}}\n"
+            for number in range(1, 9)
+        ) + "kind: List\nitems: [*i8]\n", "lists of more than"),
+        ("kind: Pod\nx: " + "[" * 5000 + "]" * 5000 + "\n", "nested more than|neither a unit nor YAML"),
+        ("[" * 100_000, "nested more than|neither a unit nor YAML"),
+        ('{"a":' * 100_000, "nested more than|neither a unit nor YAML"),
+        (f"kind: Pod\nn: {'9' * 100_000}\n" + SPEC.partition("\n")[2], ""),
+        (f"kind: Pod\nn: {':'.join(['59'] * 50_000)}\nd: 2026-99-99\n" + SPEC.partition("\n")[2], ""),
+        ("x" * 9_000_000, "larger than 8 MB"),
+        ("kind: Pod\n\x00", "neither a unit nor YAML"),
+        ("kind: \udc80", "neither a unit nor YAML"),
+        ("kind: Pod\na: *unknown\n", "neither a unit nor YAML"),
+        ("kind: Pod\na: !!python/object/apply:os.system [id]\n" + SPEC.partition("\n")[2], ""),
+        ('{\n\t"kind": "Pod",\n\t"spec": {"hostUsers": false, "containers": [{"image": "x"}]}\n}', ""),
+    ],
+)  # fmt: skip
+def test_hostile_manifests(text: str, words: str) -> None:
+    """Of no such text is more read than what is asked for: it would not end otherwise."""
+    if words:
+        with pytest.raises(AnsibleFilterError, match=words) as error:
+            unit_mapping(text)
+        assert len(str(error.value)) < 6000
+        assert str(error.value).isprintable()
+    else:
+        unit_mapping(text, **EXISTING)
+
+
+nested = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["Pod", "List", "x", "auto"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(
+            ["kind", "spec", "items", "template", "metadata", "annotations", "containers", "image", "hostUsers",
+             "securityContext", "runAsUser", "userns-mode.crio.io", USERNS, "initContainers", "name", "<<"]
+        ),
+        inner,
+        max_size=5,
+    ),
+    max_leaves=15,
+)  # fmt: skip
+
+
+@given(nested, st.sampled_from(["", "podman", "cri-o"]))
+def test_any_structure_is_read_or_refused(structure: t.Any, runtime: str) -> None:
+    pod = {"kind": "Pod", "spec": structure}
+    for document in (structure, pod, {"kind": "List", "items": [structure, pod]}):
+        for text in (json.dumps(document), json.dumps(document, indent=1)):
+            with contextlib.suppress(AnsibleFilterError):
+                for item in unit_mapping(text, runtime=runtime or None, **EXISTING):
+                    assert set(item) == {"images", "mappings"}
+
+
+pieces = st.sampled_from(
+    ["[Container]", "[Pod]", "[Kube]", "[", "]", "\n", "=", "UserNS", "UIDMap", "Image", "PodmanArgs", "Yaml",
+     "keep-id", "auto", "--userns", "%", "%i", "%%", "$", "${A}", "$A", "\\", '"', "'", "#", ";", " ", "\t", "\r",
+     "\x00", "\u2028", "\udc80", "0:1:1", "RemapUsers", "RemapUid", "Pod", "x.image", "\\x41", "\\u0000"]
+)  # fmt: skip
+
+
+@given(
+    st.lists(pieces, max_size=30).map("".join),
+    st.sampled_from(["container", "pod", "kube", "image", "conf"]),
+)
+def test_any_unit_is_read_or_refused(text: str, kind: str) -> None:
+    for given_text in (
+        text,
+        {f"a.{kind}": text, "a.container.d/x.conf": text, "b@x.container": text},
+    ):
+        with contextlib.suppress(AnsibleFilterError):
+            unit_mapping(given_text)

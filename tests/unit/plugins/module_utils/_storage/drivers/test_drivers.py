@@ -30,12 +30,15 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.errors imp
     StorageError,
     StoreError,
     UnsupportedDriver,
+    UntestedRuntime,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapping import (
     Mapping,
     Shift,
 )
-from ansible_collections.userns.storage.plugins.module_utils._storage.tree.workshop import CRAFT
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.layer_building import (
+    TREE_TOOLS,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,7 +48,7 @@ SAME = Shift(Mapping(), Mapping())
 
 def home(tmp_path: pathlib.Path, **options: str) -> DriverHome:
     place = str(tmp_path)
-    return DriverHome(place, str(tmp_path / "run"), options, False, place, craft=CRAFT)
+    return DriverHome(place, str(tmp_path / "run"), options, False, place, tree_tools=TREE_TOOLS)
 
 
 def short(layer_id: str) -> str:
@@ -59,7 +62,7 @@ def layer(store: pathlib.Path, layer_id: str, *lowers: str) -> pathlib.Path:
         (folder / name).mkdir(parents=True)
     (folder / "link").write_text(short(layer_id))
     if lowers:
-        (folder / "lower").write_text(":".join(f"l/{short(one)}" for one in lowers))
+        (folder / "lower").write_text(":".join(f"l/{short(lower)}" for lower in lowers))
     (store / "overlay" / "l").mkdir(exist_ok=True)
     (store / "overlay" / "l" / short(layer_id)).symlink_to(f"../{layer_id}/diff")
     return folder
@@ -104,9 +107,28 @@ def test_a_layer_that_is_not_there(driver: OverlayDriver) -> None:
 
 
 def remove_diff(folder: pathlib.Path) -> None:
-    for one in (folder / "diff").iterdir():
-        one.unlink()
+    for path in (folder / "diff").iterdir():
+        path.unlink()
     (folder / "diff").rmdir()
+
+
+def lead_elsewhere(link: pathlib.Path) -> None:
+    link.unlink()
+    link.symlink_to("/etc")
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_lost_short_names_that_a_runtime_recreates(
+    driver: OverlayDriver, store: pathlib.Path, old: bool
+) -> None:
+    driver = OverlayDriver(dataclasses.replace(driver.home, needs_short_names=lambda: old))
+    for link in (store / "overlay/l").iterdir():
+        link.unlink()
+    if (store / "overlay" / TOP / "lower-layers").exists():
+        (store / "overlay" / TOP / "lower-layers").unlink()
+    # Newer runtimes do not make them anew for layers that need them.
+    assert ("names l/AAA" in (driver.damage(TOP, [BASE]) or "")) is not old
+    assert driver.resting([TOP]) == {TOP: [BASE]}
 
 
 @pytest.mark.parametrize(
@@ -115,9 +137,13 @@ def remove_diff(folder: pathlib.Path) -> None:
         (lambda g: remove_diff(g / TOP), "diff of layer"),
         (lambda g: (g / TOP / "link").unlink(), "link of layer"),
         (lambda g: (g / TOP / "link").write_text("../../../etc/passwd"), "26 letters"),
-        (lambda g: (g / "l" / short(TOP)).unlink(), "short name"),
-        (lambda g: (g / "l" / short(BASE)).unlink(), "names l/AAA"),
-        (lambda g: remove_diff(g / BASE), "which it rests on, is missing"),
+        (lambda g: lead_elsewhere(g / "l" / short(TOP)), "short name"),
+        (lambda g: lead_elsewhere(g / "l" / short(BASE)), "names l/AAA"),
+        (
+            lambda g: [(g / item).unlink() for item in (f"l/{short(BASE)}", f"{BASE}/link")],
+            "names l/AAA",
+        ),
+        (lambda g: remove_diff(g / BASE), "on which it depends, is missing"),
         (lambda g: (g / BASE).rename(g / OTHER), "directory of layer aaa"),
         (lambda g: (g / TOP / "lower-layers").write_text(OTHER), "contradict"),
     ],
@@ -132,9 +158,48 @@ def test_damage(
     assert words in (driver.damage(TOP, [BASE]) or "")
 
 
-def test_owners_are_told_where_they_are_on_the_files(
-    driver: OverlayDriver, store: pathlib.Path
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda g: (g / TOP / "blobs").mkdir(), "has blobs, which"),
+        (lambda g: (g / TOP / "lower.v2").write_text("x"), "has lower.v2, which"),
+        (lambda g: (g / TOP / "lower").write_text(f"m/{short(BASE)}"), "in lower, which is not"),
+        (lambda g: (g / TOP / "lower").write_text(f"l/{short(BASE)}@1"), "in lower, which is not"),
+        (lambda g: (g / TOP / "lower-layers").write_text(f"sha256:{BASE}"), "in lower-layers"),
+    ],
+)
+def test_a_form_of_a_newer_version(
+    driver: OverlayDriver,
+    store: pathlib.Path,
+    change: t.Callable[[pathlib.Path], t.Any],
+    words: str,
 ) -> None:
+    """It is not called damaged, and nothing is made from it."""
+    change(store / "overlay")
+    for ask in (
+        lambda: driver.damage(TOP, [BASE]),
+        lambda: driver.damage(TOP),
+        lambda: driver.strategies([TOP, BASE]),
+    ):
+        with pytest.raises(UntestedRuntime) as caught:
+            ask()
+        assert words in str(caught.value)
+        assert "newer than this version of the collection knows" in str(caught.value)
+        assert "pull" not in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    "name", ["diff1", "diff12", "work", "merged", "merged.1", "mapped", "empty", ".nfs0001"]
+)
+def test_what_known_versions_put_there(
+    driver: OverlayDriver, store: pathlib.Path, name: str
+) -> None:
+    (store / "overlay" / TOP / name).mkdir(exist_ok=True)
+    assert driver.damage(TOP, [BASE]) is None
+    assert driver.strategies([TOP, BASE])
+
+
+def test_where_the_owners_of_files_are_recorded(driver: OverlayDriver, store: pathlib.Path) -> None:
     me = os.getuid(), os.getgid()
     # As an overlay mount shows it: what lies on top, then what it rests on.
     assert driver.top_owners([TOP, BASE]) == [("", *me), ("b", *me), ("a", *me)]
@@ -178,7 +243,7 @@ def test_a_layer_is_staged_and_committed(driver: OverlayDriver, store: pathlib.P
     assert sorted(store.rglob("*"))[: len(before)] != []
     assert found.files == 2
     assert way.name in ("copy", "reflink")
-    assert {one.name for one in (made / "diff").iterdir()} == {"a", "b"}
+    assert {path.name for path in (made / "diff").iterdir()} == {"a", "b"}
     assert (made / "lower").read_text() == f"l/{short(TOP)}:l/{short(BASE)}"
     assert (made / "lower-layers").read_text() == f"{TOP}:{BASE}"
     link = (made / "link").read_text()
@@ -196,7 +261,7 @@ def test_modes_of_a_staged_layer(driver: OverlayDriver, store: pathlib.Path) -> 
     (store / "overlay" / TOP / "diff").chmod(0o555)
     os.utime(store / "overlay" / TOP / "diff", ns=(1, 123456789))
     made = staged(driver, store) / "layer"
-    modes = {one.name: oct(one.stat().st_mode & 0o7777) for one in [made, *made.iterdir()]}
+    modes = {item.name: oct(item.stat().st_mode & 0o7777) for item in [made, *made.iterdir()]}
     assert modes == {
         "layer": "0o700",
         "diff": "0o555",
@@ -216,7 +281,7 @@ def test_numbered_diffs_and_lost_names(driver: OverlayDriver, store: pathlib.Pat
     (top / "diff").mkdir()
     (store / "overlay" / "l" / short(BASE)).unlink()
     made = staged(driver, store) / "layer"
-    assert {one.name for one in (made / "diff").iterdir()} == {"a", "b"}
+    assert {path.name for path in (made / "diff").iterdir()} == {"a", "b"}
     assert (made / "lower-layers").read_text() == f"{TOP}:{BASE}"
 
 
@@ -228,7 +293,7 @@ def test_the_drivers_chain_is_longer_than_the_records(
     into.mkdir()
     driver.stage([OTHER, BASE], SAME, "copy", str(into), MINE)
     assert (into / "layer" / "lower-layers").read_text() == f"{OTHER}:{TOP}:{BASE}"
-    assert {one.name for one in (into / "layer" / "diff").iterdir()} == {"a", "b"}
+    assert {path.name for path in (into / "layer" / "diff").iterdir()} == {"a", "b"}
 
 
 def test_prediction_writes_nothing(driver: OverlayDriver, store: pathlib.Path) -> None:
@@ -243,20 +308,30 @@ def test_a_strategy_that_is_not_to_be_had(driver: OverlayDriver, store: pathlib.
 
 
 @pytest.mark.parametrize(
-    ("mountopt", "cached", "first"),
+    ("mountopt", "notes", "first"),
     [
-        ("nodev,metacopy=on", False, "metacopy"),
-        ("metacopy=on,metacopy=off", False, "copy"),
-        ("metacopy=off", False, "copy"),
-        ("metacopy=on", True, "copy"),
+        ("nodev,metacopy=on", ["nodev,metacopy=on)-true"], "metacopy"),
+        # No runtime has tried these options since the last boot.
+        ("nodev,metacopy=on", [], "copy"),
+        # A runtime read other options than were read here.
+        ("nodev,metacopy=on", ["nodev,metacopy=off)-false"], "copy"),
+        ("nodev,metacopy=on", ["nodev,metacopy=on)-true", "nodev,metacopy=off)-false"], "copy"),
+        ("nodev,metacopy=on", ["nodev)-true"], "copy"),
+        ("metacopy=on,metacopy=off", ["metacopy=on,metacopy=off)-true"], "copy"),
+        ("metacopy=off", ["metacopy=off)-true"], "copy"),
+        ("metacopy=on", ["metacopy=on)-false"], "copy"),
+        # The kernel's default.
+        ("", [")-true"], "metacopy"),
+        ("nodev", ["nodev)-false"], "copy"),
     ],
 )
-def test_metacopy_where_the_store_has_it(
-    store: pathlib.Path, mountopt: str, cached: bool, first: str
+def test_metacopy_where_a_runtime_has_mounted_with_it(
+    store: pathlib.Path, mountopt: str, notes: t.List[str], first: str
 ) -> None:
-    if cached:
-        (store / "run" / "overlay").mkdir(parents=True)
-        (store / "run" / "overlay" / f"metacopy({mountopt})-false").write_text("no")
+    folder = store / "run" / "overlay"
+    folder.mkdir(parents=True)
+    for note in notes:
+        (folder / f"metacopy({note}").write_text("")
     ways = OverlayDriver(home(store, mountopt=mountopt)).strategies([TOP, BASE])
     assert ("metacopy" in [way.name for way in ways]) == (first == "metacopy")
     assert ways[-1].name == "copy"
@@ -265,6 +340,9 @@ def test_metacopy_where_the_store_has_it(
 
 def test_no_metacopy_without_root(store: pathlib.Path) -> None:
     own = home(store, mountopt="metacopy=on")
+    (store / "run" / "overlay").mkdir(parents=True)
+    (store / "run" / "overlay" / "metacopy(metacopy=on)-true").write_text("")
+    assert "metacopy" in [way.name for way in OverlayDriver(own).strategies([TOP])]
     rootless = dataclasses.replace(own, rootless=True)
     assert "metacopy" not in [way.name for way in OverlayDriver(rootless).strategies([TOP])]
 
@@ -389,14 +467,14 @@ def test_orphans(driver: OverlayDriver, store: pathlib.Path) -> None:
     (folder / ("e" * 64)).write_text("a file")
     (folder / ("f" * 64)).symlink_to("/etc")
     found = driver.orphans({BASE, TOP})
-    assert [(one.kind, one.name) for one in found] == [("directory", OTHER), ("link", "Z" * 26)]
+    assert [(item.kind, item.name) for item in found] == [("directory", OTHER), ("link", "Z" * 26)]
     assert found[0].usage().inodes >= 3
     assert found[1].usage().inodes == 1
     assert found[0].changed > 1_000_000_000
     trash = store / "trash"
     trash.mkdir()
-    for one in found:
-        driver.drop(one, str(trash))
+    for item in found:
+        driver.drop(item, str(trash))
     assert driver.orphans({BASE, TOP}) == []
     assert sorted(path.name for path in trash.iterdir()) == [OTHER]
     assert (folder / "l" / ("Y" * 26)).is_symlink()
@@ -421,7 +499,7 @@ def test_vfs(tmp_path: pathlib.Path) -> None:
     assert (made.files, made.apparent, made.inodes) == (1, 7, 2)
     assert driver.damage(MINE) is None
     assert (driver.dependencies(MINE), driver.dependents(TOP), driver.links()) == ([], [], {})
-    assert [one.name for one in driver.orphans({TOP})] == [MINE]
+    assert [orphan.name for orphan in driver.orphans({TOP})] == [MINE]
     trash = tmp_path / "trash"
     trash.mkdir()
     driver.detach(MINE, str(trash))
@@ -470,7 +548,7 @@ def test_views_that_cannot_be(store: pathlib.Path, tmp_path: pathlib.Path) -> No
 
 
 def test_a_driver_opened_to_look_makes_nothing(store: pathlib.Path) -> None:
-    driver = OverlayDriver(dataclasses.replace(home(store), craft=None))
+    driver = OverlayDriver(dataclasses.replace(home(store), tree_tools=None))
     assert driver.damage(TOP, [BASE]) is None
-    with pytest.raises(InternalError, match="to look and to remove only"):
+    with pytest.raises(InternalError, match="for reading and removal only"):
         driver.predict([TOP, BASE], SAME)

@@ -48,7 +48,7 @@ def test_owners_move_from_map_to_map() -> None:
     assert [shift.gid(2000 + n) for n in range(10)] == [1, 2, 3, 4, 5, 0, 6, 7, 8, 9]
     assert shift.complete
     back = Shift(KEEP, HIGH)
-    assert [back.uid(shift.uid(one)) for one in range(1000, 1010)] == list(range(1000, 1010))
+    assert [back.uid(shift.uid(item)) for item in range(1000, 1010)] == list(range(1000, 1010))
 
 
 def test_what_does_not_fit_is_noted() -> None:

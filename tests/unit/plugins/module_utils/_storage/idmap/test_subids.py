@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import typing as t
 
 import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import NamespaceError
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import IDMap
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subid_file import (
+    SHADOW_4_13,
+    SHADOW_4_20,
+)
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subids import (
     Sources,
     SubIDRange,
@@ -101,10 +106,61 @@ def test_files_may_be_absent() -> None:
     assert propose("alice", sources) == (100000, 65536)
 
 
-@pytest.mark.parametrize("line", ["alice:x:5", "alice:5", "alice:1:2:3", "alice:4294967290:65536"])
-def test_own_malformed_lines_are_errors(files: Make, line: str) -> None:
-    with pytest.raises(NamespaceError, match="line 2"):
-        subordinate_ids("alice", 1500, sources=files(f"bob:zzz\n{line}\n"))
+@pytest.mark.parametrize(
+    "line",
+    [
+        "alice:x:5",
+        "alice:5",
+        "alice:100000:65536 ",
+        "alice:100000:65536\r",
+        " alice:100000:65536",
+        "alice :100000:65536",
+        "alice:100000:65536\x0b",
+        "alice:1_000:5",
+        "alice:٣:5",
+    ],
+)
+def test_own_lines_that_shadow_does_not_read_are_named(files: Make, line: str) -> None:
+    sources = files(f"bob:zzz\n{line}\n")
+    with pytest.raises(NamespaceError, match=r"do not read line 2.*Correct it"):
+        subordinate_ids("alice", 1500, sources=sources)
+    # It is still nobody else's.
+    if "100000" in line:
+        assert propose("bob", sources).start == 165536
+
+
+@pytest.mark.parametrize("line", ["alice:4294967290:65536", "alice:4294967295:1"])
+def test_own_lines_beyond_the_last_id_are_errors(files: Make, line: str) -> None:
+    with pytest.raises(NamespaceError, match=f"{line}: exceeds the last ID"):
+        ranges_of("alice", 1500, "uid", sources=files(f"{line}\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new"),
+    [
+        ("alice:100000:5", ((100000, 5),), ()),
+        ("alice:0x10:010\n", ((16, 8),), ((16, 8),)),
+        ("alice: 100000:\t\r5\n", ((100000, 5),), ((100000, 5),)),
+        ("alice:+7:-18446744073709551611\n", ((7, 5),), ()),
+        ("alice:1:2:3\n", ((1, 2),), ()),
+        ("01500:1:2\n", (), ((1, 2),)),
+        ("+alice:1:2\n-alice:1:2\nalice:7:1\n", ((7, 1),), ((7, 1),)),
+        ("alice:1:2\0\nalice:7:1\n", (), ()),
+        ("alice:1:2\nalice:7:1\0x", ((1, 2), (7, 1)), ()),
+        ("alice:9:1\x85alice:7:1\u2028\n", (), ()),
+    ],
+)
+def test_versions_of_shadow(files: Make, text: str, old: t.Any, new: t.Any) -> None:
+    sources = files(text)
+    for dialect, found in ((SHADOW_4_13, old), (SHADOW_4_20, new)):
+        sources = dataclasses.replace(sources, dialect=dialect)
+        assert ranges_of("alice", 1500, "uid", False, sources) == found
+
+
+def test_files_that_shadow_does_not_read_at_all(files: Make) -> None:
+    sources = dataclasses.replace(files("alice:100000:5"), dialect=SHADOW_4_20)
+    with pytest.raises(NamespaceError, match=r"ignore .*because it does not end in a newline"):
+        ranges_of("alice", 1500, "uid", sources=sources)
 
 
 def test_lines_of_strangers_are_not(files: Make) -> None:
@@ -128,7 +184,7 @@ def test_nsswitch(files: Make, text: str, service: str) -> None:
     assert nss_service(files(nsswitch=text).nsswitch) == service
 
 
-def test_nss_is_asked(files: Make) -> None:
+def test_nss_is_queried(files: Make) -> None:
     script = (
         'case "$1" in -g) echo "0: $2 700000 9";; *) echo "0: $1 500000 5"; echo "1: $1 9 1";; esac'
     )
@@ -144,7 +200,9 @@ def test_nss_without_ranges(files: Make) -> None:
 
 
 def test_nss_without_getsubids(files: Make) -> None:
-    with pytest.raises(NamespaceError, match=r"getsubids is not installed.*package uidmap"):
+    with pytest.raises(
+        NamespaceError, match=r"getsubids, which queries it, is not installed.*package uidmap"
+    ):
         subordinate_ids("alice", 1500, sources=files(nsswitch="subid: sss\n"))
 
 

@@ -89,7 +89,7 @@ def test_copy_data_says_what_went_wrong(opened: Maker, monkeypatch: pytest.Monke
         files.copy_data(target, source, 1 << 15, False)
 
 
-def test_shared_bytes(opened: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_extents(opened: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     extents = [(number << 20, 4096, 0x2000 if number % 3 == 0 else 0) for number in range(300)]
 
     def fiemap(_fd: int, request: int, buffer: t.Any, _mutate: bool) -> int:
@@ -101,12 +101,25 @@ def test_shared_bytes(opened: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
             if logical == extents[-1][0]:
                 flags |= 1
             struct.pack_into(
-                "=QQQQQLLLL", buffer, 32 + 56 * index, logical, 0, length, 0, 0, flags, 0, 0, 0
+                "=QQQQQLLLL",
+                buffer,
+                32 + 56 * index,
+                logical,
+                logical + 1,
+                length,
+                0,
+                0,
+                flags,
+                0,
+                0,
+                0,
             )
         return 0
 
     monkeypatch.setattr(fcntl, "ioctl", fiemap)
-    assert files.shared_bytes(opened("file")) == (300 * 4096, 100 * 4096)
+    assert list(files.shared_extents(opened("file"))) == [
+        ((number << 20) + 1, 4096) for number in range(0, 300, 3)
+    ]
 
 
 def test_filesystem_type() -> None:
@@ -174,3 +187,20 @@ class TestOpenBeneath:
     def test_missing(self, tmp_path: pathlib.Path) -> None:
         with pytest.raises(FileNotFoundError):
             self.open(tmp_path, "no/such")
+
+
+def test_a_link_to_the_null_device_is_an_empty_file_on_request(
+    tmp_path: pathlib.Path,
+) -> None:
+    hidden, endless = tmp_path / "hidden", tmp_path / "endless"
+    hidden.symlink_to(os.devnull)
+    endless.symlink_to("/dev/zero")
+    assert files.read_regular(str(hidden), 10, follow=True, null=True) == b""
+    for path, null in ((hidden, False), (endless, True)):
+        with pytest.raises(OSError, match="not a regular file") as caught:
+            files.read_regular(str(path), 10, follow=True, null=null)
+        assert caught.value.errno == errno.EINVAL
+    # A link is followed only where that is asked for.
+    with pytest.raises(OSError, match="symbolic links") as caught:
+        files.read_regular(str(hidden), 10, null=True)
+    assert caught.value.errno == errno.ELOOP

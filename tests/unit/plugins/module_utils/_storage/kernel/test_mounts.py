@@ -22,7 +22,7 @@ def test_a_line_of_mountinfo() -> None:
         "rw,errors=continue\n"
     )
     assert mounts._entry(line) == mounts.MountEntry(
-        36, 35, "/mnt1 x", "/mnt2\ty\\z", "ext3", "/dev/root", ("rw", "errors=continue")
+        36, "/mnt1 x", "/mnt2\ty\\z", "ext3", "/dev/root", ("rw", "errors=continue")
     )
 
 
@@ -42,7 +42,9 @@ def test_the_mount_of_an_open_file() -> None:
     descriptor = os.open("/proc", os.O_RDONLY)
     try:
         number = mounts.mount_id(descriptor)
-        assert "/proc" in [one.mount_point for one in mounts.entries() if one.mount_id == number]
+        assert "/proc" in [
+            entry.mount_point for entry in mounts.entries() if entry.mount_id == number
+        ]
     finally:
         os.close(descriptor)
 

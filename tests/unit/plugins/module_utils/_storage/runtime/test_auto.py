@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import pytest
-from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
-    ConfigError,
-    MapError,
+from ansible_collections.userns.storage.plugins.module_utils._storage.capabilities import (
+    capabilities,
 )
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import MapError
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapping import Mapping
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import IDMap
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subids import (
@@ -17,7 +17,6 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subi
     SubIDs,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.auto import (
-    AutoLimits,
     ImageIDs,
     accounts_size,
     allocate,
@@ -27,12 +26,13 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.au
     slots,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.detect import runtime
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import AutoUserns
 from hypothesis import given
 from hypothesis import strategies as st
 
 OLD = runtime("podman", "4.3.1")
 NEW = runtime("podman", "5.4.2")
-LIMITS = AutoLimits()
+LIMITS = AutoUserns()
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_accounts(
     passwd: str | None, group: str | None, started: str | None, old: int, middle: int, new: int
 ) -> None:
     image = ImageIDs(-1, passwd, group, started)
-    assert accounts_size((1, 43, 0), image) == old
-    assert accounts_size((1, 55, 0), image) == middle
-    assert accounts_size((1, 56, 0), image) == new
+    assert accounts_size(capabilities("podman", (4, 3), (1, 43, 0)), image) == old
+    assert accounts_size(capabilities("podman", (5, 2), (1, 55, 0)), image) == middle
+    assert accounts_size(capabilities("podman", (5, 3), (1, 56, 0)), image) == new
 
 
 def test_sizes() -> None:
@@ -65,7 +65,7 @@ def test_sizes() -> None:
     assert image == ImageIDs(5000, "a:x:1500:1500::", None, None)
     assert namespace_size(NEW, LIMITS, image) == 5001
     assert namespace_size(NEW, LIMITS, ImageIDs()) == 1024
-    assert namespace_size(NEW, AutoLimits(1, 65536), ImageIDs()) == 1
+    assert namespace_size(NEW, AutoUserns(1, 65536), ImageIDs()) == 1
     assert namespace_size(NEW, LIMITS, image, size=7) == 7
     assert namespace_size(NEW, LIMITS, ImageIDs(), user="3000:app") == 3001
     assert namespace_size(NEW, LIMITS, ImageIDs(), user="app:3000") == 3001
@@ -76,15 +76,7 @@ def test_sizes() -> None:
 def test_too_large_images() -> None:
     with pytest.raises(MapError, match=r"needs 70001 IDs.*auto:size=70001"):
         namespace_size(NEW, LIMITS, ImageIDs(70000))
-    assert namespace_size(NEW, AutoLimits(1024, 0), ImageIDs(70000)) == 70001
-
-
-def test_limits() -> None:
-    values = {"auto-userns-min-size": 2000, "auto-userns-max-size": "70000"}
-    assert AutoLimits.from_config(values) == AutoLimits(2000, 70000, "containers")
-    assert AutoLimits.from_config({"root-auto-userns-user": "al"}).owner == "al"
-    with pytest.raises(ConfigError, match="auto-userns-min-size"):
-        AutoLimits.from_config({"auto-userns-min-size": "many"})
+    assert namespace_size(NEW, AutoUserns(1024, 0), ImageIDs(70000)) == 70001
 
 
 def test_available() -> None:
@@ -110,14 +102,16 @@ def test_extras_stand_last_and_are_left_out() -> None:
 
 def test_exhaustion() -> None:
     keep = Mapping(IDMap.of((0, 1, 1500), (1500, 0, 1), (1501, 1501, 64036)), IDMap())
-    with pytest.raises(MapError, match=r"needs 1024 free UIDs and the store has 0 left of 65536"):
+    with pytest.raises(
+        MapError, match=r"needs 1024 free UIDs, but the store has only 0 left of 65536"
+    ):
         allocate(1024, ([(1, 65537)], [(1, 65537)]), [keep])
 
 
 def test_slots_count_those_that_run() -> None:
     spans = ([(100, 1000)], [(100, 1000)])
     first, second, third = slots(3, 100, spans, [])
-    assert [str(one.uid) for one in (first, second, third)] == [
+    assert [str(item.uid) for item in (first, second, third)] == [
         "0:100:100",
         "0:200:100",
         "0:300:100",
@@ -130,20 +124,38 @@ def test_slots_count_those_that_run() -> None:
     assert str(slots(5, 100, spans, [other])[3].uid) == "0:500:100"
 
 
+def test_slots_that_do_not_fit_say_how_many_do() -> None:
+    spans = ([(1, 65537)], [(1, 65537)])
+    with pytest.raises(MapError) as caught:
+        slots(100, 4096, spans, [])
+    assert "100 slots of 4096 IDs each exceed the free IDs, only 16 are possible" in str(
+        caught.value
+    )
+    assert "Set slots to 16, use smaller namespaces (auto:size=N)" in str(caught.value)
+    assert "keep-id" not in str(caught.value)
+    assert caught.value.facts == {"wanted": 4096, "free": 0}
+    whole = Mapping(IDMap.of((0, 1, 65536)), IDMap.of((0, 1, 65536)))
+    with pytest.raises(MapError) as caught:
+        slots(2, 4096, spans, [whole])
+    assert "only 0 are possible" in str(caught.value)
+    assert "Set slots" not in str(caught.value)
+    assert "set a size for the containers with keep-id" in str(caught.value)
+
+
 SPANS = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 30)), max_size=6)
 
 
 @given(SPANS, SPANS, st.integers(1, 60))
-def test_maps_take_free_ids_in_order_and_all_that_are_asked(
+def test_maps_take_the_requested_number_of_free_ids_in_order(
     have: list[tuple[int, int]], taken: list[tuple[int, int]], size: int
 ) -> None:
-    subids = SubIDs(tuple(SubIDRange(*one) for one in have), (SubIDRange(0, 1000),))
+    subids = SubIDs(tuple(SubIDRange(*item) for item in have), (SubIDRange(0, 1000),))
     used = [Mapping(IDMap.of((0, start, count)), IDMap()) for start, count in taken]
     free = {start + n for start, count in have for n in range(count)}
     free -= {start + n for start, count in taken for n in range(count)}
     spans = available_ids(False, subids)
     if len(free) < size:
-        with pytest.raises(MapError, match=f"has {len(free)} left"):
+        with pytest.raises(MapError, match=f"has only {len(free)} left"):
             allocate(size, spans, used)
         return
     one = allocate(size, spans, used).uid

@@ -25,12 +25,22 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.de
         ("podman", "4.9.4-rhel", (4, 9, 4), (1, 51, 0)),
         ("podman", "5.4.2", (5, 4, 2), (1, 57, 1)),
         ("podman", "podman version 6.0.0-rc1", (6, 0, 0), (1, 63, 0)),
-        ("podman", "7.1", (7, 1, 0), (1, 63, 0)),
+        ("podman", "7.1", (7, 1, 0), (1, 65, 0)),
         ("podman", "3.4.4", (3, 4, 4), (0,)),
         ("buildah", "buildah version 1.28.2 (image-spec 1.1.0-rc2)", (1, 28, 2), (1, 43, 0)),
         ("buildah", "1.34.0", (1, 34, 0), (1, 51, 0)),
         ("crio", "crio version 1.30.2\nVersion: 1.30.2", (1, 30, 2), (1, 51, 0)),
         ("CRI-O", "1.33.1", (1, 33, 1), (1, 58, 0)),
+        # Patch releases that carry another storage than their line.
+        ("crio", "1.25.4", (1, 25, 4), (1, 42, 0)),
+        ("crio", "1.25.5", (1, 25, 5), (1, 46, 1)),
+        ("crio", "1.26.3", (1, 26, 3), (1, 44, 0)),
+        ("crio", "1.26.4", (1, 26, 4), (1, 45, 3)),
+        ("crio", "1.27.0", (1, 27, 0), (1, 46, 1)),
+        ("crio", "1.32.12", (1, 32, 12), (1, 56, 0)),
+        ("crio", "1.32.13", (1, 32, 13), (1, 57, 2)),
+        ("crio", "crio version 1.36.3", (1, 36, 3), (1, 61, 0)),
+        ("crio", "1.37.0", (1, 37, 0), (1, 62, 0)),
     ],
 )
 def test_versions(
@@ -51,7 +61,7 @@ def test_a_given_version_is_believed() -> None:
 def test_what_is_no_runtime(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         detect(text)
-    assert caught.value.way_out
+    assert caught.value.hint
 
 
 def program(folder: pathlib.Path, name: str, text: str) -> str:
@@ -81,22 +91,42 @@ def test_a_runtime_without_a_version(
         detect(path)
 
 
-def test_a_program_is_asked_once_for_as_long_as_its_file_stays(
+def test_a_program_runs_once_while_its_file_is_unchanged(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    said: dict[str, str] = {}
+    version_cache: dict[str, str] = {}
     script = program(tmp_path, "podman", "podman version 5.2.1")
-    assert detect(script, said) == Runtime("podman", (5, 2, 1), (1, 55, 0), script)
-    assert said == {}, "a script may call another program tomorrow"
+    assert detect(script, version_cache) == Runtime("podman", (5, 2, 1), (1, 55, 0), script)
+    assert version_cache == {}, "a script may call another program tomorrow"
     compiled = str(tmp_path / "buildah")
     # GNU's own tools tell a version as well.
     shutil.copy("/bin/true", compiled)
-    asked = detect("buildah", said)
+    asked = detect("buildah", version_cache)
     assert asked is not None
-    identity = next(iter(said))
-    said[identity] = "buildah version 1.39.3"
-    assert detect("buildah", said) == Runtime("buildah", (1, 39, 3), (1, 57, 1), compiled)
+    identity, storage = list(version_cache)
+    version_cache[identity] = "buildah version 1.39.3"
+    version_cache[storage] = "1.57.2 the package of the executable"
+    found = detect("buildah", version_cache)
+    assert found == Runtime("buildah", (1, 39, 3), (1, 57, 2), compiled)
+    assert found.source == "the package of the executable"
     os.utime(compiled)
-    assert detect("buildah", said) == asked
-    assert len(said) == 2
+    assert detect("buildah", version_cache) == asked
+    assert len(version_cache) == 4
+
+
+def test_a_script_counts_as_the_program_that_it_calls(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script of the same version as the compiled program behind it in PATH."""
+    real = detect("podman")
+    assert real is not None
+    text = ".".join(map(str, real.version))
+    script = program(tmp_path, "podman", f"podman version {text}")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin")
+    found = detect("podman")
+    assert found == Runtime("podman", real.version, real.storage_version, script)
+    assert found.source == real.source != "the table of releases"
+    (tmp_path / "other").mkdir()
+    other = program(tmp_path / "other", "podman", "podman version 5.2.1")
+    assert detect(other) == Runtime("podman", (5, 2, 1), (1, 55, 0), other)

@@ -25,8 +25,8 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subi
 from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.detect import runtime
 from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.forms import (
     context,
-    prefer,
-    shape,
+    recorded_form,
+    reuse_form,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,38 +89,38 @@ def test_the_shifting_question_sorts(
     uid: IDMap, gid: IDMap, expected_uid: str, expected_gid: str
 ) -> None:
     mapping = Mapping(uid, gid)
-    assert shape(mapping, OLD, False) == mapping
-    shaped = shape(mapping, OLD, True)
+    assert recorded_form(mapping, OLD, False) == mapping
+    shaped = recorded_form(mapping, OLD, True)
     assert (str(shaped.uid), str(shaped.gid)) == (expected_uid, expected_gid)
-    assert shape(shaped, OLD, True) == shaped
+    assert recorded_form(shaped, OLD, True) == shaped
 
 
 @given(st.permutations(range(5)), st.booleans())
 def test_shapes_keep_the_meaning(order: list[int], checked: bool) -> None:
     pieces = [(0, 50, 5), (5, 10, 5), (10, 15, 1), (11, 90, 0), (20, 30, 2)]
     mapping = Mapping(IDMap.of(*(pieces[n] for n in order)), SOLID)
-    for one in (OLD, NEW):
+    for item in (OLD, NEW):
         for typed in (False, True):
-            assert shape(mapping, one, checked, typed).same_meaning(mapping)
+            assert recorded_form(mapping, item, checked, typed).same_meaning(mapping)
 
 
 def test_maps_from_elsewhere_are_merged_where_podman_does() -> None:
     mapping = Mapping(IDMap.of((5, 105, 5), (0, 100, 5)), SOLID)
-    assert shape(mapping, OLD, False, typed=True) == mapping
-    assert str(shape(mapping, NEW, False, typed=True).uid) == "0:100:10"
+    assert recorded_form(mapping, OLD, False, typed=True) == mapping
+    assert str(recorded_form(mapping, NEW, False, typed=True).uid) == "0:100:10"
 
 
 def test_keep_id_is_never_merged() -> None:
     where = context(NEW, True, 1500, 1500, namespace_mapping(1500, 1500, SUBIDS))
     mapping = parse_request(userns="keep-id:uid=0,gid=0").resolve(where)
-    assert str(shape(mapping, NEW, False).uid) == "0:0:1,1:1:65536"
+    assert str(recorded_form(mapping, NEW, False).uid) == "0:0:1,1:1:65536"
 
 
 def test_a_form_seen_before_wins() -> None:
     turned = Mapping(IDMap.of((0, 105, 5), (5, 100, 5)), SOLID)
     other = Mapping(OUTSIDE, SOLID)
     mapping = Mapping(SOLID, SOLID)
-    assert prefer(mapping, [other, turned, mapping]) == turned
-    assert prefer(mapping, [other]) == mapping
+    assert reuse_form(mapping, [other, turned, mapping]) == turned
+    assert reuse_form(mapping, [other]) == mapping
     whole = Mapping(EVERYTHING, EVERYTHING)
-    assert prefer(whole, [UNMAPPED]) == whole
+    assert reuse_form(whole, [UNMAPPED]) == whole

@@ -5,19 +5,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations.gc import (
-    GcRequest,
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.gc_policy import (
+    OPTIONS,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.service.settings import load
 
 
 def test_every_rule_can_be_part_of_a_policy(tmp_path: pathlib.Path) -> None:
-    of_one_run = {"store", "check", "layers", "keep_layers", "deadline", "awaited"}
-    rules = {field.name for field in dataclasses.fields(GcRequest)} - of_one_run
+    rules = {name for name, option in OPTIONS.items() if not option.of_one_run}
     asked = {
         "images": ["*/app:*"],
         "keep_images": ["*/db:*"],
@@ -33,8 +31,10 @@ def test_every_rule_can_be_part_of_a_policy(tmp_path: pathlib.Path) -> None:
         "min_free_space": "5%",
         "high_threshold": 85,
         "low_threshold": 80,
+        "superseded_images": "2w",
         "max_freed": "2G",
         "origin": "ours",
+        "shared": True,
         "orphans": "remove",
         "broken": "repair",
     }
@@ -43,5 +43,5 @@ def test_every_rule_can_be_part_of_a_policy(tmp_path: pathlib.Path) -> None:
     path.write_text(json.dumps({"stores": [{"policy": asked}]}))
     (store,) = load(str(path))
     assert store.policy is not None
-    found = {name: getattr(store.policy, name) for name in asked}
+    found = dict(store.policy.options)
     assert json.loads(json.dumps(found)) == asked

@@ -5,20 +5,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import pathlib
 import sqlite3
 import typing as t
 
 import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.capabilities import (
+    Capabilities,
+    capabilities,
+)
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import ConfigError
-from ansible_collections.userns.storage.plugins.module_utils._storage.store import config
+from ansible_collections.userns.storage.plugins.module_utils._storage.store import conf_values
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.conf_values import (
+    split_options,
+)
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import (
     Account,
+    AutoUserns,
     StoreConfig,
     StoreOverrides,
     discover,
-    split_options,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,20 +35,29 @@ from hypothesis import strategies as st
 NONE = StoreOverrides()
 
 
+def storage(*version: int) -> Capabilities:
+    """What podman with that containers/storage does."""
+    return capabilities("podman", (5, 0), version)
+
+
+OLD, NAMED, MERGED = storage(1, 43), storage(1, 62), storage(1, 64)
+
+
 class Host:
     """Files and an environment of its own."""
 
     def __init__(self, base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.base = base
+        self.can = NAMED
         self.admin = base / "etc" / "storage.conf"
         self.vendor = base / "usr" / "storage.conf"
         self.home = base / "home"
         self.run = base / "run"
         for path in (self.admin.parent, self.vendor.parent, self.home, self.run):
             path.mkdir()
-        monkeypatch.setattr(config, "ADMIN_FILE", str(self.admin))
-        monkeypatch.setattr(config, "VENDOR_FILE", str(self.vendor))
-        monkeypatch.setattr(config, "_GRAPHROOT", str(base / "default"))
+        monkeypatch.setattr(conf_values, "ADMIN_FILE", str(self.admin))
+        monkeypatch.setattr(conf_values, "VENDOR_FILE", str(self.vendor))
+        monkeypatch.setattr(conf_values, "GRAPHROOT", str(base / "default"))
         self.account = Account("alice", os.getuid() or 1000, 1000, str(self.home))
 
     def write(self, path: t.Union[str, pathlib.Path], text: str) -> str:
@@ -49,12 +67,12 @@ class Host:
         return str(target)
 
     def rootful(self, overrides: StoreOverrides = NONE, **environ: str) -> StoreConfig:
-        return discover(overrides, environ, None, False)
+        return discover(overrides, environ, None, False, NAMED)
 
     def rootless(self, overrides: StoreOverrides = NONE, **environ: str) -> StoreConfig:
         environ.setdefault("XDG_RUNTIME_DIR", str(self.run))
         environ.setdefault("HOME", str(self.home))
-        return discover(overrides, environ, self.account, True)
+        return discover(overrides, environ, self.account, True, self.can)
 
 
 @pytest.fixture
@@ -68,7 +86,7 @@ def test_rootful_defaults(host: Host) -> None:
     assert found.runroot == "/run/containers/storage"
     assert found.options == {}
     assert not found.rootless
-    assert found.auto_userns == {"user": "containers", "min_size": 1024, "max_size": 65536}
+    assert found.auto_userns == AutoUserns(1024, 65536, "containers")
     assert found.sources["graphroot"] == "default"
 
 
@@ -111,7 +129,7 @@ def test_all_keys(host: Host) -> None:
     }
     assert found.additional_image_stores == ("/ro1", "/ro2")
     assert found.additional_layer_stores == ("/als:ref",)
-    assert found.auto_userns == {"user": "pool", "min_size": 2048, "max_size": 4096}
+    assert found.auto_userns == AutoUserns(2048, 4096, "pool")
     assert found.sources["driver"] == found.sources["options"] == str(host.admin)
 
 
@@ -239,8 +257,12 @@ def test_rootless_file_counts_alone(host: Host) -> None:
     )
     found = host.rootless()
     assert (found.driver, found.options) == ("vfs", {})
-    assert found.graphroot == f"/srv/{host.account.uid}"
+    assert found.graphroot == f"{host.home}/.local/share/containers/storage"
     assert found.runroot == f"{host.run}/containers"
+    # buildah also reads the system's file.
+    host.can = capabilities("buildah", (1, 42), (1, 62))
+    assert host.rootless().graphroot == f"/srv/{host.account.uid}"
+    host.can = NAMED
     host.write(
         "home/.config/containers/storage.conf",
         '[storage]\ndriver = "vfs"\nrootless_storage_path = "$HOME/s"\nrunroot = "/rr"\n',
@@ -264,26 +286,20 @@ def test_rootless_with_a_named_file(host: Host) -> None:
     environ = {"HOME": str(host.home), "XDG_RUNTIME_DIR": str(host.run)}
     default = host.home / ".local/share/containers/storage"
 
-    def found(version: t.Optional[t.Tuple[int, ...]]) -> t.Tuple[str, str]:
+    def found(can: Capabilities) -> t.Tuple[str, str]:
         for overrides, more in (
             (StoreOverrides(storage_conf=path), {}),
             (NONE, {"CONTAINERS_STORAGE_CONF": path}),
         ):
-            result = discover(overrides, {**environ, **more}, host.account, True, version)
+            result = discover(overrides, {**environ, **more}, host.account, True, can)
             assert result.options == {"mountopt": "nodev"}
             assert result.additional_image_stores == ("/ro",)
             assert (result.driver, result.imagestore) == ("overlay", "/i")
         return result.graphroot, result.runroot
 
     old, new = (str(default), f"{host.run}/containers"), (f"{host.base}/named", "/rr")
-    assert found((1, 43, 0)) == found((1, 58, 9)) == old
-    assert found((1, 59, 1)) == found((1, 62)) == new
-    # Without a version the one that has been written is meant.
-    assert found(None) == new
-    (default / "overlay-layers").mkdir(parents=True)
-    assert found(None) == old
-    (host.base / "named" / "overlay-layers").mkdir(parents=True)
-    assert found(None) == new
+    assert found(storage(1, 47)) == found(storage(1, 58, 9)) == old
+    assert found(storage(1, 59, 1)) == found(storage(1, 62)) == new
 
 
 def test_options_are_those_of_the_driver_that_counts(host: Host) -> None:
@@ -304,11 +320,11 @@ def test_runtime_folder(host: Host, tmp_path: pathlib.Path) -> None:
 
 
 def test_root_is_never_rootless(host: Host) -> None:
-    found = discover(NONE, {}, Account("root", 0, 0, "/root"), True)
+    found = discover(NONE, {}, Account("root", 0, 0, "/root"), True, NAMED)
     assert not found.rootless
     assert found.graphroot == f"{host.base}/default"
     with pytest.raises(ConfigError, match="user"):
-        discover(NONE, {}, None, True)
+        discover(NONE, {}, None, True, NAMED)
 
 
 # The driver where none is set
@@ -441,8 +457,140 @@ def test_anything(
     path = tmp_path_factory.mktemp("conf") / "storage.conf"
     path.write_text(text)
     account = Account("alice", 1000, 1000, "/nowhere")
-    for rootless in (True, False):
+    for rootless, can in itertools.product((True, False), (OLD, NAMED, MERGED)):
         try:
-            discover(StoreOverrides(storage_conf=str(path)), environ, account, rootless)
+            discover(StoreOverrides(storage_conf=str(path)), environ, account, rootless, can)
         except ConfigError as error:
             str(error)
+
+
+# What messages say
+
+
+def test_a_variable_that_is_not_set_is_named(host: Host) -> None:
+    """rootless_storage_path with a variable that only a login sets (dotfiles)."""
+    path = host.write(
+        "home/.config/containers/storage.conf",
+        '[storage]\nrootless_storage_path = "$XDG_DATA_HOME/containers/storage"\n',
+    )
+    for can in (OLD, NAMED, MERGED):
+        environ = {"HOME": str(host.home), "XDG_RUNTIME_DIR": str(host.run)}
+        with pytest.raises(ConfigError, match="the variable XDG_DATA_HOME is not set") as caught:
+            discover(NONE, environ, host.account, True, can)
+        assert path in str(caught.value)
+        assert "rootless_storage_path" in str(caught.value)
+        environ["XDG_DATA_HOME"] = "/data"
+        found = discover(NONE, environ, host.account, True, can)
+        assert found.graphroot == "/data/containers/storage"
+        given = StoreOverrides(graphroot="/g")
+        del environ["XDG_DATA_HOME"]
+        assert discover(given, environ, host.account, True, can).graphroot == "/g"
+
+
+def test_the_database_takes_precedence_over_storage_conf(host: Host) -> None:
+    graphroot = host.base / "g"
+    graphroot.mkdir()
+    write_database(str(graphroot / "db.sql"), "/srv/old", "/r", "overlay")
+    host.write(host.admin, f'[storage]\ndriver="overlay"\ngraphroot="{graphroot}"\nrunroot="/r"\n')
+    found = host.rootful()
+    assert found.graphroot == "/srv/old"
+    assert found.origin("graphroot").endswith(f"podman's database {graphroot}/db.sql")
+    assert "overrides storage.conf" in found.missing()
+    assert "podman info" in found.missing()
+    assert "--root " not in found.missing()
+    # buildah does not know that database.
+    buildah = discover(NONE, {}, None, False, capabilities("buildah", (1, 43), (1, 62)))
+    assert buildah.graphroot == str(graphroot)
+
+
+def test_who_is_to_ask_for_a_missing_store(host: Host) -> None:
+    found = host.rootless()
+    assert "runuser -l alice -s /bin/sh -c " in found.missing()
+    assert f"XDG_RUNTIME_DIR={host.run} " in found.missing()
+    assert host.rootless(StoreOverrides(graphroot="/g")).missing().startswith("Correct `graphroot`")
+
+
+# The loader of containers/storage 1.63
+
+
+def test_merged_files(host: Host) -> None:
+    """Drop-ins add to the main file; the order is held against podman in the interop tests."""
+    host.write(host.admin, FULL)
+    host.write(
+        f"{host.admin}.d/1.conf",
+        "[storage.options]\nadditionalimagestores = ['/ro3', {append = true}]\n"
+        "auto-userns-min-size = 0\n[storage.options.overlay]\nmountopt = 'nodev'\n",
+    )
+    host.write("etc/storage.rootful.conf.d/2.conf", "[storage]\nrunroot = '/r2'\n")
+    found = discover(NONE, {"HOME": str(host.home)}, None, False, MERGED)
+    assert (found.driver, found.graphroot, found.runroot) == ("overlay", "/g", "/r2")
+    assert found.options["mountopt"] == "nodev"
+    assert "vfs.ignore_chown_errors" not in found.options
+    assert found.additional_image_stores == ("/ro1", "/ro2", "/ro3")
+    assert found.auto_userns == AutoUserns(1024, 4096, "pool")
+    assert found.sources["runroot"].endswith("2.conf")
+    assert [pathlib.Path(path).name for path in found.files] == ["storage.conf", "1.conf", "2.conf"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[storage.options]\nadditionalimagestores = [{append = 1}]",
+        "[storage.options]\nadditionalimagestores = [{prepend = true}]",
+        "[storage.options]\nadditionalimagestores = [1]",
+        "[storage.options]\nadditionalimagestores = 'x'",
+        "[storage]\ndriver_priority = {append = true}",
+        "[storage.options.btrfs]\nsize = 1",
+    ],
+)
+def test_bad_drop_in(host: Host, text: str) -> None:
+    path = host.write(f"{host.admin}.d/1.conf", text)
+    with pytest.raises(ConfigError) as caught:
+        discover(NONE, {"HOME": str(host.home)}, None, False, MERGED)
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environ", "words"),
+    [
+        (NONE, {}, "podman"),
+        (NONE, {"STORAGE_DRIVER": "vfs", "LANG": "C"}, "env STORAGE_DRIVER=vfs podman"),
+        (
+            StoreOverrides(graphroot="/g", runroot="/r", driver="vfs"),
+            {"CONTAINERS_STORAGE_CONF": "FILE"},
+            "podman --root /g --runroot /r --storage-driver vfs",
+        ),
+        (
+            StoreOverrides(
+                runroot="/r", storage_options=("overlay.mountopt=nodev", ".imagestore=/i")
+            ),
+            {"STORAGE_DRIVER": "overlay"},
+            "podman --root BASE/default --runroot /r --storage-driver overlay "
+            "--storage-opt overlay.mountopt=nodev --storage-opt overlay.imagestore=/i",
+        ),
+        (NONE, {"CONTAINERS_STORAGE_CONF": "FILE"}, "env CONTAINERS_STORAGE_CONF=FILE podman"),
+        (
+            StoreOverrides(storage_conf="FILE"),
+            {"CONTAINERS_STORAGE_CONF_OVERRIDE": "FILE"},
+            "env CONTAINERS_STORAGE_CONF_OVERRIDE=FILE CONTAINERS_STORAGE_CONF=FILE podman",
+        ),
+    ],
+)
+@pytest.mark.parametrize("can", [OLD, MERGED])
+def test_commands_in_messages_name_the_store(
+    overrides: StoreOverrides,
+    environ: t.Dict[str, str],
+    words: str,
+    can: Capabilities,
+    host: Host,
+) -> None:
+    file = host.base / "named.conf"
+    file.write_text("[storage]\n")
+
+    def filled(text: str) -> str:
+        return text.replace("FILE", str(file)).replace("BASE", str(host.base))
+
+    overrides = dataclasses.replace(overrides, storage_conf=filled(overrides.storage_conf))
+    variables = {name: filled(value) for name, value in environ.items()}
+    found = discover(overrides, variables, None, False, can)
+    assert " ".join(found.podman) == filled(words)

@@ -45,7 +45,7 @@ record = st.one_of(
 @given(st.lists(record, max_size=6))
 def test_many_at_once_are_no_better_than_each(records: t.List[t.Dict[str, t.Any]]) -> None:
     if fields.all_good(records, fields.LAYER):
-        assert [fields.first_fault(one, fields.LAYER) for one in records] == [None] * len(records)
+        assert [fields.first_fault(item, fields.LAYER) for item in records] == [None] * len(records)
 
 
 def test_what_runtimes_write_is_found_good_at_once() -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import pathlib
 import sqlite3
@@ -181,6 +182,69 @@ def test_sqlite(graphroot: pathlib.Path) -> None:
     assert found.driver == "vfs"
 
 
+def test_containers_of_both_databases(graphroot: pathlib.Path) -> None:
+    """Which of the two podman uses depends on its version, so a container in either is one that podman knows."""
+
+    def config(name: str) -> bytes:
+        return json.dumps({"name": name}).encode()
+
+    inline = struct.pack("<QQ", 0, 0)
+    in_bolt = {
+        name.encode(): (1, inline + leaf({b"config": (0, config(name))}))
+        for name in ("old", "both")
+    }
+    top = leaf({b"ctr": (1, inline + leaf(in_bolt))}, 3)
+    (graphroot / "libpod" / "bolt_state.db").write_bytes(bolt({0: meta(0, 3, 6), 3: top}))
+    connection = sqlite3.connect(graphroot / "db.sql")
+    connection.execute("CREATE TABLE ContainerConfig (ID TEXT, JSON TEXT)")
+    rows = [(name, config(name).decode()) for name in ("new", "both")]
+    connection.executemany("INSERT INTO ContainerConfig VALUES (?, ?)", rows)
+    connection.commit()
+    connection.close()
+
+    def found() -> t.Tuple[t.Set[str], t.List[str]]:
+        read = libpod_db.read_databases(str(graphroot), str(graphroot.parent / "r"))
+        known = read.containers
+        assert all(item.id == key == item.name for key, item in known.items())
+        return set(known), sorted(os.path.basename(path) for path in read.unreadable)
+
+    assert found() == ({"old", "new", "both"}, [])
+    (graphroot / "libpod" / "bolt_state.db").write_bytes(b"damaged")
+    assert found() == ({"new", "both"}, ["bolt_state.db"])
+    (graphroot / "libpod" / "bolt_state.db").write_bytes(bolt({0: meta(0, 3, 6), 3: top}))
+    (graphroot / "db.sql").write_bytes(b"damaged")
+    assert found() == ({"old", "both"}, ["db.sql"])
+    # podman has created it, and written nothing yet.
+    (graphroot / "db.sql").write_bytes(b"")
+    assert found() == ({"old", "both"}, [])
+    (graphroot / "db.sql").unlink()
+    sqlite3.connect(graphroot / "db.sql").execute("PRAGMA user_version = 1")
+    (graphroot / "libpod" / "bolt_state.db").write_bytes(bolt({0: meta(0, 3, 6), 3: leaf({})}))
+    assert found() == (set(), [])
+    (graphroot / "libpod" / "bolt_state.db").write_bytes(bolt({0: meta(0, 3, 6), 3: top}))
+    (graphroot / "db.sql").unlink()
+    os.mkfifo(graphroot / "db.sql")
+    assert found() == ({"old", "both"}, ["db.sql"])
+
+
+def test_a_database_that_is_written_meanwhile_is_read_again(
+    graphroot: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = graphroot / "libpod" / "bolt_state.db"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"half written")
+    whole = bolt({0: meta(0, 3, 6), 3: leaf({b"ctr": (1, struct.pack("<QQ", 0, 0) + leaf({}))}, 3)})
+
+    def read(name: str, limit: int) -> bytes:
+        monkeypatch.undo()
+        content = path.read_bytes()
+        path.write_bytes(whole)
+        return content
+
+    monkeypatch.setattr(libpod_db.files, "read_regular", read)
+    assert libpod_db.read_databases(str(graphroot), "/none").unreadable == {}
+
+
 def test_sqlite_in_use(graphroot: pathlib.Path) -> None:
     """What is committed but still in the journal counts, and nothing is written there."""
     path = graphroot / "db.sql"
@@ -238,7 +302,7 @@ def test_odd_files(graphroot: pathlib.Path, make: str) -> None:
 def test_python_without_sqlite(graphroot: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sqlite(graphroot / "db.sql")
     monkeypatch.setitem(sys.modules, "sqlite3", None)
-    assert ask(graphroot) is None
+    assert ask(graphroot) == PodmanStore(str(graphroot / "db.sql"), GRAPH, RUN, "overlay")
 
 
 # The first pages of the file that podman 4.3.1 left of `podman --root /tmp/x/g --runroot /tmp/x/r

@@ -22,8 +22,6 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.reco
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.snapshot import (
     Snapshot,
-    has_registry,
-    split_tag,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +32,7 @@ def full(text: str) -> str:
 
 
 def index(kind: t.Any, *raw: t.Dict[str, t.Any]) -> t.Dict[str, t.Any]:
-    return {one.id: one for one in parse(json.dumps(raw).encode(), kind, "f")}
+    return {item.id: item for item in parse(json.dumps(raw).encode(), kind, "f")}
 
 
 def digest(text: str) -> str:
@@ -72,14 +70,53 @@ def tree() -> Snapshot:
     return Snapshot(index(Layer, *layers), index(Image, *images), index(Container, *containers))
 
 
+class TestAdditionalStore:
+    """A layer that a store and an additional one of it have under one ID."""
+
+    @pytest.fixture
+    def both(self) -> Snapshot:
+        def additional(kind: t.Any, *raw: t.Dict[str, t.Any]) -> t.Dict[str, t.Any]:
+            parsed = parse(json.dumps(raw).encode(), kind, "f", read_only_store="/ro")
+            return {item.id: item for item in parsed}
+
+        image = {"id": full("11"), "layer": full("a"), "mapped-layers": [full("c")]}
+        return Snapshot(
+            {
+                **index(Layer, {"id": full("a")}, {"id": full("b"), "parent": full("a")}),
+                **additional(
+                    Layer,
+                    {"id": full("c"), "parent": full("a")},
+                    {"id": full("d"), "parent": full("b")},
+                    {"id": full("e"), "parent": full("c")},
+                ),
+            },
+            {**index(Image, {"id": full("10"), "layer": full("a")}), **additional(Image, image)},
+            {},
+            additional={"/ro": frozenset(map(full, "acde"))},
+        )
+
+    def test_its_children_are_those_of_its_own_store(self, both: Snapshot) -> None:
+        assert [item.id for item in both.children(full("a"))] == [full("b")]
+        assert [item.id for item in both.children(full("c"))] == [full("e")]
+
+    def test_a_parent_that_the_additional_store_lacks_is_the_stores_own(
+        self, both: Snapshot
+    ) -> None:
+        assert [item.id for item in both.children(full("b"))] == [full("d")]
+
+    def test_its_images_are_those_of_its_own_store(self, both: Snapshot) -> None:
+        assert [item.id for item in both.images_of_layer(full("a"))] == [full("10")]
+        assert [item.id for item in both.images_of_layer(full("c"))] == [full("11")]
+
+
 def test_chain(tree: Snapshot) -> None:
-    assert [one.id for one in tree.chain(full("c"))] == [full("c"), full("b"), full("a")]
-    assert [one.id for one in tree.chain(full("a"))] == [full("a")]
+    assert [item.id for item in tree.chain(full("c"))] == [full("c"), full("b"), full("a")]
+    assert [item.id for item in tree.chain(full("a"))] == [full("a")]
     assert tree.chain("") == []
 
 
 @pytest.mark.parametrize(
-    ("layer", "words"), [("f", "no record"), ("dead", "no record"), ("1", "circle")]
+    ("layer", "words"), [("f", "no record"), ("dead", "no record"), ("1", "cycle")]
 )
 def test_broken_chain(tree: Snapshot, layer: str, words: str) -> None:
     with pytest.raises(StoreError, match=words) as caught:
@@ -88,15 +125,15 @@ def test_broken_chain(tree: Snapshot, layer: str, words: str) -> None:
 
 
 def test_users(tree: Snapshot) -> None:
-    assert [one.id for one in tree.children(full("b"))] == [full("c"), full("d")]
+    assert [child.id for child in tree.children(full("b"))] == [full("c"), full("d")]
     assert tree.children(full("c")) == []
-    assert [one.id for one in tree.containers_on(full("d"))] == [full("20")]
-    assert [one.id for one in tree.containers_on(full("e"))] == [full("20")]
-    assert [one.id for one in tree.containers_on(full("beef"))] == [full("21")]
+    assert [item.id for item in tree.containers_on(full("d"))] == [full("20")]
+    assert [item.id for item in tree.containers_on(full("e"))] == [full("20")]
+    assert [item.id for item in tree.containers_on(full("beef"))] == [full("21")]
     assert tree.containers_on(full("c")) == []
-    assert [one.id for one in tree.containers_of(full("10"))] == [full("20"), full("21")]
-    assert [one.id for one in tree.images_of_layer(full("c"))] == [full("10"), full("11")]
-    assert [one.id for one in tree.images_of_layer(full("dead"))] == [full("10")]
+    assert [item.id for item in tree.containers_of(full("10"))] == [full("20"), full("21")]
+    assert [item.id for item in tree.images_of_layer(full("c"))] == [full("10"), full("11")]
+    assert [item.id for item in tree.images_of_layer(full("dead"))] == [full("10")]
     first = tree.image_of_layer(full("d"))
     assert first is not None
     assert first.id == full("10")
@@ -140,6 +177,11 @@ IMAGES = [
         ("alpine:latest", "abc1"),
         ("library/alpine", "abc1"),
         ("docker.io/library/alpine", "abc1"),
+        ("docker.io/alpine", "abc1"),
+        ("docker.io/alpine:3", "abc1"),
+        ("index.docker.io/alpine", "abc1"),
+        ("docker://docker.io/alpine", "abc1"),
+        ("docker.io/alpine@" + digest("1"), "abc1"),
         ("app", "abc2"),
         ("localhost/app", "abc2"),
         ("app:1", "def1"),
@@ -199,8 +241,16 @@ def test_unknown(reference: str) -> None:
 def test_unknown_helps() -> None:
     with pytest.raises(ImageUnknown, match=r"Did you mean abc1\d* \(docker.io/library/alpine"):
         snapshot(IMAGES).resolve_image("alpine:4")
-    with pytest.raises(ImageUnknown, match="holds no image"):
+    with pytest.raises(
+        ImageUnknown, match="contains no images.*`podman pull alpine`, or with the module"
+    ):
         snapshot().resolve_image("alpine")
+    elsewhere = ("podman", "--root", "/my store")
+    with pytest.raises(ImageUnknown, match=r"`podman --root '/my store' pull alpine`"):
+        Snapshot(podman=elsewhere).resolve_image("alpine")
+    with pytest.raises(ImageUnknown) as caught:
+        snapshot().resolve_image("al pine; reboot")
+    assert "podman pull" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -216,11 +266,11 @@ def test_unknown_helps() -> None:
 def test_ambiguous(reference: str, candidates: t.List[str]) -> None:
     with pytest.raises(ImageAmbiguous) as caught:
         snapshot(IMAGES).resolve_image(reference)
-    assert [one["id"] for one in caught.value.facts["candidates"]] == [
-        full(one) for one in candidates
+    assert [fact["id"] for fact in caught.value.facts["candidates"]] == [
+        full(candidate) for candidate in candidates
     ]
-    for one in candidates:
-        assert full(one)[:12] in str(caught.value)
+    for candidate in candidates:
+        assert full(candidate)[:12] in str(caught.value)
 
 
 def test_message_lists_few_of_many() -> None:
@@ -250,10 +300,6 @@ def test_any_reference(reference: str) -> None:
         str(error)
 
 
-def test_parts_of_names() -> None:
-    assert split_tag("registry:5000/a") == ("registry:5000/a", "")
-    assert split_tag("registry:5000/a:1") == ("registry:5000/a", "1")
-    assert has_registry("registry:5000/a")
-    assert has_registry("localhost/a")
-    assert not has_registry("org/a")
-    assert not has_registry("a.b")
+def test_malformed_references_are_explained() -> None:
+    with pytest.raises(ImageUnknown, match="a repository has no uppercase letters"):
+        snapshot(IMAGES).resolve_image("Alpine")

@@ -44,9 +44,13 @@ print("done", flush=True)
 """
 
 
+# Seconds for work of others that has to end: they end a test that hangs, and decide nothing else.
+PATIENCE = 600.0
+
+
 @pytest.fixture
 def area(tmp_path: pathlib.Path) -> StagingArea:
-    return StagingArea(str(tmp_path / "userns-storage"), timeout=10)
+    return StagingArea(str(tmp_path / "userns-storage"), timeout=PATIENCE)
 
 
 @contextlib.contextmanager
@@ -120,6 +124,7 @@ def test_any_key(area: StagingArea) -> None:
 
 @pytest.mark.parametrize("what", ["claim", "trash"])
 def test_sweep_spares_live_work_and_takes_the_dead(area: StagingArea, what: str) -> None:
+    started = time.time()
     with worker(area, what, "x") as (process, path):
         assert os.path.isdir(path + "/tree/deep")
         assert area.leftovers() == []
@@ -130,7 +135,8 @@ def test_sweep_spares_live_work_and_takes_the_dead(area: StagingArea, what: str)
         assert os.path.isdir(path + "/tree/deep")
         (left,) = area.leftovers()
         assert (left.path, left.kind) == (path, {"claim": "staging"}.get(what, what))
-        assert abs(left.modified - time.time()) < 60
+        # The kernel stamps files with a clock that is some milliseconds behind.
+        assert started - 1 < left.modified <= time.time()
         assert area.sweep() == [path]
     assert_empty(area)
 
@@ -147,11 +153,12 @@ def test_equal_work_is_waited_for(area: StagingArea) -> None:
         started = time.monotonic()
         with pytest.raises(LockTimeout) as caught, area.claim("x", timeout=0.3):
             pass
-        assert 0.2 < time.monotonic() - started < 5
+        assert time.monotonic() - started > 0.2
         assert path in str(caught.value)
         assert caught.value.facts["pid"] == process.pid
+        assert caught.value.facts["seconds"] == 0.3
         threading.Timer(0.3, process.stdin.close).start()
-        with area.claim("x", timeout=20) as workspace:
+        with area.claim("x", timeout=PATIENCE) as workspace:
             assert workspace.path == path
             assert os.listdir(path) == ["lock"]
             assert time.monotonic() - started > 0.5
@@ -307,7 +314,7 @@ def test_many_at_once(area: StagingArea) -> None:
         "import os, sys, random\n"
         "from ansible_collections.userns.storage.plugins.module_utils._storage.store.staging import StagingArea\n"
         "random.seed(int(sys.argv[2]))\n"
-        "area = StagingArea(sys.argv[1], timeout=60)\n"
+        "area = StagingArea(sys.argv[1], timeout=600)\n"
         "for _round in range(30):\n"
         "    step = random.choice(['claim', 'claim', 'trash', 'sweep'])\n"
         "    if step == 'claim':\n"
@@ -327,7 +334,7 @@ def test_many_at_once(area: StagingArea) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", script, area.root, str(seed)]) for seed in range(4)
     ]
-    assert [process.wait(120) for process in processes] == [0] * 4
+    assert [process.wait(PATIENCE) for process in processes] == [0] * 4
     assert_empty(area)
 
 
@@ -390,7 +397,7 @@ class TestSuspended:
             assert area.suspended("work") is fits
 
     @pytest.mark.parametrize("how", ["boot", "day", "empty"])
-    def test_nobody_waits_for_it_for_ever(self, area: StagingArea, how: str) -> None:
+    def test_waiting_is_limited(self, area: StagingArea, how: str) -> None:
         path = self.suspend(area)
         marker = path / "suspended"
         if how == "day":
@@ -398,7 +405,7 @@ class TestSuspended:
         else:
             marker.write_text("another boot" if how == "boot" else "")
         assert not area.suspended("work")
-        assert [one.path for one in area.leftovers()] == [str(path)]
+        assert [leftover.path for leftover in area.leftovers()] == [str(path)]
         assert area.sweep() == [str(path)]
 
     def test_who_takes_it_over_and_dies_leaves_rubbish(self, area: StagingArea) -> None:

@@ -24,8 +24,14 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.errors imp
     StorageError,
     StoreError,
     UnsupportedDriver,
+    UntestedRuntime,
 )
-from ansible_collections.userns.storage.plugins.module_utils._storage.store import store as module
+from ansible_collections.userns.storage.plugins.module_utils._storage.store import (
+    record_files,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store import (
+    store as store_module,
+)
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import (
     StoreConfig,
 )
@@ -40,7 +46,7 @@ def full(text: str) -> str:
     return text.ljust(64, "0")
 
 
-A, B, C, D, ONE, TWO = (full(one) for one in ("a", "b", "c", "d", "1", "2"))
+A, B, C, D, ONE, TWO = (full(item) for item in ("a", "b", "c", "d", "1", "2"))
 
 LAYERS: t.List[Json] = [{"id": A, "x-new": 1.50}, {"id": B, "parent": A}]
 IMAGES: t.List[Json] = [{"id": ONE, "names": ["localhost/a:1"], "layer": B}]
@@ -63,7 +69,7 @@ class Disk:
         return StoreConfig(str(self.graphroot), str(self.runroot), "vfs", **options)
 
     def open(self, **options: t.Any) -> Store:
-        return Store.open(self.config(**options), lock_timeout=5)
+        return Store.open(self.config(**options), lock_timeout=600)
 
     def path(
         self, kind: str, name: str = "", base: t.Optional[pathlib.Path] = None
@@ -101,12 +107,32 @@ def disk(tmp_path: pathlib.Path) -> Disk:
 # Opening
 
 
+def test_a_store_of_an_untested_runtime_is_only_read(disk: Disk) -> None:
+    asked = []
+
+    def untested() -> UntestedRuntime:
+        asked.append(1)
+        return UntestedRuntime("podman", "is too new")
+
+    before = disk.state()
+    store = Store.open(disk.config(), untested=untested)
+    assert store.snapshot().images
+    assert asked == []
+    for _time in range(2):
+        with pytest.raises(UntestedRuntime), store.transaction():
+            pass
+    assert asked == [1]
+    assert disk.state() == before
+    with Store.open(disk.config(), untested=lambda: None).transaction():
+        pass
+
+
 def test_unwritten(tmp_path: pathlib.Path) -> None:
     for path in (tmp_path, tmp_path / "no"):
-        with pytest.raises(StoreError, match="no runtime has written it") as caught:
+        with pytest.raises(StoreError, match="no runtime has written to it") as caught:
             Store.open(StoreConfig(str(path), str(tmp_path / "r"), "overlay"))
-        assert f"podman --root {path}" in caught.value.way_out
-        assert "--storage-driver overlay info" in caught.value.way_out
+        assert "podman info" in caught.value.hint
+        assert "--root" not in caught.value.hint
     assert os.listdir(tmp_path) == []
 
 
@@ -115,7 +141,7 @@ def test_other_driver(disk: Disk) -> None:
     with pytest.raises(StoreError, match="belongs to driver vfs") as caught:
         Store.open(StoreConfig(str(disk.graphroot), "/r", "overlay"))
     assert "vfs-layers" in str(caught.value)
-    assert "driver: vfs" in caught.value.way_out
+    assert "driver: vfs" in caught.value.hint
     assert disk.state() == before
 
 
@@ -192,7 +218,7 @@ def test_every_file_counts(disk: Disk) -> None:
         D: "volatile",
     }
     assert snapshot.layers[A].raw == LAYERS[0]
-    assert all(one.volatile for one in snapshot.containers.values())
+    assert all(container.volatile for container in snapshot.containers.values())
     assert list(snapshot.containers) == [C, D]
 
 
@@ -206,7 +232,7 @@ def test_transient_store(disk: Disk) -> None:
         transaction.update_layer(D, lambda raw: raw.update(metadata="x"))
         transaction.update_layer(A, lambda raw: raw.update(metadata="y"))
     assert disk.read("layers", "volatile-layers.json", disk.runroot)[0]["metadata"] == "x"
-    assert [one["id"] for one in disk.read("layers")] == [A, B]
+    assert [item["id"] for item in disk.read("layers")] == [A, B]
 
 
 def test_image_store(disk: Disk, tmp_path: pathlib.Path) -> None:
@@ -296,24 +322,24 @@ def test_odd_files(disk: Disk, make: str) -> None:
 def test_locks_are_not_held_while_parsing(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     store = disk.open()
     states = []
-    parse = module.parse
+    parse = record_files.parse
 
     def watch(*words: t.Any) -> t.Any:
         states.append([area.lock.held for areas in store._files.areas.values() for area in areas])
         return parse(*words)
 
-    monkeypatch.setattr(module, "parse", watch)
+    monkeypatch.setattr(record_files, "parse", watch)
     with store.transaction():
         held = [area.lock.held for areas in store._files.areas.values() for area in areas]
     assert states
-    assert not any(any(one) for one in states)
+    assert not any(any(state) for state in states)
     assert any(held)
 
 
 def test_large_change_is_parsed_outside_the_locks(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_MUCH", 10)
+    monkeypatch.setattr(store_module, "_MUCH", 10)
     store = disk.open()
     loads = 0
     load = Store._load
@@ -495,7 +521,7 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("kind", ["layers", "images", "containers"])
-def test_taken_lock(disk: Disk, kind: str) -> None:
+def test_taken_lock(disk: Disk, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(disk.path(kind, f"{kind}.lock"))
     store = Store.open(disk.config(), lock_timeout=0.2)
     store.snapshot()
@@ -504,11 +530,20 @@ def test_taken_lock(disk: Disk, kind: str) -> None:
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with pytest.raises(LockTimeout, match=str(process.pid)):
+        # The message names what was allowed, not what earlier locks left of it.
+        with pytest.raises(LockTimeout, match=f"by process {process.pid} for 0.2 s"):
             store.snapshot()
-        with pytest.raises(LockTimeout, match=path), store.transaction(containers=True):
+        with pytest.raises(LockTimeout, match="for 0.2 s"):
+            store.readable()
+        monkeypatch.setattr(Store, "snapshot", lambda _store: None)
+        with (
+            pytest.raises(LockTimeout, match=f"{path}.* for 0.2 s"),
+            store.transaction(containers=True),
+        ):
             pass
+        monkeypatch.undo()
         process.kill()
+        process.wait()
     with store.transaction(containers=True):
         pass
 
@@ -588,7 +623,7 @@ def test_tokens_come_first_and_records_refer_to_what_is_there(
             assert disk.token(kind) != seen[kind]
             seen[kind] = disk.token(kind)
         real(source, target, **options)
-        known = {one["id"] for one in disk.read("layers")}
+        known = {item["id"] for item in disk.read("layers")}
         for image in disk.read("images"):
             assert {image["layer"], *image.get("mapped-layers", ())} <= known
 
@@ -636,7 +671,7 @@ def test_a_write_that_fails_changes_nothing(
             transaction.begin_layer(mapped(C))
         broken = False
         assert isinstance(caught.value, kind)
-        assert caught.value.way_out
+        assert caught.value.hint
         assert str(disk.graphroot) in caught.value.subject
         assert list(transaction.snapshot.layers) == [A, B]
     after = {name: data for name, (*_rest, data) in disk.state().items() if "lock" not in name}
@@ -656,14 +691,14 @@ def test_what_others_see_already_is_known_though_its_directory_cannot_be_synced(
 
     with store.transaction() as transaction:
         with monkeypatch.context() as patch:
-            patch.setattr(module, "sync_directory", fail)
+            patch.setattr(record_files, "sync_directory", fail)
             with pytest.raises(StoreError):
                 transaction.begin_layer(mapped(C))
         # Whoever takes the change back must find it.
         assert list(transaction.snapshot.layers) == [A, B, C]
         transaction.remove_layer(C, str(disk.runroot))
     assert list(store.snapshot().layers) == [A, B]
-    assert [one["id"] for one in json.loads(disk.path("layers").read_text())] == [A, B]
+    assert [load["id"] for load in json.loads(disk.path("layers").read_text())] == [A, B]
 
 
 @pytest.mark.parametrize("swept", [False, True])
@@ -675,7 +710,7 @@ def test_leftovers_of_a_killed_writer_go(disk: Disk, swept: bool) -> None:
     store = disk.open()
     store.snapshot()
     assert disk.path("layers", ".tmp-layers.jsonuserns-storage").exists()
-    assert [one.kind for one in store.leftovers()] == ["records", "records"]
+    assert [leftover.kind for leftover in store.leftovers()] == ["records", "records"]
     if swept:
         assert len(store.sweep()) == 2
     else:
@@ -725,7 +760,7 @@ def test_no_permission(disk: Disk) -> None:
 
 # A model: whatever is done, the files hold what was asked for
 
-NAMES = [full(one) for one in "abcdef"]
+NAMES = [full(item) for item in "abcdef"]
 steps = st.lists(
     st.tuples(
         st.sampled_from(
@@ -746,8 +781,8 @@ def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
     trash = disk.graphroot / "trash"
     trash.mkdir()
     store = disk.open()
-    layers: t.Dict[str, Json] = {one["id"]: dict(one) for one in LAYERS}
-    images: t.Dict[str, Json] = {one["id"]: dict(one) for one in disk.read("images")}
+    layers: t.Dict[str, Json] = {layer["id"]: dict(layer) for layer in LAYERS}
+    images: t.Dict[str, Json] = {item["id"]: dict(item) for item in disk.read("images")}
     tokens = {kind: disk.token(kind) for kind in ("layers", "images")}
     files = {kind: disk.path(kind).read_bytes() for kind in ("layers", "images")}
     for step, layer_id, image_id in steps:
@@ -756,8 +791,8 @@ def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
             continue
         if step == "unknown":
             # Another program, which knows fields that we do not.
-            for one in layers.values():
-                one["later"] = {"deep": [1]}
+            for layer in layers.values():
+                layer["later"] = {"deep": [1]}
             disk.write("layers", list(layers.values()))
             disk.path("layers", "layers.lock").write_bytes(os.urandom(64))
             tokens["layers"] = disk.token("layers")
@@ -811,13 +846,14 @@ def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
             assert not refused
             for image in images.values():
                 image["mapped-layers"] = [
-                    one for one in image.get("mapped-layers", ()) if one != layer_id
+                    item for item in image.get("mapped-layers", ()) if item != layer_id
                 ]
                 if not image["mapped-layers"]:
                     del image["mapped-layers"]
         else:
-            used = any(one.get("parent") == layer_id for one in layers.values()) or any(
-                layer_id in (one["layer"], *one.get("mapped-layers", ())) for one in images.values()
+            used = any(layer.get("parent") == layer_id for layer in layers.values()) or any(
+                layer_id in (item["layer"], *item.get("mapped-layers", ()))
+                for item in images.values()
             )
             assert refused == (used or not known)
             if not refused:

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import typing as t
 
 import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.lookup import read_text
-from ansible_collections.userns.storage.plugins.module_utils._storage.tree.merged import LayerStack
+from ansible_collections.userns.storage.plugins.module_utils._storage.tree.merged import (
+    LayerStack,
+    NeedsMount,
+)
 
 
 @pytest.fixture
@@ -63,3 +67,18 @@ def test_a_file_of_the_root(layers: t.List[pathlib.Path]) -> None:
     write(layers[1], "motd", "hello")
 
     assert read(layers, "motd") == "hello"
+
+
+@pytest.mark.parametrize(
+    ("path", "attribute"), [("etc/passwd", "metacopy"), ("etc", "redirect"), ("etc", "whiteouts")]
+)
+def test_only_the_kernel_knows_where_the_content_is(
+    layers: t.List[pathlib.Path], path: str, attribute: str
+) -> None:
+    """A file whose owner or mode was changed in a store with metacopy=on is as long as the old one, and empty."""
+    write(layers[0], "etc/passwd", "\0\0\0\0")
+    write(layers[1], "etc/passwd", "root")
+    os.setxattr(layers[0] / path, f"user.overlay.{attribute}", b"y")
+
+    with pytest.raises(NeedsMount, match=attribute):
+        read(layers, "etc/passwd")

@@ -1,0 +1,174 @@
+# Copyright (c) 2026, the userns.storage contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Run programs as the user who owns the store."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import signal
+import subprocess
+import time
+import typing as t
+from dataclasses import dataclass
+
+from .errors import ConfigError, StoreError
+from .kernel import namespaces
+from .printable import command
+from .store.config import Account
+from .userns import running as userns
+from .userns.shapes import Record, text, whole
+
+# Seconds without any progress of a program, and between two looks at it.
+_STALLED = 600.0
+_LOOK = 5.0
+# Descriptors of files in memory, above those that programs give to the processes that they start.
+_FIRST_DESCRIPTOR = 100
+# Bytes of what a program says on standard error.
+_LAST_WORDS = 2000
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A program that has ended.
+
+    :ivar stdout: at most 1 MiB of it
+    :ivar digest: the SHA-256 of all of it, in hexadecimal
+    :ivar stderr: the last 2,000 bytes
+    """
+
+    rc: int
+    stdout: str
+    digest: str
+    stderr: str
+
+
+def execute(
+    words: t.Sequence[str],
+    account: t.Optional[Account],
+    variables: t.Mapping[str, str],
+    stalled: float = _STALLED,
+    files: t.Optional[t.Mapping[str, bytes]] = None,
+) -> Finished:
+    """Run a program as ``account``, with the groups of that user and in the environment of the user's store.
+
+    :param account: None runs it as the caller
+    :param variables: added to the environment
+    :param stalled: the program is ended after as many seconds in which it and all that it started used no processor
+    :param files: contents of files by placeholder. Words and values of ``variables`` that equal a placeholder are
+        replaced by the path of a file in memory, which only the account and root can read and which is gone once all
+        programs that were started have ended
+    :raises StorageError: it cannot be started, was ended, or the process that waits for it gave no answer
+    """
+    # The child itself looks whether the program gets on: it may have started others, which count as well.
+    limits = userns.Limits(stall=0.0)
+    found = userns.run_as(
+        _watched, (words, variables, stalled, account, dict(files or {})), account, limits
+    )
+    return Finished(**found)
+
+
+@userns.returns(Record({"rc": whole, "stdout": text, "digest": text, "stderr": text}))
+def _watched(
+    words: t.Sequence[str],
+    variables: t.Mapping[str, str],
+    stalled: float,
+    account: t.Optional[Account],
+    files: t.Mapping[str, bytes],
+) -> t.Dict[str, t.Any]:
+    """Run a program in its own session, and terminate it if it stalls."""
+    environ = dict(os.environ)
+    if account is not None:
+        environ = userns.environment(os.environ, account, True)
+    own = os.getpid()
+    # In memory: check mode leaves nothing in any folder either.
+    with contextlib.ExitStack() as undo:
+        output, complaints = (undo.enter_context(_memory(name)) for name in ("stdout", "stderr"))
+        paths: t.Dict[str, str] = {}
+        descriptors = []
+        for placeholder, content in files.items():
+            descriptors.append(_file_in_memory(undo, content))
+            paths[placeholder] = f"/proc/self/fd/{descriptors[-1]}"
+        given = {name: paths.get(value, value) for name, value in variables.items()}
+        try:
+            process = subprocess.Popen(
+                [paths.get(word, word) for word in words],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=complaints,
+                cwd="/",
+                env={**environ, **given},
+                umask=0o022,
+                start_new_session=True,
+                preexec_fn=lambda: namespaces.die_with_parent(own),
+            )
+        except OSError as error:
+            raise ConfigError(
+                words[0], f"cannot be executed: {error.strerror}", "Check its path and permissions."
+            ) from error
+        status = _wait(process, words, stalled)
+        output.seek(0)
+        digest = hashlib.sha256()
+        first = b""
+        for piece in iter(lambda: output.read(2**20), b""):
+            first = first or piece
+            digest.update(piece)
+        complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - _LAST_WORDS))
+        stderr = complaints.read().decode("utf-8", "replace").strip()
+    return {
+        "rc": status,
+        "stdout": first.decode("utf-8", "replace"),
+        "digest": digest.hexdigest(),
+        "stderr": stderr,
+    }
+
+
+def _wait(process: subprocess.Popen[bytes], words: t.Sequence[str], stalled: float) -> int:
+    used, since = -1, time.monotonic()
+    while True:
+        try:
+            return process.wait(_LOOK)
+        except subprocess.TimeoutExpired:
+            now = _processor_time(process.pid)
+        if now != used:
+            used, since = now, time.monotonic()
+        elif time.monotonic() - since > stalled:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise StoreError(
+                words[0],
+                f"made no progress for {stalled:g} s and was terminated: its source does not "
+                "respond, or its process was stopped",
+                f"Run it manually: {command(*words)}",
+            )
+
+
+def _file_in_memory(undo: contextlib.ExitStack, content: bytes) -> int:
+    """The descriptor of a file that only its owner, this process' user, and root can read."""
+    with _memory("userns-storage") as stream:
+        os.fchmod(stream.fileno(), 0o400)
+        stream.write(content)
+        stream.flush()
+        descriptor = fcntl.fcntl(stream.fileno(), fcntl.F_DUPFD_CLOEXEC, _FIRST_DESCRIPTOR)
+    undo.callback(os.close, descriptor)
+    return descriptor
+
+
+def _memory(name: str) -> t.IO[bytes]:
+    return os.fdopen(os.memfd_create(name, os.MFD_CLOEXEC), "w+b")
+
+
+def _processor_time(session: int) -> int:
+    """Clock ticks that the processes of a session have used; proc_pid_stat(5)."""
+    total = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                with open(f"/proc/{name}/stat", "rb") as content:
+                    fields = content.read().rpartition(b")")[2].split()
+                if int(fields[3]) == session:
+                    total += int(fields[11]) + int(fields[12])
+    return total

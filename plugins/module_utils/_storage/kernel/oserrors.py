@@ -1,0 +1,129 @@
+# Copyright (c) 2026, the userns.storage contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Translate errors of the operating system to exceptions of the library, with hints."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pwd
+import typing as t
+
+from ..errors import NoSpace, PermissionDenied, StorageError, StoreError
+from ..printable import command, printable
+
+_SHOWN_PATH = 1024
+
+
+def shown(path: str) -> str:
+    """A path for messages: printable whatever its bytes, and of bounded length."""
+    return printable(path, _SHOWN_PATH)
+
+
+@contextlib.contextmanager
+def translate_oserror(
+    root: str = "", subject: str = "", kind: t.Type[StorageError] = StoreError
+) -> t.Iterator[None]:
+    """Translate OSError to an exception of the library with a hint. Exceptions of the library pass unchanged.
+
+    :param root: the folder whose owner may do it, and whose filesystem is to have room; empty if that is not known
+    :param subject: what it is about; empty for the file that the error names
+    :param kind: what is raised where it is neither for want of room nor of rights
+    :raises PermissionDenied: the caller lacks rights, or the filesystem is read-only
+    :raises NoSpace: filesystem or quota is full
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _explanation(error, root, subject, kind) from error
+
+
+def _explanation(
+    error: OSError, root: str, subject: str, kind: t.Type[StorageError]
+) -> StorageError:
+    # What was called with a descriptor names that, a number.
+    named = isinstance(error.filename, (str, bytes, os.PathLike))
+    name = shown(os.fsdecode(error.filename)) if named else ""
+    subject = subject or name or root or "the filesystem"
+    cause = (error.strerror or str(error)).lower()
+    if name not in ("", subject):
+        cause += f" ({name})"
+    facts: t.Dict[str, t.Any] = {"path": name or subject, "errno": error.errno}
+    owner = namespace_owner()
+    if owner and error.errno in (errno.EACCES, errno.EPERM):
+        user, place = _name_of(owner), _existing(root or subject)
+        return PermissionDenied(
+            subject,
+            f"cannot be used by {user}: {cause}. Files that root created in the store of {user} look like this",
+            f"Find them: `{command('find', place, '-user', 'root')}`. As root, change their owner to {user}: "
+            f"`{command('find', place, '-user', 'root', '-exec', 'chown', '-h', f'{user}:', '{}', '+')}`.",
+            **facts,
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return PermissionDenied(
+            subject,
+            f"cannot be used by UID {os.geteuid()}: {cause}",
+            f"Run with `become: true`, or set `user: {_owner(root)}`.",
+            **facts,
+        )
+    if error.errno == errno.EROFS:
+        return PermissionDenied(
+            subject, f"cannot be written: {cause}", "Mount its filesystem writable.", **facts
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        shows = ""
+        if root:
+            place = _existing(root)
+            shows = f"; `{command('df', '-h', place)}` and `{command('df', '-i', place)}` show the free space"
+        return NoSpace(
+            subject,
+            f"cannot be written: {cause}",
+            "Free space, for example with userns.storage.layer_gc, or raise the quota, then run the task "
+            f"again{shows}.",
+            **facts,
+        )
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        cause = f"holds a symbolic link or a file where a directory belongs: {cause}"
+    return kind(
+        subject,
+        cause,
+        "Fix the cause, then run the task again; `dmesg` may show more details.",
+        **facts,
+    )
+
+
+def _existing(path: str) -> str:
+    """The path, or the nearest directory above it that exists, for commands that need one."""
+    while path.startswith("/") and path != "/" and not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def namespace_owner() -> int:
+    """The host UID of the user in whose namespace this process is root, as in ``podman unshare``; 0 elsewhere."""
+    try:
+        with open("/proc/self/uid_map", encoding="utf-8") as table:
+            inside, outside, count = map(int, table.readline().split())
+    except (OSError, ValueError):
+        return 0
+    return outside if os.geteuid() == inside == 0 and count == 1 else 0
+
+
+def _name_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _owner(path: str) -> str:
+    """The account whose store it is, as far as one can see."""
+    while path not in ("", "/"):
+        try:
+            uid = os.stat(path).st_uid
+        except OSError:
+            path = os.path.dirname(path)
+            continue
+        return _name_of(uid)
+    return "OWNER"

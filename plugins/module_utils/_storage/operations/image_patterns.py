@@ -1,0 +1,60 @@
+# Copyright (c) 2026, the userns.storage contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Match shell patterns of users with the names of images and mappings."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import typing as t
+
+
+class Patterns:
+    """Shell patterns for image names and IDs, compiled once."""
+
+    def __init__(self, patterns: t.Sequence[str]) -> None:
+        self.given = bool(patterns)
+        self._compiled = [
+            (pattern, re.compile(fnmatch.translate(pattern)).match) for pattern in patterns
+        ]
+
+    def hit(self, words: t.Iterable[str]) -> t.Optional[str]:
+        """The first pattern that one of the words answers to."""
+        known = list(words)
+        for pattern, match in self._compiled:
+            if any(match(word) for word in known):
+                return pattern
+        return None
+
+
+def image_words(image_ids: t.Sequence[str], names: t.Sequence[str]) -> t.List[str]:
+    """All that a user may call an image: its IDs, whole and short, its names, with and without
+    registry and tag.
+    """
+    words: t.List[str] = []
+    for image_id in image_ids:
+        words += [image_id, image_id[:12], "sha256:" + image_id]
+    for name in names:
+        words.append(name)
+        untagged = name.split("@")[0]
+        head, slash, tail = untagged.rpartition("/")
+        bare = tail.split(":")[0]
+        words += [untagged, tail, bare, f"{head}{slash}{bare}"]
+        repository = f"{head}{slash}{bare}"
+        for registry in ("localhost/", "docker.io/library/", "docker.io/"):
+            if untagged.startswith(registry):
+                words += [untagged[len(registry) :], repository[len(registry) :]]
+                break
+        # As people write names of Docker Hub.
+        for official in (untagged, repository):
+            if official.startswith("docker.io/library/"):
+                words.append(official.replace("library/", "", 1))
+    return words
+
+
+def map_words(uidmap: t.Sequence[str], gidmap: t.Sequence[str]) -> t.List[str]:
+    """How a pattern may name a mapping: ``0:100000:65536``, ranges joined by commas; uid and gid
+    maps joined by a slash.
+    """
+    uid, gid = ",".join(uidmap), ",".join(gidmap)
+    return [f"{uid}/{gid}"] + ([uid] if uid == gid else [uid, gid])

@@ -1,0 +1,32 @@
+# Copyright (c) 2026, the userns.storage contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The table of the options that describe a mapping."""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass, field
+
+from .options import Option, as_option, options_of
+
+
+@dataclass(frozen=True)
+class MappingOptions:
+    """A user namespace in the words of podman's options; empty for not given.
+
+    :param runtime: the program that will ask, with its version if it is to be believed without asking
+    :param slots: for ``auto``, how many containers of the image will run at once
+    """
+
+    userns: str = field(default="", metadata=as_option(Option()))
+    uidmap: t.Tuple[str, ...] = field(default=(), metadata=as_option(Option("list")))
+    gidmap: t.Tuple[str, ...] = field(default=(), metadata=as_option(Option("list")))
+    subuidname: str = field(default="", metadata=as_option(Option()))
+    subgidname: str = field(default="", metadata=as_option(Option()))
+    runtime: str = field(default="", metadata=as_option(Option()))
+    slots: int = field(default=1, metadata=as_option(Option("int", 1)))
+
+
+OPTIONS = options_of(MappingOptions, Option)
+# The user namespace is either one text, or described by these.
+MAPS = ("uidmap", "gidmap", "subuidname", "subgidname")

@@ -1,0 +1,79 @@
+# Copyright (c) 2026, the userns.storage contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Check whether the root directory of a mapped layer and the entries in it belong to IDs of its map."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ..drivers.base import Driver
+from ..idmap.mapping import Shift
+from ..store.records import Layer
+
+_MOST_NAMED = 5
+# A name ("" for the root directory), its UID and its GID on disk.
+_Owner = t.Tuple[str, int, int]
+
+
+class TopOwners(t.NamedTuple):
+    """The findings, each as text; "" if there is none.
+
+    :param outside: names that belong to somebody outside the map
+    :param wrong: whether there is more among ``outside`` than the root directory, which old runtimes leave to the
+        host's root in every layer that they map
+    :param kept: names that still have the owner that they have in the image, when that is true of all
+        that were to have another: in this layer nothing was mapped
+    """
+
+    outside: str
+    kept: str
+    wrong: bool = False
+
+
+def top_owners(driver: Driver, layer: Layer, template: t.Sequence[Layer]) -> TopOwners:
+    """Look at the root directory of a mapped layer and the names in it.
+
+    :param template: the layer's template and its parents, top first; empty when it is not known
+    :raises StorageError: a layer is missing or cannot be read
+    """
+    if layer.mapping.identity and (not template or template[0].mapping.identity):
+        return TopOwners("", "")
+    uids, gids = layer.mapping.uid, layer.mapping.gid
+    found = driver.top_owners([layer.id, *(item.id for item in template[1:])])
+    outside = [
+        item for item in found if None in (uids.to_container(item[1]), gids.to_container(item[2]))
+    ]
+    return TopOwners(
+        _words("outside its map", outside),
+        _words(
+            "its owners are still the owners of the image", _kept(driver, layer, template, found)
+        ),
+        any(name for name, _uid, _gid in outside),
+    )
+
+
+def _kept(
+    driver: Driver, layer: Layer, template: t.Sequence[Layer], found: t.Sequence[_Owner]
+) -> t.Sequence[_Owner]:
+    if not template:
+        return ()
+    shift = Shift(template[0].mapping, layer.mapping)
+
+    def would_move(owner: _Owner) -> bool:
+        name, uid, gid = owner
+        new = shift.uid(uid), shift.gid(gid)
+        return bool(name) and -1 not in new and new != (uid, gid)
+
+    # Seldom true of a layer that was mapped, so that its template need not be read.
+    if not any(map(would_move, found)):
+        return ()
+    moved = list(filter(would_move, driver.top_owners([item.id for item in template])))
+    return moved if set(moved) <= set(found) else ()
+
+
+def _words(what: str, names: t.Sequence[_Owner]) -> str:
+    if not names:
+        return ""
+    told = ", ".join(f"/{name} belongs to {uid}:{gid}" for name, uid, gid in names[:_MOST_NAMED])
+    more = len(names) - _MOST_NAMED
+    return f"{what}: {told}" + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,136 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# This module util is PRIVATE to the userns.storage collection.
+"""Declarations of shared stores in files below /etc: which images are shared with which users."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import typing as t
+from dataclasses import asdict, dataclass, field
+
+from ..errors import (
+    ConfigError,
+)
+from .mapping_options import OPTIONS, MappingOptions
+from .options import given
+
+UNIT = "userns-storage.service"
+GRAPHROOT = "/var/lib/userns-storage/images"
+# All paths here belong to root, as do the folders above them. This one is short, for the paths of all layers
+# of a container must fit into one page when they are mounted. An error about a missing mount names it, and so
+# the unit that makes the mounts.
+STORES = f"/var/lib/{UNIT}"
+
+
+def store_key(graphroot: str) -> str:
+    """A short, stable name for a real store."""
+    return hashlib.sha256(os.fsencode(graphroot)).hexdigest()[:4]
+
+
+_DECLARATIONS = "/etc/userns-storage/shared"
+_LARGEST_DECLARATION = 1 << 20
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one user gets."""
+
+    uid: int
+    images: t.Tuple[str, ...]
+    wanted: t.Tuple[MappingOptions, ...]
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is declared for one real store: the content of one file below /etc."""
+
+    graphroot: str
+    runroot: str
+    driver: str
+    storage_conf: str = ""
+    storage_options: t.Tuple[str, ...] = ()
+    users: t.Mapping[str, Share] = field(default_factory=dict)
+
+
+def read_declaration(graphroot: str) -> t.Optional[Declaration]:
+    """What is declared for a real store, None for nothing.
+
+    :raises ConfigError: the file is not what this collection writes
+    """
+    path = _declaration_path(graphroot)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST_DECLARATION)
+    except FileNotFoundError:
+        return None
+    try:
+        content = json.loads(data)
+        users = {
+            name: Share(
+                int(share["uid"]),
+                tuple(share["images"]),
+                tuple(MappingOptions(**given(OPTIONS, wanted)) for wanted in share["mappings"]),
+            )
+            for name, share in content.pop("users").items()
+        }
+        content["storage_options"] = tuple(content["storage_options"])
+        return Declaration(**content, users=users)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            path,
+            f"cannot be read: {error}",
+            "Move it away and run the task again that shares the images.",
+        ) from error
+
+
+def declarations() -> t.List[Declaration]:
+    """All declarations of this host, in the order of their file names.
+
+    :raises ConfigError: a file is not what this collection writes
+    """
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(_DECLARATIONS)):
+            if not name.endswith(".json"):
+                continue
+            with open(os.path.join(_DECLARATIONS, name), "rb") as file:
+                graphroot = json.loads(file.read(_LARGEST_DECLARATION)).get("graphroot", "")
+            declaration = read_declaration(graphroot)
+            if declaration is not None:
+                found.append(declaration)
+    return found
+
+
+def _declaration_path(graphroot: str) -> str:
+    return os.path.join(_DECLARATIONS, f"{store_key(graphroot)}.json")
+
+
+def write_declaration(declaration: Declaration) -> None:
+    """Write the file of a declaration, or remove it if it has no users left.
+
+    :raises OSError: it cannot be written
+    """
+    path = _declaration_path(declaration.graphroot)
+    if not declaration.users:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        with contextlib.suppress(OSError):
+            for folder in (_DECLARATIONS, os.path.dirname(_DECLARATIONS)):
+                os.rmdir(folder)
+        return
+    content = asdict(declaration)
+    for share in content["users"].values():
+        share["mappings"] = share.pop("wanted")
+    os.makedirs(_DECLARATIONS, 0o755, exist_ok=True)
+    data = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    temporary = f"{path}.new"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(data)
+        file.flush()
+        os.fdatasync(file.fileno())
+    os.rename(temporary, path)

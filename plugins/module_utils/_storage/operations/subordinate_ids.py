@@ -1,0 +1,406 @@
+# Copyright (c) 2026, the userns.storage contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The module subordinate_ids: give users ID ranges that nobody else has, under the locks of the shadow tools."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import stat
+import time
+import typing as t
+from dataclasses import dataclass, field
+
+from ..errors import ConfigError, LockTimeout, NamespaceError, PermissionDenied
+from ..idmap.ranges import ID_LIMIT
+from ..idmap.subids import (
+    USUAL_COUNT,
+    Sources,
+    SubIDRange,
+    accounts,
+    bounds,
+    claims,
+    everybodys_ranges,
+    free_range,
+    nss_accounts,
+    nss_service,
+    own_ranges,
+    ranges_of,
+    unread,
+    why_not_read,
+)
+
+KINDS = ("uid", "gid")
+
+# As long as shadow's tools wait (seconds).
+_LOCK_TIMEOUT = 15.0
+_SELINUX = "security.selinux"
+
+
+@dataclass(frozen=True)
+class GrantRequest:
+    """What a task declares.
+
+    :param users: names, of accounts or, as ``containers``, of nobody
+    :param count: how many subordinate UIDs and GIDs each has at least
+    """
+
+    users: t.Tuple[str, ...]
+    count: int = USUAL_COUNT
+    check: bool = False
+    sources: Sources = field(default_factory=Sources)
+    group: str = "/etc/group"
+
+
+def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
+    """Ensure that each user has the requested number of subordinate IDs. Existing ranges are kept.
+
+    :returns: the module's result
+    :raises ConfigError: a name or the count is wrong
+    :raises NamespaceError: a user's IDs are kept elsewhere and are too few, or no range is free
+    :raises LockTimeout: another program holds a file's lock
+    :raises PermissionDenied: the files cannot be written
+    """
+    for name in request.users:
+        if not name or any(mark in name for mark in ":#\n") or name != name.strip():
+            raise ConfigError(f"user {name!r}", "is not a valid user name", "Check: getent passwd")
+    if not 0 < request.count < ID_LIMIT:
+        raise ConfigError(
+            f"count {request.count}",
+            "is not a valid number of IDs",
+            f"The usual number is {USUAL_COUNT}.",
+        )
+    if nss_service(request.sources.nsswitch):
+        return _elsewhere(request)
+    names = list(dict.fromkeys(request.users))
+    _refuse_unreadable(request)
+    # Asked before the locks, for it may take its time.
+    listed = nss_accounts("passwd", (2, 3), request.sources)
+    listed += nss_accounts("group", (2,), request.sources)
+    with contextlib.ExitStack() as locks:
+        if not request.check and (_lines_to_add(names, request, listed)[0] or _unended(request)):
+            for kind in KINDS:
+                locks.enter_context(_locked(request.sources.path(kind)))
+        # Only what is read under the locks counts.
+        _refuse_unreadable(request)
+        lines, granted = _lines_to_add(names, request, listed)
+        unended = _unended(request)
+        before = {kind: _read(request.sources.path(kind)) for kind in KINDS}
+        after = {
+            kind: _with_lines(
+                _whole(request.sources.path(kind)) if kind in unended else before[kind],
+                [line for one, line in lines if one == kind],
+            )
+            for kind in KINDS
+        }
+        if not request.check:
+            for kind in KINDS:
+                if after[kind] != before[kind]:
+                    _replace(request.sources.path(kind), after[kind])
+    return {
+        "changed": before != after,
+        "users": [_result(name, granted, request, lines) for name in names],
+        "source": "files",
+        "warnings": _warnings(names, request),
+        "diff": [
+            {
+                "before_header": request.sources.path(kind),
+                "after_header": request.sources.path(kind),
+                "before": before[kind].decode(errors="replace"),
+                "after": after[kind].decode(errors="replace"),
+            }
+            for kind in KINDS
+            if after[kind] != before[kind]
+        ],
+    }
+
+
+def _lines_to_add(
+    names: t.Sequence[str], request: GrantRequest, listed: t.Sequence[SubIDRange]
+) -> t.Tuple[t.List[t.Tuple[str, str]], t.Set[str]]:
+    """Lines with their kind, and who gets them. UIDs and GIDs get the same range where both are short."""
+    taken = [
+        everybodys_range
+        for kind in KINDS
+        for everybodys_range in everybodys_ranges(kind, request.sources)
+    ]
+    taken += accounts(request.sources.passwd, (2, 3)) + accounts(request.group, (2,))
+    taken += listed
+    lines, granted = [], set()
+    for name in names:
+        missing: t.Dict[int, t.List[str]] = {}
+        for kind in KINDS:
+            short = request.count - sum(item.size for item in _own(name, kind, request))
+            if short > 0:
+                missing.setdefault(short, []).append(kind)
+        for short, kinds in missing.items():
+            found = free_range(taken, short, *bounds(kinds, request.sources))
+            taken.append(found)
+            granted.add(name)
+            lines += [(kind, f"{name}:{found.start}:{found.size}") for kind in kinds]
+    return lines, granted
+
+
+def _unended(request: GrantRequest) -> t.List[str]:
+    """The files that shadow does not read for want of a newline at the end."""
+    if not request.sources.reading.strict:
+        return []
+    return [
+        kind
+        for kind in KINDS
+        if _read(request.sources.path(kind)) != _whole(request.sources.path(kind))
+    ]
+
+
+def _uid_of(name: str) -> t.Optional[int]:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except (KeyError, ValueError, UnicodeError):
+        return None
+
+
+def _whole(path: str) -> bytes:
+    """The content of a file as it is once its last line is ended, which any write does."""
+    content = _read(path)
+    return content if not content or content.endswith(b"\n") else content + b"\n"
+
+
+def _own(name: str, kind: str, request: GrantRequest) -> t.Sequence[SubIDRange]:
+    """A user's ranges in the file itself: what libsubid leaves out for want of an account must not be added
+    once more.
+    """
+    path = request.sources.path(kind)
+    return own_ranges(_whole(path), path, name, _uid_of(name), request.sources.reading)
+
+
+def _refuse_unreadable(request: GrantRequest) -> None:
+    """Refuse files of which shadow would read nothing, whatever is added."""
+    for kind in KINDS:
+        path = request.sources.path(kind)
+        reason = why_not_read(path, _whole(path), request.sources.reading)
+        if reason:
+            raise NamespaceError(
+                path,
+                f"{reason}, so newuidmap and newgidmap ignore the whole file",
+                "Make it a regular file of lines NAME:START:COUNT.",
+                file=path,
+            )
+
+
+def _warnings(names: t.Sequence[str], request: GrantRequest) -> t.List[str]:
+    """What is wrong with the ranges of these users, and stays so."""
+    found = []
+    for kind in KINDS:
+        path = request.sources.path(kind)
+        content = _whole(path)
+        for name in names:
+            uid = _uid_of(name)
+            for number, text in unread(content, name, uid, request.sources.reading):
+                found.append(
+                    f"{path} line {number}, {text!r}, is ignored by newuidmap and newgidmap, and "
+                    f"grants nothing to {name}"
+                )
+            own = _own(name, kind, request)
+            for number, one in enumerate(own):
+                if any(_overlap(one, other) for other in own[:number]):
+                    found.append(f"{path}: ranges of {name} overlap each other at {_words(one)}")
+            found += _shared(name, uid, kind, own, request)
+    return list(dict.fromkeys(found))
+
+
+def _shared(
+    name: str,
+    uid: t.Optional[int],
+    kind: str,
+    own: t.Sequence[SubIDRange],
+    request: GrantRequest,
+) -> t.Iterator[str]:
+    path = request.sources.path(kind)
+    for line in claims(kind, request.sources):
+        if line.owner in (name, str(uid)) or (uid is not None and _uid_of(line.owner) == uid):
+            continue
+        other = SubIDRange(line.start, line.size)
+        for item in own:
+            if _overlap(item, other):
+                yield (
+                    f"{path}: {name} ({_words(item)}) and {line.owner} ({_words(other)}) share "
+                    "subordinate IDs, so the containers of each can reach the files of the other's. "
+                    f"Assign another range to one of them, and run `podman system migrate` as that user"
+                )
+    source, columns = (request.sources.passwd, (2,)) if kind == "uid" else (request.group, (2,))
+    for account in accounts(source, columns):
+        for item in own:
+            if account.start != uid and _overlap(item, account):
+                yield (
+                    f"{path}: the range {_words(item)} of {name} holds the {kind.upper()} "
+                    f"{account.start} of an account in {source}"
+                )
+
+
+def _overlap(sub_idrange: SubIDRange, other: SubIDRange) -> bool:
+    return (
+        sub_idrange.start < other.start + other.size
+        and other.start < sub_idrange.start + sub_idrange.size
+    )
+
+
+def _words(sub_idrange: SubIDRange) -> str:
+    return f"{sub_idrange.start}-{sub_idrange.start + sub_idrange.size - 1}"
+
+
+def _elsewhere(request: GrantRequest) -> t.Dict[str, t.Any]:
+    """Users whose IDs a directory keeps: they are counted, and never written."""
+    service = nss_service(request.sources.nsswitch)
+    users = []
+    for name in dict.fromkeys(request.users):
+        found = {kind: ranges_of(name, None, kind, True, request.sources) for kind in KINDS}
+        for kind, ranges in found.items():
+            have = sum(item.size for item in ranges)
+            if have < request.count:
+                raise NamespaceError(
+                    f"user {name}",
+                    f"has {have} subordinate {kind.upper()}s in the NSS service {service}, "
+                    f"but {request.count} are required",
+                    "Assign more in the directory service.",
+                    user=name,
+                )
+        users.append({"name": name, "added": False, **{k: _said(v) for k, v in found.items()}})
+    return {"changed": False, "users": users, "source": service, "warnings": [], "diff": []}
+
+
+def _result(
+    name: str,
+    granted: t.Set[str],
+    request: GrantRequest,
+    lines: t.Sequence[t.Tuple[str, str]],
+) -> t.Dict[str, t.Any]:
+    found: t.Dict[str, t.Any] = {kind: list(_own(name, kind, request)) for kind in KINDS}
+    if request.check and name in granted:
+        for kind, line in lines:
+            owner, start, size = line.rsplit(":", 2)
+            if owner == name:
+                found[kind].append(SubIDRange(int(start), int(size)))
+    return {
+        "name": name,
+        "added": name in granted,
+        **{kind: _said(ranges) for kind, ranges in found.items()},
+    }
+
+
+def _said(ranges: t.Iterable[SubIDRange]) -> t.List[t.Dict[str, int]]:
+    return [{"start": item.start, "count": item.size} for item in ranges]
+
+
+def _with_lines(content: bytes, lines: t.Sequence[str]) -> bytes:
+    if not lines:
+        return content
+    if content and not content.endswith(b"\n"):
+        content += b"\n"
+    return content + "".join(f"{line}\n" for line in lines).encode()
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise PermissionDenied(
+            path, f"cannot be read: {error.strerror}", "Run the task with become: true."
+        ) from error
+
+
+def _replace(path: str, content: bytes) -> None:
+    """Write the file as shadow's tools do: the old one stays behind as ``PATH-``."""
+    fresh = f"{path}+"
+    try:
+        mode, owner, group = 0o644, 0, 0
+        with contextlib.suppress(FileNotFoundError):
+            info = os.stat(path)
+            mode, owner, group = stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid
+            _write(f"{path}-", _read(path), mode, owner, group, path)
+        _write(fresh, content, mode, owner, group, path)
+        os.rename(fresh, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+        raise PermissionDenied(
+            path, f"cannot be replaced: {error.strerror}", "Run the task with become: true."
+        ) from error
+
+
+def _write(path: str, content: bytes, mode: int, owner: int, group: int, model: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+        os.fchmod(descriptor, mode)
+        if os.geteuid() == 0:
+            os.fchown(descriptor, owner, group)
+        # Hosts without SELinux have no such attribute.
+        with contextlib.suppress(OSError):
+            os.setxattr(descriptor, _SELINUX, os.getxattr(model, _SELINUX))
+        stream.flush()
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> t.Iterator[None]:
+    """shadow's lock: ``PATH.lock``, a hard link to a file that holds the owner's PID."""
+    lock, own = f"{path}.lock", f"{path}.{os.getpid()}"
+    deadline = time.monotonic() + _LOCK_TIMEOUT
+    try:
+        with open(own, "w", encoding="ascii") as stream:
+            stream.write(f"{os.getpid()}\0")
+    except OSError as error:
+        raise PermissionDenied(
+            own, f"cannot be created: {error.strerror}", "Run the task with become: true."
+        ) from error
+    try:
+        while True:
+            try:
+                os.link(own, lock)
+                break
+            except FileExistsError:
+                holder = _holder(lock)
+                if holder is not None and not _alive(holder):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(lock)
+                elif time.monotonic() > deadline:
+                    raise LockTimeout(
+                        lock,
+                        f"is held by process {holder or 'unknown'} for more than {_LOCK_TIMEOUT:.0f} s",
+                        "Wait until it finishes, or remove the file if no program edits users.",
+                    ) from None
+                else:
+                    time.sleep(0.1)
+    finally:
+        os.unlink(own)
+    try:
+        yield
+    finally:
+        os.unlink(lock)
+
+
+def _holder(lock: str) -> t.Optional[int]:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return int(_read(lock).rstrip(b"\0\n") or b"x")
+    return None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,51 @@
+# Copyright (c) 2026, the userns.storage contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Containers that podman creates for a task, that never start, and that the task removes again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import typing as t
+
+_PREFIX = "userns-storage-check"
+_NAME = re.compile(rf"{_PREFIX}-([0-9]{{1,10}})-([0-9]{{1,20}})-[0-9a-f]{{8}}")
+
+
+def new_name() -> str:
+    """A fresh name, which tells for how long this process has been running."""
+    return f"{_PREFIX}-{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
+
+
+def is_name(name: str) -> bool:
+    """Whether a container's name is such a name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def is_running(name: str) -> bool:
+    """Whether the process that is named in a container's name still runs."""
+    found = _NAME.fullmatch(name)
+    return found is not None and _start_time(int(found.group(1))) == found.group(2)
+
+
+def create_words(name: str, pull: str) -> t.List[str]:
+    """The words after ``podman`` that create it: without network, volumes, log and restart.
+
+    :param pull: ``never`` or ``always``
+    """
+    words = ["create", "--name", name, "--pull", pull, "--network", "none"]
+    return [*words, "--image-volume", "ignore", "--log-driver", "none", "--restart", "no"]
+
+
+def remove_words(name: str) -> t.List[str]:
+    """The words after ``podman`` that remove it; a container that does not exist is no error."""
+    return ["rm", "--force", "--ignore", "--volumes", name]
+
+
+def _start_time(pid: int) -> str:
+    """When a process started, in clock ticks after the boot (proc_pid_stat(5)); empty where there is none."""
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as stream:
+        return stream.read().rpartition(b")")[2].split()[19].decode("ascii")
+    return ""

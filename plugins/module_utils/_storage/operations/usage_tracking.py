@@ -1,0 +1,103 @@
+# Copyright (c) 2026, the userns.storage contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Record in the ledger which mapped layers are in use, in each run that may write."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import typing as t
+from types import MappingProxyType
+
+from ..errors import StorageError
+from ..kernel.clock import Moment
+from ..store.ledger import Ledger, Sighting, ledger_key
+from ..store.locks import peek_token
+from ..store.snapshot import Snapshot
+from .store_opening import OpenStore
+
+# How far ahead of the clock a timestamp may be (seconds).
+_SKEW = 600.0
+
+
+def read_ledger(store_ctx: OpenStore) -> Ledger:
+    """The store's ledger, read."""
+    path = os.path.join(store_ctx.store.root, "ledger.json")
+    return Ledger(path, store_ctx.store.lock_timeout).load()
+
+
+def record_use(
+    store_ctx: OpenStore,
+    snapshot: Snapshot,
+    moment: Moment,
+    write: bool = True,
+    begin: bool = True,
+    programs: t.Mapping[str, str] = MappingProxyType({}),
+) -> Ledger:
+    """Look at what is in use.
+
+    :param moment: when this is
+    :param write: whether to keep what was seen
+    :param begin: whether to begin a ledger where there is none
+    :param programs: see ``Ledger.learn``
+    :raises LockTimeout: another run holds our folder
+    :raises StorageError: the ledger cannot be read or written
+    """
+    ledger = read_ledger(store_ctx)
+    begun = ledger.watched_since is not None
+    ledger.observe(
+        moment,
+        _sightings(store_ctx, snapshot, moment),
+        _containers_token(store_ctx),
+        _changed_at(store_ctx),
+    )
+    ledger.learn(programs)
+    if write and (begin or begun):
+        ledger.save()
+    return ledger
+
+
+def _sightings(store_ctx: OpenStore, snapshot: Snapshot, moment: Moment) -> t.Dict[str, Sighting]:
+    keys: t.Dict[str, str] = {}
+    for image in snapshot.images.values():
+        if image.store:
+            continue
+        for layer_id in image.mapped_layers:
+            layer = snapshot.layers.get(layer_id)
+            if layer is not None and not layer.read_only_store:
+                keys[layer_id] = ledger_key(image.id, layer.mapping)
+    try:
+        traces = store_ctx.driver.traces(keys) if keys else {}
+    except StorageError:
+        traces = {}
+    found = {}
+    for layer_id, key in keys.items():
+        trace = traces.get(layer_id)
+        if trace is not None and (trace.at or 0.0) > moment.wall + _SKEW:
+            # An access time in the future is not renewed before that.
+            trace = None
+        used = bool(snapshot.containers_on(layer_id) or snapshot.children(layer_id))
+        if trace is None:
+            found[layer_id] = Sighting(key, used)
+        else:
+            found[layer_id] = Sighting(key, used, trace.value, trace.at, trace.coarse)
+    return found
+
+
+def _record_file(store_ctx: OpenStore, kind: str, name: str) -> str:
+    return os.path.join(store_ctx.config.graphroot, f"{store_ctx.config.driver}-{kind}", name)
+
+
+def _containers_token(store_ctx: OpenStore) -> str:
+    """What changes with each container that any runtime creates or removes; empty if not readable."""
+    return peek_token(_record_file(store_ctx, "containers", "containers.lock")).hex()
+
+
+def _changed_at(store_ctx: OpenStore) -> t.Optional[float]:
+    """When a runtime last wrote the store's records, seconds since the epoch."""
+    moments = []
+    for kind in ("layers", "images", "containers"):
+        for name in (f"{kind}.json", f"{kind}.lock"):
+            with contextlib.suppress(OSError):
+                moments.append(os.stat(_record_file(store_ctx, kind, name)).st_mtime)
+    return max(moments, default=None)

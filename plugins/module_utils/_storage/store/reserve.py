@@ -1,0 +1,251 @@
+# Copyright (c) 2026, the userns.storage contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Reserved space for the writes that a removal needs on a full disk.
+
+Replacing a file of records takes an inode and some blocks, on xfs a whole chunk of inodes, and on btrfs even
+the token in a lock file takes a block. A few reserve files of our own hold that. One of them becomes the
+temporary file itself and is overwritten in place, so that no other program can take the room in between; or
+it is deleted, for filesystems that cannot overwrite in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import typing as t
+
+from ..kernel import btrfs, files, renames
+
+# What a full filesystem or quota answers.
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+
+_NAMES = ("reserve-0", "reserve-1", "reserve-2")
+_SPARES = tuple(f".tmp-spare-{number}userns-storage" for number in range(8))
+_LINK = ".tmp-linkuserns-storage"
+_UNIT = 1 << 16
+_LEAST = 1 << 18
+_MOST = 1 << 24
+# No reserve is made on a filesystem with less than this many times its size free.
+_AMPLE = 32
+_COMPARED = 1 << 20
+# What has to be free for a removal to go on as usual (bytes, inodes).
+_ROOM = 4 << 20
+_INODES = 64
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+class Reserve:
+    """The reserve files of one store.
+
+    :param root: our folder of the store, where they are kept
+    :param records: the folder of the layers' records, which holds spare files while the disk is full
+    """
+
+    def __init__(self, root: str, records: str) -> None:
+        self.root = root
+        self.records = records
+        # Whether a file that was lent has been deleted since, because its room was not enough.
+        self._lent = ""
+
+    def has_room(self) -> bool:
+        """Whether the filesystem has room for a few files without any reserve."""
+        space = os.statvfs(self.records)
+        inodes = not space.f_files or space.f_favail >= _INODES
+        return inodes and space.f_bavail * space.f_frsize >= _ROOM
+
+    def keep(self, size: int) -> None:
+        """Make the reserve files that are missing, unless the filesystem has too little room for them.
+
+        :param size: bytes of the largest file of records
+        :raises OSError: one cannot be made
+        """
+        wanted = min(max(2 * size + _UNIT - 1, _LEAST), _MOST) // _UNIT * _UNIT
+        space = os.statvfs(os.path.dirname(self.root))
+        if space.f_bavail * space.f_frsize < _AMPLE * len(_NAMES) * wanted:
+            return
+        if space.f_files and space.f_favail < _AMPLE * len(_NAMES):
+            return
+        self.discard_spares()
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.root, 0o700)
+        for name in _NAMES:
+            path = os.path.join(self.root, name)
+            if _size(path) >= wanted // 2:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            descriptor = os.open(path, _NEW, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, wanted)
+            except BaseException:
+                os.unlink(path)
+                raise
+            finally:
+                os.close(descriptor)
+
+    def lend(self, path: str) -> bool:
+        """Move a reserve file to ``path``, on the same filesystem, to be overwritten there.
+
+        :returns: whether there was one
+        :raises OSError: it cannot be moved
+        """
+        for found in self._found():
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(found, path)
+                self._lent = path
+                return True
+        return False
+
+    def adopt(self, path: str) -> bool:
+        """Make a spare of a file that a killed run has left, under the exclusive lock.
+
+        :returns: whether that has been done
+        """
+        if _size(path) < 0:
+            return False
+        spare = next(
+            (spare_path for spare_path in self._spare_paths() if not os.path.lexists(spare_path)),
+            None,
+        )
+        try:
+            if spare is not None:
+                os.rename(path, spare)
+        except OSError:
+            return False
+        return spare is not None
+
+    def swap(self, path: str, records: str) -> bool:
+        """Replace the old file of records with a new one. The old file becomes a spare.
+
+        :returns: whether that has been done; it cannot where the kernel does not swap files, or there is no old one
+        """
+        self._lent = ""
+        taken = self.spares()
+        spare = next(
+            (spare_path for spare_path in self._spare_paths() if spare_path not in taken), None
+        )
+        if spare is None:
+            return False
+        with contextlib.ExitStack() as undo:
+            folder = os.open(os.path.dirname(records), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            undo.callback(os.close, folder)
+            names = os.path.basename(path), os.path.basename(records)
+            try:
+                renames.exchange(folder, names[0], folder, names[1])
+            except OSError:
+                return False
+        try:
+            os.rename(path, spare)
+        except OSError:
+            os.unlink(path)
+        return True
+
+    def release(self) -> bool:
+        """Delete a reserve file, and have its filesystem give the room back at once.
+
+        :returns: whether there was one, or one that was lent before has been deleted
+        """
+        if self._lent:
+            self._lent = ""
+            give_back(self.records)
+            return True
+        for found in self._found():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(found)
+                give_back(self.records)
+                return True
+        return False
+
+    def share(self, first: str, second: str) -> bool:
+        """Let two files of equal content be a single file with two names; what the second one held becomes a spare.
+
+        Nobody may write either of them: the lock that protects them is held exclusively.
+
+        :returns: whether that has made a spare
+        """
+        try:
+            if not _equal(first, second):
+                return False
+            taken = self.spares()
+            spare = next(path for path in self._spare_paths() if path not in taken)
+            link = os.path.join(self.records, _LINK)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(link)
+            # Two names of the old content first, so that the second file is there at any moment.
+            os.link(second, spare)
+            os.link(first, link)
+            os.rename(link, second)
+        except (OSError, StopIteration):
+            return False
+        return True
+
+    def spares(self) -> t.List[str]:
+        """The paths of the spares that there are."""
+        return [path for path in self._spare_paths() if os.path.lexists(path)]
+
+    def _spare_paths(self) -> t.List[str]:
+        return [os.path.join(self.records, name) for name in _SPARES]
+
+    def discard_spares(self) -> None:
+        """Delete the spares, which are not needed on a filesystem with free space."""
+        for path in (*self.spares(), os.path.join(self.records, _LINK)):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def _found(self) -> t.List[str]:
+        own = [os.path.join(self.root, name) for name in _NAMES]
+        return [path for path in (*own, *self.spares()) if _size(path) >= 0]
+
+
+def give_back(path: str) -> None:
+    """Have the filesystem of an existing directory free what was deleted, as far as it can now."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            files.syncfs(descriptor)
+            if files.filesystem_type(descriptor) == "btrfs":
+                btrfs.sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _size(path: str) -> int:
+    """The bytes allocated to a regular file with a single name; -1 for anything else."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return -1
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        return -1
+    return found.st_blocks * 512
+
+
+def _equal(first: str, second: str) -> bool:
+    """Whether two different regular files have the same content."""
+    with contextlib.ExitStack() as undo:
+        streams = []
+        for path in (first, second):
+            streams.append(undo.enter_context(open(os.open(path, _READ), "rb", buffering=0)))
+        left, right = (os.fstat(stream.fileno()) for stream in streams)
+        if not (stat.S_ISREG(left.st_mode) and stat.S_ISREG(right.st_mode)):
+            return False
+        if (left.st_dev, left.st_size) != (
+            right.st_dev,
+            right.st_size,
+        ) or left.st_ino == right.st_ino:
+            return False
+        if (left.st_uid, left.st_gid, left.st_mode) != (
+            right.st_uid,
+            right.st_gid,
+            right.st_mode,
+        ):
+            return False
+        while True:
+            pieces = [stream.read(_COMPARED) for stream in streams]
+            if pieces[0] != pieces[1]:
+                return False
+            if not pieces[0]:
+                return True

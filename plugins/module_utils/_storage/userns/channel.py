@@ -1,0 +1,402 @@
+# Copyright (c) 2026, the userns.storage contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Messages from the process inside a namespace: JSON in ASCII, each kind with its own form.
+
+A message is a header (kind, length in bytes), then JSON. Bytes of a path that are not UTF-8 travel as U+DC80 to
+U+DCFF, as ``os.fsdecode`` makes them; the sender replaces any other surrogate, the receiver refuses it. Nothing that
+is received names a class or a function of this process: errors are made from the fixed table ``ERRORS``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import struct
+import sys
+import threading
+import time
+import typing as t
+
+from .. import errors
+from ..errors import StorageError
+from ..kernel import gc_pause
+from .shapes import (
+    ODD_SURROGATES,
+    Check,
+    Items,
+    Maybe,
+    Record,
+    choice,
+    flag,
+    plain,
+    scalar,
+    small,
+    text,
+    whole,
+    word,
+)
+
+RESULT, ERROR, PROGRESS = b"R", b"E", b"P"
+# The child is in its new namespace and waits for the ID maps; or may not have a namespace.
+ENTERED, FORBIDDEN = b"U", b"F"
+
+_HEADER = struct.Struct(">cI")
+# A store of 30,000 layers needs a third of each. Together they bound the memory that a message takes, to about
+# 400 MB whatever it holds.
+SIZE_LIMIT = 64 * 1024 * 1024
+_COMMAS_LIMIT = 3_000_000
+_BRACKETS_LIMIT = 600_000
+_DIGITS_LIMIT = 400
+_PIECE = 1 << 20
+
+# Kinds of errors, by name.
+ERRORS: t.Mapping[str, t.Type[StorageError]] = {
+    kind.__name__: kind
+    for kind in (
+        StorageError,
+        *(errors.ConfigError, errors.StoreError, errors.StoreUnwritten, errors.RecordError),
+        *(errors.StoreContradictory, errors.UntestedRuntime),
+        *(errors.LockTimeout, errors.PermissionDenied, errors.NoSpace, errors.ReadOnlyStore),
+        *(errors.StoreChanged, errors.ImageUnknown, errors.ImageAmbiguous, errors.LayerInUse),
+        *(errors.MapError, errors.UnmappedIDs, errors.NamespaceError, errors.UnsupportedDriver),
+        *(errors.TreeError, errors.InternalError, errors.WorkerError),
+    )
+}
+
+_USERS = Items(Record({"id": text, "name": text}, {"kind": text}))
+_IDS = Items(whole)
+# Details of errors. They become fields of the module's result, so each has its form.
+FACTS: t.Mapping[str, Check] = {
+    "candidates": Items(Record({"id": text, "names": Items(text)})),
+    "command": Items(text),
+    "containers": Items(text),
+    "contradictions": Items(
+        Record({"kind": text, "path": text, "problem": text, "hint": text, "ids": Items(text)})
+    ),
+    "driver": text,
+    "drivers": Items(text),
+    "errno": Maybe(whole),
+    "failures": plain(2),
+    "field": text,
+    "file": text,
+    "files": Items(text),
+    "foreign_gids": _IDS,
+    "foreign_uids": _IDS,
+    "free": whole,
+    "free_inodes": whole,
+    "gids": _IDS,
+    "graphroot": text,
+    "image": text,
+    "image_id": text,
+    "images": Items(text),
+    "layer": text,
+    "layer_id": text,
+    "layers": Items(text),
+    "line": scalar,
+    "missing": text,
+    "needed": whole,
+    "needed_inodes": whole,
+    "path": text,
+    "pid": Maybe(whole),
+    "rc": whole,
+    "record": scalar,
+    "runroot": text,
+    "seconds": scalar,
+    "stderr": text,
+    "store": text,
+    "supported": Items(text),
+    "trace": text,
+    "uids": _IDS,
+    "user": text,
+    "users": _USERS,
+    "variable": text,
+    "wanted": whole,
+}
+FACTS_FORM = Record({}, FACTS)
+
+_FORMS: t.Mapping[bytes, Check] = {
+    ERROR: Record(
+        {
+            "kind": choice(*ERRORS),
+            "subject": text,
+            "cause": text,
+            "hint": text,
+            "facts": FACTS_FORM,
+        }
+    ),
+    PROGRESS: Record({"moved": flag, "step": text}),
+    ENTERED: Record({"pid": small}),
+    FORBIDDEN: Record({"errno": small, "step": word("[a-z ]{1,60}")}),
+}
+
+
+class BadMessage(Exception):
+    """What was sent is no message, or none of the form that its kind has."""
+
+
+class Silence(Exception):
+    """The child does not respond. The message states the reason."""
+
+
+# Encoding
+
+
+def encode(value: t.Any) -> bytes:
+    """A value as JSON.
+
+    :raises BadMessage: it is not plain data, or larger than the receiver accepts
+    """
+    try:
+        with gc_pause.gc_disabled():
+            data = _dumps(value)
+            if b"\\ud" in data:
+                data = _dumps(_encodable(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadMessage(f"is not plain data: {error}") from error
+    _check_limits(data)
+    return data
+
+
+def _dumps(value: t.Any) -> bytes:
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def _encodable(value: t.Any) -> t.Any:
+    if isinstance(value, str):
+        return ODD_SURROGATES.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encodable(entry) for entry in value]
+    return value
+
+
+def error_message(error: StorageError) -> t.Dict[str, t.Any]:
+    """An error as data; facts that are of no known form are left out."""
+    kind = next(item.__name__ for item in type(error).__mro__ if item.__name__ in ERRORS)
+    facts = {}
+    for name, value in error.facts.items():
+        check = FACTS.get(name)
+        try:
+            fact = decode(encode(value))
+        except BadMessage:
+            continue
+        if check is not None and not check(fact):
+            facts[name] = fact
+    return {
+        "kind": kind,
+        "subject": error.subject,
+        "cause": error.cause,
+        "hint": error.hint,
+        "facts": facts,
+    }
+
+
+# Decoding
+
+
+def _integer(literal: str) -> int:
+    if len(literal) > _DIGITS_LIMIT:
+        raise ValueError(f"a number of {len(literal)} digits")
+    return int(literal)
+
+
+def _constant(literal: str) -> t.NoReturn:
+    raise ValueError(f"{literal}, which is not a JSON number")
+
+
+def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> t.Dict[str, t.Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a field twice")
+    return result
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object,
+    # Older Pythons take ever longer to convert ever longer numbers; newer ones refuse by themselves.
+    parse_int=None if hasattr(sys, "get_int_max_str_digits") else _integer,
+    parse_constant=_constant,
+)
+
+
+def decode(data: bytes, check: t.Optional[Check] = None) -> t.Any:
+    """The value of a message's JSON.
+
+    :param check: the form it must have
+    :raises BadMessage: it is no JSON, larger than allowed, or of another form
+    """
+    _check_limits(data)
+    try:
+        with gc_pause.gc_disabled():
+            value = _DECODER.decode(data.decode("ascii"))
+            wrong = check(value) if check is not None else ""
+    except (ValueError, RecursionError) as error:
+        raise BadMessage(f"is not JSON: {error}") from error
+    if wrong:
+        raise BadMessage(wrong)
+    return value
+
+
+def _check_limits(data: bytes) -> None:
+    if len(data) > SIZE_LIMIT:
+        raise BadMessage(f"is larger than {SIZE_LIMIT} bytes")
+    if data.count(b",") > _COMMAS_LIMIT or data.count(b"[") + data.count(b"{") > _BRACKETS_LIMIT:
+        raise BadMessage("has too many entries")
+
+
+def decode_message(kind: bytes, data: bytes) -> t.Dict[str, t.Any]:
+    """The value of any message but a result.
+
+    :raises BadMessage: the kind is unknown, or the message is of another form
+    """
+    form = _FORMS.get(kind)
+    if form is None:
+        raise BadMessage(f"is of the unknown kind {kind!a}")
+    value: t.Dict[str, t.Any] = decode(data, form)
+    return value
+
+
+def rebuilt_error(message: t.Mapping[str, t.Any]) -> StorageError:
+    """The error that an error message tells of; only a fault of this collection carries a trace."""
+    kind = ERRORS[message["kind"]]
+    facts = dict(message["facts"])
+    if kind is not errors.InternalError:
+        facts.pop("trace", None)
+    return kind(message["subject"], message["cause"], message["hint"], **facts)
+
+
+# The two ends of the pipe
+
+
+class Sender:
+    """The child's end."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+
+    def send(self, kind: bytes, value: t.Any) -> None:
+        """Send a message.
+
+        :raises BadMessage: as :func:`encode`
+        :raises OSError: nobody receives it
+        """
+        data = encode(value)
+        with self._lock:
+            self._write(_HEADER.pack(kind, len(data)))
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+
+
+class Limits(t.NamedTuple):
+    """How long a process may be waited for, in seconds; 0 for any time.
+
+    :param silence: without any message: it is stopped, or the host is
+    :param stall: while it waits for something, such as a filesystem of the user that does not answer
+    :param total: altogether, whatever it says
+    :param ending: once it was told to end
+    """
+
+    silence: float = 60.0
+    stall: float = 600.0
+    total: float = 14400.0
+    ending: float = 60.0
+
+
+DEFAULT_LIMITS = Limits()
+UNLIMITED = Limits(0.0, 0.0, 0.0, 0.0)
+# A message may be due at any moment; how often to look whether this process itself was told to end.
+_LOOK = 1.0
+
+
+class Receiver:
+    """The parent's end: reads no more than is allowed, and waits no longer.
+
+    :ivar step: what the child said that it was doing last
+    """
+
+    def __init__(self, descriptor: int, limits: Limits) -> None:
+        self._descriptor = descriptor
+        self._limits = limits
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLIN)
+        self._data = bytearray()
+        # Seconds of waiting so far, and when each thing happened by that clock.
+        self._time = self._started = self._heard = self._moved = 0.0
+        self._looked = time.monotonic()
+        self._end_requested: t.Optional[float] = None
+        self.step = ""
+
+    def note_end_requested(self) -> None:
+        """Note that the child was asked to end."""
+        if self._end_requested is None:
+            self._end_requested = self._time
+
+    def messages(self) -> t.Iterator[t.Tuple[bytes, bytes]]:
+        """All messages but those of progress, until the child closes its end.
+
+        :raises BadMessage: a message is larger than allowed, or one of progress is malformed
+        :raises Silence: a limit was reached
+        """
+        while True:
+            header = self._take(_HEADER.size)
+            if header is None:
+                return
+            kind, size = _HEADER.unpack(header)
+            if size > SIZE_LIMIT:
+                raise BadMessage(f"is larger than {SIZE_LIMIT} bytes")
+            data = self._take(size)
+            if data is None:
+                return
+            self._heard = self._time
+            if kind != PROGRESS:
+                self._moved = self._heard
+                yield kind, data
+                continue
+            progress = decode_message(kind, data)
+            self.step = progress["step"]
+            if progress["moved"]:
+                self._moved = self._heard
+
+    def _take(self, size: int) -> t.Optional[bytes]:
+        while len(self._data) < size:
+            self._wait()
+            piece = os.read(self._descriptor, max(_PIECE, 1))
+            if not piece:
+                return None
+            self._data += piece
+        taken = bytes(self._data[:size])
+        del self._data[:size]
+        return taken
+
+    def _wait(self) -> None:
+        ready: t.List[t.Any] = []
+        while not ready:
+            ready = self._poll.poll(_LOOK * 1000)
+            now = time.monotonic()
+            # Time in which this process itself did not run, as after Ctrl-Z, is nobody's silence.
+            self._time += min(now - self._looked, 2 * _LOOK)
+            self._looked = now
+            self._check_time(bool(ready))
+
+    def _check_time(self, ready: bool) -> None:
+        limits = self._limits
+        clocks = [
+            ("worked for more than", self._started, limits.total),
+            ("made no progress for", self._moved, limits.stall),
+        ]
+        if self._end_requested is not None:
+            clocks.append(
+                ("did not terminate on request within", self._end_requested, limits.ending)
+            )
+        if not ready:
+            clocks.append(("did not respond for", self._heard, limits.silence))
+        for what, since, limit in clocks:
+            if limit and self._time - since > limit:
+                raise Silence(f"{what} {limit:g} seconds")

@@ -1,0 +1,120 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Check mode makes no call that would change a file anywhere, by the kernel's word."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import sqlite3
+import typing as t
+
+import pytest
+from support.injection import Modules
+from support.lab import Lab
+from support.registry import Registry
+from support.stops import MAP, OTHER_IMAGE, tiny_image
+from support.stores import Store
+from support.users import User
+
+MakeStore = t.Callable[..., Store]
+TINY = "localhost/tiny:1"
+HOST = "registry.example.org"
+LOGIN = {"username": "robot", "password": "secret"}
+# LAYOUT and USER are replaced.
+TASKS: t.Sequence[t.Tuple[str, t.Dict[str, t.Any]]] = (
+    ("layer_template", {"images": [TINY], "uidmap": [MAP], "force": True}),
+    ("layer_template", {"images": [TINY], "uidmap": [MAP], "state": "absent"}),
+    (
+        "layer_template",
+        {"images": [f"{HOST}/one:1"], "uidmap": [MAP], "pull": "missing", **LOGIN},
+    ),
+    ("layer_gc", {"min_age": "0", "max_copies_per_image": 0, "orphans": "remove"}),
+    ("image_layers", {"images": [TINY], "state": "absent"}),
+    ("image_layers", {"images": ["localhost/new:1"], "source": "LAYOUT"}),
+    ("image_layers", {"images": [f"{HOST}/one:1", f"{HOST}/two:1"], "pull": "newer", **LOGIN}),
+    ("image_layers", {"images": [f"{HOST}/one:1"], "uidmap": [MAP], **LOGIN}),
+    ("image_layers", {"images": [TINY], "source": "LAYOUT", "uidmap": [MAP], "convert": True}),
+    ("image_layers_info", {"measure": "exclusive"}),
+    ("shared_images", {"users": ["USER"], "mappings": [{"userns": "keep-id"}]}),
+    ("storage_conf", {"settings": ["driver=overlay"]}),
+    ("storage_conf", {"settings": ["overlay.mountopt=nodev"], "user": "USER"}),
+    ("subordinate_ids", {"users": ["USER"], "count": 200_000}),
+    ("rootless_stores_info", {}),
+)
+# The probe for ID-mapped mounts makes these on a tmpfs in a mount namespace of its own.
+PROBE = tuple(f"/overlay/{name}" for name in ("mapped", "empty", "merged"))
+# They are about hosts, not about the store.
+OF_HOSTS = ("storage_conf", "subordinate_ids", "rootless_stores_info")
+
+
+@pytest.mark.parametrize("kind", ["overlay-xfs", "overlay-ext4", "btrfs"])
+def test_nothing_is_changed_anywhere(
+    kind: str, lab: Lab, make_store: MakeStore, make_user: t.Callable[..., User]
+) -> None:
+    image, user = tiny_image(lab), make_user()
+    store = make_store(kind, image)
+    # A journal that SQLite itself would write to.
+    connection = sqlite3.connect(store.graphroot / "db.sql")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("CREATE TABLE ContainerConfig (ID TEXT, JSON TEXT)")
+    connection.commit()
+    assert (store.graphroot / "db.sql-wal").stat().st_size > 0
+    registry = Registry(tiny_image(lab, OTHER_IMAGE), (HOST,))
+    registries = lab.machine.path("/etc/containers/registries.conf")
+    kept = registries.read_bytes() if registries.exists() else None
+    registry.configure(registries.parent)
+    modules = Modules(lab)
+    try:
+        before, others = store.snapshot_of_disk(), host_files(user)
+        for module, args in TASKS:
+            words = json.loads(
+                json.dumps(args).replace("LAYOUT", image.source).replace("USER", user.name)
+            )
+            store_args = {} if module in OF_HOSTS else store.module_args()
+            if module == "shared_images":
+                store_args = {key: store_args[key] for key in ("graphroot", "runroot")}
+            words = {**store_args, **words, "_ansible_check_mode": True}
+            run = modules.run(module, words, below="", record=True)
+            if not (module == "shared_images" and kind == "btrfs"):
+                assert not run.result.get("failed"), (module, args, run.output)
+            assert run.calls
+            wrote = [
+                str(call)
+                for call in run.calls
+                if call.changes
+                and not call.paths[0].startswith(
+                    ("/proc/", "pipe:", "socket:", "/dev/null", "/memfd:")
+                )
+                and not (call.name == "mkdir" and call.paths[0].endswith(PROBE))
+            ]
+            assert [
+                item for item in wrote if not item.startswith(("write(", "syncfs(", "fsync("))
+            ] == [], (module, args)
+            # The programs that the module starts, too.
+            assert before.changes(store.snapshot_of_disk()) == [], (module, args)
+            assert host_files(user) == others, (module, args)
+    finally:
+        modules.close()
+        connection.close()
+        registry.close()
+        if kept is None:
+            registries.unlink()
+        else:
+            registries.write_bytes(kept)
+
+
+def host_files(user: User) -> t.Dict[str, t.Tuple[int, int]]:
+    """Sizes and times of change of what is outside the store."""
+    # Other programs of the machine use the two as well.
+    paths = [*pathlib.Path("/tmp").glob("userns-storage*"), *pathlib.Path("/var/tmp").iterdir()]
+    for root in ("/etc", "/run", "/var/lib", user.home):
+        paths += pathlib.Path(root).rglob("*")
+    found = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            found[str(path)] = (status.st_size, status.st_ctime_ns)
+    return found

@@ -1,0 +1,213 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Nobody makes root wait or grow: obstacles at every place of a user's store that is opened."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import threading
+import time
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import WorkerError
+from ansible_collections.userns.storage.plugins.module_utils._storage.store import libpod_db
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import Account
+from ansible_collections.userns.storage.plugins.module_utils._storage.userns import (
+    running as userns,
+)
+from support import written_store
+from support.written_store import PLACES
+
+if t.TYPE_CHECKING:
+    from support.lab import Lab
+
+_TERABYTE = 1 << 40
+
+
+def _socket(path: str) -> None:
+    # The name of a socket is short.
+    os.chdir(os.path.dirname(path))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.basename(path))
+    os.chdir("/")
+
+
+def _sparse(path: str) -> None:
+    pathlib.Path(path).touch()
+    os.truncate(path, 2 * _TERABYTE)
+
+
+OBSTACLES: t.Mapping[str, t.Callable[[str], None]] = {
+    "pipe": os.mkfifo,
+    "socket": _socket,
+    "endless file": lambda path: os.symlink("/dev/zero", path),
+    "terminal": lambda path: os.symlink("/dev/tty", path),
+    "full device": lambda path: os.symlink("/dev/full", path),
+    "huge file": _sparse,
+    "folder": os.mkdir,
+    "link to itself": lambda path: os.symlink(path, path),
+    "deep JSON": lambda path: _put(path, b"[" * 100_000),
+    "deep objects": lambda path: _put(path, b'[{"a":' * 100_000),
+    "many records": lambda path: _put(path, b"[" + b"{}," * 1_000_000 + b"{}]"),
+    "long number": lambda path: _put(path, b"[" + b"1" * 1_000_000 + b"]"),
+    "zeros": lambda path: _put(path, bytes(5_000_000)),
+}
+
+
+def _put(path: str, data: bytes) -> None:
+    pathlib.Path(path).write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def alice(lab: Lab) -> t.Iterator[Account]:
+    from support import users
+
+    user = users.add_user(lab)
+    yield Account(user.name, user.uid, user.gid, user.home)
+    users.remove_user(lab, user)
+
+
+def _as_the_user(account: Account, function: t.Callable[..., t.Any], *arguments: t.Any) -> t.Any:
+    return userns.run(function, arguments, account)
+
+
+def _meet(home: str, place: str, obstacle: str) -> t.List[str]:
+    """Everything that the modules do, in a store with an obstacle at a place."""
+    request = written_store.write(home)
+    path = PLACES[place].replace("~", home)
+    path = os.path.join(home, "storage", path)
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
+    OBSTACLES[obstacle](path)
+    return written_store.operate(request)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_obstacle_at_a_place(alice: Account, place: str) -> None:
+    """Each is met as the user; whatever it is, all operations come to an end of ours."""
+    for obstacle in OBSTACLES:
+        found = _as_the_user(alice, _meet, f"{alice.home}/made", place, obstacle)
+        assert len(found) == 6
+        assert "InternalError" not in found, obstacle
+
+
+def test_without_an_obstacle_all_is_done(alice: Account) -> None:
+    """Or the test above would pass on nothing."""
+    assert _as_the_user(alice, _whole, f"{alice.home}/made") == ["done"] * 5 + ["LayerInUse"]
+
+
+def _whole(home: str) -> t.List[str]:
+    return written_store.operate(written_store.write(home))
+
+
+ENDLESS = (
+    "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
+    "SELECT x AS GraphRoot, x AS RunRoot, x AS GraphDriver FROM c WHERE x < 0"
+)
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        [f"CREATE VIEW DBConfig AS {ENDLESS}"],
+        [f"CREATE VIEW more AS {ENDLESS}", "CREATE VIEW DBConfig AS SELECT * FROM more, more"],
+        ["CREATE TABLE DBConfig(GraphRoot TEXT, RunRoot BLOB, GraphDriver INTEGER)"],
+        [
+            "CREATE TABLE DBConfig(GraphRoot TEXT, RunRoot TEXT, GraphDriver TEXT)",
+            "INSERT INTO DBConfig VALUES (zeroblob(400000000), '', 'vfs')",
+        ],
+        [
+            "CREATE TABLE DBConfig(GraphRoot TEXT, RunRoot TEXT, "
+            "GraphDriver TEXT AS (printf('%.*c', 900000000, 'x')))",
+            "INSERT INTO DBConfig VALUES ('/', '/')",
+        ],
+    ],
+)
+def test_a_database_that_is_a_program(tmp_path: pathlib.Path, statements: t.List[str]) -> None:
+    written_store.write_database(str(tmp_path / "db.sql"), statements)
+    assert libpod_db.recorded(str(tmp_path), str(tmp_path), False) is None
+
+
+# A process that does not answer
+
+SHORT = userns.Limits(silence=0.3, stall=0.3, total=600.0, ending=0.3)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _wait() -> None:
+    from ansible_collections.userns.storage.plugins.module_utils._storage.kernel import steps
+
+    steps.begin("reading /a/path")
+    # As a filesystem of the user that does not answer.
+    signal.sigwait([signal.SIGUSR1])
+
+
+def _ignore_the_end(told: str) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    pathlib.Path(told).touch()
+    signal.sigwait([signal.SIGUSR1])
+
+
+def test_a_stopped_process(alice: Account) -> None:
+    with pytest.raises(WorkerError, match=f"user {alice.name}: .* did not respond"):
+        userns.run(_stop, [], alice, SHORT._replace(stall=600.0))
+
+
+def test_a_process_that_waits_without_end(alice: Account) -> None:
+    limits = SHORT._replace(silence=600.0, stall=3.0)
+    with pytest.raises(WorkerError, match="made no progress for 3 seconds while reading /a/path"):
+        userns.run(_wait, [], alice, limits)
+
+
+def test_a_process_that_ignores_sigterm_is_killed(alice: Account) -> None:
+    told: t.List[int] = []
+    ready = pathlib.Path(alice.home) / "ready"
+
+    def tell() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: told.append(number))
+    try:
+        limits = SHORT._replace(silence=600.0, stall=600.0)
+        with pytest.raises(WorkerError, match="did not terminate on request"):
+            userns.run(_ignore_the_end, [str(ready)], alice, limits)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        teller.join()
+    assert told == [signal.SIGTERM]
+
+
+def _grow() -> None:
+    kept = []
+    while True:
+        kept.append(bytearray(1 << 28))
+
+
+def test_memory_of_the_work_is_bounded(alice: Account) -> None:
+    with pytest.raises(Exception, match="needs more memory"):
+        userns.run(_grow, [], alice)
+
+
+def _everything() -> t.List[t.Any]:
+    return [[]] * 700_000
+
+
+def test_a_result_without_measure(alice: Account) -> None:
+    with pytest.raises(Exception, match="has too many entries.*Process fewer images"):
+        userns.run(_everything, [], alice)

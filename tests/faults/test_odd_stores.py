@@ -1,0 +1,206 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What makers of images and owners of stores can say: an oddity that is told, and never a fault of ours."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import pkgutil
+import typing as t
+
+import hypothesis.internal.conjecture
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import Account
+from ansible_collections.userns.storage.plugins.module_utils._storage.userns import (
+    running as userns,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import written_store
+from support.written_store import IMAGE, MAPPED, TOP
+
+if t.TYPE_CHECKING:
+    from support.lab import Lab
+
+ROUNDS = 40
+MOMENTS = st.sampled_from(
+    [
+        *("0001-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59.999999999Z"),
+        *("9999-12-31T23:59:59-23:59", "0000-00-00T00:00:00Z", "2026-02-31T25:61:61Z"),
+        *("2026-01-01T00:00:00+99:99", "1969-12-31T23:59:59Z", "soon", ""),
+    ]
+)
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.sampled_from([0, -1, 2**32, 2**63, 10**30, 1e308])
+    | st.text(max_size=6)
+    | st.sampled_from(["\udcff", "\ud800", "\0", "\x1b[2J", "__ansible_type", "a" * 5000])
+    | MOMENTS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+TEXTS = st.sampled_from(
+    [b"", b"{", b"[]", b"NaN", b'{"config":NaN}', b'{"config":{},"config":1}', b"[" * 100_000]
+)
+CONFIG = st.one_of(
+    TEXTS,
+    ODD.map(lambda value: json.dumps(value).encode()),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "created": MOMENTS | ODD,
+            "history": ODD,
+            "config": st.fixed_dictionaries({}, optional={"User": ODD, "Labels": ODD}) | ODD,
+            "rootfs": ODD,
+        },
+    ).map(lambda value: json.dumps(value).encode()),
+)
+ACCOUNTS = st.one_of(
+    st.binary(max_size=60),
+    st.sampled_from(
+        [
+            b"app:x:99999999999999999999:1::/:\n",
+            b"app:x:-1:-1::/:\n",
+            b"app:x:" + "²".encode() + b":1::/:\n",
+            b"app:x:1_0:1::/:\n",
+            b"app\n:::::\n",
+            b"app:x:" + b"9" * 5000 + b":1\n",
+        ]
+    ),
+)
+LEDGER = st.one_of(
+    TEXTS,
+    st.fixed_dictionaries(
+        {"version": st.integers(0, 4)},
+        optional={
+            **dict.fromkeys(
+                ("watched_since", "programs", "gaps", "now", "observed", "believed"), ODD
+            ),
+            "layers": st.dictionaries(
+                st.sampled_from([MAPPED, TOP, "x"]),
+                st.fixed_dictionaries(
+                    {"key": st.just("k") | ODD},
+                    optional=dict.fromkeys(("first_seen", "last_used", "idle_from", "trace"), ODD),
+                )
+                | ODD,
+                max_size=3,
+            ),
+        },
+    ).map(lambda value: json.dumps(value).encode()),
+)
+
+
+@st.composite
+def changed_records(draw: st.DrawFn) -> t.Dict[str, t.Any]:
+    """The usual records with some fields of an image or a layer changed."""
+    found = written_store.records()
+    for layer in found["layers"]:
+        layer["created"] = draw(MOMENTS)
+        layer["flags"] = draw(
+            st.just({})
+            | st.fixed_dictionaries(
+                {"userns.storage.origin": st.just("layer_template")},
+                optional={"userns.storage.lease": MOMENTS | ODD, "incomplete": ODD},
+            )
+        )
+    image = found["images"][0]
+    image["created"] = draw(MOMENTS)
+    image["names"] = draw(st.lists(st.text(max_size=9) | st.just("localhost/a:1"), max_size=3))
+    for kind in draw(st.lists(st.sampled_from(sorted(found)), max_size=2)):
+        entry = draw(st.sampled_from(found[kind]))
+        entry[draw(st.sampled_from(sorted(entry)))] = draw(ODD)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alice(lab: Lab) -> t.Iterator[Account]:
+    from support import users
+
+    user = users.add_user(lab)
+    yield Account(user.name, user.uid, user.gid, user.home)
+    users.remove_user(lab, user)
+
+
+def _import_all_of_hypothesis() -> None:
+    """A user may not be able to read it."""
+    for module in pkgutil.walk_packages(
+        hypothesis.internal.conjecture.__path__, "hypothesis.internal.conjecture."
+    ):
+        importlib.import_module(module.name)
+
+
+def _odd_stores(home: str) -> t.Dict[str, int]:
+    """Draw stores and do in each all that the modules do; how each operation ended, how often."""
+    ends: t.Dict[str, int] = {}
+
+    @settings(
+        max_examples=ROUNDS, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(changed_records() | st.just({}), CONFIG, ACCOUNTS, ACCOUNTS, LEDGER, st.booleans())
+    def draw(
+        changed: t.Dict[str, t.Any],
+        config: bytes,
+        passwd: bytes,
+        group: bytes,
+        ledger: bytes,
+        check: bool,
+    ) -> None:
+        files = {
+            f"vfs-images/{IMAGE}/{pathlib.Path(written_store.PLACES[_CONFIG]).name}": config,
+            f"vfs/dir/{TOP}/etc/passwd": passwd,
+            f"vfs/dir/{TOP}/etc/group": group,
+            "userns-storage/ledger.json": ledger,
+        }
+        for end in written_store.operate(written_store.write(home, changed, files), check):
+            ends[end] = ends.get(end, 0) + 1
+        assert "InternalError" not in ends
+        if not changed:
+            assert set(ends) <= {"done", "LayerInUse", *ends}
+
+    draw()
+    return ends
+
+
+_CONFIG = "an image's configuration"
+
+
+def test_odd_images_and_records(alice: Account) -> None:
+    _import_all_of_hypothesis()
+    ends = userns.run(_odd_stores, (f"{alice.home}/made",), alice)
+    print(ends)
+    assert ends["done"] > ROUNDS
+
+
+def _odd_images(home: str) -> int:
+    """With good records, whatever an image says about itself fails nothing."""
+    done = 0
+
+    @settings(
+        max_examples=ROUNDS, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(CONFIG, ACCOUNTS, ACCOUNTS, LEDGER)
+    def draw(config: bytes, passwd: bytes, group: bytes, ledger: bytes) -> None:
+        nonlocal done
+        files = {
+            written_store.PLACES[_CONFIG]: config,
+            written_store.PLACES["an image's passwd"]: passwd,
+            written_store.PLACES["an image's group"]: group,
+            written_store.PLACES["our ledger"]: ledger,
+        }
+        found = written_store.operate(written_store.write(home, None, files), True)
+        assert found == ["done"] * 5 + ["LayerInUse"]
+        done += 1
+
+    draw()
+    return done
+
+
+def test_an_image_fails_no_store(alice: Account) -> None:
+    _import_all_of_hypothesis()
+    assert userns.run(_odd_images, (f"{alice.home}/made",), alice) >= ROUNDS

@@ -1,0 +1,261 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Users who put something else in the place of storage.conf: root acts with their rights only."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import typing as t
+
+import pytest
+from support.lab import Lab
+from support.users import User
+
+Json = t.Dict[str, t.Any]
+SECRET = "only-root-may-read-this"
+WANTED = {"overlay.mountopt": "nodev"}
+
+
+@pytest.fixture
+def user(make_user: t.Callable[..., User]) -> User:
+    return make_user()
+
+
+@pytest.fixture
+def secret(lab: Lab) -> pathlib.Path:
+    """A file that only root may read; valid TOML, so that nothing but its permissions protects it."""
+    path = lab.folder(0o755) / "secret"
+    path.write_text(f'[storage]\ndriver = "overlay"\n# {SECRET}\n')
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def declare(run_module: t.Callable[..., Json], user: User) -> t.Callable[..., Json]:
+    """Run the module for the user."""
+
+    def run(**options: t.Any) -> Json:
+        given = {name: options.pop(name) for name in ("check", "diff", "fails") if name in options}
+        return run_module(
+            "storage_conf", {"user": user.name, "settings": WANTED, **options}, **given
+        )
+
+    return run
+
+
+def everything(folder: t.Union[str, pathlib.Path]) -> t.Dict[str, t.Any]:
+    """All that a folder holds, with owners, modes and content."""
+    found = {}
+    for path in sorted(pathlib.Path(folder).rglob("*")):
+        state = path.lstat()
+        content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        found[str(path)] = (state.st_uid, state.st_gid, state.st_mode, content)
+    return found
+
+
+def link(user: User, path: str, target: t.Union[str, pathlib.Path]) -> None:
+    """Have the user put a link into the home."""
+    place = pathlib.Path(user.home) / path
+    subprocess.run(
+        ["setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups", "sh", "-c",
+         f"mkdir -p {place.parent} && ln -s {target} {place}"],
+        check=True,
+    )  # fmt: skip
+
+
+def refused(result: Json, user: User) -> None:
+    """The error names the user, and a command that root can type."""
+    assert user.name in result["msg"]
+    assert f"runuser -l {user.name} " in result["msg"] or "getent passwd" in result["msg"]
+    assert SECRET not in str(result)
+
+
+def test_a_folder_that_leads_to_roots(declare: t.Any, user: User) -> None:
+    os.makedirs("/etc/containers", exist_ok=True)
+    link(user, ".config/containers", "/etc/containers")
+    before = everything("/etc/containers")
+    foreseen = declare(fails=None, check=True)
+    result = declare(fails=True, check=False)
+    for item in (foreseen, result):
+        if item.get("failed"):
+            refused(item, user)
+    assert "/etc/containers" in result["msg"]
+    assert everything("/etc/containers") == before
+
+
+@pytest.mark.parametrize("path", [".config/containers/storage.conf", ".config"])
+def test_a_link_to_what_only_root_may_read(
+    declare: t.Any, user: User, secret: pathlib.Path, path: str
+) -> None:
+    if path == ".config":
+        (secret.parent / "containers").mkdir(mode=0o700)
+        shutil.copy2(secret, secret.parent / "containers/storage.conf")
+        link(user, path, secret.parent)
+    else:
+        link(user, path, secret)
+    before = everything(secret.parent)
+    refused(declare(fails=True, diff=True), user)
+    assert everything(secret.parent) == before
+    assert SECRET.encode() not in b"".join(item[3] for item in everything(user.home).values())
+
+
+def test_a_pipe(declare: t.Any, user: User) -> None:
+    path = user.write(".config/containers/storage.conf", "")
+    path.unlink()
+    os.mkfifo(path)
+    os.chown(path, user.uid, user.gid)
+    result = declare(fails=True)
+    assert "storage.conf" in result["msg"]
+    assert path.is_fifo()
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/tty", "/proc/self/mem", "/nowhere"])
+def test_a_link_to_a_device_or_to_nothing(declare: t.Any, user: User, target: str) -> None:
+    link(user, ".config/containers/storage.conf", target)
+    assert "storage.conf" in declare(fails=True)["msg"]
+
+
+_SWAP = """
+import os, sys
+folder, secret = sys.argv[1:]
+good = '[storage]\\ndriver = "overlay"\\n'
+while True:
+    with open(f"{folder}/good", "w") as file:
+        file.write(good)
+    os.rename(f"{folder}/good", f"{folder}/storage.conf")
+    os.symlink(secret, f"{folder}/bad")
+    os.rename(f"{folder}/bad", f"{folder}/storage.conf")
+"""
+
+
+def test_swapped_while_it_is_read(declare: t.Any, user: User, secret: pathlib.Path) -> None:
+    folder = user.write(".config/containers/storage.conf", "").parent
+    before = everything(secret.parent)
+    swapper = subprocess.Popen(
+        ["/usr/bin/python3", "-c", _SWAP, str(folder), str(secret)],
+        user=user.uid,
+        group=user.gid,
+        extra_groups=[],
+    )
+    try:
+        for number in range(15):
+            result = declare(settings={"overlay.size": f"{number}G"}, fails=None, diff=True)
+            assert SECRET not in str(result)
+    finally:
+        swapper.kill()
+        swapper.wait()
+    assert everything(secret.parent) == before
+    found = everything(user.home)
+    assert SECRET.encode() not in b"".join(item[3] for item in found.values())
+    assert {item[0] for item in found.values()} == {user.uid}
+
+
+def test_a_users_own_link_is_kept(declare: t.Any, user: User) -> None:
+    """As dotfile managers make it: the file that it leads to is changed."""
+    real = user.write("dotfiles/storage.conf", "# mine\n[storage]\n")
+    real.chmod(0o640)
+    link(user, ".config/containers/storage.conf", real)
+    first = declare(diff=True)
+    assert first["changed"]
+    assert not declare()["changed"]
+    assert (pathlib.Path(user.home) / ".config/containers/storage.conf").is_symlink()
+    assert (
+        real.read_text() == '# mine\n[storage]\n\n[storage.options.overlay]\nmountopt = "nodev"\n'
+    )
+    assert real.stat().st_mode & 0o777 == 0o640
+    backup = pathlib.Path(first["backup_file"])
+    assert backup.read_text() == "# mine\n[storage]\n"
+    assert {item[0] for item in everything(user.home).values()} == {user.uid}
+
+
+def test_check_mode_writes_nothing(declare: t.Any, user: User) -> None:
+    before = everything(user.home)
+    predicted = declare(check=True, diff=True)
+    assert predicted["changed"]
+    assert everything(user.home) == before
+    made = declare(diff=True)
+    assert [item["after"] for item in made["diff"]] == [item["after"] for item in predicted["diff"]]
+    assert not declare(check=True)["changed"]
+
+
+@pytest.mark.parametrize("home", ["/", "/nonexistent", "/root", "relative"])
+def test_a_home_that_is_not_the_users(
+    run_module: t.Callable[..., Json], user: User, lab: Lab, home: str
+) -> None:
+    lab.machine.run(["sed", "-i", f"s#:{user.home}:#:{home}:#", "/etc/passwd"])
+    try:
+        refused(
+            run_module("storage_conf", {"user": user.name, "settings": WANTED}, fails=True), user
+        )
+        assert not os.path.exists("/.config/containers")
+        assert not os.path.exists("/root/.config/containers/storage.conf")
+    finally:
+        lab.machine.run(
+            ["sed", "-i", f"s#:{home}:/bin/bash#:{user.home}:/bin/bash#", "/etc/passwd"]
+        )
+
+
+def test_what_only_a_supplementary_group_may_write(declare: t.Any, user: User, lab: Lab) -> None:
+    lab.machine.run(["groupadd", f"{user.name}g"])
+    lab.machine.run(["usermod", "-aG", f"{user.name}g", user.name])
+    folder = pathlib.Path(user.home) / ".config/containers"
+    user.write(".config/containers/x", "")
+    shutil.chown(folder, "root", f"{user.name}g")
+    folder.chmod(0o770)
+    try:
+        assert declare()["changed"]
+        assert (folder / "storage.conf").stat().st_uid == user.uid
+    finally:
+        lab.machine.run(["groupdel", f"{user.name}g"])
+
+
+def test_the_umask_of_root_does_not_count(declare: t.Any, user: User) -> None:
+    before = os.umask(0o077)
+    try:
+        assert declare()["changed"]
+    finally:
+        os.umask(before)
+    path = pathlib.Path(user.home) / ".config/containers/storage.conf"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert path.parent.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_driver_is_not_changed_under_a_users_store(declare: t.Any, user: User) -> None:
+    user.write(".local/share/containers/storage/vfs-layers/layers.json", "[]")
+    result = declare(settings={"driver": "overlay"}, fails=True)
+    assert "was written by the driver vfs" in result["msg"]
+    assert user.name in result["msg"]
+    assert not (pathlib.Path(user.home) / ".config").exists()
+
+
+def test_a_store_that_leads_to_roots(declare: t.Any, user: User, secret: pathlib.Path) -> None:
+    secret.parent.chmod(0o700)
+    link(user, ".local/share/containers", secret.parent)
+    before = everything(secret.parent)
+    assert declare()["changed"]
+    assert everything(secret.parent) == before
+
+
+@pytest.mark.parametrize("shell", ["/bin/bash", "/usr/sbin/nologin"])
+def test_a_command_in_a_message_works_as_root_types_it(
+    run_module: t.Callable[..., Json], user: User, lab: Lab, shell: str
+) -> None:
+    """In root's home, with root's variables, whatever the user's shell is; and nothing becomes root's."""
+    lab.machine.run(["usermod", "-s", shell, user.name])
+    result = run_module("image_layers_info", {"user": user.name}, fails=True)
+    match = re.search(r"(runuser .*)\. If they differ", result["msg"])
+    assert match, result["msg"]
+    # Without its answer: here podman may not read the cgroups that it tells of.
+    words = match[1].replace("podman info --format", "podman images --noheading --format")
+    words = words.replace("{{.Store.GraphRoot}}", "{{.ID}}")
+    assert words != match[1]
+    environ = {"XDG_RUNTIME_DIR": "/run/user/0"}
+    lab.machine.run(["sh", "-c", words], cwd="/root", env=environ)
+    found = everything(user.home)
+    assert f"{user.home}/.local/share/containers/storage/overlay-images" in found
+    assert 0 not in {item[0] for item in found.values()}

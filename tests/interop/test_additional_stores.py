@@ -1,0 +1,338 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Mapped layers in an additional image store, which ships with them: made while it is writable, used read-only."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import typing as t
+
+import pytest
+from support import hosts, matrix, mounts
+from support.cases import ROOTFUL_MAP, Case
+
+if t.TYPE_CHECKING:
+    from support.hosts import Host
+    from support.images import Image
+    from support.lab import Lab
+    from support.stores import Json, Store
+
+MakeStore = t.Callable[..., "Store"]
+RunModule = t.Callable[..., "Json"]
+POLICY: Json = {"min_age": "0", "max_copies_per_image": 0, "max_used_space": "0"}
+
+
+def only(found: t.Sequence[t.Any]) -> t.Any:
+    (item,) = found
+    return item
+
+
+def in_an_image_of_a_host(store: Store, folder: pathlib.Path) -> None:
+    """What a build of a host's image does with the store that it contains: an archive, and files of it elsewhere."""
+    archive = folder.with_suffix(".tar")
+    words = ["--xattrs", "--xattrs-include=*", "--numeric-owner", "-f", str(archive)]
+    store.tool("tar", *words, "-C", str(store.graphroot), "-c", ".")
+    store.tool("tar", *words, "-C", str(folder), "-x")
+
+
+@pytest.mark.parametrize(
+    ("release", "archived"),
+    [*((release, False) for release in matrix.RELEASES), ("experimental", True)],
+)
+def test_a_container_starts_on_the_mapped_layer_of_a_read_only_store(
+    release: str,
+    archived: bool,
+    make_store: MakeStore,
+    small_image: Image,
+    lab: Lab,
+    host: t.Callable[[str], Host],
+) -> None:
+    machine = hosts.of_release(lab, release, host)
+    # Nobody's main store: no program is configured for it, it is only named.
+    shipped = make_store("overlay-forced", small_image, machine=machine)
+    maker = Case(shipped, small_image)
+    entry = only(maker.layer_template()["layers"])
+    assert entry["action"] == "created"
+    assert maker.layer_template()["changed"] is False
+
+    mount = lab.folder(0o755)
+    if archived:
+        in_an_image_of_a_host(shipped, mount)
+    mounts.mount("--bind", str(mount if archived else shipped.graphroot), str(mount))
+    mounts.mount("-o", "remount,bind,ro", "none", str(mount))
+    reader = make_store("overlay-forced", machine=machine, read_only=[str(mount)])
+    case = Case(reader, small_image)
+    before = shipped.snapshot_of_disk()
+    container = reader.container(case.create("--name=first"))
+    assert reader.layer(container["layer"])["parent"] == entry["layer_id"]
+    # No layer but the container's own.
+    assert reader.layer_ids() == {container["layer"]}
+    assert case.shell("cat /etc/motd; stat -c %u:%g /home/user") == "second\n1000:1000\n"
+    # The module finds it there, and makes none.
+    assert only(case.layer_template()["layers"])["action"] == "existing"
+    image = only(case.info()["images"])
+    assert image["read_only_store"] == str(mount)
+    assert [item["id"] for item in image["mapped_layers"]] == [entry["layer_id"]]
+    assert image["private_copies"] == []
+    # A map that is not there is refused with what to do.
+    refused = case.layer_template(options={"fails": True}, uidmap=["0:300000:65536"])
+    assert f"graphroot: {mount}" in refused["msg"]
+    reader.podman("rm", "first")
+    assert case.call("layer_gc", POLICY)["changed"] is False
+    assert before.changes(shipped.snapshot_of_disk()) == []
+
+
+@pytest.fixture
+def etc(lab: Lab) -> t.Iterator[t.Callable[[str, str], pathlib.Path]]:
+    """Writes files below /etc of the laboratory, and removes them in the end."""
+    made: t.List[pathlib.Path] = []
+
+    def write(name: str, text: str) -> pathlib.Path:
+        path = lab.machine.path(f"/etc/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert not path.exists()
+        path.write_text(text)
+        made.append(path)
+        return path
+
+    yield write
+    for path in made:
+        path.unlink()
+
+
+_DROP_IN = "containers/storage.conf.d/1.conf"
+
+
+class TestConfigurationOfCrio:
+    """CRI-O cannot be installed here: its configuration files and records stand in for it."""
+
+    @pytest.fixture
+    def store(self, make_store: MakeStore, small_image: Image) -> Store:
+        return make_store("vfs", small_image)
+
+    def named(self, store: Store) -> Json:
+        return {**store.module_args(), "driver": store.driver}
+
+    @pytest.mark.parametrize(
+        ("text", "kind"),
+        [
+            ('[crio]\nstorage_option = ["vfs.imagestore={}"]\n', "additional"),
+            ('[crio]\nstorage_option = ["overlay.additionalimagestore=/x,{}/"]\n', "additional"),
+            ('[crio]\nimagestore = "{}"\n', "imagestore"),
+        ],
+    )
+    def test_nothing_is_taken_from_a_store_that_crio_reads(
+        self,
+        text: str,
+        kind: str,
+        store: Store,
+        small_image: Image,
+        run_module: RunModule,
+        etc: t.Any,
+    ) -> None:
+        case = Case(store, small_image)
+        layer = only(case.layer_template()["layers"])["layer_id"]
+        path = etc("crio/crio.conf.d/10-stores.conf", text.format(store.graphroot))
+        told = run_module("image_layers_info", self.named(store))["used_as"]
+        assert [(item["kind"], item["program"], item["source"]) for item in told] == [
+            (kind, "cri-o", str(path))
+        ]
+        kept = only(run_module("layer_gc", {**self.named(store), **POLICY})["kept"])
+        assert (kept["id"], kept["rule"]) == (layer, "shared")
+        assert str(path) in kept["reason"]
+        assert store.mapped_layers(case.image.name) == [layer]
+        named = run_module("layer_gc", {**self.named(store), "layers": [layer], "min_age": "0"})
+        assert [item["id"] for item in named["removed"]] == [layer]
+
+    @pytest.mark.parametrize(
+        ("path", "text", "kind"),
+        [
+            # The same directory by another path.
+            (
+                _DROP_IN,
+                "[storage.options]\nadditionalimagestores = ['LINK']\n",
+                "additional",
+            ),
+            (
+                _DROP_IN,
+                "[storage.options]\nadditionalimagestores = ['BIND']\n",
+                "additional",
+            ),
+            (
+                "crio/crio.conf.d/1.conf",
+                "[crio]\nstorage_option = ['vfs.imagestore=BIND']\n",
+                "additional",
+            ),
+            (_DROP_IN, "[storage]\nimagestore = 'BIND'\n", "imagestore"),
+            # As runtimes accept it.
+            (
+                _DROP_IN,
+                "[Storage.Options]\nAdditionalImageStores = ['HERE']\n",
+                "additional",
+            ),
+            (
+                _DROP_IN,
+                "[storage.options]\nadditionalimagestores = ['/x,HERE']\n",
+                "additional",
+            ),
+            ("crio/crio.conf", "[crio]\nstorage_option = ['VFS.imagestore=HERE']\n", "additional"),
+            # A program that runs may have read it before it was broken.
+            (_DROP_IN, "[storage\n", "unknown"),
+            (
+                _DROP_IN,
+                "[storage.options]\nadditionalimagestores = 'HERE'\n",
+                "unknown",
+            ),
+            (
+                _DROP_IN,
+                '[storage.options]\nadditionalimagestores = ["a\\u0000"]\n',
+                "unknown",
+            ),
+            (
+                "crio/crio.conf",
+                "[crio]\nroot = 1\nstorage_option = ['vfs.imagestore=HERE']\n",
+                "unknown",
+            ),
+        ],
+    )
+    def test_nothing_is_taken_where_the_configuration_names_the_store_otherwise(
+        self,
+        path: str,
+        text: str,
+        kind: str,
+        store: Store,
+        small_image: Image,
+        run_module: RunModule,
+        etc: t.Any,
+    ) -> None:
+        layer = only(Case(store, small_image).layer_template()["layers"])["layer_id"]
+        bind, link = store.base / "bind", store.base / "link"
+        bind.mkdir()
+        mounts.mount("--bind", str(store.graphroot), str(bind))
+        link.symlink_to(store.graphroot)
+        for word, place in (("BIND", bind), ("LINK", link), ("HERE", store.graphroot)):
+            text = text.replace(word, str(place))
+        etc(path, text)
+        self.assert_kept(run_module, store, layer, kind)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("STORAGE_OPTS", "vfs.imagestore=HERE"),
+            ("CONTAINER_STORAGE_OPT", "vfs.imagestore=HERE"),
+            ("CONTAINERS_STORAGE_CONF", "FILE"),
+            ("CONTAINERS_STORAGE_CONF_OVERRIDE", "FILE"),
+        ],
+    )
+    def test_nothing_is_taken_where_variables_name_the_store(
+        self, name: str, value: str, store: Store, small_image: Image, run_module: RunModule
+    ) -> None:
+        layer = only(Case(store, small_image).layer_template()["layers"])["layer_id"]
+        file = store.base / "named.conf"
+        file.write_text(f"[storage.options]\nadditionalimagestores = ['{store.graphroot}']\n")
+        value = value.replace("HERE", str(store.graphroot)).replace("FILE", str(file))
+        self.assert_kept(run_module, store, layer, "additional", {name: value})
+
+    def assert_kept(
+        self,
+        run_module: RunModule,
+        store: Store,
+        layer: str,
+        kind: str,
+        environ: t.Optional[t.Dict[str, str]] = None,
+    ) -> None:
+        """layer_gc takes the layer by no rule, and info says why."""
+        info = run_module("image_layers_info", self.named(store), environ=environ)
+        assert kind in {item["kind"] for item in info["used_as"]}, info["used_as"]
+        result = run_module("layer_gc", {**self.named(store), **POLICY}, environ=environ)
+        assert [(item["id"], item["rule"]) for item in result["kept"]] == [(layer, "shared")]
+        assert store.mapped_layers("localhost/small:1") == [layer]
+
+    def test_the_warning_that_crio_removes_layers_of_its_main_store(
+        self, store: Store, small_image: Image, run_module: RunModule, etc: t.Any
+    ) -> None:
+        etc(
+            "crio/crio.conf",
+            f'[crio]\nroot = "{store.graphroot}"\nrunroot = "{store.runroot}"\n'
+            'storage_driver = "vfs"\n[crio.image]\npause_image = "example.org/pause:9"\n',
+        )
+        asked: Json = {
+            "images": [small_image.name],
+            "uidmap": [ROOTFUL_MAP],
+            "runtime": "cri-o 1.36.3",
+        }
+        # Without graphroot, and not in storage.conf.
+        result = run_module("layer_template", asked)
+        assert result["store"]["graphroot"] == str(store.graphroot)
+        assert only(result["layers"])["action"] == "created"
+        said = str(result["warnings"])
+        for word in (
+            "cri-o 1.36.3 removes a mapped layer",
+            "additional image store",
+            "example.org/pause:9",
+        ):
+            assert word in said
+        info = run_module("image_layers_info", {"runtime": "cri-o 1.36.3"})
+        assert [(item["kind"], item["program"]) for item in info["used_as"]] == [("main", "cri-o")]
+        absent = {**asked, "runtime": "podman 5.4.2", **self.named(store), "state": "absent"}
+        assert not run_module("layer_template", absent).get("warnings")
+
+    def test_in_an_additional_store_layers_last(
+        self, store: Store, small_image: Image, run_module: RunModule, etc: t.Any
+    ) -> None:
+        etc("crio/crio.conf", f'[crio]\nstorage_option = ["vfs.imagestore={store.graphroot}"]\n')
+        result = run_module(
+            "layer_template",
+            {
+                "images": [small_image.name],
+                "uidmap": [ROOTFUL_MAP],
+                "runtime": "cri-o 1.36.3",
+                **self.named(store),
+            },
+        )
+        assert only(result["layers"])["action"] == "created"
+        assert "removes a mapped layer" not in str(result["warnings"])
+
+    def test_the_result_names_which_of_two_installed_programs_counts(
+        self, store: Store, small_image: Image, run_module: RunModule
+    ) -> None:
+        # A stand-in that tells its version and nothing else.
+        folder = store.lab.folder(0o755)
+        (folder / "crio").write_text("#!/bin/sh\necho crio version 1.36.3\n")
+        (folder / "crio").chmod(0o755)
+        environ = {"PATH": f"{folder}:/usr/bin:/bin"}
+        asked: Json = {"images": [small_image.name], **self.named(store)}
+        wanted = {"uidmap": [ROOTFUL_MAP]}
+        said = str(run_module("layer_template", {**asked, **wanted}, environ=environ)["warnings"])
+        assert "set runtime: cri-o" in said
+        assert "podman 4.3.1" in said
+        # The runtime of the task counts for its mappings, too.
+        named = {**asked, "mappings": [wanted], "runtime": "cri-o"}
+        said = str(run_module("layer_template", named, environ=environ)["warnings"])
+        assert "set runtime: cri-o" not in said
+        assert "Each pod of CRI-O" in said
+
+    def test_containers_of_crio_keep_layers_and_are_named_with_its_commands(
+        self, store: Store, small_image: Image, run_module: RunModule, etc: t.Any
+    ) -> None:
+        case = Case(store, small_image)
+        layer = only(case.layer_template()["layers"])["layer_id"]
+        container = store.container(case.create())
+        # As CRI-O records it.
+        path = store.graphroot / "vfs-containers" / "containers.json"
+        records = json.loads(path.read_text())
+        name = "k8s_web_web_default_0b8e5d5c_0"
+        metadata = {"pod-name": name, "pod-id": "a" * 64, "name": name, "metadata-name": "web"}
+        records[0].update(names=[name], metadata=json.dumps(metadata))
+        path.write_text(json.dumps(records))
+        assert only(case.info()["images"])["mapped_layers"][0]["containers"] == [
+            {"id": container["id"], "name": name, "known_to_podman": False}
+        ]
+        refused = case.layer_template(options={"fails": True}, state="absent")
+        assert name in refused["msg"]
+        assert "crictl" in refused["msg"]
+        assert "podman ps" not in refused["msg"]
+        assert case.call("layer_gc", POLICY)["changed"] is False
+        assert store.mapped_layers(case.image.name) == [layer]

@@ -1,0 +1,213 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Images from a real registry with TLS and a password: Debian's docker-registry on a loopback port."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import pathlib
+import typing as t
+
+import pytest
+from support import hosts, matrix
+from support.cases import Case
+from support.injection import Modules
+from support.lab import Lab
+from support.machines import Machine
+from support.registry import PrivateRegistry
+
+if t.TYPE_CHECKING:
+    from support.hosts import Host
+
+MakeCase = t.Callable[..., Case]
+NAME, PASSWORD = "robot", "s3cret pass:word"
+
+
+def trust(registry: PrivateRegistry, machine: Machine) -> None:
+    """Have the programs of a machine accept its certificate."""
+    folder = machine.path(f"/etc/containers/certs.d/{registry.address}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ca.crt").write_text(registry.certificate.read_text())
+
+
+@pytest.fixture
+def registry(lab: Lab, tmp_path: pathlib.Path, make_case: MakeCase) -> t.Iterator[PrivateRegistry]:
+    """It holds the small image as team/small:1, and the laboratory trusts its certificate."""
+    running = PrivateRegistry(tmp_path, NAME, PASSWORD)
+    trust(running, lab.machine)
+    image = make_case("vfs").image
+    lab.machine.run(
+        [
+            *("skopeo", "copy", "--quiet", "--dest-creds", f"{NAME}:{PASSWORD}"),
+            *(f"oci:{image.path}", f"docker://{running.address}/team/small:1"),
+        ]
+    )
+    yield running
+    running.close()
+
+
+def authfile(path: pathlib.Path, address: str, password: str = PASSWORD) -> pathlib.Path:
+    """What podman login writes."""
+    auth = base64.b64encode(f"{NAME}:{password}".encode()).decode()
+    path.write_text(json.dumps({"auths": {address: {"auth": auth}}}))
+    return path
+
+
+def pull(case: Case, address: str, **more: t.Any) -> t.Dict[str, t.Any]:
+    options = more.pop("options", {})
+    args = {"images": [f"{address}/team/small:1"], "measure": "none", "pull": "newer", **more}
+    return case.call("image_layers", args, **options)
+
+
+@pytest.mark.parametrize("setup", ["vfs", "rootless-as-root", "rootless-as-user"])
+def test_username_and_password(
+    lab: Lab, make_case: MakeCase, registry: PrivateRegistry, setup: str
+) -> None:
+    case = make_case(setup)
+    address = registry.address
+    refused = pull(case, address, options={"fails": True})
+    assert "podman login" in refused["msg"]
+    assert f"login {address}" in refused["msg"]
+    assert "Set username and password, or authfile" in refused["msg"]
+    if setup == "rootless-as-root":
+        assert f"runuser -l {case.store.user.name} " in refused["msg"]  # type: ignore[union-attr]
+    wrong = pull(case, address, username=NAME, password="something else", options={"fails": True})
+    assert "something else" not in json.dumps(wrong["msg"])
+    login = {"username": NAME, "password": PASSWORD}
+    foreseen = pull(case, address, **login, options={"check": True})
+    assert foreseen["actions"] == ["pulled"]
+    pulled = pull(case, address, **login)
+    assert pulled["changed"] is True
+    again = pull(case, address, **login)
+    assert again["changed"] is False
+    # Nothing of it stays, and the result does not tell the password.
+    shown = json.dumps([refused, wrong, foreseen, pulled, again])
+    assert PASSWORD not in shown
+    assert base64.b64encode(f"{NAME}:{PASSWORD}".encode()).decode() not in shown
+
+
+@pytest.mark.parametrize("release", matrix.RELEASES)
+def test_username_and_password_are_only_in_memory(
+    lab: Lab,
+    make_case: MakeCase,
+    registry: PrivateRegistry,
+    host: t.Callable[[str], Host],
+    release: str,
+) -> None:
+    """Whatever a program starts finds them, also in the user's namespace, and no process keeps them."""
+    machine = hosts.of_release(lab, release, host)
+    trust(registry, machine)
+    case = make_case("rootless-as-root", machine=machine)
+    login = {"username": NAME, "password": PASSWORD}
+    assert pull(case, registry.address, **login)["changed"] is True
+    case.store.podman("rmi", "--all", "--force")
+    done = pull(case, registry.address, **login, userns="keep-id")
+    assert [item["status"] for item in done["mappings"]] == ["mapped"]
+    names = []
+    # Of all processes: those that cannot be traced belong to root.
+    for link in pathlib.Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(link))
+    assert names
+    assert [name for name in names if "memfd:userns-storage" in name] == []
+    for place in ("/run", "/tmp", "/var/tmp"):
+        assert [*machine.path(place).glob("userns-storage-*")] == []
+
+
+def test_no_file_has_username_and_password_at_any_time(
+    lab: Lab, make_case: MakeCase, registry: PrivateRegistry
+) -> None:
+    case = make_case("rootless-as-root")
+    user = case.store.user
+    assert user is not None
+    args = {"images": [f"{registry.address}/team/small:1"], "pull": "always", "user": user.name}
+    words = {**case.store.module_args(), **args, "username": NAME, "password": PASSWORD}
+    modules = Modules(lab)
+    try:
+        run = modules.run("image_layers", words, below="", record=True)
+        assert run.result["changed"], run.output
+        # So none is left after a kill.
+        made = {path for call in run.calls for path in call.paths if "/userns-storage-" in path}
+        assert made == set()
+    finally:
+        modules.close()
+
+
+def test_a_file_with_credentials(
+    lab: Lab, make_case: MakeCase, registry: PrivateRegistry, tmp_path: pathlib.Path
+) -> None:
+    case = make_case("rootless-as-root")
+    user = case.store.user
+    assert user is not None
+    address = registry.address
+    own = authfile(pathlib.Path(user.home, "auth.json"), address)
+    os.chmod(own, 0o600)
+    os.chown(own, user.uid, user.gid)
+    missing = pull(case, address, authfile="/no/auth.json", options={"fails": True})
+    assert missing["msg"].startswith("authfile /no/auth.json: does not exist on this host")
+    assert f"podman login --authfile /no/auth.json {address}" in missing["msg"]
+    hidden = authfile(pathlib.Path("/run/hidden-auth.json"), address)
+    os.chmod(hidden, 0o600)
+    unreadable = pull(case, address, authfile=str(hidden), options={"fails": True})
+    assert "the owner of the store cannot read it" in unreadable["msg"]
+    hidden.unlink()
+    pulled = pull(case, address, authfile=str(own))
+    assert pulled["actions"] == ["pulled"]
+
+
+def test_the_variable_of_the_task(lab: Lab, make_case: MakeCase, registry: PrivateRegistry) -> None:
+    """For root's store, and for a user's where that user can read the file."""
+    path = authfile(pathlib.Path("/run/auth.json"), registry.address)
+    environ = {"REGISTRY_AUTH_FILE": str(path)}
+    for setup, mode in (("vfs", 0o600), ("rootless-as-root", 0o644)):
+        case = make_case(setup)
+        os.chmod(path, mode)
+        pulled = pull(case, registry.address, options={"environ": environ})
+        assert pulled["actions"] == ["pulled"]
+    os.chmod(path, 0o600)
+    refused = pull(
+        make_case("rootless-as-root"),
+        registry.address,
+        options={"environ": environ, "fails": True},
+    )
+    assert "Set username and password, or authfile" in refused["msg"]
+    path.unlink()
+
+
+def test_podman_without_skopeo(lab: Lab, make_case: MakeCase, registry: PrivateRegistry) -> None:
+    """podman alone reads the same file."""
+    case = make_case("vfs")
+    login = {"username": NAME, "password": PASSWORD}
+    folder = lab.machine.path("/run/programs")
+    folder.mkdir()
+    (folder / "podman").symlink_to("/usr/bin/podman")
+    environ = {"PATH": "/run/programs:/usr/sbin:/sbin"}
+    pulled = pull(case, registry.address, pull="missing", **login, options={"environ": environ})
+    assert pulled["actions"] == ["pulled"]
+
+
+@pytest.mark.parametrize("setup", ["vfs", "rootless-as-root"])
+def test_layer_template_pulls_what_is_missing(
+    make_case: MakeCase, registry: PrivateRegistry, setup: str
+) -> None:
+    case = make_case(setup)
+    name = f"{registry.address}/team/small:1"
+    login = {"username": NAME, "password": PASSWORD}
+    missing = case.layer_template(images=[name], options={"fails": True})
+    assert "is not in the store" in missing["msg"]
+    wanted: t.Dict[str, t.Any] = {"images": [case.image.name, name], "pull": "missing", **login}
+    # The small image itself is there, but not under this name.
+    foreseen = case.layer_template(**wanted, options={"check": True})
+    assert foreseen["pulled"] == [name]
+    assert foreseen["changed"] is True
+    made = case.layer_template(**wanted)
+    assert made["pulled"] == [name]
+    assert made["layers"][-1]["action"] == "created"
+    again = case.layer_template(**wanted)
+    assert (again["pulled"], again["changed"]) == ([], False)
+    # Only vfs makes each start slow.
+    assert ("uses the driver vfs" in str(made.get("warnings"))) == (setup == "vfs")

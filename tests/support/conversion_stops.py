@@ -1,0 +1,202 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A conversion in place that is stopped at the calls with which it changes the filesystem, and what must hold then."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+import typing as t
+
+from . import subvolumes
+from .conversions import texts, words
+from .injection import CONVERSION, KILL, Modules, Run
+from .lab import Lab
+from .machines import Machine
+from .stops import MAP, OTHER_IMAGE, spread, tiny_image
+from .stores import Store
+
+Tree = t.Dict[str, t.Tuple[t.Any, ...]]
+
+
+class Conversions:
+    """A store with an image to convert and another one, put back as it was after each stop."""
+
+    def __init__(self, lab: Lab, store: Store, machines: t.Sequence[Machine]) -> None:
+        self.store, self.machines = store, machines
+        self.image, other = tiny_image(lab), tiny_image(lab, OTHER_IMAGE)
+        for image in (self.image, other):
+            store.load(image)
+        # podman's own first steps in a store are taken before it is kept.
+        store.podman("rm", store.create(OTHER_IMAGE))
+        self.modules = Modules(lab)
+        # In a user's namespace there are 65,536 IDs.
+        self.map = "0:1:2000" if store.user else MAP
+        self.asked = words(store, [self.image.name], [self.map])
+        self.before = {name: self._trees(name) for name in (self.image.name, OTHER_IMAGE)}
+        self._saved = store.base / ("disk/saved" if (store.base / "disk").is_dir() else "saved")
+        self._save("before")
+        self.seen: t.Dict[str, int] = {}
+
+    def run(self, at: int = 0, what: str = "") -> Run:
+        """Convert, and stop at a point."""
+        below = str(self.store.graphroot)
+        return self.modules.run(CONVERSION, self.asked, below=below, at=at, what=what)
+
+    def _save(self, name: str) -> None:
+        shutil.rmtree(self._saved / name, ignore_errors=True)
+        (self._saved / name).mkdir(parents=True)
+        self._copy(self.store.graphroot, self._saved / name)
+
+    def restore(self, name: str = "before") -> None:
+        """Put a copy of the store in its place."""
+        for entry in os.scandir(self.store.graphroot):
+            if entry.is_dir(follow_symlinks=False):
+                # It may be a mount of podman's.
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+        self._copy(self._saved / name, self.store.graphroot)
+
+    def _copy(self, source: pathlib.Path, target: pathlib.Path) -> None:
+        if self.store.driver == "btrfs":
+            subvolumes.copy(str(source), str(target))
+        else:
+            subprocess.run(["cp", "-a", f"{source}/.", str(target)], check=True)
+
+    def kill_everywhere(self, most: int = 0) -> int:
+        """Kill the conversion at each such call, or at so many of them from the first to the last, and look."""
+        points = self.run().points
+        self.restore()
+        chosen = list(spread(points, most)) if most else list(range(1, points + 1))
+        for at in chosen:
+            assert self.run(at, KILL).at is not None
+            self.look(may_be_lost=True)
+            self.restore()
+        # It is lost for as short as that takes, and not at the first call or the last.
+        assert set(self.seen) == {"old", "lost", "new"}
+        return len(chosen)
+
+    # What must hold
+
+    def look(self, may_be_lost: bool) -> None:
+        """Each podman can use the store, and finds each image whole, in the old or the new form.
+
+        :param may_be_lost: whether the image may be gone; then a pull brings it back
+        """
+        form = ""
+        self._save("left")
+        for machine in self.machines:
+            self.restore("left")
+            self._told(machine)
+            assert self._form(OTHER_IMAGE) == "old"
+            form = self._form(self.image.name)
+            assert form != "lost" or may_be_lost
+        self.seen[form] = self.seen.get(form, 0) + 1
+        self.store.load(self.image)
+        assert self._form(self.image.name) in ("old", "new")
+        self._told(machine)
+        done = self.run()
+        assert not done.result.get("failed"), done.output
+        assert self._form(self.image.name) == "new"
+        assert self._form(OTHER_IMAGE) == "old"
+        self._told(machine)
+
+    def incomplete_layers(self, graphroot: pathlib.Path) -> int:
+        """How many layers of a copy of the store are marked as incomplete; the others are as their records say."""
+        driver = self.store.driver
+        records = json.loads((graphroot / f"{driver}-layers/layers.json").read_text())
+        trees = {**self.before[self.image.name], **self.before[OTHER_IMAGE]}
+        incomplete = 0
+        for record in records:
+            if "incomplete" in record.get("flags", {}):
+                incomplete += 1
+                assert record["id"] in self.before[self.image.name]
+            elif record["id"] in trees:
+                mapped = bool(record.get("uidmap"))
+                place = graphroot / driver / ("subvolumes" if driver == "btrfs" else "")
+                folder = place / record["id"] / ("diff" if driver == "overlay" else "")
+                tree = _tree(folder, functools.partial(self._container_id, mapped=mapped))
+                assert tree == trees[record["id"]]
+        return incomplete
+
+    def form(self) -> str:
+        """Whether the image has its old form or the new one, or is lost."""
+        return self._form(self.image.name)
+
+    def _told(self, machine: Machine) -> None:
+        commands = [["images", "-a"], ["ps", "-a", "--external"], ["system", "df", "-v"]]
+        for command in commands:
+            self._podman(machine, "podman", *command)
+        if machine is not self.store.lab.machine:
+            self._podman(machine, "containers-storage", "check")
+
+    def _podman(self, machine: Machine, *command: str) -> None:
+        store = self.store
+        done = machine.run(list(command), account=store.account, env=store.env(), check=False)
+        assert done.rc == 0, f"{machine.name}: {done}"
+
+    def _form(self, name: str) -> str:
+        """Whether an image has its old form, the new one, or is lost; nothing else is allowed."""
+        found = [image for image in self.store.images() if name in image.get("names", ())]
+        if not found:
+            return "lost"
+        maps = set()
+        layer = found[0]["layer"]
+        while layer:
+            record = self.store.layer(layer)
+            assert "incomplete" not in record.get("flags", {})
+            maps.add((*texts(record, "uidmap"), *texts(record, "gidmap")))
+            layer = record.get("parent", "")
+        (only,) = maps
+        assert only in ((), (self.map, self.map))
+        trees = self._trees(name, bool(only))
+        assert trees == self.before[name]
+        return "new" if only else "old"
+
+    def _container_id(self, host_id: int, mapped: bool) -> int:
+        """The ID that a container with the map, or without one, sees."""
+        user = self.store.user
+        if user is None:
+            return host_id - 100000 * mapped
+        inner = 0 if host_id == user.uid else host_id - user.subuid_start + 1
+        return inner - mapped
+
+    def _trees(self, name: str, mapped: bool = False) -> t.Dict[str, Tree]:
+        """The files of each layer of an image, with the owners that containers see."""
+        trees = {}
+        layer = self.store.image(name)["layer"]
+        while layer:
+            folder = self.store.layer_folder(layer)
+            trees[layer] = _tree(
+                folder / "diff" if self.store.driver == "overlay" else folder,
+                lambda host_id: self._container_id(host_id, mapped),
+            )
+            layer = self.store.layer(layer).get("parent", "")
+        return trees
+
+
+def _tree(root: pathlib.Path, container_id: t.Callable[[int], int]) -> Tree:
+    found: Tree = {}
+    for folder, folders, names in os.walk(root):
+        for name in (".", *folders, *names):
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            if stat.S_ISCHR(status.st_mode):
+                continue
+            owner = (container_id(status.st_uid), container_id(status.st_gid))
+            if folder == str(root) and name == "." and not status.st_uid:
+                # A runtime that mounts a layer gives its root directory to the root of the host.
+                owner = (0, 0)
+            values = [
+                (key, os.getxattr(path, key, follow_symlinks=False))
+                for key in sorted(os.listxattr(path, follow_symlinks=False))
+            ]
+            found[os.path.relpath(path, root)] = (oct(status.st_mode), *owner, values)
+    return found

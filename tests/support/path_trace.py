@@ -1,0 +1,258 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whole programs with all that they start, stopped by the kernel at each system call that resolves a path.
+
+The tracer notes who makes calls about paths below given folders: with which filesystem UID, as the host counts users
+(/proc/PID/status is translated to the reader's user namespace). So it tells root from a process that is UID 0 in a
+user's namespace only. Paths are taken as they are given and, for root, also with all links followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import typing as t
+
+from . import injection
+
+Json = t.Dict[str, t.Any]
+
+# f: a descriptor that no path follows; p: a path below the working directory; a: a folder's descriptor and a path.
+_FORMS = {
+    "open": "p", "creat": "p", "openat": "a", "openat2": "a", "stat": "p", "lstat": "p", "newfstatat": "a",
+    "statx": "a", "statfs": "p", "access": "p", "faccessat": "a", "faccessat2": "a", "readlink": "p",
+    "readlinkat": "a", "chdir": "p", "chroot": "p", "execve": "p", "execveat": "a", "truncate": "p",
+    "rename": "pp", "renameat": "aa", "renameat2": "aa", "link": "pp", "linkat": "aa", "symlink": "-p",
+    "symlinkat": "-a", "unlink": "p", "unlinkat": "a", "mkdir": "p", "mkdirat": "a", "rmdir": "p", "mknod": "p",
+    "mknodat": "a", "chmod": "p", "fchmodat": "a", "fchmodat2": "a", "chown": "p", "lchown": "p", "fchownat": "a",
+    "utime": "p", "utimes": "p", "futimesat": "a", "utimensat": "a", "setxattr": "p", "lsetxattr": "p",
+    "getxattr": "p", "lgetxattr": "p", "listxattr": "p", "llistxattr": "p", "removexattr": "p",
+    "lremovexattr": "p", "inotify_add_watch": "-p", "fanotify_mark": "----p", "name_to_handle_at": "a", "mount": "pp",
+    "umount2": "p", "pivot_root": "pp", "open_tree": "a", "move_mount": "aa", "mount_setattr": "a",
+}  # fmt: skip
+_X86_64 = {
+    "open": 2, "stat": 4, "lstat": 6, "access": 21, "execve": 59, "truncate": 76, "chdir": 80, "rename": 82,
+    "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89, "chmod": 90,
+    "chown": 92, "lchown": 94, "utime": 132, "mknod": 133, "statfs": 137, "pivot_root": 155, "chroot": 161,
+    "mount": 165, "umount2": 166, "setxattr": 188, "lsetxattr": 189, "getxattr": 191, "lgetxattr": 192,
+    "listxattr": 194, "llistxattr": 195, "removexattr": 197, "lremovexattr": 198, "utimes": 235,
+    "inotify_add_watch": 254, "openat": 257, "mkdirat": 258, "mknodat": 259, "fchownat": 260, "futimesat": 261,
+    "newfstatat": 262, "unlinkat": 263, "renameat": 264, "linkat": 265, "symlinkat": 266, "readlinkat": 267,
+    "fchmodat": 268, "faccessat": 269, "utimensat": 280, "fanotify_mark": 301, "name_to_handle_at": 303,
+    "renameat2": 316, "execveat": 322, "statx": 332, "open_tree": 428, "move_mount": 429, "openat2": 437,
+    "faccessat2": 439, "mount_setattr": 442, "fchmodat2": 452,
+}  # fmt: skip
+_AARCH64 = {
+    "setxattr": 5, "lsetxattr": 6, "getxattr": 8, "lgetxattr": 9, "listxattr": 11, "llistxattr": 12,
+    "removexattr": 14, "lremovexattr": 15, "inotify_add_watch": 27, "mknodat": 33, "mkdirat": 34, "unlinkat": 35,
+    "symlinkat": 36, "linkat": 37, "renameat": 38, "umount2": 39, "mount": 40, "pivot_root": 41, "statfs": 43,
+    "truncate": 45, "faccessat": 48, "chdir": 49, "chroot": 51, "fchmodat": 53, "fchownat": 54, "openat": 56,
+    "readlinkat": 78, "newfstatat": 79, "utimensat": 88, "execve": 221, "fanotify_mark": 263,
+    "name_to_handle_at": 264, "renameat2": 276, "execveat": 281, "statx": 291, "open_tree": 428, "move_mount": 429,
+    "openat2": 437, "faccessat2": 439, "mount_setattr": 442, "fchmodat2": 452,
+}  # fmt: skip
+_NUMBERS = _AARCH64 if os.uname().machine == "aarch64" else _X86_64
+_NAMES = {number: name for name, number in _NUMBERS.items()}
+_ROOTS_OWN = tuple(
+    f"{path}/" for path in ("/usr", "/lib", "/proc", "/sys", sys.prefix, sys.base_prefix)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A program that has ended.
+
+    :ivar as_root: calls that root has made about paths below the folders, each as "PROGRAM: CALL(PATH)"
+    :ivar as_others: how many calls each other filesystem UID of the host has made there
+    """
+
+    rc: int
+    output: str
+    as_root: t.Tuple[str, ...]
+    as_others: t.Mapping[int, int]
+
+
+def trace(
+    words: t.Sequence[str],
+    below: t.Iterable[t.Union[str, pathlib.Path]],
+    *,
+    env: t.Optional[t.Mapping[str, str]] = None,
+    cwd: str = "/",
+    until: t.Optional[t.Callable[[str], bool]] = None,
+) -> Trace:
+    """Run a program to its end and see who resolves paths below folders.
+
+    :param until: for a program that does not end by itself: called with its output, true ends it
+    """
+    with tempfile.TemporaryDirectory(prefix="trace", dir="/run") as folder:
+        log, output = f"{folder}/log", f"{folder}/output"
+        asked = {"words": list(words), "below": [str(item) for item in below], "log": log}
+        with open(output, "wb") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-B", "-m", "support.path_trace", json.dumps(asked)],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                cwd=cwd,
+                env={
+                    **(os.environ if env is None else env),
+                    "PATH_TRACE_PYTHONPATH": (os.environ if env is None else env).get(
+                        "PYTHONPATH", ""
+                    ),
+                    "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+                },
+            )
+        while until is not None and process.poll() is None:
+            if until(pathlib.Path(output).read_text(errors="replace")):
+                process.send_signal(signal.SIGTERM)
+                break
+            try:
+                process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+        process.wait()
+        text = pathlib.Path(output).read_text(errors="replace")
+        try:
+            found = json.loads(pathlib.Path(log).read_text())
+        except FileNotFoundError:
+            raise RuntimeError(text) from None
+    others = {int(uid): count for uid, count in found["others"].items()}
+    return Trace(found["rc"], text, tuple(found["root"]), others)
+
+
+def _install_filter() -> None:
+    numbers = sorted(_NAMES)
+    code = [(0x20, 0, 0, 0)]
+    code += [(0x15, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
+    code += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x7FF00000)]
+    body = b"".join(struct.pack("<HBBI", *item) for item in code)
+    buffer = ctypes.create_string_buffer(body, len(body))
+    program = struct.pack("@HxxxxxxP", len(code), ctypes.addressof(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(22, ctypes.c_ulong(2), ctypes.c_char_p(program), 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "seccomp")
+
+
+class _Tracer:
+    def __init__(self, words: t.Sequence[str], below: t.Sequence[str]) -> None:
+        self.words = words
+        self.below = tuple(below)
+        self.root: t.List[str] = []
+        self.others: t.Dict[int, int] = {}
+        self.known: t.Set[int] = set()
+        self.first = 0
+        self.status = 0
+
+    def run(self) -> Json:
+        self.first = os.fork()
+        if self.first == 0:
+            self._child()
+        signal.signal(signal.SIGTERM, lambda *_args: os.kill(self.first, signal.SIGTERM))
+        self.known.add(self.first)
+        os.waitpid(self.first, injection._WALL)
+        injection._ptrace(injection._SETOPTIONS, self.first, 0, injection._OPTIONS)
+        injection._ptrace(injection._CONT, self.first)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, injection._WALL)
+            except ChildProcessError:
+                break
+            if not os.WIFSTOPPED(status):
+                self.known.discard(pid)
+                if pid == self.first:
+                    # What it has left running, podman's pause process above all, ends with the tracer.
+                    self.status = os.waitstatus_to_exitcode(status)
+                    break
+                continue
+            signal_number = self._stopped(pid, status)
+            try:
+                injection._ptrace(injection._CONT, pid, 0, signal_number)
+            except ProcessLookupError:
+                continue
+        return {"rc": self.status, "root": self.root, "others": self.others}
+
+    def _child(self) -> t.NoReturn:
+        try:
+            injection._ptrace(injection._TRACEME, 0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            environ = dict(os.environ)
+            environ["PYTHONPATH"] = environ.pop("PATH_TRACE_PYTHONPATH")
+            _install_filter()
+            os.execvpe(self.words[0], list(self.words), environ)
+        finally:
+            os._exit(127)
+
+    def _stopped(self, pid: int, status: int) -> int:
+        number, event = os.WSTOPSIG(status), status >> 16
+        if event == injection._EVENT_SECCOMP:
+            # It has ended, or gave a pointer that leads nowhere.
+            with contextlib.suppress(OSError, ValueError):
+                self._called(pid)
+            return 0
+        if event:
+            return 0
+        if pid not in self.known and number == signal.SIGSTOP:
+            self.known.add(pid)
+            return 0
+        return number
+
+    def _called(self, pid: int) -> None:
+        buffer = ctypes.create_string_buffer(88)
+        injection._ptrace(injection._SYSCALL_INFO, pid, len(buffer), ctypes.addressof(buffer))
+        number, *args = struct.unpack_from("<7Q", buffer, 24)
+        name = _NAMES[number]
+        for path in self._paths(pid, name, args):
+            # Links are followed only where somebody else than root can have put one.
+            real = path if path.startswith(_ROOTS_OWN) else os.path.realpath(path)
+            if self._counts(path) or self._counts(real):
+                uid = injection._uid(pid)
+                if uid:
+                    self.others[uid] = self.others.get(uid, 0) + 1
+                elif len(self.root) < 200:
+                    self.root.append(f"{self._program(pid)}: {name}({path})")
+
+    def _counts(self, path: str) -> bool:
+        return any(path == item or path.startswith(f"{item}/") for item in self.below)
+
+    @staticmethod
+    def _program(pid: int) -> str:
+        with open(f"/proc/{pid}/cmdline", "rb") as words:
+            return words.read()[:200].replace(b"\0", b" ").decode("utf-8", "replace").strip()
+
+    @staticmethod
+    def _paths(pid: int, name: str, args: t.Sequence[int]) -> t.Iterator[str]:
+        memory = injection._Memory(pid)
+        place = 0
+        for form in _FORMS[name]:
+            folder = injection._AT_FDCWD
+            if form == "a":
+                folder = args[place]
+                place += 1
+            # An empty path means the descriptor itself, which somebody has opened before.
+            given = memory.text(args[place]) if form in "pa" and args[place] else ""
+            if given.startswith("/") and not given.startswith("/proc/"):
+                yield os.path.normpath(given)
+            elif given:
+                yield memory.path(memory.descriptor(folder), args[place])
+            place += 1
+
+
+def _main(asked: Json) -> int:
+    found = _Tracer(asked["words"], asked["below"]).run()
+    with open(asked["log"], "w", encoding="utf-8") as log:
+        json.dump(found, log)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(json.loads(sys.argv[1])))

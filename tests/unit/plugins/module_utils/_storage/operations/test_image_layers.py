@@ -1,0 +1,177 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Names of images, and which layers go with one."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    ConfigError,
+    LayerInUse,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
+    image_layers,
+    image_removal,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.records import (
+    Container,
+    Image,
+    Layer,
+    new_record,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.snapshot import (
+    Snapshot,
+)
+
+
+def layer(letter: str, parent: str = "") -> Layer:
+    raw: t.Dict[str, t.Any] = {"id": letter * 64, "created": "2026-01-01T00:00:00Z"}
+    if parent:
+        raw["parent"] = parent * 64
+    return new_record(Layer, raw, "layers.json")
+
+
+def image(letter: str, top: str, mapped: str = "", names: t.Sequence[str] = ()) -> Image:
+    raw = {
+        "id": letter * 64,
+        "layer": top * 64,
+        "mapped-layers": [item * 64 for item in mapped],
+        "names": list(names),
+        "created": "2026-01-01T00:00:00Z",
+    }
+    return new_record(Image, raw, "images.json")
+
+
+def container(letter: str, of: str, own: str, name: str) -> Container:
+    raw = {
+        "id": letter * 64,
+        "image": of * 64,
+        "layer": own * 64,
+        "names": [name],
+        "created": "2026-01-01T00:00:00Z",
+    }
+    return new_record(Container, raw, "containers.json")
+
+
+def snapshot(*records: t.Union[Layer, Image, Container]) -> Snapshot:
+    return Snapshot(
+        {record.id: record for record in records if isinstance(record, Layer)},
+        {record.id: record for record in records if isinstance(record, Image)},
+        {record.id: record for record in records if isinstance(record, Container)},
+    )
+
+
+# a is the base of b and c, d and e are mapped copies of b.
+LAYERS = [layer("a"), layer("b", "a"), layer("c", "a"), layer("d", "a"), layer("e", "a")]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "full"),
+    [
+        ("app", "oci:/x", "localhost/app:latest"),
+        ("app:1", "oci:/x", "localhost/app:1"),
+        ("team/app:1", "oci:/x", "localhost/team/app:1"),
+        ("app", "", "docker.io/library/app:latest"),
+        ("team/app:1", "", "docker.io/team/app:1"),
+        ("quay.io/app", "", "quay.io/app:latest"),
+        ("docker.io/nextcloud:stable", "oci:/x", "docker.io/library/nextcloud:stable"),
+        ("docker.io/nextcloud:stable", "", "docker.io/library/nextcloud:stable"),
+        ("index.docker.io/nextcloud", "", "docker.io/library/nextcloud:latest"),
+        ("docker://docker.io/nextcloud", "", "docker.io/library/nextcloud:latest"),
+        ("docker://nextcloud:1", "", "docker.io/library/nextcloud:1"),
+        ("localhost:5000/app:2", "", "localhost:5000/app:2"),
+    ],
+)
+def test_names_are_completed(name: str, source: str, full: str) -> None:
+    assert image_layers._full_name(name, source) == full
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " app",
+        "sha256:" + "0" * 64,
+        "app@sha256:" + "0" * 64,
+        "App",
+        "quay.io/App:1",
+        "app:" + "1" * 129,
+    ],
+)
+def test_what_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="is not an image reference|is an ID|has a digest"):
+        image_layers._full_name(name, "oci:/x")
+
+
+def test_mapped_layers_go_before_the_template_and_parents_last() -> None:
+    one = image("1", "b", "de")
+    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], *LAYERS[3:], one), one)
+    assert [name[0] for name in found] == ["d", "e", "b", "a"]
+
+
+def test_layers_that_others_need_stay() -> None:
+    one, other = image("1", "b", "d"), image("2", "c")
+    found = image_removal.layers_of_removal(snapshot(*LAYERS[:4], one, other), one)
+    assert [name[0] for name in found] == ["d", "b"]
+
+
+def test_a_shared_top_layer_stays() -> None:
+    one, other = image("1", "b", "d"), image("2", "b")
+    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], LAYERS[3], one, other), one)
+    assert [name[0] for name in found] == ["d"]
+
+
+def test_entries_without_a_record_are_passed_over() -> None:
+    one = image("1", "b", "9d")
+    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], LAYERS[3], one), one)
+    assert [name[0] for name in found] == ["d", "b", "a"]
+
+
+def test_each_container_in_the_way_is_named() -> None:
+    one = image("1", "b", "d", ["localhost/app:1"])
+    whole = snapshot(
+        *LAYERS[:2],
+        LAYERS[3],
+        layer("6", "d"),
+        layer("7", "b"),
+        one,
+        container("8", "1", "6", "mapped"),
+        container("9", "1", "7", "plain"),
+    )
+    with pytest.raises(LayerInUse, match=r"localhost/app:1: .*mapped.*plain") as told:
+        image_layers._refuse(whole, one)
+    assert len(told.value.facts["users"]) == 2
+
+
+def test_tagging_keeps_the_history_as_the_runtime_does() -> None:
+    raw: t.Dict[str, t.Any] = {"names": ["a:1"], "names-history": ["a:1"]}
+    image_layers._add_names(raw, ["b:1", "c:1"])
+    assert raw["names"] == ["a:1", "b:1", "c:1"]
+    assert raw["names-history"] == ["c:1", "b:1", "a:1"]
+    image_layers._drop_names(raw, ["a:1", "b:1", "c:1"])
+    assert "names" not in raw
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("localhost/app:1", "localhost/app:1"),
+        ("app:1", "localhost/app:1"),
+        ("app", ""),
+        ("other", "quay.io/x/other:latest"),
+        ("1111", ""),
+        ("docker.io/next:1", "docker.io/library/next:1"),
+        ("index.docker.io/next:1", "docker.io/library/next:1"),
+        ("next:1", "docker.io/library/next:1"),
+        ("App:1", ""),
+        ("sha256:" + "1" * 64, ""),
+    ],
+)
+def test_the_name_that_a_reference_means(reference: str, name: str) -> None:
+    one = image(
+        "1", "b", "", ["localhost/app:1", "quay.io/x/other:latest", "docker.io/library/next:1"]
+    )
+    assert image_layers._name_meant(reference, one) == name

@@ -1,0 +1,49 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The command that a message gives for an image that could not be brought: it works on the same store."""
+
+from __future__ import annotations
+
+import shutil
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage import as_user
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StoreError
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.image_tools import (
+    Tools,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.store_opening import (
+    StoreRequest,
+)
+
+SOURCE = "docker://registry.example/app:1"
+
+
+def hint(programs: t.Collection[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The hint where the first program fails; which is found is all that is not real."""
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in programs else None)
+    monkeypatch.setattr(
+        as_user,
+        "execute",
+        lambda words, account, variables, files: as_user.Finished(1, "", "", "no route"),
+    )
+    tools = Tools(StoreRequest(), "overlay", "/my store", "/run/s", "")
+    with pytest.raises(StoreError) as caught:
+        tools.copy(SOURCE, "registry.example/app:1")
+    return caught.value.hint
+
+
+def test_skopeo_gets_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hint(("skopeo", "podman"), monkeypatch) == (
+        f"Run it manually: skopeo copy --quiet {SOURCE} "
+        "'containers-storage:[overlay@/my store+/run/s]registry.example/app:1'"
+    )
+
+
+def test_podman_gets_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hint(("podman",), monkeypatch) == (
+        "Run it manually: podman --root '/my store' --runroot /run/s --storage-driver overlay "
+        f"pull --quiet {SOURCE}"
+    )

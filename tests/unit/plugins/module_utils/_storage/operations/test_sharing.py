@@ -1,0 +1,39 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Overlay mounts whose layers belong to a store, by whatever path they name it."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import sharing
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "found"),
+    [
+        ("GRAPH/overlay/l/A:GRAPH/overlay/l/B", "/other/overlay/1/diff", True),
+        ("LINK/overlay/l/A:/other/overlay/l/B", "/other/overlay/1/diff", True),
+        ("/other/overlay/l/B:LINK/overlay/1/diff", "/other/overlay/1/diff", True),
+        # A container of the store itself.
+        ("GRAPH/overlay/l/A", "GRAPH/overlay/1/diff", False),
+        ("LINK/overlay/l/A", "GRAPH/overlay/1/diff", False),
+        # Nothing is written, or nothing of the store is below.
+        ("GRAPH/overlay/l/A", "", False),
+        ("/other/overlay/l/A", "/other/overlay/1/diff", False),
+        ("GRAPHS/overlay/l/A", "/other/overlay/1/diff", False),
+    ],
+)
+def test_mounts_that_rest_on_the_store(
+    lower: str, upper: str, found: bool, tmp_path: pathlib.Path
+) -> None:
+    graphroot, link = tmp_path / "graph", tmp_path / "link"
+    (graphroot / "overlay").mkdir(parents=True)
+    link.symlink_to(graphroot)
+    options = [
+        f"{name}={value}".replace("GRAPH", str(graphroot)).replace("LINK", str(link))
+        for name, value in (("lowerdir", lower), ("upperdir", upper))
+    ]
+    assert sharing._rests_on(options, sharing._Directory(str(graphroot))) == found

@@ -1,0 +1,333 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Subordinate IDs for users: what is there stays, what is new overlaps nothing, as shadow's tools lock it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import typing as t
+from pathlib import Path
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
+    ConfigError,
+    LockTimeout,
+    NamespaceError,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subid_file import (
+    SHADOW_4_13,
+    SHADOW_4_20,
+    Dialect,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subids import (
+    Sources,
+    SubIDRange,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
+    subordinate_ids,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.fixture
+def request_for(tmp_path: Path) -> t.Callable[..., subordinate_ids.GrantRequest]:
+    """request_for(*users, subuid="", subgid=None, passwd="", group="", **options): files in a scratch folder."""
+
+    def make(
+        *users: str,
+        subuid: str = "",
+        subgid: t.Optional[str] = None,
+        passwd: str = "",
+        group: str = "",
+        nsswitch: str = "",
+        login_defs: str = "",
+        dialect: Dialect = SHADOW_4_13,
+        **options: t.Any,
+    ) -> subordinate_ids.GrantRequest:
+        texts = {
+            "subuid": subuid,
+            "subgid": subuid if subgid is None else subgid,
+            "passwd": passwd,
+            "group": group,
+            "nsswitch": nsswitch,
+            "login.defs": login_defs,
+        }
+        for name, text in texts.items():
+            (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        sources = Sources(
+            str(tmp_path / "subuid"),
+            str(tmp_path / "subgid"),
+            str(tmp_path / "nsswitch"),
+            str(tmp_path / "passwd"),
+            (sys.executable, "-c", "print('0: someone 500000 65536')"),
+            str(tmp_path / "login.defs"),
+            dialect,
+        )
+        return subordinate_ids.GrantRequest(
+            users=users, sources=sources, group=str(tmp_path / "group"), **options
+        )
+
+    return make
+
+
+def test_gives_what_is_missing_and_nothing_twice(request_for, tmp_path):
+    request = request_for("alice", "bob", subuid="carol:100000:65536")
+    result = subordinate_ids.grant(request)
+    assert result["changed"]
+    assert (tmp_path / "subuid").read_text() == (
+        "carol:100000:65536\nalice:165536:65536\nbob:231072:65536\n"
+    )
+    assert (tmp_path / "subgid").read_text() == (tmp_path / "subuid").read_text()
+    assert (tmp_path / "subuid-").read_text() == "carol:100000:65536"
+    assert result["users"][1] == {
+        "name": "bob",
+        "added": True,
+        "uid": [{"start": 231072, "count": 65536}],
+        "gid": [{"start": 231072, "count": 65536}],
+    }
+    assert not subordinate_ids.grant(request)["changed"]
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_keeps_odd_ranges_and_tops_up_what_is_short(request_for, tmp_path):
+    text = "# by hand\nalice:300000:1000\nalice:300500:65536\n4711:165536:65536\nroot:malformed\n"
+    subordinate_ids.grant(request_for("alice", subuid=text, subgid="alice:100000:40000\n"))
+    assert (tmp_path / "subuid").read_text() == text
+    # 100000 and 165536 are taken, in one file or the other.
+    assert (tmp_path / "subgid").read_text() == "alice:100000:40000\nalice:231072:25536\n"
+
+
+def test_leaves_accounts_and_groups_alone(request_for, tmp_path):
+    subordinate_ids.grant(
+        request_for(
+            "alice",
+            passwd="dave:x:100500:100:::\n",
+            group="staff:x:170000:\n",
+            subuid="",
+            count=70000,
+        )
+    )
+    assert (tmp_path / "subuid").read_text() == "alice:231072:70000\n"
+
+
+@pytest.mark.parametrize(
+    ("nsswitch", "start"),
+    [
+        # An account with the ID 100500, and a group with the ID 170000.
+        ("passwd: files sss\ngroup: files sss\n", 231072),
+        ("passwd: files sss\ngroup: files # sss\n", 165536),
+        ("passwd: files\ngroup: files sss\n", 100000),
+        ("passwd: files\n", 100000),
+    ],
+)
+def test_leaves_accounts_alone_that_only_nss_lists(nsswitch, start, request_for, tmp_path):
+    script = "import sys; print({'passwd': 'x:*:100500:5:::', 'group': 'g:*:170000:'}[sys.argv[1]])"
+    request = request_for("alice", nsswitch=nsswitch)
+    sources = dataclasses.replace(request.sources, getent=(sys.executable, "-c", script))
+    subordinate_ids.grant(dataclasses.replace(request, sources=sources))
+    assert f"alice:{start}:65536" in (tmp_path / "subuid").read_text()
+
+
+def test_a_service_that_lists_no_accounts_is_no_failure(request_for, tmp_path):
+    request = request_for("alice", nsswitch="passwd: sss files\n")
+    for getent in (str(tmp_path / "none"),), ("false",):
+        sources = dataclasses.replace(request.sources, getent=getent)
+        assert subordinate_ids.grant(dataclasses.replace(request, sources=sources, check=True))[
+            "changed"
+        ]
+
+
+def test_a_numeric_entry_is_the_users_own(request_for):
+    assert not subordinate_ids.grant(request_for("root", subuid="0:100000:65536\n"))["changed"]
+
+
+def test_check_mode_writes_nothing_and_predicts_the_same(request_for, tmp_path):
+    request = request_for("alice", "bob")
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    predicted = subordinate_ids.grant(dataclasses.replace(request, check=True))
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert predicted == subordinate_ids.grant(request)
+
+
+def test_files_that_are_not_there_are_made(request_for, tmp_path):
+    request = request_for("alice")
+    (tmp_path / "subuid").unlink()
+    (tmp_path / "subgid").unlink()
+    subordinate_ids.grant(request)
+    assert (tmp_path / "subuid").read_text() == "alice:100000:65536\n"
+    assert (tmp_path / "subgid").stat().st_mode & 0o777 == 0o644
+
+
+def test_waits_for_a_live_lock_and_takes_a_dead_one(request_for, tmp_path, monkeypatch):
+    request = request_for("alice")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "subuid.lock").write_text(f"{ended.pid}\0")
+    subordinate_ids.grant(request)
+    (tmp_path / "subgid.lock").write_text(f"{os.getppid()}\0")
+    monkeypatch.setattr(subordinate_ids, "_LOCK_TIMEOUT", 0.3)
+    with pytest.raises(LockTimeout, match=f"held by process {os.getppid()}"):
+        subordinate_ids.grant(dataclasses.replace(request, users=("bob",)))
+    assert "bob" not in (tmp_path / "subuid").read_text()
+    assert sorted(path.name for path in tmp_path.glob("sub?id.*")) == ["subgid.lock"]
+
+
+def test_a_directory_keeps_its_own_ids(request_for):
+    request = request_for("alice", nsswitch="subid: sss\n")
+    result = subordinate_ids.grant(request)
+    assert result["source"] == "sss"
+    assert not result["changed"]
+    assert result["users"][0]["uid"] == [{"start": 500000, "count": 65536}]
+    with pytest.raises(NamespaceError, match="has 65536 subordinate UIDs in the NSS service sss"):
+        subordinate_ids.grant(dataclasses.replace(request, count=100000))
+
+
+@pytest.mark.parametrize("name", ["", "a:b", "#x", " alice", "a\nb"])
+def test_refuses_what_is_no_name(request_for, name):
+    with pytest.raises(ConfigError, match="is not a valid user name"):
+        subordinate_ids.grant(request_for(name))
+
+
+def test_refuses_what_is_no_count(request_for):
+    with pytest.raises(ConfigError, match="is not a valid number of IDs"):
+        subordinate_ids.grant(request_for("alice", count=0))
+
+
+def test_says_when_no_range_is_left():
+    with pytest.raises(NamespaceError, match="no free range of this size is left"):
+        subordinate_ids.free_range([SubIDRange(100000, 4294800000)], 65536)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "alice:100000:65536 ",
+        " alice:100000:65536",
+        "alice\t:100000:65536",
+        "alice:100000:65536\r",
+        "alice:100000:65536\x0b",
+        "alice:100000:65536\u2028",
+    ],
+)
+def test_lines_that_shadow_does_not_read_give_no_range_and_reserve_none(
+    request_for, tmp_path, line
+):
+    result = subordinate_ids.grant(request_for("alice", "bob", subuid=f"{line}\n"))
+    assert (tmp_path / "subuid").read_bytes().decode() == (
+        f"{line}\nalice:165536:65536\nbob:231072:65536\n"
+    )
+    assert "line 1" in result["warnings"][0]
+    assert "grants nothing to alice" in result["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "carol:0x186A0:0200000",
+        "carol: 100000:\r65536",
+        "carol:+100000:65536:more",
+        "carol:-18446744073709451616:65536",
+        "carol:0b11000011010100000:65536",
+        "carol:99999:4294967296",
+        "\udcff:100000:65536",
+        "x\x0bcarol:100000:65536",
+        "ghost:1:2\0carol:100000:65536",
+    ],
+)
+def test_what_any_shadow_reads_is_taken(request_for, tmp_path, line):
+    content = f"{line}\n# the end\n"
+    request = request_for("alice", subuid=content, subgid="", count=1000)
+    if "4294967296" in line:
+        with pytest.raises(NamespaceError, match="no free range of this size is left"):
+            subordinate_ids.grant(request)
+        return
+    subordinate_ids.grant(request)
+    after = (tmp_path / "subuid").read_bytes()
+    assert after == f"{content}alice:165536:1000\n".encode("utf-8", "surrogateescape")
+
+
+def test_two_users_with_the_same_range_are_reported(request_for):
+    text = "alice:100000:65536\nbob:165535:65536\ncarol:300000:5\n"
+    result = subordinate_ids.grant(request_for("alice", "carol", subuid=text, count=5))
+    assert not result["changed"]
+    (one, other) = result["warnings"]
+    assert "subuid: alice (100000-165535) and bob (165535-231070) share subordinate IDs" in one
+    assert "subgid: alice" in other
+    assert not subordinate_ids.grant(request_for("carol", subuid=text, count=5))["warnings"]
+
+
+def test_an_account_inside_a_range_and_a_duplicate_range_are_reported(request_for):
+    text = "alice:100000:65536\nalice:165000:65536\n"
+    request = request_for(
+        "alice", subuid=text, passwd="dave:x:100500:1:::\n", group="g:x:165001:\n"
+    )
+    told = "\n".join(subordinate_ids.grant(request)["warnings"])
+    assert "ranges of alice overlap each other at 165000-230535" in told
+    assert "holds the UID 100500 of an account" in told
+    assert "holds the GID 165001 of an account" in told
+
+
+def test_a_users_number_and_name_are_one_owner(request_for):
+    text = "root:100000:65536\n0:100000:65536\n"
+    told = subordinate_ids.grant(request_for("root", subuid=text))["warnings"]
+    assert all("overlap each other" in item for item in told)
+
+
+def test_login_defs_bound_new_ranges(request_for, tmp_path):
+    login_defs = (
+        "# SUB_UID_MIN 1\nSUB_UID_MIN\t\t500000\nSUB_GID_MIN 0x989680\nSUB_UID_MAX 10131071\n"
+    )
+    subordinate_ids.grant(request_for("alice", login_defs=login_defs))
+    assert (tmp_path / "subuid").read_text() == "alice:10000000:65536\n"
+    with pytest.raises(NamespaceError, match=r"between 10000000 and 10131071.*raise SUB_UID_MAX"):
+        subordinate_ids.grant(
+            request_for("bob", subuid="alice:10000000:65536\n", login_defs=login_defs, count=65537)
+        )
+
+
+def test_a_missing_newline_at_the_end_is_mended_where_shadow_stops_at_it(request_for, tmp_path):
+    old = subordinate_ids.grant(request_for("alice", subuid="alice:100000:65536"))
+    assert not old["changed"]
+    request = request_for("alice", subuid="alice:100000:65536", dialect=SHADOW_4_20)
+    predicted = subordinate_ids.grant(dataclasses.replace(request, check=True))
+    result = subordinate_ids.grant(request)
+    assert result["changed"]
+    assert predicted == result
+    assert not result["users"][0]["added"]
+    assert (tmp_path / "subuid").read_text() == "alice:100000:65536\n"
+    assert not subordinate_ids.grant(request)["changed"]
+
+
+@pytest.mark.parametrize("content", ["alice:1:2\0\n", "\0"])
+def test_nothing_is_added_to_what_shadow_does_not_read(request_for, tmp_path, content):
+    request = request_for("alice", subuid=content, dialect=SHADOW_4_20)
+    with pytest.raises(NamespaceError, match="holds a NUL character, so newuidmap"):
+        subordinate_ids.grant(request)
+    assert (tmp_path / "subuid").read_text() == content
+
+
+def test_a_link_is_not_replaced(request_for, tmp_path):
+    request = request_for("alice")
+    (tmp_path / "subuid").rename(tmp_path / "real")
+    (tmp_path / "subuid").symlink_to(tmp_path / "real")
+    with pytest.raises(NamespaceError, match="is a symbolic link"):
+        subordinate_ids.grant(request)
+    assert (tmp_path / "subuid").is_symlink()
+
+
+_RANGES = st.builds(SubIDRange, st.integers(0, 2_000_000), st.integers(1, 200_000))
+
+
+@given(st.lists(_RANGES, max_size=30), st.integers(1, 300_000))
+def test_a_free_range_touches_no_other(taken, count):
+    found = subordinate_ids.free_range(taken, count)
+    assert found.size == count
+    assert found.start >= 100000
+    for item in taken:
+        assert item.start + item.size <= found.start or found.start + found.size <= item.start

@@ -1,0 +1,92 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Requests for another process as data."""
+
+from __future__ import annotations
+
+import json
+import typing as t
+
+import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.errors import InternalError
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
+    image_layers,
+    image_layers_info,
+    layer_gc,
+    layer_template,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.mapping_options import (
+    MappingOptions,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.store_opening import (
+    StoreRequest,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.service import store_tasks
+from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import Account
+from ansible_collections.userns.storage.plugins.module_utils._storage.userns.requests import (
+    as_data,
+    from_data,
+)
+
+STORE = StoreRequest(Account("alice", 1000, 1000, "/home/\udcff"), "/c", storage_options=("a=b",))
+WANTED = (MappingOptions("keep-id"), MappingOptions(uidmap=("0:1:2",), slots=2))
+TEMPLATE = layer_template.TemplateRequest(STORE, ("a", "b"), WANTED, deadline=1.5)
+GC = layer_gc.GcRequest(
+    STORE,
+    {
+        "max_copies_per_image": 1,
+        "high_threshold": 80,
+        "low_threshold": 60.5,
+        "images": ("a", "b"),
+        "duplicates": True,
+    },
+)
+CALLS: t.Sequence[t.Tuple[t.Callable[..., t.Any], t.Tuple[t.Any, ...]]] = (
+    (layer_template.declare, (TEMPLATE,)),
+    (layer_gc.collect, (GC,)),
+    (image_layers_info.info, (image_layers_info.InfoRequest(StoreRequest()),)),
+    (image_layers.look, (image_layers._Step(STORE, ("a",)),)),
+    (store_tasks.make_ready, (TEMPLATE, ("a*",), 5.0)),
+    (store_tasks.collect, (GC, ((TEMPLATE, ("a",)),))),
+    (store_tasks.token_path, (STORE,)),
+)
+
+
+def sent(value: t.Any) -> t.Any:
+    return json.loads(json.dumps(as_data(value)))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"), CALLS, ids=lambda item: getattr(item, "__qualname__", "")
+)
+def test_requests_travel(function: t.Callable[..., t.Any], arguments: t.Tuple[t.Any, ...]) -> None:
+    assert tuple(from_data(function, sent(arguments))) == arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [1],
+        [[], []],
+        {},
+        [{}],
+        [{**sent(STORE), "more": 1}],
+        [{**sent(STORE), "storage_conf": 1}],
+        [{**sent(STORE), "lock_timeout": "1"}],
+        [{**sent(STORE), "lock_timeout": True}],
+        [{**sent(STORE), "storage_options": "a=b"}],
+        [{**sent(STORE), "account": ["alice", 1000, 1000, "/"]}],
+    ],
+)
+def test_other_arguments_are_refused(arguments: t.Any) -> None:
+    with pytest.raises(InternalError):
+        from_data(store_tasks.token_path, arguments)
+
+
+@pytest.mark.parametrize(
+    "options", [[["images", "a"]], {"images": {"a": "b"}}, {"images": [1]}, {"images": None}]
+)
+def test_other_options_are_refused(options: t.Any) -> None:
+    with pytest.raises(InternalError):
+        from_data(layer_gc.collect, [{**sent(GC), "options": options}])
