@@ -165,7 +165,8 @@ FORMS = {
         Form(userns="keep-id:uid=0,gid=0"),
         Form(userns="keep-id:uid=200,gid=210"),
         Form(userns="keep-id:uid=70000"),
-        Form(userns="keep-id:size=5000"),
+        # More than any user's own UID, which the map then surrounds without a gap.
+        Form(userns="keep-id:size=65000"),
         Form(userns="keep-id:size=1000"),
         Form(userns="nomap"),
         Form(userns="auto"),
