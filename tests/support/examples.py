@@ -16,10 +16,12 @@ block may stand a comment that no page shows, ``.. example: WORDS`` or ``<!-- ex
 
 from __future__ import annotations
 
+import abc
 import argparse
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -134,11 +136,23 @@ class Block:
     def commands(self) -> t.List[t.Tuple[str, str]]:
         """Who types what: user ("" where Ansible is started) and command. Lines without a prompt are what it says,
         or commands where no line has one."""
-        lines = self.text.replace("\\\n", " ").splitlines()
+        lines = self._lines()
         found = [match for match in map(_PROMPT.match, lines) if match]
         if not found:
             return [("", line) for line in lines if line and not line.startswith("#")]
         return [(match["user"] or "", match["command"]) for match in found]
+
+    def answers(self, command: str) -> t.List[str]:
+        """The lines that a command prints, as the example shows them."""
+        lines = iter(self._lines())
+        for line in lines:
+            match = _PROMPT.match(line)
+            if match and match["command"] == command:
+                break
+        return [line for line in itertools.takewhile(lambda line: not _PROMPT.match(line), lines) if line]
+
+    def _lines(self) -> t.List[str]:
+        return self.text.replace("\\\n", " ").splitlines()
 
 
 def module_of(task: t.Mapping[str, t.Any]) -> str:
@@ -209,7 +223,54 @@ def _plugin(document: str, text: str) -> t.Iterator[Block]:
         yield Block(document, text[: match.start()].count("\n") + 2, "yaml", match[1])
 
 
-class World:
+class Reader(abc.ABC):
+    """Carries out the examples of documents in their order."""
+
+    def run(self, document: t.Sequence[Block]) -> t.List[Block]:
+        """Carry out the blocks of one document; returns those that were."""
+        self._begin()
+        for block in document:
+            if block.skipped:
+                continue
+            if block.file:
+                self._save(block)
+            elif block.kind == "tasks":
+                self._tasks(block)
+            elif block.kind == "playbook":
+                self._playbook(block)
+            elif block.kind == "console":
+                commands = block.commands()
+                for number, (user, command) in enumerate(commands, 1):
+                    self._type(block, user, command, block.fails and number == len(commands))
+        self._end()
+        return [block for block in document if not block.skipped and block.kind in _RUN]
+
+    @abc.abstractmethod
+    def _begin(self) -> None:
+        """What comes in front of a document."""
+
+    @abc.abstractmethod
+    def _end(self) -> None:
+        """What comes behind it."""
+
+    @abc.abstractmethod
+    def _save(self, block: Block) -> None:
+        """Save a block under the name that it gives."""
+
+    @abc.abstractmethod
+    def _tasks(self, block: Block) -> None:
+        """Carry out tasks."""
+
+    @abc.abstractmethod
+    def _playbook(self, block: Block) -> None:
+        """Run a playbook that has no name."""
+
+    @abc.abstractmethod
+    def _type(self, block: Block, user: str, command: str, fails: bool) -> None:
+        """Have one command carried out, by a user of the host or, if that is empty, where Ansible is started."""
+
+
+class World(Reader):
     """A machine as the examples take it for granted: people with stores, images in them, files, an inventory.
 
     All of it lies in the laboratory, root's own store and the registries too.
@@ -254,7 +315,7 @@ class World:
         self.playbooks: t.List[str] = []
         self.steps: t.List[Json] = []
 
-    def refresh(self) -> None:
+    def _begin(self) -> None:
         """As if nobody had run any example yet: a new folder, no containers, all images."""
         self.folder = self.lab.folder()
         self.playbooks, self.steps = [], []
@@ -271,30 +332,18 @@ class World:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
 
-    def run(self, document: t.Sequence[Block]) -> t.List[Block]:
-        """Carry out the blocks of one document in their order; returns those that were."""
-        self.refresh()
-        for block in document:
-            if block.skipped:
-                continue
-            if block.file:
-                # The machine here is the one host.
-                if block.file not in _INVENTORIES:
-                    self._save(block)
-            elif block.kind == "tasks":
-                self.steps += [{**task, "name": f"{block}: {task['name']}"} for task in block.data]
-            elif block.kind == "playbook":
-                self._end_steps()
-                self.playbooks.append(f"{len(self.playbooks)}.yml")
-                (self.folder / self.playbooks[-1]).write_text(block.text)
-            elif block.kind == "console":
-                commands = block.commands()
-                for number, (user, command) in enumerate(commands, 1):
-                    self._type(block, user, command, block.fails and number == len(commands))
-        self._flush()
-        return [block for block in document if not block.skipped and block.kind in _RUN]
+    def _tasks(self, block: Block) -> None:
+        self.steps += [{**task, "name": f"{block}: {task['name']}"} for task in block.data]
+
+    def _playbook(self, block: Block) -> None:
+        self._end_steps()
+        self.playbooks.append(f"{len(self.playbooks)}.yml")
+        (self.folder / self.playbooks[-1]).write_text(block.text)
 
     def _save(self, block: Block) -> None:
+        # The machine here is the one host.
+        if block.file in _INVENTORIES:
+            return
         path = self.folder / block.file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.text)
@@ -321,7 +370,7 @@ class World:
             self.playbooks += words[3:]
             return
         if words[0] != "ansible":
-            self._flush()
+            self._end()
             self._ansible(command, str(block))
             return
         # A program of its own for each would take most of the time.
@@ -347,7 +396,7 @@ class World:
             (self.folder / self.playbooks[-1]).write_text(json.dumps([play]))
             self.steps = []
 
-    def _flush(self) -> None:
+    def _end(self) -> None:
         self._end_steps()
         if self.playbooks:
             names = " ".join(self.playbooks)

@@ -36,6 +36,18 @@ apt-get -q update
 apt-get -q -y install --no-install-recommends {" ".join(_PACKAGES)}
 apt-get clean
 """
+# Hosts before anything of ours: one as a minimal installation leaves it, one as a cloud image is.
+_BARE = {"bookworm": "", "trixie": "python3-apt sudo"}
+# The lists of packages are gone, as on an image that is months old; what the role prepare installs is there to be read.
+_INSTALL_BARE = """\
+set -e
+export DEBIAN_FRONTEND=noninteractive
+apt-get -q update
+apt-get -q -y install --no-install-recommends openssh-server python3 $PACKAGES
+apt-get clean
+apt-get -q -y install --download-only python3-apt podman skopeo uidmap containers-storage
+rm -r /var/lib/apt/lists/*
+"""
 # Experimental holds single packages for sid, so its root is sid's with these replaced.
 _BASES = {"experimental": "sid"}
 _UPGRADE = """\
@@ -104,11 +116,30 @@ def root(suite: str) -> pathlib.Path:
                     _inside(part, _UPGRADE)
                 else:
                     _debootstrap(suite, part)
-                    policy = part / "usr/sbin/policy-rc.d"
-                    policy.write_text("#!/bin/sh\nexit 101\n")
-                    policy.chmod(0o755)
+                    _forbid_services(part)
                     _inside(part, _INSTALL)
     return target
+
+
+def bare(suite: str) -> pathlib.Path:
+    """The cached root of a Debian release with Python, an SSH server and little more.
+
+    The packages that the role prepare installs are downloaded already.
+    """
+    target = cache_dir() / "roots" / f"{suite}-bare"
+    if not target.exists():
+        with _building(target) as part:
+            if not target.exists():
+                _debootstrap(suite, part)
+                _forbid_services(part)
+                _inside(part, _INSTALL_BARE.replace("$PACKAGES", _BARE[suite]))
+    return target
+
+
+def _forbid_services(root_folder: pathlib.Path) -> None:
+    policy = root_folder / "usr/sbin/policy-rc.d"
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
 
 
 def _inside(root_folder: pathlib.Path, commands: str) -> None:
@@ -160,12 +191,14 @@ class Host(Machine):
     It shares with the laboratory the kernel, the network, the PIDs and the laboratory's folder, at
     the same path: a store made inside can be worked on from outside and the other way round. Its
     own are the mount namespace and the root, an overlay over the cached root, which stays as it is.
+
+    :param lower: the cached root, by default the one with podman
     """
 
-    def __init__(self, lab: Lab, suite: str) -> None:
+    def __init__(self, lab: Lab, suite: str, lower: t.Optional[pathlib.Path] = None) -> None:
         self.lab, self.name = lab, suite
         self._holder = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.hosts", str(root(suite)), str(lab.base)],
+            [sys.executable, "-m", f"{__package__}.hosts", str(lower or root(suite)), str(lab.base)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -179,9 +212,16 @@ class Host(Machine):
         self.root = f"/proc/{self.pid}/root"
 
     def close(self) -> None:
-        """End the host; its mounts vanish with its last process."""
+        """End the host with all that runs on it; its mounts vanish with its last process."""
+        if self._holder.returncode is not None:
+            return
+        own = os.stat(self.root)
         self._holder.kill()
         self._holder.wait()
+        for path in pathlib.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path / "root"), own):
+                    os.kill(int(path.name), signal.SIGKILL)
 
 
 def of_release(lab: Lab, release: str, host: t.Callable[[str], Host]) -> Machine:

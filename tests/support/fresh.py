@@ -1,0 +1,154 @@
+# Copyright (c) 2026, the userns.storage contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Hosts on which nothing of ours has run, and readers who follow a guide on them, over SSH."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import sys
+import typing as t
+
+from . import examples, hosts, stores
+from .images import Image
+from .lab import Lab
+from .machines import Account, Result
+from .registry import Registry
+
+# Whose accounts an administrator has made already; useradd gives the first of them UID 1000.
+PEOPLE = ("alice", "bob", "runner")
+HOST = "ws1.example.org"
+# Who logs in from the controller; the other way to be root is sudo.
+_LOGINS = {"bookworm": "root", "trixie": "admin"}
+# Their content lies on the laboratory's disk: an overlay in memory can hold no overlay store, and takes no mounts with
+# other IDs.
+_ON_DISK = ("/home", "/srv", "/var/lib/containers", "/var/lib/userns-storage")
+
+
+class FreshHost(examples.Reader):
+    """A bare Debian with an SSH server and three accounts, and the folder of somebody who follows a guide on it.
+
+    :param image: what the registries have under every name
+    """
+
+    def __init__(self, lab: Lab, suite: str, image: Image) -> None:
+        self.lab = lab
+        self.folder = lab.folder()
+        self.machine = hosts.Host(lab, suite, hosts.bare(suite))
+        lab.on_close(self.machine.close)
+        for path in _ON_DISK:
+            self.machine.run(["mkdir", "-p", path])
+            self.machine.run(["mount", "--bind", str(lab.folder()), path])
+        # What the laboratory cannot do, such as cgroups, and its registries in place of the Internet's.
+        settings = pathlib.Path(self.machine.root, "etc/containers")
+        (settings / "containers.conf.d").mkdir(parents=True)
+        (settings / "containers.conf.d/lab.conf").write_text(stores.CONTAINERS_CONF)
+        registry = Registry(image, ("docker.io", "registry.example.org"))
+        lab.on_close(registry.close)
+        (settings / "registries.conf.d").mkdir()
+        registry.configure(settings / "registries.conf.d")
+        for name in PEOPLE:
+            self.machine.run(["useradd", "-m", "-s", "/bin/bash", name])
+        self.login = _LOGINS[suite]
+        if self.login != "root":
+            self.machine.run(["useradd", "-m", "-p", "*", self.login])
+            sudoers = pathlib.Path(self.machine.root, "etc/sudoers.d/admin")
+            sudoers.write_text(f"{self.login} ALL=(ALL) NOPASSWD: ALL\n")
+        self.sshd = hosts.Sshd(lab, self.machine)
+        lab.on_close(self.sshd.close)
+
+    def close(self) -> None:
+        """End the host."""
+        self.sshd.close()
+        self.machine.close()
+
+    def drivers(self) -> t.Set[str]:
+        """The drivers of all stores on the host: of root, and of the users."""
+        root = pathlib.Path(self.machine.root)
+        places = (
+            "var/lib/containers/storage/*-layers",
+            "home/*/.local/share/containers/storage/*-layers",
+        )
+        return {
+            path.name.rpartition("-")[0] for place in places for path in root.glob(place)
+        }
+
+    def _begin(self) -> None:
+        """As the guide First steps has it: an inventory, and a host that answers under its name."""
+        (block,) = (
+            item
+            for item in examples.blocks()
+            if "first_steps" in item.document and item.file == "hosts.ini"
+        )
+        self._save(block)
+        options = {
+            "HostName": "127.0.0.1",
+            "Port": self.sshd.port,
+            "User": self.login,
+            "IdentityFile": self.sshd.key,
+            "UserKnownHostsFile": "/dev/null",
+            "StrictHostKeyChecking": "no",
+            "LogLevel": "ERROR",
+            "ControlMaster": "auto",
+            "ControlPath": self.folder / "control",
+            "ControlPersist": "60s",
+        }
+        lines = "".join(f"  {key} {value}\n" for key, value in options.items())
+        (self.folder / "ssh_config").write_text(f"Host {HOST}\n{lines}")
+
+    def _end(self) -> None:
+        pass
+
+    def _save(self, block: examples.Block) -> None:
+        path = self.folder / block.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text)
+
+    def _tasks(self, block: examples.Block) -> None:
+        """In a play for all hosts, as administrators have one."""
+        play = {"hosts": "all", "become": True, "tasks": block.data}
+        (self.folder / "tasks.json").write_text(json.dumps([play]))
+        self._succeeds(block, self._ansible("ansible-playbook -i hosts.ini tasks.json"))
+
+    def _playbook(self, block: examples.Block) -> None:
+        (self.folder / "play.yml").write_text(block.text)
+        self._succeeds(block, self._ansible("ansible-playbook -i hosts.ini play.yml"))
+
+    def _type(self, block: examples.Block, user: str, command: str, fails: bool) -> None:
+        done = self._as_user(user, command) if user else self._ansible(command)
+        if fails:
+            assert done.rc != 0, f"{block}: {command}: succeeds"
+            return
+        self._succeeds(block, done)
+        for line in block.answers(command):
+            assert line in done.stdout.splitlines(), f"{block}: {command}: {done.stdout}"
+
+    def _as_user(self, user: str, command: str) -> Result:
+        """Typed by somebody who has logged in."""
+        number = int(self.machine.run(["id", "-u", user]).stdout)
+        folder = f"/run/user/{number}"
+        self.machine.run(["install", "-d", "-m", "0700", "-o", user, "-g", user, folder])
+        account = Account(user, number, number, f"/home/{user}", folder)
+        return self.machine.run(["bash", "-c", command], account=account, check=False)
+
+    def _ansible(self, command: str) -> Result:
+        own = str(pathlib.Path(sys.executable).parent)
+        environ = {
+            "PATH": f"{own}:{os.environ['PATH']}",
+            "HOME": str(self.folder),
+            "ANSIBLE_COLLECTIONS_PATH": str(self.lab.tree),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_SSH_ARGS": f"-F {self.folder}/ssh_config",
+            "ANSIBLE_REMOTE_USER": self.login,
+        }
+        return self.lab.machine.run(
+            ["bash", "-c", command], env=environ, cwd=str(self.folder), check=False
+        )
+
+    @staticmethod
+    def _succeeds(block: examples.Block, done: Result) -> None:
+        assert done.rc == 0, f"{block}: {done.argv[-1]}: rc {done.rc}\n{done.stdout}{done.stderr}"
+        assert not re.search(r"failed=[1-9]|\| FAILED!", done.stdout), done.stdout
