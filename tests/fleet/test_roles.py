@@ -327,3 +327,36 @@ def test_a_user_who_stops_systemctl(
     ending = done.output.rpartition("Reload the user's systemd manager")[2]
     assert "non-zero return code" in ending, done.output
     assert done.recap("one")["failed"] == 1
+
+
+def test_tags_select_the_steps(play, make_store, make_user, small_image):
+    """First the images of a user, then the layers, then the removal of these; the checks run each time."""
+    user = make_user()
+    store = make_store("rootless-overlay", user=user)
+    variables = {
+        **LOCAL,
+        "prepare_users": user.name,
+        "prepare_images": f"{small_image.name}={small_image.source}",
+        "prepare_mappings": "keep-id",
+        "prune_users": user.name,
+        "prune_rootful": False,
+        "prune_max_copies_per_image": "0",
+        "prune_min_age": "0",
+    }
+
+    def run(name, tags, fails=False, **more):
+        inventory = {"all": {"hosts": {"one": {**variables, **more}}}}
+        return play(f"userns.storage.{name}", inventory, "--tags", tags, fails=fails)
+
+    run("prepare", "images")
+    assert [image["names"] for image in store.images()] == [[small_image.name]]
+    assert store.mapped_layers(small_image.name) == []
+    done = run("prepare", "layers")
+    assert f"{user.name}: " in done.output
+    (made,) = store.mapped_layers(small_image.name)
+    run("prune", "service")
+    assert store.mapped_layers(small_image.name) == [made]
+    run("prune", "layers")
+    assert store.mapped_layers(small_image.name) == []
+    done = run("prepare", "service", fails=True, prepare_user=user.name)
+    assert "prepare_user (did you mean prepare_users?)" in done.output
