@@ -20,7 +20,7 @@ from ansible_collections.userns.storage.plugins.plugin_utils._slices import (
 
 
 def _decided() -> t.FrozenSet[str]:
-    """The options with which the first call has decided which layers go: thresholds and limits are for the task as
+    """The options with which the first call selects layers: thresholds and limits apply to the task as
     a whole. The layers themselves are those that remain.
     """
     return frozenset(gc_policy.named(gc_policy.RULE, gc_policy.PART, gc_policy.LIMIT)) - {"layers"}
@@ -34,7 +34,7 @@ _OF_ANSIBLE = frozenset(
 
 
 class ActionModule(SlicedAction):
-    """Layers go one by one, so a slice may be long where they are large."""
+    """Layers are removed one by one, so that a slice with large layers may be long."""
 
     def results(self) -> Collected:
         """The removals of all calls."""
@@ -62,7 +62,7 @@ class ActionModule(SlicedAction):
 
 
 def _outcome(result: Json) -> Json:
-    """The result for one user's store, without what Ansible adds to it."""
+    """The result for one user's store, without fields that Ansible adds."""
     own = {
         key: value
         for key, value in result.items()
@@ -74,7 +74,7 @@ def _outcome(result: Json) -> Json:
 
 
 class Collected(SliceResults):
-    """What is gone, what stays, and what is to go yet."""
+    """The removed, the kept and the remaining layers."""
 
     @property
     def _waiting(self) -> t.List[Json]:
@@ -82,19 +82,19 @@ class Collected(SliceResults):
 
     @property
     def resuming(self) -> float:
-        """Seconds that the last call took to look through the store."""
+        """The time that the last call took to examine the store, in seconds."""
         return float(self.result.get("seconds_planning", 0))
 
     def following(self, arguments: Json) -> Json:
-        """Just the layers that the first call was to remove, and has not."""
+        """Only the layers that the first call selected and did not remove."""
         decided = _decided()
         kept = {name: value for name, value in arguments.items() if name not in decided}
         waiting = [item["id"] for item in self._waiting]
-        # Without any rule leftovers would stay.
+        # Without a rule, leftovers would not be removed.
         return {**kept, "layers": waiting or ["none"]}
 
     def join(self, before: Json) -> None:
-        """Add what earlier calls have removed, and why they have kept the rest."""
+        """Add the removals of earlier calls, and their reasons for keeping the rest."""
         result = self.result
         for key in ("removed", "repaired", "removed_images", "notes"):
             result[key] = [*before[key], *result.get(key, ())]

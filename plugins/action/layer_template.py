@@ -18,28 +18,28 @@ from ansible_collections.userns.storage.plugins.plugin_utils._slices import (
 
 
 class ActionModule(SlicedAction):
-    """Nothing is shown of a removal, which takes no time."""
+    """Removals take no time and show no progress."""
 
     def results(self) -> Layers:
         """The layers of all calls."""
         return Layers()
 
     def whole(self, arguments: t.Mapping[str, t.Any]) -> bool:
-        """Whether one call does it."""
+        """Whether a single call is enough."""
         return super().whole(arguments) or arguments.get("state") == "absent"
 
 
 class Layers(SliceResults):
-    """What has become of each image and map.
+    """The results for each image and map.
 
-    The first call works in the stores of all users; each later one in that of one user, by turns, so that nobody waits
-    for a store that is never ready.
+    The first call works in the stores of all users. Each later call works in the store of one user, in turns, so that
+    no user waits for a store that never becomes ready.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._stopped: t.Set[str] = set()
-        # Bytes done and seconds passed at the first line.
+        # Bytes done and seconds passed at the first progress line.
         self._first: t.Optional[t.Tuple[float, float]] = None
 
     @property
@@ -48,7 +48,7 @@ class Layers(SliceResults):
 
     @property
     def _pending(self) -> t.List[Json]:
-        """The layers that are to be made yet in the stores at hand."""
+        """The layers that remain to be created in the current stores."""
         layers = self.result.get("layers", ())
         return [
             layer
@@ -58,7 +58,7 @@ class Layers(SliceResults):
 
     @property
     def _waiting(self) -> t.List[str]:
-        """The users who have not got all their layers, in the order of the task."""
+        """The users whose layers are incomplete, in the order of the task."""
         users = [
             item["user"] for item in self.result.get("layers", ()) if item["action"] == "pending"
         ]
@@ -75,20 +75,20 @@ class Layers(SliceResults):
 
     @property
     def resuming(self) -> float:
-        """Seconds that the last call took to look through what others have made."""
+        """The time that the last call took to examine existing work, in seconds."""
         begun = self._begun
         return float(begun["progress"]["seconds_resuming"]) if begun else 0
 
     @property
     def left(self) -> t.Tuple[float, float]:
-        """Layers to do, and less for each file and byte of the layer that is being made."""
+        """The remaining layers, less the finished part of the current layer."""
         progress = self._begun["progress"] if self._begun else None
         at_hand = -progress["bytes"] - progress["files"] if progress else math.inf
         return (self.remaining or 0, at_hand)
 
     @property
     def remaining(self) -> t.Any:
-        """The number of layers to make in the stores at hand."""
+        """The number of layers to create in the current stores."""
         return len(self._pending) if self.user else super().remaining
 
     @property
@@ -97,7 +97,7 @@ class Layers(SliceResults):
         return bool(self._waiting) if self.user else super().goes_on
 
     def give_up(self, why: str) -> None:
-        """Make no more calls for the store at hand."""
+        """Make no more calls for the current store."""
         if not self.user:
             super().give_up(why)
             return
@@ -106,16 +106,16 @@ class Layers(SliceResults):
         self.result["msg"] = _messages(self.result.get("msg", ""), f"For {self.user}: {why}")
 
     def join(self, before: Json) -> None:
-        """Layers that an earlier call has made are there for the later ones."""
+        """Layers that an earlier call created are existing layers for later calls."""
         if self.user:
             self._join_users(before)
         result = self.result
-        # A call that could not even begin has told nothing of what others have done.
+        # A call that failed early returned nothing about existing layers.
         for key in ("layers", "stores", "store"):
             if key in before:
                 result.setdefault(key, before[key])
         if before.get("pulled"):
-            # The first call has pulled them.
+            # The first call pulled them.
             result["pulled"] = before["pulled"]
         made = {
             _key(item): item for item in before.get("layers", ()) if item["action"] == "created"
@@ -126,7 +126,7 @@ class Layers(SliceResults):
         ]
 
     def _join_users(self, before: Json) -> None:
-        """Put what the other users have got beside the result of the one whose store was worked in."""
+        """Add the results of the other users to the result of the current user."""
         result = self.result
         if "partial" not in result or any("error" in item for item in result.get("stores", ())):
             self._stopped.add(self.user)
@@ -136,7 +136,7 @@ class Layers(SliceResults):
                 mine = [item for item in before[key] if item["user"] == self.user]
             joined: t.List[Json] = []
             for item in before[key]:
-                # In the place of the first of this user's.
+                # At the position of this user's first entry.
                 joined += [item] if item["user"] != self.user else mine
                 mine = mine if item["user"] != self.user else []
             result[key] = joined
@@ -149,7 +149,7 @@ class Layers(SliceResults):
             result["failed"] = True
 
     def line(self, passed: float) -> str:
-        """Files and bytes of the layer that is being made; share done and time left of all layers."""
+        """Files and bytes of the current layer; the finished share and the remaining time of all layers."""
         counted = [
             layer
             for layer in self.result.get("layers", ())
@@ -174,7 +174,7 @@ class Layers(SliceResults):
         )
 
     def _left(self, done: float, whole: float, passed: float) -> str:
-        """The time that all layers may still take, where there is something to reckon it from."""
+        """The estimated remaining time of all layers, if it can be estimated."""
         if self._first is None:
             self._first = (done, passed)
             of, since = done, passed
@@ -186,7 +186,7 @@ class Layers(SliceResults):
 
 
 def _amounts(layer: Json) -> t.Tuple[int, int]:
-    """Bytes that are there of a layer, and that it is expected to have."""
+    """The existing and the expected bytes of a layer."""
     expected = layer.get("size_expected") or 0
     if layer["action"] == "created":
         return expected, expected
@@ -196,7 +196,7 @@ def _amounts(layer: Json) -> t.Tuple[int, int]:
 
 
 def _messages(*messages: str) -> str:
-    """Messages about single users as one, each of them once."""
+    """The messages of the users as one text, without duplicates."""
     found: t.List[str] = []
     for message in messages:
         text = re.sub(r"^[0-9]+ of [0-9]+ users failed\. ", "", message)

@@ -65,7 +65,7 @@ def mappings(value: t.Any) -> t.Any:
 
 
 def _check(mapping: t.Mapping[str, t.Any]) -> None:
-    """Refuse here what a host would refuse, before anything is done there."""
+    """Check the mappings before anything is done on a host."""
     lists = [mapping.get(name) or [] for name in ("uidmap", "gidmap")]
     texts = [str(mapping.get(name) or "") for name in ("userns", "subuidname", "subgidname")]
     uidmap, gidmap = ([item] if isinstance(item, str) else list(map(str, item)) for item in lists)

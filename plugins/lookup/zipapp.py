@@ -55,14 +55,14 @@ class LookupModule(LookupBase):
         variables: t.Optional[t.Dict[str, t.Any]] = None,
         **kwargs: t.Any,
     ) -> t.List[str]:
-        """The path of the program, made if this run of Ansible has not made it yet."""
+        """The path of the program, which is built once in each run of Ansible."""
         if terms:
             raise AnsibleLookupError("userns.storage.zipapp takes no terms")
         program = _zipapp.build()
         folder = str(vars(constants)["DEFAULT_LOCAL_TMP"])
         path = os.path.join(folder, f"userns-storage-{hashlib.sha256(program).hexdigest()}.pyz")
         if not os.path.exists(path):
-            # Forks of one run may make it at once.
+            # Forks of a run may build it at the same time.
             descriptor, scratch = tempfile.mkstemp(dir=folder)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(program)

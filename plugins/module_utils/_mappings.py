@@ -11,7 +11,7 @@ import typing as t
 from ._storage.operations.mapping_options import MAPS, OPTIONS, MappingOptions
 from ._storage.operations.options import argument_spec, given
 
-# The options of one mapping, and how they go together.
+# The options of a mapping, and their combinations.
 MAPPING_ARGUMENTS = argument_spec(OPTIONS)
 MAPPING_OPTIONS = ("userns", *MAPS)
 # The user namespace alone.
@@ -27,10 +27,10 @@ MAPPINGS_ARGUMENT: t.Dict[str, t.Any] = {
 
 
 def wanted_mapping(options: t.Mapping[str, t.Any]) -> MappingOptions:
-    """One mapping as a task declares it."""
+    """The mapping that a task declares."""
     return MappingOptions(**given(OPTIONS, options))
 
 
 def wanted_userns(options: t.Mapping[str, t.Any]) -> t.Optional[MappingOptions]:
-    """The user namespace that a task declares for all containers of an image; None where it declares none."""
+    """The user namespace that a task declares for all containers of an image; None if it declares none."""
     return wanted_mapping(options) if any(map(options.get, MAPPING_OPTIONS)) else None

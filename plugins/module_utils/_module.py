@@ -29,7 +29,7 @@ STORE_ARGUMENTS = {
     **argument_spec(STORE_OPTIONS),
 }
 
-# One store cannot be that of several users.
+# A single store cannot belong to several users.
 STORE_EXCLUSIVE = [("users", option) for option in ("user", "graphroot", "runroot")]
 
 # Seconds for which root waits for the work in a user's store after the time limit.
@@ -48,7 +48,7 @@ class Request(t.Protocol):
 
 _RequestT = t.TypeVar("_RequestT", bound=Request)
 _Declared = t.TypeVar("_Declared")
-# Makes one result of those of several users.
+# Merges the results of several users.
 Join = t.Callable[[t.Mapping[str, t.Union[t.Dict[str, t.Any], StorageError]]], t.Dict[str, t.Any]]
 
 
@@ -60,12 +60,12 @@ def run(
 ) -> t.NoReturn:
     """Carry out ``operation`` as the store's owner and leave the module.
 
-    ``request`` makes the operation's request from the module's options, given the store that they name. A result
-    with an ``error`` fails the module with that message and with all else that the result holds: what was done
-    stays said. Its ``facts`` are details of the error.
+    ``request`` creates the operation's request from the module's options and the store that they name. A result
+    with an ``error`` fails the module with that message and all other fields of the result, which describe the
+    work that was done. Its ``facts`` are details of the error.
 
-    With the option ``users``, the operation works in the store of each user, whatever becomes of the others, and
-    ``join`` makes a single result of all results.
+    With the option ``users``, the operation works in the store of each user, even if those of other users fail, and
+    ``join`` merges the results.
     """
     _run(module, request, operation, join, False)
 
@@ -76,7 +76,7 @@ def run_outside(
     operation: t.Callable[[_RequestT], t.Dict[str, t.Any]],
     join: Join = result_merging.merged,
 ) -> t.NoReturn:
-    """As :func:`run`, for an operation that enters the store by itself, step by step."""
+    """As :func:`run`, for an operation that enters the store itself for single steps."""
     _run(module, request, operation, join, True)
 
 
@@ -103,7 +103,7 @@ def run_as_root(
     request: _Declared,
     operation: t.Callable[[_Declared], t.Dict[str, t.Any]],
 ) -> t.NoReturn:
-    """Carry out an operation in this very process, and leave the module."""
+    """Carry out an operation in this process, and exit the module."""
     try:
         with _unexpected_explained():
             result = operation(request)
@@ -114,7 +114,7 @@ def run_as_root(
 
 @contextlib.contextmanager
 def _unexpected_explained() -> t.Iterator[None]:
-    """Make exceptions that are not errors of the library to one.
+    """Convert unexpected exceptions to errors of the library.
 
     :raises InternalError: for any of them
     """
@@ -158,7 +158,7 @@ def _result(
     else:
         limits = userns.waiting_for_locks(store.lock_timeout)
         if params.get("time_limit") is not None:
-            # A process of the user cannot go on for as long as it likes; reading a large store takes time.
+            # The total time of a user's process is limited; reading a large store takes time.
             limits = limits._replace(
                 total=min(limits.total, max(params["time_limit"], 0) + _BEYOND_TIME_LIMIT)
             )
@@ -180,20 +180,20 @@ def leave(module: AnsibleModule, result: t.Dict[str, t.Any]) -> t.NoReturn:
     if not message:
         module.exit_json(**result)
     if "path" in facts:
-        # Ansible looks at what a result names "path", with the rights of this process, and it may be a user's.
+        # Ansible examines the "path" of a result with the permissions of this process, and it may be in a user's reach.
         facts["file"] = facts.pop("path")
     # A fault of the collection's own.
     trace = facts.pop("trace", None)
     if trace is not None:
         facts["exception"] = printable_lines(trace)
-    # Some callbacks show it as it is.
+    # Some callbacks display it without escaping.
     if "stderr" in facts:
         facts["stderr"] = printable_lines(facts["stderr"])
     module.fail_json(msg=printable(message, _LONGEST_MESSAGE), **{**facts, **result})
 
 
 def _shown_diff(diff: t.Any) -> t.Any:
-    """A diff whose texts Ansible shows as they are; what is not text it shows as JSON."""
+    """A diff with texts for Ansible to display; other values are displayed as JSON."""
     if isinstance(diff, list):
         return [_shown_diff(item) for item in diff]
     return {

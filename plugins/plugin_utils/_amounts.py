@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Format bytes and seconds for people."""
+"""Format bytes and seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["duration", "human"]
 
 
 def duration(seconds: float) -> str:
-    """A time to wait: 45 s, 12 min, 2 h 5 min."""
+    """Format a duration: 45 s, 12 min, 2 h 5 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

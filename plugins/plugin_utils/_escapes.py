@@ -4,8 +4,8 @@
 # This plugin util is PRIVATE to the userns.storage collection.
 """Escape untrusted text for each format that this collection writes, with one function for each.
 
-A store's owner decides paths, names and labels, an image's maker its own. In no output may they be more than text.
-What is written on managed hosts uses module_utils/_storage/printable.py and store/toml.py.
+The owner of a store controls paths, names and labels, and so does the maker of an image. They must be plain text in
+any output. Code on managed hosts uses module_utils/_storage/printable.py and store/toml.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ansible.errors import AnsibleFilterError
 
 from ..module_utils._storage.printable import printable
 
-# Longer than any path, image reference or message that is shown.
+# Longer than any displayed path, image reference or message.
 _LIMIT = 5000
-# Bytes that systemd takes for the end of a line, see read_line(3) of its sources.
+# Characters that systemd treats as the end of a line, see read_line_full() in its source.
 _LINE_ENDS = "\n\r\0"
-# Forges make links, mentions, references, labels and formulas of these even behind a backslash.
+# Forges create links, mentions, references, labels and formulas from these even after a backslash.
 _ACTIVE = re.compile(r"@|://|www\.|[#!~%&$]\w|\bGH-\d|:[a-z][a-z0-9_+-]*:", re.IGNORECASE)
-# What is markup wherever it stands, at the beginning, and behind a number at the beginning.
+# Markup anywhere, at the beginning, and after a number at the beginning.
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>#|~!&$]|^[-+=]|^\d+[.)]")
 
 
@@ -40,9 +40,9 @@ def html(text: t.Any) -> str:
 
 
 def markdown(text: t.Any, cell: bool = False) -> str:
-    """Text for one line of Markdown (CommonMark and GitHub's), in which no character is markup.
+    """Text for a line of Markdown (CommonMark and GitHub's), without any markup.
 
-    Text in which a forge would find a link or a mention becomes a code span.
+    Text in which a forge would detect a link or a mention becomes a code span.
 
     :param cell: the line is the cell of a table
     """
@@ -68,9 +68,10 @@ def markdown_code(text: t.Any, cell: bool = False) -> str:
 
 
 def systemd_value(text: t.Any) -> str:
-    """Text as the whole value, or a part in the middle of it, of a setting without words, such as ``PathChanged=``.
+    """Text for the value, or a part of the value, of a setting that is not split into words, such as ``PathChanged=``.
 
-    :raises ValueError: no unit can hold it: a line end, text that is not UTF-8, a backslash or white space at an end
+    :raises ValueError: units cannot contain it: a line end, text that is not UTF-8, a backslash or white space at an
+        end
     """
     value = _systemd(text)
     if value != value.strip() or value.endswith("\\"):
@@ -83,7 +84,7 @@ def systemd_value(text: t.Any) -> str:
 def systemd_command(words: t.Sequence[t.Any]) -> str:
     """A program and its arguments as the value of ``ExecStart=``.
 
-    :raises ValueError: no unit can hold it, or the program is named by something else than a plain path
+    :raises ValueError: units cannot contain it, or the program is no plain path
     """
     program, *arguments = map(_systemd, words)
     if not re.fullmatch(r"/[^\s\"'\\$;]+", program):
@@ -122,17 +123,18 @@ def _systemd(text: t.Any) -> str:
 
 
 def filter_error(name: str, error: Exception) -> AnsibleFilterError:
-    """What a filter raises, `from None`: of a cause ansible-core shows the message once more, as it is."""
+    """The error of a filter, to be raised `from None`, because ansible-core also displays the message of a cause
+    unescaped."""
     return AnsibleFilterError(terminal(f"userns.storage.{name}: {error}"))
 
 
 def template_result(value: t.Any) -> t.Any:
-    """A filter's result, which is not to be taken for a template again whatever it holds.
+    """A filter's result that is never evaluated as a template.
 
-    ansible-core up to 2.18 evaluates ``{{ }}`` in values that pass through a variable, a loop or set_stats once more.
+    ansible-core up to 2.18 evaluates ``{{ }}`` again in values that pass through a variable, a loop or set_stats.
     """
     if hasattr(template, "trust_as_template"):
-        # From 2.19 on a template is only what a playbook or inventory says.
+        # From 2.19 on, only text of playbooks and inventories is evaluated.
         return value
     from ansible.utils.unsafe_proxy import wrap_var
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""The data that the role report gathers, as one fleet: hosts, stores, images and totals."""
+"""The data that the role report collects, as a fleet: hosts, stores, images and totals."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ._amounts import human
 from ._values import Facts, Malformed, dict_of, dicts_of, list_of, number_of, results_of, text_of
 
 OK, PARTLY, FAILED, UNREACHABLE, SILENT = "ok", "partly", "failed", "unreachable", "silent"
-# What wants looking at comes first.
+# Problems come first.
 _ORDER = {UNREACHABLE: 0, FAILED: 1, SILENT: 2, PARTLY: 3, OK: 4}
 
 
 @dataclass
 class Sums:
-    """Bytes and counts. What is on disk is what would go with the layers."""
+    """Bytes and counts. Bytes on disk are those that removing the layers would free."""
 
     recorded: int = 0
     on_disk: int = 0
@@ -41,7 +41,7 @@ class Sums:
 
     @property
     def mapped_kept(self) -> int:
-        """Bytes of mapped layers that would stay."""
+        """Bytes of mapped layers that would be kept."""
         return max(self.mapped_on_disk - self.freed, 0)
 
     @property
@@ -65,7 +65,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Image:
-    """An image with its mapped layers, in one store.
+    """An image in a store with its mapped layers.
 
     :ivar map: the map that the image's own layers carry; empty if they carry none
     :ivar identity_copy: bytes of the copy for containers without a user namespace, which only an image with a map needs
@@ -82,7 +82,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Removal:
-    """What layer_gc would take, and why."""
+    """A layer that layer_gc would remove, and the reason."""
 
     image: str
     map: str
@@ -92,7 +92,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class Missing:
-    """What prepare would make, or cannot."""
+    """A layer that prepare would create, or cannot create."""
 
     image: str
     map: str
@@ -103,14 +103,14 @@ class Missing:
 
 @dataclass
 class Store:
-    """One store of a host; of a user, or root's."""
+    """A store of a host, of root or of a user."""
 
     user: str
     problem: str = ""
     location: str = ""
     images: t.List[Image] = field(default_factory=list)
     removals: t.List[Removal] = field(default_factory=list)
-    # Without a policy: what each rule would free.
+    # Without a policy: the space that each rule would free.
     prospects: t.List[t.Tuple[str, int, int]] = field(default_factory=list)
     missing: t.List[Missing] = field(default_factory=list)
     notes: t.List[str] = field(default_factory=list)
@@ -119,7 +119,7 @@ class Store:
 
 @dataclass
 class Host:
-    """One host, whether it answered or not."""
+    """A host, reachable or not."""
 
     name: str
     state: str = OK
@@ -130,7 +130,7 @@ class Host:
 
 @dataclass
 class FleetImage:
-    """One image name over all hosts."""
+    """An image name on all hosts."""
 
     name: str
     hosts: t.Set[str] = field(default_factory=set)
@@ -149,12 +149,12 @@ class Fleet:
     sums: Sums
 
     def counted(self, *states: str) -> int:
-        """How many hosts are in these states."""
+        """The number of hosts in these states."""
         return sum(1 for host in self.hosts if host.state in states)
 
 
 def fleet(names: t.Iterable[str], facts: t.Mapping[str, Facts]) -> Fleet:
-    """Make one fleet of what each host has left in ``report_*``, ``prune_collected`` and ``prepare_made``."""
+    """Create a fleet from each host's variables ``report_*``, ``prune_collected`` and ``prepare_made``."""
     hosts = [_host_or_error(name, facts) for name in names]
     hosts.sort(key=lambda host: (_ORDER[host.state], -host.sums.on_disk, host.name))
     total = Sums()
@@ -197,13 +197,13 @@ def _count_images(images: t.Dict[str, FleetImage], host: Host, store: Store) -> 
 
 
 def _host_or_error(name: t.Any, facts: t.Mapping[str, Facts]) -> Host:
-    """A host, or what is wrong with its variables: they must not cost the others their report."""
+    """A host, or the fault of its variables, which must not affect the report about other hosts."""
     shown = text_of(name)
     try:
         return _host(shown, dict_of(facts[name], "hostvars"))
     except Malformed as error:
         cause = str(error)
-    except Exception as error:  # Any code may stand behind a host's variables, such as a lookup.
+    except Exception as error:  # Reading a host's variables may run any code, such as a lookup.
         cause = f"{type(error).__name__}: {text_of(str(error))}"
     return Host(
         shown,
@@ -259,7 +259,7 @@ def _host(name: str, facts: Facts) -> Host:
 
 
 def _unreachable(message: t.Any) -> str:
-    """Why a host cannot be reached, without what ssh and Ansible put around it."""
+    """Why a host cannot be reached, without the surrounding text of ssh and Ansible."""
     text = text_of(message)
     connect = re.search(r"connect to host \S+ port (\d+): ([^:]+?)(?: *\\r.*)?$", text)
     if connect:
@@ -280,7 +280,7 @@ def _store(result: Facts) -> Store:
     store = Store(text_of(result.get("report_store") or "root"))
     described = dict_of(result.get("store"), "store")
     if not described:
-        # A host without any store of a user is no trouble: nothing is there to be told.
+        # A host without rootless stores is no problem.
         if result.get("graphroot") and not result.get("drivers"):
             store.notes.append("There is no store yet.")
         else:
@@ -333,7 +333,7 @@ def _store(result: Facts) -> Store:
 
 
 def _shared_store(result: Facts) -> Store:
-    """A store of root's whose images are shared; each user would have pulled them, and copied them for each mapping."""
+    """A store of root with shared images, which each user would otherwise have pulled, and copied for each mapping."""
     store = _store(result)
     declared = dict_of(result.get("report_shared"), "report_shared")
     users = dicts_of(declared, "users", "report_shared")

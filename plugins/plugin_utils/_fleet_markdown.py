@@ -16,7 +16,7 @@ _LONGEST = 25
 
 
 def render(fleet: Fleet, title: str, moment: str) -> str:
-    """The page, with the longest lists cut and the rest counted."""
+    """Render the page; long lists are cut, and the rest is counted."""
     sums = fleet.sums
     lines = [
         f"# {markdown(title)}",

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Format a fleet as a single HTML page, including style, script and charts. It loads nothing from other places."""
+"""Format a fleet as a single HTML page, including style, script and charts. It loads no other resources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._amounts import human
 from ._escapes import html as esc
 from ._fleet import FAILED, OK, PARTLY, SILENT, UNREACHABLE, Fleet, Host, Store, Sums
 
-# Up to so many hosts each has a bar of its own; of more, the fullest, and a skyline of all.
+# Up to this number, each host has its own bar; otherwise only the fullest hosts, and a chart of all hosts.
 _BARS = 20
 _IMAGES = 40
 
@@ -103,7 +103,7 @@ td code{overflow-wrap:anywhere}}
 @media print{body{background:#fff}section,.tile{break-inside:avoid}input{display:none}}
 """
 
-# Without it the page is the same, less the search.
+# Without it, the page only lacks the search.
 _SCRIPT = """
 const field=document.getElementById("search");
 if(field){field.hidden=false;const rows=[...document.querySelectorAll(".host")];
@@ -117,7 +117,7 @@ document.getElementById("found").textContent=word===""?"":shown+" of "+rows.leng
 def render(fleet: Fleet, title: str, moment: str) -> str:
     """The page.
 
-    :param moment: when the hosts were asked, in words
+    :param moment: the time of the report, as text
     """
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -211,7 +211,7 @@ def _segments(sums: Sums) -> t.Iterator[t.Tuple[str, int]]:
 
 
 def _bar(sums: Sums, top: int) -> str:
-    """One lying bar; the mark is what the records claim."""
+    """A horizontal bar; the mark is the recorded size."""
     at = 0.0
     parts = ['<rect class="rail" width="1000" height="10"/>']
     for kind, size in _segments(sums):
@@ -257,9 +257,9 @@ def _skyline(hosts: t.Sequence[Host], top: int) -> t.Iterator[str]:
 def _table(
     head: t.Sequence[str], rows: t.Iterable[t.Sequence[str]], numbers: t.Collection[int] = ()
 ) -> str:
-    """A table of cells that are HTML already. On a narrow screen each row is a block, and each cell has its heading.
+    """A table of HTML cells. On a narrow screen each row is a block, and each cell has a heading.
 
-    The roles say to screen readers that it is a table there, too.
+    With the ARIA roles, it is also a table for screen readers there.
     """
     kinds = [" class=num" if index in numbers else "" for index in range(len(head))]
     heads = "".join(
@@ -344,7 +344,7 @@ def _host(host: Host, top: int) -> t.Iterator[str]:
 
 
 def _figure(name: str, value: str, kind: str = "") -> str:
-    """A figure of a host's row. Its name is for screen readers, and for narrow screens, which have no headings."""
+    """A number in a host's row. Its name is for screen readers, and for narrow screens, which have no headings."""
     return f'<span class="num{kind}"><span class="of">{name}: </span>{value}</span>'
 
 

@@ -11,10 +11,10 @@ import typing as t
 
 from ansible_collections.userns.storage.plugins.plugin_utils._units import UnitError
 
-# The kubelet gives each pod a multiple of this.
+# The number of IDs of a pod is a multiple of this.
 POD_SIZE = 65536
 _HIGHEST_ID = 2**32 - 1
-# A file of the kubelet has some hundred characters.
+# A file of the kubelet has a few hundred characters.
 _MOST_CHARACTERS = 1_000_000
 _FIELDS = ("containerId", "hostId", "length")
 
@@ -22,12 +22,12 @@ Maps = t.Dict[str, t.List[str]]
 
 
 class Kubelet:
-    """What is known of the maps of a node's pods.
+    """The known maps of a node's pods.
 
-    :ivar is_random: whether nothing is known, because the kubelet selects the range of each new pod at random
-    :ivar has_no_pods: whether only the maps of existing pods count, and there are none
-    :ivar covers_ranges: whether maps are those of ranges that pods may get
-    :ivar maps: options ``uidmap`` and ``gidmap`` of layer_template, each pair once
+    :ivar is_random: whether no map is known, because the kubelet selects the range of each new pod at random
+    :ivar has_no_pods: whether only the maps of existing pods are used, and there are none
+    :ivar covers_ranges: whether the maps are those of ranges that pods may get
+    :ivar maps: options ``uidmap`` and ``gidmap`` of layer_template, without duplicates
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Kubelet:
     ) -> None:
         """Collect the maps.
 
-        :param first_id: the first host ID of the kubelet's range; None if no range is to be covered
-        :param slots: how many ranges to cover
-        :param size: IDs of each pod
-        :param pod_maps: contents of the files in which the kubelet keeps the maps of existing pods, as a list or as the
+        :param first_id: the first host ID of the kubelet's range; None to cover no ranges
+        :param slots: the number of ranges to cover
+        :param size: the number of IDs of each pod
+        :param pod_maps: contents of the kubelet's files with the maps of existing pods, as a list or as the
             values of a dictionary
-        :raises UnitError: an option has a wrong value, or a content another form
+        :raises UnitError: an option has an invalid value, or a file has another form
         """
         if size % POD_SIZE:
             raise UnitError(f"ids_per_pod is {size}, not a multiple of {POD_SIZE}")

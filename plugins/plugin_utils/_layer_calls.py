@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Calls of layer_template that units and manifests lead to, and the settings with which both are read."""
+"""Calls of layer_template for units and manifests, and the settings for reading them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Mapping = t.Dict[str, t.Any]
 class Settings:
     """The options of the filter, for all units and manifests of one call.
 
-    :ivar slots: how many containers or pods need layers with ID ranges of their own
+    :ivar slots: the number of containers or pods that need layers with ID ranges of their own
     :ivar runtime: as the option of layer_template; may be empty
     :ivar kubelet: the maps of pods with hostUsers false
-    :ivar pause_image: the image that each pod of CRI-O has besides those of its manifest; may be empty
+    :ivar pause_image: the image of each pod of CRI-O in addition to those of its manifest; may be empty
     :ivar specifiers: values of systemd specifiers by letter
     :ivar variables: values of variables by name
-    :ivar notes: warnings, a line each, about what the readers ignore
+    :ivar notes: warnings about ignored content, a line each
     """
 
     slots: int = 1
@@ -68,7 +68,7 @@ class Settings:
 def checked_image(location: str, image: str) -> str:
     """An image reference that a runtime accepts.
 
-    :param location: where it is written, for messages
+    :param location: its location, for messages
     :raises UnitError: it is malformed
     """
     try:

@@ -28,8 +28,8 @@ class ManifestReader:
     ) -> t.List[Call]:
         """Calls of a manifest's pods.
 
-        :param podman: whether podman kube play reads it, whatever the runtime
-        :param userns: the namespace of all pods, which their own annotations do not change
+        :param podman: whether podman kube play reads it, regardless of the runtime
+        :param userns: the namespace of all pods, which overrides their annotations
         """
         podman = podman or self._settings.runtime.startswith("podman")
         result = []
@@ -67,7 +67,7 @@ class ManifestReader:
     def _by_kubelet(self, pod: _manifests.Pod) -> t.List[Mapping]:
         runtime = self._settings.runtime or "cri-o"
         if pod.private:
-            # The kubelet sends the map, and CRI-O does not look at the annotation.
+            # The kubelet sends the map, and CRI-O ignores the annotation.
             return self._kubelet_mappings(pod, runtime)
         if pod.crio is None or pod.crio == "host":
             return []
@@ -75,7 +75,7 @@ class ManifestReader:
         return [{**mapping, "runtime": runtime}] if mapping else []
 
     def _kubelet_mappings(self, pod: _manifests.Pod, runtime: str) -> t.List[Mapping]:
-        """The maps that the kubelet gives to a node's pods, as far as they can be known."""
+        """The known maps that the kubelet assigns to a node's pods."""
         kubelet = self._settings.kubelet
         if kubelet.is_random:
             self._settings.notes.append(

@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Kubernetes manifests: the pods in them, and what podman kube play, the kubelet and CRI-O read of each.
+"""Kubernetes manifests: the pods in them, and the fields that podman kube play, the kubelet and CRI-O read.
 
-YAML is read into a graph of nodes, of which only the fields that are asked for are looked at. So anchors that
-refer to each other or to themselves cost nothing, whatever they would grow to.
+YAML is parsed to a graph of nodes, of which only the requested fields are evaluated. Anchors that
+refer to each other or to themselves are therefore never expanded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 
 from ._units import UnitError
 
-# Far more than any manifest: etcd takes 1.5 MB at most.
+# Larger than any manifest: etcd accepts at most 1.5 MB.
 _MOST_CHARACTERS = 8_000_000
 _DEEPEST = 100
 _MOST_OBJECTS = 10_000
@@ -24,7 +24,7 @@ _DEEPEST_LIST = 10
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
 
-# Where the kinds keep what becomes a pod.
+# The location of the pod template for each kind.
 _TEMPLATES: t.Dict[str, t.Tuple[str, ...]] = {
     "Pod": (),
     **dict.fromkeys(
@@ -39,9 +39,9 @@ _CRIO_ANNOTATIONS = ("userns-mode.crio.io", "io.kubernetes.cri-o.userns-mode")
 
 
 class Pod:
-    """The kinds of objects that create pods.
+    """An object that creates pods.
 
-    :param location: where it stands, for messages
+    :param location: its location, for messages
     :param entry: the object
     :param template: the pod in it
     :raises UnitError: a field is malformed
@@ -51,7 +51,7 @@ class Pod:
         self.location, self.kind = location, kind
         self._spec = t.cast(yaml.Node, _item(template, "spec"))
         self.private = _boolean(f"{location}: hostUsers", _item(self._spec, "hostUsers")) is False
-        # podman takes the annotations of a deployment itself, the kubelet those of its template.
+        # podman uses the annotations of a deployment itself, the kubelet those of its template.
         name = _text(f"{location}: metadata.name", _item(entry, "metadata", "name")) or ""
         own = f"{_PODMAN_ANNOTATION}/{name if kind == 'Pod' else f'{name}-pod'}"
         self.podman = _annotation(location, entry, _PODMAN_ANNOTATION, own)
@@ -59,12 +59,12 @@ class Pod:
             _annotation(location, template, _PODMAN_ANNOTATION)
         )
         self.crio = _annotation(location, template, *_CRIO_ANNOTATIONS)
-        # Of the others podman kube play makes nothing.
+        # podman kube play ignores the other kinds.
         self.made_by_podman = kind in _PODMAN_KINDS
 
     @property
     def images(self) -> t.List[str]:
-        """Those of init containers and containers, each once.
+        """The images of init containers and containers, without duplicates.
 
         :raises UnitError: there are none, or a container has none
         """
@@ -84,7 +84,7 @@ class Pod:
         return list(dict.fromkeys(images))
 
     def crio_options(self) -> t.Dict[str, t.Any]:
-        """CRI-O's annotation as options of layer_template, see getSandboxIDMappings of its server.
+        """CRI-O's annotation as options of layer_template, see getSandboxIDMappings in its source.
 
         :raises UnitError: CRI-O would refuse it
         """
@@ -137,7 +137,7 @@ class Pod:
         return {"userns": ":".join(["auto", ",".join(options)]).rstrip(":")}
 
     def _run_as(self) -> t.Tuple[t.Optional[int], t.Optional[int], t.List[int]]:
-        """The pod's user, group and supplementary groups, as the kubelet passes them on."""
+        """The pod's user, group and supplementary groups, as passed by the kubelet."""
         context = _item(self._spec, "securityContext")
         user, group, filesystem = (
             _number(f"{self.location}: {key}", _item(context, key))
@@ -151,7 +151,8 @@ class Pod:
         return user, group, [number for number in (filesystem, *more) if number is not None]
 
     def _with(self, ranges: t.Sequence[str], ids: t.Iterable[t.Optional[int]]) -> t.List[str]:
-        """Ranges, and those of host IDs that are in none of them, each at the lowest container ID behind all."""
+        """The ranges, with an additional range for each host ID outside of them, at the lowest container ID after
+        all."""
         result = list(ranges)
         for number in ids:
             try:
@@ -174,8 +175,8 @@ class NotAManifest(UnitError):
 def pods(name: str, text: str, notes: t.List[str]) -> t.List[Pod]:
     """All pods of a manifest, which may have several documents.
 
-    :param notes: gets a line for what looks like a pod and is none that is read here
-    :raises NotAManifest: it is none
+    :param notes: receives a line for each object that looks like a pod, but is not supported
+    :raises NotAManifest: it is no manifest
     :raises UnitError: an object of it is malformed
     """
     found = []
@@ -198,10 +199,10 @@ def _documents(name: str, text: str) -> t.List[yaml.Node]:
             f"{name} is larger than {_MOST_CHARACTERS // 1_000_000} MB, which is too large for a manifest"
         )
     if text.lstrip()[:1] in ("{", "["):
-        # JSON may have tabs between its words, which YAML forbids, and has none inside them.
+        # JSON allows tabs between tokens, which YAML forbids, and none inside strings.
         text = text.replace("\t", " ")
     try:
-        # As bytes, for Ansible's own kinds of strings are too much for the reader.
+        # As bytes, because the parser does not support Ansible's string types.
         raw = text.encode()
         depth = 0
         for event in yaml.parse(raw, Loader=_LOADER):
@@ -222,7 +223,7 @@ def _is_null(node: t.Optional[yaml.Node]) -> bool:
 
 
 def _item(node: t.Optional[yaml.Node], *path: str) -> t.Optional[yaml.Node]:
-    """The value below these keys; None where there is none, or where it is null."""
+    """The value below these keys; None if it is absent or null."""
     for key in path:
         node = _value(node, key, set())
         if _is_null(node):
@@ -231,7 +232,7 @@ def _item(node: t.Optional[yaml.Node], *path: str) -> t.Optional[yaml.Node]:
 
 
 def _value(node: t.Optional[yaml.Node], key: str, seen: t.Set[int]) -> t.Optional[yaml.Node]:
-    # Each node once, for those that are merged may hold one another.
+    # Each node once, because merged nodes may contain each other.
     if not isinstance(node, yaml.MappingNode) or id(node) in seen:
         return None
     seen.add(id(node))
@@ -286,7 +287,7 @@ def _boolean(location: str, node: t.Optional[yaml.Node]) -> t.Optional[bool]:
 def _objects(
     name: str, node: yaml.Node, depth: int, left: t.List[int]
 ) -> t.Iterator[t.Tuple[str, yaml.Node]]:
-    """An object with its kind, and those of a list."""
+    """The objects with their kinds; lists are expanded."""
     kind = _item(node, "kind")
     if not isinstance(kind, yaml.ScalarNode) or not kind.value:
         raise NotAManifest(

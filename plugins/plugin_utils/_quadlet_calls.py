@@ -18,7 +18,7 @@ from ansible_collections.userns.storage.plugins.plugin_utils._layer_calls import
 from ansible_collections.userns.storage.plugins.plugin_utils._manifest_calls import ManifestReader
 from ansible_collections.userns.storage.plugins.plugin_utils._units import Unit, UnitError
 
-# Options of podman and layer_template, each with its key in units.
+# Options of podman and layer_template, with their keys in units.
 _KEYS = {
     "userns": "UserNS",
     "uidmap": "UIDMap",
@@ -53,9 +53,9 @@ class QuadletReader:
     def text(self, name: str, text: str) -> t.List[Call]:
         """Calls of one text, a unit or a manifest.
 
-        :param name: what messages call it
+        :param name: its name in messages
         :raises UnitError: it is malformed
-        :raises MapError: a mapping in it is
+        :raises MapError: a mapping in it is invalid
         """
         first = next(
             (line.strip() for line in text.split("\n") if line.strip()[:1] not in ("", "#", ";")),
@@ -77,7 +77,7 @@ class QuadletReader:
         """Calls of all files, by path. The containers use the pods and images, the .kube units the manifests.
 
         :raises UnitError: a file is malformed
-        :raises MapError: a mapping in it is
+        :raises MapError: a mapping in it is invalid
         """
         counted: t.Set[str] = set()
         for path, text in files.items():
@@ -118,7 +118,7 @@ class QuadletReader:
         return calls
 
     def _is_replaced(self, name: str) -> bool:
-        """Whether it is a template of which instances are among the files."""
+        """Whether it is a template whose instances are among the files."""
         start, at, end = name.partition("@.")
         return bool(at) and any(
             other.startswith(f"{start}@") and other.endswith(f".{end}") and other != name
@@ -162,7 +162,7 @@ class QuadletReader:
         whole = self._expanded(unit, "Yaml", unit.last("Kube", "Yaml"))
         names = [self._expanded(unit, "Yaml", word) for word in unit.words("Kube", "Yaml")]
         found = []
-        # Before podman 5.6 the value was one path, with blanks in it or not.
+        # Before podman 5.6 the value was a single path, which may contain blanks.
         for name in [whole] if self._path(whole) else names:
             path = self._path(name)
             if path is None:
@@ -175,7 +175,7 @@ class QuadletReader:
         return found
 
     def _path(self, name: str) -> t.Optional[str]:
-        """The key of the files that a path of a unit means."""
+        """The key in the files for a path in a unit."""
         plain = re.sub(r"^(\./)+", "", name)
         alike = [
             path for path in self._manifests if path.rpartition("/")[2] == plain.rpartition("/")[2]
@@ -216,18 +216,18 @@ class QuadletReader:
                 f"{unit.name} uses the image of the unit {image}: pass all units as a dictionary"
             )
         if kind == "build":
-            # The first of a build's tags is the one that containers are made with.
+            # Containers use the first tag of a build.
             name = next(iter(other.all("Build", "ImageTag")), "")
         else:
             name = other.last("Image", "ImageTag") or other.last("Image", "Image")
         if not name:
             raise UnitError(f"{image} does not set the name of its image")
-        # It stands in the container's own command.
+        # It is in the container's own command.
         key = f"ImageTag of {image}"
         return checked_image(f"{unit.name}: {key}", self._expanded(unit, key, name))
 
     def _mapping(self, unit: Unit, section: str) -> t.Optional[Mapping]:
-        """The options of layer_template for a section's keys; None when it has no namespace of its own."""
+        """The options of layer_template for a section's keys; None if it has no namespace of its own."""
         return self._settings.checked(unit.name, self._options(unit, section))
 
     def _options(self, unit: Unit, section: str, manual: bool = True) -> Mapping:
@@ -261,7 +261,7 @@ class QuadletReader:
 
 
 def _remapped(unit: Unit, section: str, manual: bool) -> t.Dict[str, t.List[str]]:
-    """The keys of podman 4.4, from before there was one for each option."""
+    """The keys of podman 4.4, before there was a key for each option."""
     kind = unit.bare(section, "RemapUsers")
     uids, gids = (unit.words(section, key) for key in ("RemapUid", "RemapGid"))
     size = _size(unit, section)

@@ -19,31 +19,31 @@ from ._escapes import terminal
 
 Json = t.Dict[str, t.Any]
 
-# Seconds between two lines.
+# Seconds between two progress lines.
 SHORTEST = 10
-# Seconds that a call may take at most, and all calls for one store together: as long as root waits for work in a
-# user's store.
+# The maximum time of a call, and of all calls for a store together (seconds): the time for which root waits for work
+# in a user's store.
 _LONGEST = 3600
 _TOTAL = 14_400
-# A call first looks through what others have made. It gets so many times as long, so that it gets on.
+# A call first examines existing work. Its time limit is this multiple of that time, so that it makes progress.
 _TIMES = 4
-# Calls in a row after which as much is left as before. Images that change meanwhile set single calls back.
+# The maximum number of consecutive calls without progress. Images that change during a call may undo its progress.
 _MOST_IN_VAIN = 360
 
 display = Display()
 
 
 class SliceResults(abc.ABC):
-    """The results so far, as one."""
+    """The merged results so far."""
 
     def __init__(self) -> None:
         self.result: Json = {}
-        # The user whose store the next call works in; empty where each call works in all stores of the task.
+        # The user in whose store the next call works; empty if each call works in all stores of the task.
         self.user = ""
         self._given_up = False
 
     def add(self, result: Json) -> Json:
-        """Join the result of one more call, and return that of all."""
+        """Add the result of a call, and return the merged result."""
         before, self.result = self.result, dict(result)
         if before:
             self.result["changed"] = bool(before.get("changed")) or bool(result.get("changed"))
@@ -58,16 +58,16 @@ class SliceResults(abc.ABC):
 
     @property
     def resuming(self) -> float:
-        """Seconds that the last call took to look through what others have made."""
+        """The time that the last call took to examine existing work, in seconds."""
         return 0
 
     def following(self, arguments: Json) -> Json:
-        """The arguments of the next call, from those of the task."""
+        """The arguments of the next call, derived from those of the task."""
         return arguments
 
     @property
     def remaining(self) -> t.Any:
-        """The number of things to do in the store at hand."""
+        """The number of remaining items in the current store."""
         return self.result.get("remaining")
 
     @property
@@ -76,22 +76,22 @@ class SliceResults(abc.ABC):
         return bool(self.result.get("partial")) and not self._given_up
 
     def give_up(self, why: str) -> None:
-        """Make no more calls for the store at hand."""
+        """Make no more calls for the current store."""
         self._given_up = True
         self.result.update(failed=True, msg=why)
 
     @property
     def left(self) -> t.Tuple[float, float]:
-        """What goes down with each call: the number of things to do, and a number for the one at hand."""
+        """A value that decreases with each call: the number of remaining items, and a number for the current item."""
         return (self.result.get("remaining", 0), 0)
 
     @abc.abstractmethod
     def join(self, before: Json) -> None:
-        """Put into the last result what it lacks of all before."""
+        """Add the earlier results to the last result."""
 
     @abc.abstractmethod
     def line(self, passed: float) -> str:
-        """What to show while there is more to do.
+        """The progress line while there is more to do.
 
         :param passed: seconds since the first call
         """
@@ -100,7 +100,7 @@ class SliceResults(abc.ABC):
 class SlicedAction(ActionBase):
     """Calls the module of the same name repeatedly, and displays its progress after each call.
 
-    Each call goes on from where the last one was stopped; so nothing runs on when the play is interrupted.
+    Each call resumes the work of the last call, so that no work continues after an interruption of the play.
     """
 
     _requires_connection = True
@@ -108,11 +108,11 @@ class SlicedAction(ActionBase):
     _supports_async = True
 
     def results(self) -> SliceResults:
-        """What joins the results of these calls."""
+        """The object that merges the results of the calls."""
         raise NotImplementedError
 
     def whole(self, arguments: t.Mapping[str, t.Any]) -> bool:
-        """Whether one call does it."""
+        """Whether a single call is enough."""
         return arguments.get("time_limit") is not None
 
     def run(
@@ -140,10 +140,10 @@ class SlicedAction(ActionBase):
         while True:
             called = results.following(dict(arguments)) if results.result else arguments
             effort = efforts.setdefault(results.user, _Effort())
-            # These numbers come from a store whose owner may write anything into it.
+            # These numbers come from a store whose owner controls its contents.
             limit = max(SHORTEST, int(min(results.resuming * _TIMES, _LONGEST)))
             result = self._call({**called, "time_limit": limit}, task_vars)
-            # Each call gets something done. Where none does, none ever will.
+            # Each call makes progress. If several calls make none, further calls will not either.
             stuck = not result.get("changed") and results.remaining == result.get("remaining")
             joined = results.add(result)
             before, passed = passed, time.monotonic() - started
@@ -156,7 +156,7 @@ class SlicedAction(ActionBase):
                 )
                 if why:
                     results.give_up(why)
-            # What was refused in one place does not keep the module from the others.
+            # A refusal in one store does not stop work in the others.
             if not results.goes_on or joined.get("unreachable"):
                 module_args = joined.get("invocation", {}).get("module_args", {})
                 if "time_limit" in module_args:
@@ -165,7 +165,7 @@ class SlicedAction(ActionBase):
                     module_args["users"] = arguments["users"]
                 return joined
             if not self._task.no_log:
-                # On standard error, for there are callbacks that put JSON on the other.
+                # On standard error, because some callbacks write JSON to standard output.
                 line = terminal(f"{host} | {results.line(passed)}")
                 display.display(line, stderr=True)
 
@@ -181,9 +181,9 @@ class SlicedAction(ActionBase):
 
 @dataclasses.dataclass
 class _Effort:
-    """What the calls for one store have come to.
+    """The effort of the calls for a store.
 
-    :ivar seconds: their time altogether
+    :ivar seconds: their total time
     """
 
     seconds: float = 0.0
@@ -191,9 +191,9 @@ class _Effort:
     _in_vain: int = 0
 
     def add(self, left: t.Tuple[float, float], seconds: float) -> None:
-        """Take note of one more call.
+        """Record a call.
 
-        :param left: what there is still to do, smaller with each call
+        :param left: the remaining work, which decreases with each call
         """
         self._in_vain = 0 if left < self._least else self._in_vain + 1
         self._least = min(self._least, left)
@@ -201,7 +201,7 @@ class _Effort:
 
     @property
     def endless(self) -> str:
-        """Why no more calls are made; empty where they are."""
+        """Why no more calls are made; empty if there are more."""
         if self._in_vain > _MOST_IN_VAIN:
             why = f"{self._in_vain} calls in a row have brought it no nearer to its end"
         elif self.seconds > _TOTAL:

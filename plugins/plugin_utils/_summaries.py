@@ -167,7 +167,7 @@ def _of_sharing(user: Facts, predicted: bool) -> str:
 
 
 def _owner(result: Facts) -> str:
-    """The owner of the store, with which the loop of the task begins."""
+    """The owner of the store, which is the first element of the task's loop item."""
     item = result.get(text_of(result.get("ansible_loop_var") or "item"))
     return text_of(item[0] if isinstance(item, (list, tuple)) and item else item)
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Convert variables as people type them into a survey or an inventory: text, lines or a list."""
+"""Convert variables from surveys and inventories: text, lines or a list."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 Mapping = t.Dict[str, t.Any]
 
 _USERNS = re.compile(r"(host|keep-id|nomap|auto)(:|$)")
-# What can follow the user namespace or the maps.
+# The options that can follow the user namespace or the maps.
 _NAMED = frozenset(OPTIONS) - {"userns", "uidmap", "gidmap"}
 
 
 def is_blank(value: t.Any) -> bool:
-    """Whether a survey's answer was left empty: ansible-core 2.19 and later read it as null."""
+    """Whether a survey's answer is empty; ansible-core 2.19 and later read it as null."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
 def is_none(value: t.Any) -> bool:
-    """Whether a text is the word that switches an option off in a survey."""
+    """Whether a text is the word that disables an option in a survey."""
     return isinstance(value, str) and value.strip().lower() == "none"
 
 
 def number_as_text(value: t.Any) -> t.Any:
-    """The text of a number, for ansible-core 2.19 and later read the answer 0 as a number; any other value itself."""
+    """The text of a number, because ansible-core 2.19 and later read the answer 0 as a number; other values
+    unchanged."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return str(value) if number else value
 
 
 def words(value: t.Any) -> t.List[str]:
-    """The words of a text or of a list of texts, parted by white space and commas; nothing for the text "none"."""
+    """The words of a text or of a list of texts, separated by white space and commas; empty for the text "none"."""
     value = number_as_text(value)
     if value is None or is_none(value):
         return []
@@ -58,7 +59,7 @@ def _words(text: str) -> t.List[str]:
 
 
 def lines(value: t.Any) -> t.List[t.Any]:
-    """The lines of a text, or the items of a list with each text among them in lines; nothing for the text "none"."""
+    """The lines of a text, or the items of a list with texts split into lines; empty for the text "none"."""
     if value is None or is_none(value):
         return []
     if isinstance(value, str):
@@ -71,20 +72,20 @@ def lines(value: t.Any) -> t.List[t.Any]:
 
 
 def mappings(value: t.Any) -> t.List[Mapping]:
-    """Mappings as the option ``mappings`` of layer_template takes them.
+    """Mappings for the option ``mappings`` of layer_template.
 
     :param value: lines such as ``keep-id``, ``auto:size=4096 slots=3``, ``0:100000:65536``,
         ``0:100000:65536/0:300000:65536`` or ``subuidname=web``; or a list of these and of dicts
-    :raises ValueError: a line is none of that
+    :raises ValueError: a line has another form
     """
     return [_mapping(line) for line in lines(value)]
 
 
 def policies(value: t.Any) -> t.Dict[str, t.Dict[str, t.Any]]:
-    """What differs from store to store, by the store's owner.
+    """The options of a policy for each store, by owner.
 
     :param value: lines such as ``alice unused_for=2w keep_images=*/postgres:*,*/redis:*``, or a dict of dicts
-    :raises ValueError: a line is none of that
+    :raises ValueError: a line has another form
     """
     if isinstance(value, dict):
         if not all(isinstance(item, dict) for item in value.values()):

@@ -4,7 +4,7 @@
 # This plugin util is PRIVATE to the userns.storage collection.
 """Parse quadlet units of podman as its generator does (podman 5.4 to 6.1), and expand them as systemd does.
 
-Where those versions read a value differently, or drop a part of it without a word, it is refused here.
+A value that those versions read differently, or of which they silently drop a part, is refused.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import posixpath
 import re
 import typing as t
 
-# What Go's unicode.IsSpace takes for white space: of what Python does, not the separators of records.
+# The white space of Go's unicode.IsSpace, which excludes the record separators of Python's.
 _SPACE = "".join(
     character
     for character in map(chr, range(0x3001))
     if character.isspace() and not "\x1c" <= character <= "\x1f"
 )
 _SEPARATORS = " \t\n\r"
-# The kinds of units, each with the section of its own and the ending of its service's name.
+# The kinds of units, each with its section and the suffix of its service's name.
 SECTIONS = {
     "container": ("Container", ""),
     "pod": ("Pod", "-pod"),
@@ -31,7 +31,7 @@ SECTIONS = {
     "network": ("Network", "-network"),
     "artifact": ("Artifact", "-artifact"),
 }
-# Keys that decide the mapping or the image.
+# Keys that determine the mapping or the image.
 KEYS = (
     *("Image", "Rootfs", "Pod", "Yaml", "ImageTag", "PodmanArgs", "GlobalArgs"),
     *("UserNS", "UIDMap", "GIDMap", "SubUIDMap", "SubGIDMap"),
@@ -39,7 +39,7 @@ KEYS = (
 )
 _KNOWN = {key.casefold(): key for key in KEYS}
 _MAPPING_KEYS = frozenset(KEYS[7:])
-# Letters that systemd replaces; any other stays as it is.
+# Specifiers of systemd; other letters are not replaced.
 _SPECIFIERS = frozenset("aAbBCdDEfgGhHiIjJlLmMnNopPqsStTuUvVwWy")
 _ESCAPES = dict(zip("abfnrtvs\\\"'", "\a\b\f\n\r\t\v \\\"'"))
 _ESCAPE = re.compile(
@@ -52,18 +52,18 @@ class UnitError(ValueError):
 
 
 class Unit:
-    """One unit with its drop-ins.
+    """A unit with its drop-ins.
 
-    :param name: its file's name, or words for a text without one
-    :param named: whether ``name`` is a file's name
-    :raises UnitError: a line is none of a unit, or one of :data:`KEYS` is misspelt
+    :param name: its file name, or a description of a text without one
+    :param named: whether ``name`` is a file name
+    :raises UnitError: a line is malformed, or one of :data:`KEYS` is misspelled
     """
 
     def __init__(self, name: str, text: str, named: bool = True) -> None:
         self.name = name
         self.named = named
         self.kind = name.rpartition(".")[2] if named else ""
-        # Sections, each with its pairs of key and value in order.
+        # Sections, with their pairs of key and value in order.
         self.sections: t.Dict[str, t.List[t.Tuple[str, str]]] = {}
         self.notes: t.List[str] = []
         self._read(name, text)
@@ -108,7 +108,7 @@ class Unit:
     # Values
 
     def last(self, section: str, key: str) -> str:
-        """The last value, without white space at its ends, and without the quotation marks around it.
+        """The last value, without surrounding white space and quotation marks.
 
         :raises UnitError: quotation marks are not around the whole value
         """
@@ -131,11 +131,11 @@ class Unit:
         return values[-1].rstrip(_SPACE) if values else ""
 
     def has(self, section: str, key: str) -> bool:
-        """Whether the key is there, be its value empty or not."""
+        """Whether the key exists, even with an empty value."""
         return any(found == key for found, _value in self.sections.get(section, ()))
 
     def all(self, section: str, key: str) -> t.List[str]:
-        """All values; an empty one forgets those before it."""
+        """All values; an empty value removes those before it."""
         values: t.List[str] = []
         for found, value in self.sections.get(section, ()):
             if found == key:
@@ -143,14 +143,14 @@ class Unit:
         return values
 
     def words(self, section: str, key: str) -> t.List[str]:
-        """The words of all values: quotation marks are taken off, backslashes are letters.
+        """The words of all values, without quotation marks; backslashes are literal.
 
-        :raises UnitError: a quotation mark is left open, or a word is empty
+        :raises UnitError: a quotation mark is not closed, or a word is empty
         """
         return self._split(section, key, False)
 
     def arguments(self, section: str, key: str) -> t.List[str]:
-        """The words of all values, as those of a command: escape sequences count.
+        """The words of all values as of a command, with escape sequences.
 
         :raises UnitError: as :meth:`words`, or an escape sequence is unknown
         """
@@ -162,7 +162,7 @@ class Unit:
         except UnitError as error:
             raise UnitError(f"{self.name}: {key}: {error}") from error
 
-    # What systemd makes of values
+    # Expansion by systemd
 
     def expanded(
         self,
@@ -171,7 +171,7 @@ class Unit:
         specifiers: t.Mapping[str, str],
         variables: t.Mapping[str, str],
     ) -> str:
-        """A value of the generated command as podman gets it.
+        """A value of the generated command as podman receives it.
 
         :raises UnitError: it has a specifier or variable of unknown value
         """
@@ -204,7 +204,7 @@ class Unit:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def _own_specifiers(self) -> t.Dict[str, str]:
-        """Specifiers whose values follow from the file name."""
+        """Specifiers with values from the file name."""
         if not self.named or self.kind not in SECTIONS:
             return {}
         section, ending = SECTIONS[self.kind]
@@ -212,7 +212,7 @@ class Unit:
         name = self.last(section, "ServiceName") or f"{stem}{ending}"
         prefix, at, instance = name.partition("@")
         if at and not instance:
-            # A template: its instance is named when it is started.
+            # The instance of a template is only known when it is started.
             return {"p": prefix, "P": _unescaped(prefix)}
         last = prefix.rpartition("-")[2]
         known = {"n": f"{name}.service", "N": name, "p": prefix, "i": instance, "j": last}
@@ -220,10 +220,10 @@ class Unit:
 
 
 def expand_variables(location: str, value: str, known: t.Mapping[str, str]) -> str:
-    """A word of a command with its variables replaced as systemd does it.
+    """Replace the variables in a word of a command as systemd does.
 
-    :param location: where the value stands, for messages
-    :raises UnitError: a variable of it is not known
+    :param location: the location of the value, for messages
+    :raises UnitError: a variable is unknown
     """
 
     def lookup(name: str) -> str:
@@ -262,22 +262,22 @@ def dropin_folders(name: str) -> t.List[str]:
 
 
 def dropins(name: str, files: t.Mapping[str, str]) -> t.List[str]:
-    """The paths among ``files`` that are drop-ins of a unit, in the order in which they count."""
+    """The paths among ``files`` that are drop-ins of a unit, in the order in which they are applied."""
     found: t.Dict[str, str] = {}
     for folder in dropin_folders(name):
         for path in sorted(files):
             parent, file = posixpath.split(path)
             if file.endswith(".conf") and posixpath.basename(parent) == folder:
-                # Of those of one name the most specific counts alone.
+                # Of drop-ins with the same name, only the most specific is used.
                 found.setdefault(file, path)
     return [found[file] for file in sorted(found)]
 
 
 def split(text: str, escapes: bool) -> t.List[str]:
-    """The words of a value, as systemd takes them apart.
+    """Split a value into words as systemd does.
 
-    :param escapes: whether a backslash begins an escape sequence
-    :raises UnitError: a quotation mark is left open, a word is empty, or an escape sequence is unknown
+    :param escapes: whether backslashes start escape sequences
+    :raises UnitError: a quotation mark is not closed, a word is empty, or an escape sequence is unknown
     """
     words: t.List[str] = []
     word: t.List[str] = []
@@ -326,9 +326,9 @@ def _escaped(match: t.Match[str]) -> str:
 
 
 def _lines(text: str) -> t.Iterator[t.Tuple[int, str]]:
-    """Lines with their numbers, without comments; those that end in a backslash are joined with the next.
+    """Lines with their numbers, without comments; lines that end in a backslash are joined with the next line.
 
-    Comments and empty lines between joined lines are left out, and no blank is put between them.
+    Comments and empty lines between joined lines are left out, and lines are joined without a blank.
     """
     begun, started = "", 0
     lines = text.split("\n")
@@ -347,12 +347,12 @@ def _lines(text: str) -> t.Iterator[t.Tuple[int, str]]:
         yield started, begun + line
         begun, started = "", 0
     if begun:
-        # Only comments follow the last backslash: quadlet forgets the line.
+        # Only comments follow the last backslash; quadlet then drops the line.
         raise UnitError(f"line {started}: {begun!r} continues on a missing line")
 
 
 def _unescaped(name: str) -> str:
-    """A part of a unit's name as systemd-escape --unescape gives it."""
+    """A part of a unit's name as unescaped by systemd-escape --unescape."""
     text = name.replace("-", "/")
     raw = re.sub(
         rb"\\x([0-9a-f]{2})",

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Read registered variables, whose values hosts and the owners of stores decide, as the types that are expected."""
+"""Read registered variables, whose values hosts and owners of stores control, with the expected types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._escapes import terminal
 
 Facts = t.Mapping[str, t.Any]
 
-# No host makes the output about all longer than this.
+# The limit of each text, because hosts must not make the output arbitrarily long.
 _MOST_ENTRIES = 1000
 _LONGEST_TEXT = 500
 _HIGHEST = 2**63 - 1
@@ -24,7 +24,7 @@ class Malformed(Exception):
 
 
 def results_of(registered: t.Any, name: str) -> t.List[Facts]:
-    """The results of a task with a loop; one that never came to its loop has but one result, or none."""
+    """The results of a task with a loop; a task that failed before its loop has a single result, or none."""
     task = dict_of(registered, name)
     if not task:
         return []
@@ -57,14 +57,14 @@ def dicts_of(entry: Facts, key: str, name: str) -> t.List[Facts]:
 
 
 def number_of(value: t.Any) -> int:
-    """Bytes or a count; nothing where it is no number, or none that a filesystem can have."""
+    """Bytes or a count; 0 if it is no number or outside the range of filesystems."""
     if isinstance(value, bool) or not isinstance(value, int):
         return 0
     return int(value) if 0 <= value <= _HIGHEST else 0
 
 
 def text_of(value: t.Any) -> str:
-    """One visible line, not too long. Of a structure only its type, for its text may have no end."""
+    """A visible line of limited length. For structures only the type, because their text may be endless."""
     if value is None or value is False:
         return ""
     if not isinstance(value, (str, int, float)):

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Find variables that begin like those of a role but do not exist, most often because they are misspelled."""
+"""Find variables with the prefix of a role that do not exist, usually because they are misspelled."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import yaml
 
 
 def unknown(names: t.Iterable[str], role: Path, ignored: t.Container[str] = ()) -> t.List[str]:
-    """The names with the role's prefix that the role does not know, each with the closest option where one is close.
+    """The unknown names with the role's prefix, each with a similar option if there is one.
 
-    :param role: the role's folder; its files say which names it uses
-    :param ignored: names that are meant for something else
+    :param role: the role's folder, whose files contain the names that it uses
+    :param ignored: names with another purpose
     """
     prefix = f"{role.name}_"
     options, used = _known(role)
@@ -34,7 +34,7 @@ def unknown(names: t.Iterable[str], role: Path, ignored: t.Container[str] = ()) 
 
 @functools.cache
 def _known(role: Path) -> t.Tuple[t.Tuple[str, ...], t.FrozenSet[str]]:
-    """The options of a role, and all names with its prefix that it or its playbook uses."""
+    """The options of a role, and all names with its prefix in its files and its playbook."""
     specs = yaml.safe_load((role / "meta/argument_specs.yml").read_text(encoding="utf-8"))
     options = tuple(specs["argument_specs"]["main"]["options"])
     used = {*options, f"{role.name}_hosts"}

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # This plugin util is PRIVATE to the userns.storage collection.
-"""Build the driver library as one file that any Python runs, reproducibly byte for byte."""
+"""Build the driver library as a single Python program, reproducibly byte for byte."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from _storage.service.command import main
 
 sys.exit(main(sys.argv[1:]))
 """
-# The oldest moment that a zip archive can name.
+# The earliest time that a zip archive can contain.
 _MOMENT = (1980, 1, 1, 0, 0, 0)
 
 
@@ -38,7 +38,7 @@ def build(library: Path = _LIBRARY) -> bytes:
             entry = zipfile.ZipInfo(name, _MOMENT)
             entry.create_system = 3
             entry.external_attr = 0o100644 << 16
-            # Unpacked, for compressors differ from one release to the next.
+            # Uncompressed, because the output of compressors depends on their version.
             entry.compress_type = zipfile.ZIP_STORED
             archive.writestr(entry, files[name])
     return content.getvalue()

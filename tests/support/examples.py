@@ -149,7 +149,11 @@ class Block:
             match = _PROMPT.match(line)
             if match and match["command"] == command:
                 break
-        return [line for line in itertools.takewhile(lambda line: not _PROMPT.match(line), lines) if line]
+        return [
+            line
+            for line in itertools.takewhile(lambda line: not _PROMPT.match(line), lines)
+            if line
+        ]
 
     def _lines(self) -> t.List[str]:
         return self.text.replace("\\\n", " ").splitlines()

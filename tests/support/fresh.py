@@ -72,9 +72,7 @@ class FreshHost(examples.Reader):
             "var/lib/containers/storage/*-layers",
             "home/*/.local/share/containers/storage/*-layers",
         )
-        return {
-            path.name.rpartition("-")[0] for place in places for path in root.glob(place)
-        }
+        return {path.name.rpartition("-")[0] for place in places for path in root.glob(place)}
 
     def _begin(self) -> None:
         """As the guide First steps has it: an inventory, and a host that answers under its name."""

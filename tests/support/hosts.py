@@ -36,6 +36,7 @@ apt-get -q update
 apt-get -q -y install --no-install-recommends {" ".join(_PACKAGES)}
 apt-get clean
 """
+_TAR_OPTIONS = ("--xattrs", "--numeric-owner")
 # Hosts before anything of ours: one as a minimal installation leaves it, one as a cloud image is.
 _BARE = {"bookworm": "", "trixie": "python3-apt sudo"}
 # The lists of packages are gone, as on an image that is months old; what the role prepare installs is there to be read.
@@ -82,12 +83,6 @@ def _quietly(words: t.Sequence[str], **options: t.Any) -> None:
         raise RuntimeError(f"{' '.join(words)}\n{done.stdout[-4000:]}")
 
 
-def _debootstrap(suite: str, root: pathlib.Path) -> None:
-    _quietly(["debootstrap", "--variant=minbase", suite, str(root)])
-    # A mirror frozen in time serves releases whose date of expiry is past.
-    (root / "etc/apt/apt.conf.d/99archive").write_text("Acquire::Check-Valid-Until false;\n")
-
-
 def minbase(suite: str = "trixie") -> pathlib.Path:
     """The tar archive of a debootstrap minbase root (200 MB), made when the cache lacks it."""
     target = cache_dir() / "images" / f"{suite}-minbase.tar"
@@ -96,13 +91,23 @@ def minbase(suite: str = "trixie") -> pathlib.Path:
             if not target.exists():
                 root = part.with_name(part.name + ".root")
                 shutil.rmtree(root, ignore_errors=True)
-                _debootstrap(suite, root)
+                _quietly(["debootstrap", "--variant=minbase", suite, str(root)])
+                # A mirror frozen in time serves releases whose date of expiry is past.
+                settings = root / "etc/apt/apt.conf.d/99archive"
+                settings.write_text("Acquire::Check-Valid-Until false;\n")
                 shutil.rmtree(root / "var/cache/apt", ignore_errors=True)
-                _quietly(
-                    ["tar", "-C", str(root), "--xattrs", "--numeric-owner", "-cf", str(part), "."]
-                )
+                _quietly(["tar", "-C", str(root), *_TAR_OPTIONS, "-cf", str(part), "."])
                 shutil.rmtree(root)
     return target
+
+
+def _unpack(suite: str, root: pathlib.Path) -> None:
+    """Make a minbase root on which services do not start."""
+    root.mkdir()
+    _quietly(["tar", "-C", str(root), *_TAR_OPTIONS, "-xpf", str(minbase(suite))])
+    policy = root / "usr/sbin/policy-rc.d"
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
 
 
 def root(suite: str) -> pathlib.Path:
@@ -115,8 +120,7 @@ def root(suite: str) -> pathlib.Path:
                     _quietly(["cp", "-a", "--reflink=auto", str(root(_BASES[suite])), str(part)])
                     _inside(part, _UPGRADE)
                 else:
-                    _debootstrap(suite, part)
-                    _forbid_services(part)
+                    _unpack(suite, part)
                     _inside(part, _INSTALL)
     return target
 
@@ -130,16 +134,9 @@ def bare(suite: str) -> pathlib.Path:
     if not target.exists():
         with _building(target) as part:
             if not target.exists():
-                _debootstrap(suite, part)
-                _forbid_services(part)
+                _unpack(suite, part)
                 _inside(part, _INSTALL_BARE.replace("$PACKAGES", _BARE[suite]))
     return target
-
-
-def _forbid_services(root_folder: pathlib.Path) -> None:
-    policy = root_folder / "usr/sbin/policy-rc.d"
-    policy.write_text("#!/bin/sh\nexit 101\n")
-    policy.chmod(0o755)
 
 
 def _inside(root_folder: pathlib.Path, commands: str) -> None:
@@ -198,7 +195,13 @@ class Host(Machine):
     def __init__(self, lab: Lab, suite: str, lower: t.Optional[pathlib.Path] = None) -> None:
         self.lab, self.name = lab, suite
         self._holder = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.hosts", str(lower or root(suite)), str(lab.base)],
+            [
+                sys.executable,
+                "-m",
+                f"{__package__}.hosts",
+                str(lower or root(suite)),
+                str(lab.base),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

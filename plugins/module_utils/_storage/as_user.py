@@ -21,12 +21,12 @@ from .store.config import Account
 from .userns import running as userns
 from .userns.shapes import Record, text, whole
 
-# Seconds without any progress of a program, and between two looks at it.
+# The time without progress of a program, and the interval of the checks (seconds).
 _STALLED = 600.0
 _LOOK = 5.0
-# Descriptors of files in memory, above those that programs give to the processes that they start.
+# Descriptors of files in memory, above those that programs pass to their child processes.
 _FIRST_DESCRIPTOR = 100
-# Bytes of what a program says on standard error.
+# Bytes of a program's standard error.
 _LAST_WORDS = 2000
 
 
@@ -34,8 +34,8 @@ _LAST_WORDS = 2000
 class Finished:
     """A program that has ended.
 
-    :ivar stdout: at most 1 MiB of it
-    :ivar digest: the SHA-256 of all of it, in hexadecimal
+    :ivar stdout: at most 1 MiB of its output
+    :ivar digest: the SHA-256 of the whole output, in hexadecimal
     :ivar stderr: the last 2,000 bytes
     """
 
@@ -54,15 +54,15 @@ def execute(
 ) -> Finished:
     """Run a program as ``account``, with the groups of that user and in the environment of the user's store.
 
-    :param account: None runs it as the caller
+    :param account: None for the caller
     :param variables: added to the environment
-    :param stalled: the program is ended after as many seconds in which it and all that it started used no processor
+    :param stalled: the program is terminated after this time (seconds) in which its processes used no CPU time
     :param files: contents of files by placeholder. Words and values of ``variables`` that equal a placeholder are
-        replaced by the path of a file in memory, which only the account and root can read and which is gone once all
-        programs that were started have ended
-    :raises StorageError: it cannot be started, was ended, or the process that waits for it gave no answer
+        replaced by the path of a file in memory, which only the account and root can read and which disappears when all
+        processes of the program have ended
+    :raises StorageError: it cannot be started, was terminated, or the process that waits for it did not respond
     """
-    # The child itself looks whether the program gets on: it may have started others, which count as well.
+    # The child process checks for progress, including that of other processes of the program.
     limits = userns.Limits(stall=0.0)
     found = userns.run_as(
         _watched, (words, variables, stalled, account, dict(files or {})), account, limits
@@ -83,7 +83,7 @@ def _watched(
     if account is not None:
         environ = userns.environment(os.environ, account, True)
     own = os.getpid()
-    # In memory: check mode leaves nothing in any folder either.
+    # In memory, because check mode must not write to any folder.
     with contextlib.ExitStack() as undo:
         output, complaints = (undo.enter_context(_memory(name)) for name in ("stdout", "stderr"))
         paths: t.Dict[str, str] = {}
@@ -162,7 +162,7 @@ def _memory(name: str) -> t.IO[bytes]:
 
 
 def _processor_time(session: int) -> int:
-    """Clock ticks that the processes of a session have used; proc_pid_stat(5)."""
+    """The CPU time of the processes of a session in clock ticks; proc_pid_stat(5)."""
     total = 0
     for name in os.listdir("/proc"):
         if name.isdigit():

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What each version of podman, buildah, CRI-O and containers/storage does: the only version thresholds.
+"""The capabilities of each version of podman, buildah, CRI-O and containers/storage: the only version thresholds.
 
 All other modules ask :class:`Capabilities`. Thresholds by storage version follow the source of containers/storage,
 those by podman version podman's own; each was measured against Debian's builds.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 Version = t.Tuple[int, ...]
 
-# The newest containers/storage (major, minor) that the test suite has run against.
+# The newest containers/storage (major, minor) with which the test suite has run.
 TESTED_STORAGE: Version = (1, 64)
 
 # A release for each way in which a program reads its configuration.
@@ -29,30 +29,31 @@ KERNEL_ROOTLESS_OVERLAY: Version = (5, 13)
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What one runtime does. Each field that is not explained here is true from a version on, see the tables below.
+    """The capabilities of a runtime. Fields without an explanation are true from a version on, see the tables below.
 
     :ivar reads_drop_ins: storage.conf is read by the loader of storage 1.63: drop-ins, appending lists,
         CONTAINERS_STORAGE_CONF_OVERRIDE, and /etc and /usr in full for rootless users too
-    :ivar named_file_sets_paths: the paths in the file that CONTAINERS_STORAGE_CONF names count for rootless users
-    :ivar reads_transient_store: the keys ``transient_store`` and ``driver_priority`` count
-    :ivar rootless_inherits_priority: ``driver_priority`` of /etc counts for users without a file of their own
-    :ivar rootless_prefers_overlay: a user without any file gets the driver that is there, else overlay where it
+    :ivar named_file_sets_paths: rootless users use the paths in the file that CONTAINERS_STORAGE_CONF names
+    :ivar reads_transient_store: the keys ``transient_store`` and ``driver_priority`` are used
+    :ivar rootless_inherits_priority: users without a file of their own use ``driver_priority`` of /etc
+    :ivar rootless_prefers_overlay: a user without a file gets the driver of the existing store, or overlay if it
         works; before, vfs
     :ivar reads_lower_layers: ``lower-layers`` is enough to mount a layer; the names in ``l/`` are not needed
-    :ivar maps_container_layers: a container's own layer carries its ID map even where mounts shift the IDs
+    :ivar maps_container_layers: a container's own layer carries its ID map even if mounts shift the IDs
     :ivar idmapped_mounts: overlay shifts IDs with idmapped mounts
-    :ivar idmap_can_be_disabled: the environment can forbid that, and mapped layers are mounted as they are
+    :ivar idmap_can_be_disabled: a variable disables idmapped mounts, and mapped layers are mounted unchanged
     :ivar shifts_any_map: maps that are not contiguous are shifted too
-    :ivar shifts_rootless: no rule forbids idmapped mounts for rootless users, only the kernel's answer
-    :ivar ignores_overflow_accounts: auto ignores accounts with ID 65534, whatever their name
-    :ivar counts_accounts_exactly: auto makes room for the highest ID of an account, and reads the image's group file
-    :ivar sqlite_first: podman prefers db.sql where a bolt file lies beside it
-    :ivar keeps_database: a database of podman's overrides storage.conf
+    :ivar shifts_rootless: idmapped mounts for rootless users depend only on the kernel
+    :ivar ignores_overflow_accounts: auto ignores accounts with ID 65534, regardless of the name
+    :ivar counts_accounts_exactly: auto includes the highest ID of an account, and reads the image's group file
+    :ivar sqlite_first: podman prefers db.sql if there is also a bolt file
+    :ivar keeps_database: podman's database overrides storage.conf
     :ivar sets_config_home: before the files are read, XDG_CONFIG_HOME gets its default, so that a user's own file is
-        read in place of those of the system
+        read instead of the system's files
     :ivar reads_crio_conf: crio.conf overrides storage.conf
-    :ivar removes_unused_mapped_layers: a mapped layer goes with the last container on it, whoever created the layer
-    :ivar mounts_long_paths: the paths of all layers of a container need not fit into one page, wherever they lie
+    :ivar removes_unused_mapped_layers: a mapped layer is removed with the last container on it, even if another
+        program created it
+    :ivar mounts_long_paths: the paths of all layers of a container may exceed one page, also in additional stores
     :ivar tested: the storage version is not above the newest that was tested
     """
 
@@ -96,11 +97,11 @@ _STORAGE_SINCE: t.Dict[str, Version] = {
     "rootless_inherits_priority": (1, 46),
     "rootless_prefers_overlay": (1, 47),
     "counts_accounts_exactly": (1, 56),
-    # The oldest in which it was seen; 1.43 does not.
+    # The oldest version in which it was seen; 1.43 does not have it.
     "mounts_long_paths": (1, 57),
     "named_file_sets_paths": (1, 59),
     "shifts_any_map": (1, 59),
-    # The releases of podman with which it came.
+    # The first releases of podman with it.
     "sqlite_first": (1, 62),
     "reads_drop_ins": (1, 63),
     "reads_lower_layers": (1, 63),
@@ -121,8 +122,8 @@ _PODMAN_SINCE: t.Dict[str, Version] = {
     "keep_id_size": (5, 4),
 }
 
-# From (major, minor) or (major, minor, patch) on: the containers/storage in the go.mod of the release. Used only where
-# neither the executable nor its package tells.
+# From (major, minor) or (major, minor, patch) on: the containers/storage in the go.mod of the release. Used only if
+# neither the executable nor its package contains the version.
 _RELEASES: t.Dict[str, t.Tuple[t.Tuple[Version, Version], ...]] = {
     "podman": (
         ((4, 0), (1, 38, 2)),
@@ -189,7 +190,7 @@ _RELEASES: t.Dict[str, t.Tuple[t.Tuple[Version, Version], ...]] = {
 
 
 def capabilities(name: str, version: Version, storage: Version) -> Capabilities:
-    """What a program does.
+    """The capabilities of a program.
 
     :param name: "podman", "buildah" or "cri-o"
     :param storage: its version of containers/storage
@@ -203,13 +204,13 @@ def capabilities(name: str, version: Version, storage: Version) -> Capabilities:
 
 
 def released_storage(name: str, version: Version) -> Version:
-    """The containers/storage that a release was published with; (0,) before the oldest that is known.
+    """The containers/storage that a release was published with; (0,) before the oldest known release.
 
-    A release after the newest that is known is taken to have a newer one.
+    A release after the newest known release counts as having a newer version.
     """
     found: Version = (0,)
     for start, storage in _RELEASES[name]:
-        # A patch release may have another one than its line.
+        # A patch release may have another version than its line.
         if version >= start:
             found = storage
     newest, storage = _RELEASES[name][-1]
@@ -222,13 +223,13 @@ def first_release(name: str, field: str) -> Version:
     :param field: of :class:`Capabilities`, one that depends on the storage version
     """
     since = _STORAGE_SINCE[field]
-    # Patch releases of an older line may have it, too.
+    # Patch releases of an older line may have it too.
     lines = (start for start, storage in _RELEASES[name] if len(start) == 2 and storage >= since)
     return next(lines)
 
 
 def loader_agrees(storage: Version, reads_drop_ins: bool) -> Version:
-    """The storage version, corrected by which configuration loader the executable contains."""
+    """The storage version, corrected by the configuration loader that the executable contains."""
     since = _STORAGE_SINCE["reads_drop_ins"]
     if reads_drop_ins:
         return max(storage, since)
@@ -246,7 +247,7 @@ def idmapped_overlay(kernel: Version) -> bool:
     return kernel >= KERNEL_IDMAPPED_OVERLAY
 
 
-# One for each way in which storage.conf is read, oldest first; nothing of podman's own.
+# One for each loader of storage.conf, oldest first; without podman's own capabilities.
 LOADERS: t.Tuple[Capabilities, ...] = tuple(
     capabilities("", (), since)
     for since in sorted(

@@ -8,14 +8,14 @@ import typing as t
 
 from .printable import printable
 
-# An image decides how much there is to tell; a task's result stays readable.
+# The content of an image determines the length of lists; the limit keeps results readable.
 _MOST_ENTRIES = 1000
 # Characters: no message is longer than all three together.
 _LONGEST_SUBJECT, _LONGEST_CAUSE, _LONGEST_HINT = 1000, 4000, 8000
 
 
 def size_text(number: float) -> str:
-    """Bytes for people: 512 B, 1.4 KiB, 23 GiB."""
+    """Format bytes: 512 B, 1.4 KiB, 23 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(number) < 1024 or unit == "TiB":
             break
@@ -28,9 +28,9 @@ class StorageError(Exception):
     """An error for users: what failed, why, and what to do.
 
     :param subject: the object it is about: an image name, a path, a map
-    :param cause: what is wrong with it, a clause without a full stop
+    :param cause: the cause, a clause without a full stop
     :param hint: what to do next, a sentence or a command; may be empty
-    :param facts: JSON-able details, returned to the caller beside the message; lists are cut off after
+    :param facts: details as plain data, returned to the caller with the message; lists are cut off after
         1,000 entries
     """
 
@@ -65,11 +65,11 @@ class ConfigError(StorageError):
 
 
 class StoreError(StorageError):
-    """The store is absent, belongs to another driver, or contradicts itself."""
+    """The store is absent, belongs to another driver, or is inconsistent."""
 
 
 class StoreUnwritten(StoreError):
-    """No runtime has written the store yet; the facts say where and of which driver it will be."""
+    """No runtime has written the store yet; the facts contain its future path and driver."""
 
 
 class RecordError(StoreError):
@@ -77,26 +77,26 @@ class RecordError(StoreError):
 
 
 class StoreContradictory(StoreError):
-    """The store's records do not fit together or do not fit the disk, so nothing may be removed.
+    """The store's records contradict each other or the files on disk, so that nothing may be removed.
 
     The fact ``contradictions`` lists them.
     """
 
 
 class LockTimeout(StoreError):
-    """A lock of the store stayed taken for longer than allowed."""
+    """Another process held a lock of the store for longer than allowed."""
 
 
 class PermissionDenied(StoreError):
-    """The caller may not read or write what the work needs."""
+    """The caller lacks the permission to read or write."""
 
 
 class NoSpace(StoreError):
-    """The filesystem has no room, in bytes or in inodes."""
+    """The filesystem has no free bytes or inodes."""
 
 
 class ReadOnlyStore(StoreError):
-    """The image lives in an additional store that is never written."""
+    """The image is in an additional store, which is never written."""
 
 
 class UntestedRuntime(StoreError):
@@ -104,15 +104,15 @@ class UntestedRuntime(StoreError):
 
 
 class StoreChanged(StoreError):
-    """Image or template changed, again and again, while the layer was being built."""
+    """The image or template changed repeatedly while the layer was being built."""
 
 
 class ImageUnknown(StorageError):
-    """No image of the store answers to that reference."""
+    """No image of the store matches the reference."""
 
 
 class ImageAmbiguous(StorageError):
-    """More than one image answers to that reference."""
+    """Several images match the reference."""
 
 
 class LayerInUse(StorageError):
@@ -132,16 +132,16 @@ class NamespaceError(StorageError):
 
 
 class UnsupportedDriver(StorageError):
-    """The store uses a driver, or a feature of one, that is not handled here."""
+    """The store uses a driver, or a feature of a driver, that is not supported."""
 
 
 class TreeError(StorageError):
-    """A layer's tree cannot be read or cloned faithfully."""
+    """A layer's tree cannot be read or copied exactly."""
 
 
 class WorkerError(StorageError):
-    """The process that works in a store ended, fell silent, or sent something other than the documented data."""
+    """The process that works in a store ended, did not respond, or sent other than the documented data."""
 
 
 class InternalError(StorageError):
-    """A fault of this collection itself; the facts carry the trace for the bug report."""
+    """A bug in this collection; the facts contain the traceback for the bug report."""

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Make untrusted text safe for messages and terminals: one line, printable characters, limited length.
 
-A store's owner decides paths, names and labels. Nothing of them may move a cursor, start a line or change the
-direction of the text around it.
+The owner of a store controls paths, names and labels. They must not move the cursor, start a line or change the
+direction of the surrounding text.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _LIMIT = 1000
 _MOST_LINES = 200
 _CUT = "[...]"
 _SHORT_ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
-# What a diff shows as it is, save tabs and line ends.
+# Control characters in a diff, except tabs and line ends.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f]")
-# What terminals act on and JSON does not escape: DEL and C1 controls, marks of direction, line separators,
-# and bytes that are not UTF-8.
+# Characters that terminals interpret and JSON does not escape: DEL and C1 controls, marks of direction, line
+# separators, and bytes that are not UTF-8.
 _ACTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def printable(text: t.Any, limit: int = _LIMIT) -> str:
     """Text on one line, with an escape sequence such as ``\\x1b`` for each character that is not visible.
 
-    :param limit: the longest result in characters; the middle of a longer text is left out
+    :param limit: the maximum length in characters; the middle of a longer text is left out
     """
     shown = _cut(str(text), limit)
     if shown.isprintable():
@@ -44,11 +44,11 @@ def _cut(text: str, limit: int) -> str:
 
 
 def printable_lines(text: str, limit: int = _MOST_LINES) -> str:
-    """Text of several lines, such as what a program has said: each as :func:`printable` makes it, and indented.
+    """Text of several lines, such as the output of a program: each line as by :func:`printable`, and indented.
 
-    Indented, for a line at the margin is one of Ansible's own.
+    The lines are indented, because unindented lines are Ansible's own.
 
-    :param limit: lines; those in the middle of more are left out
+    :param limit: the maximum number of lines; lines in the middle of a longer text are left out
     """
     lines = text.split("\n")
     if len(lines) > limit:
@@ -58,12 +58,12 @@ def printable_lines(text: str, limit: int = _MOST_LINES) -> str:
 
 
 def printable_diff(text: str) -> str:
-    """A file's text for a diff: its lines stay, and nothing in them moves a cursor."""
+    """A file's text for a diff, with its lines but without control characters."""
     return _CONTROLS.sub(lambda match: _escape(match[0]), text)
 
 
 def without_controls(value: t.Any) -> t.Any:
-    """A module's result with escape sequences for what a terminal acts on and JSON does not escape."""
+    """A module's result with escape sequences for characters that terminals interpret and JSON does not escape."""
     if isinstance(value, str):
         return _ACTIVE.sub(lambda match: _escape(match[0]), value)
     if isinstance(value, dict):
@@ -74,14 +74,14 @@ def without_controls(value: t.Any) -> t.Any:
 
 
 def command(*words: str) -> str:
-    """A command line that a shell reads as these words, on one line and visible."""
+    """A quoted command line for a shell, on one line, with visible characters."""
     return " ".join(
         shlex.quote(word) if word.isprintable() else _ansi_quoted(word) for word in words
     )
 
 
 def user_command(user: str, words: str) -> str:
-    """What root types to run a command line as a user, in whatever folder root is and whatever the user's shell is."""
+    """A command line for root to run a command line as a user, from any folder and with any shell of the user."""
     return command("runuser", "-l", user, "-s", "/bin/sh", "-c", words)
 
 
@@ -97,11 +97,11 @@ def _in_ansi_quotes(byte: str) -> str:
 
 def _escape(character: str) -> str:
     if "\udc80" <= character <= "\udcff":
-        # A byte that is not UTF-8, as Python holds it.
+        # A byte that is not UTF-8, as represented by Python.
         return f"\\x{ord(character) - 0xDC00:02x}"
     if character in _SHORT_ESCAPES:
         return _SHORT_ESCAPES[character]
-    # Not the codec unicode_escape: a user's process may not be able to read the file it is in.
+    # Without the codec unicode_escape, whose file a user's process may not be able to read.
     number = ord(character)
     if number < 0x100:
         return f"\\x{number:02x}"

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The contract of the graph drivers. By default, layers are made by copying the tree.
 
-A driver must say where its layers lie (``name``, ``folders``) and how the tree of one is read (``_readable``). The
-rest is inherited; what a driver may do in its own way, and what its callers rely on then, is said at each method and
-listed in docs/architecture.md. tests/interop/test_driver_contract.py holds every driver to it on real filesystems.
+A driver must define where its layers are (``name``, ``folders``) and how the tree of a layer is read (``_readable``).
+Everything else has a default. The docstring of each method, and docs/architecture.md, define what a driver may
+override and what callers rely on. tests/interop/test_driver_contract.py checks every driver on real filesystems.
 
-A placeholder holds the place of a layer that is not there. A driver needs one where runtimes fail on a record without
-data, as on btrfs: between ``stage`` and ``commit``, and from ``detach`` or ``erase`` to ``remove_placeholder``. It is
-no layer (``exists``), it is damage in the place of one (``damage``), and no orphan (``orphans``).
+A placeholder is an empty entry under the ID of a layer that is absent. A driver needs placeholders if runtimes fail on
+a record without data, as on btrfs: between ``stage`` and ``commit``, and from ``detach`` or ``erase`` to
+``remove_placeholder``. For ``exists`` a placeholder is no layer, for ``damage`` it is damage, for ``orphans`` no
+orphan.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ Progress = t.Callable[[int, int], None]
 
 LAYER_ID = re.compile(r"[0-9a-f]{64}")
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# Filesystems that keep access times as Linux has them, unless mounted otherwise.
+# Filesystems with the usual access times of Linux, unless mount options change that.
 _KEEP_ATIME = frozenset(
     ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs")
 )
 _WRITE_TEXT = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 SNAPSHOT, REFLINK, METACOPY, COPY = "snapshot", "reflink", "metacopy", "copy"
-# In a staging folder, the way in which its layer is being made.
+# In a staging folder: the strategy with which its layer is being created.
 _STRATEGY_FILE = "way"
 
-# Filesystems in which no two files can share data, under any kernel so far.
+# Filesystems in which files cannot share data, with any kernel so far.
 _NEVER_SHARING = frozenset(("ext2", "ext3", "ext4", "f2fs", "tmpfs", "reiserfs", "jfs"))
 
 _ALWAYS_SHARING = frozenset(("btrfs", "bcachefs"))
@@ -59,7 +60,7 @@ _LABEL = "security.selinux"
 
 
 class Strategy(t.NamedTuple):
-    """A way to make a tree, and why it is open or the best one here."""
+    """A way to create a tree, and the reason why it is possible or the best here."""
 
     name: str
     reason: str
@@ -74,7 +75,7 @@ class DriverHome:
     :param image_stores: graphroots of the image store and of read-only ones, where layers may lie too
     :param needs_short_names: whether the runtimes of this host need the names in ``l/`` of overlay; asked only
         where one is missing
-    :param tree_tools: what it takes to make layers; None for a driver that only looks and removes
+    :param tree_tools: the functions that create trees; None for a driver that only reads and removes layers
     :param read_only: whether nothing at all may be written, as in check mode
     """
 
@@ -91,11 +92,11 @@ class DriverHome:
 
 @dataclass(frozen=True)
 class Staged:
-    """A tree that was, or would be, built.
+    """A tree that was built, or would be built in check mode.
 
     :param files: names of anything but directories
-    :param apparent: bytes that all but directories claim, each inode once
-    :param exclusive: bytes of disk that it shares with nothing
+    :param apparent: apparent size in bytes of everything but directories, each inode once
+    :param exclusive: bytes on disk that it does not share
     :param inodes: hard-linked files once, directories too
     """
 
@@ -109,11 +110,11 @@ class Staged:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a runtime leaves on a layer when it creates a container on it.
+    """The trace that a runtime leaves on a layer when it creates a container on it.
 
-    :param value: differs from what it was before
-    :param at: when it was left, seconds since the epoch; None if that is not known
-    :param coarse: whether further containers leave none within a day of it (relatime)
+    :param value: changes with each new trace
+    :param at: the time of the trace, in seconds since the epoch; None if unknown
+    :param coarse: whether further containers leave no new trace within a day (relatime)
     """
 
     value: str
@@ -122,7 +123,7 @@ class Trace:
 
 
 class Orphan:
-    """Data in the driver's folder that no record speaks of.
+    """Data in the driver's folder without a record.
 
     :param kind: "directory" or "link"
     :param changed: seconds since the epoch of the last change of its inode
@@ -141,7 +142,7 @@ class Orphan:
         return f"Orphan({self.kind!r}, {self.path!r})"
 
     def usage(self, exclusive: bool = False) -> Usage:
-        """What it costs; walks the tree.
+        """The disk space that it uses; walks the tree.
 
         :param exclusive: whether to find out which bytes nothing else shares
         :raises StorageError: it cannot be read
@@ -155,7 +156,7 @@ class Driver(abc.ABC):
     name: t.ClassVar[str]
     # The folder that holds one entry per layer, below the graphroot.
     folders: t.ClassVar[t.Tuple[str, ...]]
-    # What of a layer's directory runtimes read when they create a container on it and at no other time, the
+    # The entry of a layer's directory that runtimes read only when they create a container on the layer, the
     # first that is there; and the mount flags with which that keeps no access time.
     _read_on_use: t.ClassVar[t.Tuple[str, ...]] = ("",)
     _unread_flags: t.ClassVar[int] = os.ST_NODIRATIME
@@ -178,7 +179,7 @@ class Driver(abc.ABC):
             raise InternalError(f"driver {self.name}", "was opened for reading and removal only")
         return self.home.tree_tools
 
-    # Asking
+    # Queries
 
     def exists(self, layer_id: str) -> bool:
         """Whether the store itself (no read-only one) has a directory for the layer.
@@ -189,7 +190,7 @@ class Driver(abc.ABC):
             return _is_directory(folder, self._checked(layer_id))
 
     def damage(self, layer_id: str, chain: t.Sequence[str] = ()) -> t.Optional[str]:
-        """What a runtime would miss of a layer's data, in words; None when it is intact.
+        """A description of the data that a layer lacks for runtimes; None if it is intact.
 
         :param chain: the IDs of the layers that must be there for it
         :raises StorageError: the driver's folder cannot be read
@@ -201,7 +202,7 @@ class Driver(abc.ABC):
         return None
 
     def measure(self, layer_id: str, exclusive: bool = False) -> Usage:
-        """What a layer's data costs on disk, each inode once.
+        """The disk space that a layer's data uses, each inode once.
 
         :param exclusive: whether to find out which bytes nothing else shares
         :raises StorageError: the layer is missing or cannot be read
@@ -222,8 +223,8 @@ class Driver(abc.ABC):
             return {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
 
     def top_owners(self, chain: t.Sequence[str]) -> t.List[t.Tuple[str, int, int]]:
-        """The root directory ("") and the names in it, with their UID and GID on disk; nothing where that
-        is not whom they belong to.
+        """The root directory ("") and the names in it, with their UID and GID on disk; empty if
+        the owners are not stored on the files.
 
         :param chain: the layer and its parents, top first
         :raises StorageError: a layer of the chain is missing or cannot be read
@@ -232,8 +233,8 @@ class Driver(abc.ABC):
             return list(top_owners(stack))
 
     def traces(self, layer_ids: t.Iterable[str]) -> t.Dict[str, Trace]:
-        """The traces of use on layers, as far as there are any: on filesystems mounted with noatime there
-        are none. Nothing in this library leaves one.
+        """The traces of use on layers. Filesystems mounted with noatime have none. This library leaves none
+        itself.
 
         :raises StorageError: the driver's folder cannot be read
         """
@@ -261,7 +262,7 @@ class Driver(abc.ABC):
         return None
 
     def measure_path(self, path: str, exclusive: bool = False) -> Usage:
-        """What anything in the store costs on disk.
+        """The disk space that a path in the store uses.
 
         :param exclusive: whether to find out which bytes nothing else shares
         :raises StorageError: it cannot be read
@@ -313,7 +314,7 @@ class Driver(abc.ABC):
             return lookup.read_text(stack, path)
 
     def flush(self) -> None:
-        """Have on disk what was written, and freed what was deleted as far as that is to be had.
+        """Write everything to disk, and free the space of deleted files as far as the filesystem supports it.
 
         :raises StorageError: something could not be written
         """
@@ -328,7 +329,7 @@ class Driver(abc.ABC):
     def dependencies(self, layer_id: str) -> t.List[str]:
         """The layers whose data this one needs on disk, nearest first; none where trees are whole.
 
-        :raises StorageError: the driver has to look at the layer for it, and cannot
+        :raises StorageError: the layer cannot be read
         """
         return []
 
@@ -340,18 +341,18 @@ class Driver(abc.ABC):
         return []
 
     def resting(self, names: t.Iterable[str]) -> t.Dict[str, t.List[str]]:
-        """What the folders themselves say of the layers that they rest on, whatever the records say.
+        """The layers that folders depend on by their own files, regardless of the records.
 
         :param names: of folders in the driver's folder
-        :returns: for each folder that names such layers, their IDs, nearest first; a layer that cannot be told is
-            left out, and so is a folder that cannot be read
+        :returns: for each folder that names such layers, their IDs, nearest first; without layers that cannot be
+            identified and folders that cannot be read
         :raises StorageError: the driver's folder cannot be read
         """
         return {}
 
     def has_copy(self, layer_id: str) -> bool:
-        """Whether the own layer of a container, whose record has other maps than its parent, holds the image once
-        more: the runtime has changed owners in it, in place of shifting them in mounts.
+        """Whether the own layer of a container, whose record has other maps than its parent, contains a copy of the
+        image: the runtime changed the owners in it instead of shifting them with a mount.
 
         :raises StorageError: the driver's folder cannot be read
         """
@@ -370,8 +371,8 @@ class Driver(abc.ABC):
         """Layer directories without a record. Other names in the folder are never touched.
 
         :param known_ids: the IDs of all layers with a record, in whichever file
-        :param thorough: whether to look at each short name even where there is one for each layer
-        :param present: what :meth:`present` has just told, not to list the folder again
+        :param thorough: whether to examine each short name even if each layer has one
+        :param present: the result of :meth:`present`, if it was just called
         :raises StorageError: the driver's folder cannot be read
         """
         names = self.present() if present is None else present
@@ -396,10 +397,10 @@ class Driver(abc.ABC):
         path = os.path.join(self.folder, name)
         return Orphan(kind, name, path, changed, lambda exclusive: self.measure(name, exclusive))
 
-    # Making
+    # Creating layers
 
     def strategies(self, chain: t.Sequence[str]) -> t.List[Strategy]:
-        """The ways to make a mapped layer from a template, cheapest faithful one first.
+        """The strategies that can create a mapped layer from a template, the cheapest first.
 
         :param chain: the template and its parents
         :raises UnsupportedDriver: the layers use a feature that is not handled here
@@ -419,7 +420,7 @@ class Driver(abc.ABC):
         return [Strategy(COPY, f"{filesystem} does not support shared extents")]
 
     def _can_reflink(self, filesystem: str) -> bool:
-        """Whether files can share their data; where nothing may be written, as far as the filesystem says."""
+        """Whether files can share their data. In check mode, only the type of the filesystem is known."""
         if not self.home.read_only:
             return self.tree_tools.can_reflink(self.home.view)
         if filesystem == "xfs":
@@ -437,11 +438,10 @@ class Driver(abc.ABC):
         strategy: str = "auto",
         progress: t.Optional[Progress] = None,
     ) -> t.Tuple[Strategy, CloneResult]:
-        """What :meth:`stage` would do and read. Writes nothing.
+        """Predict the strategy and the result of :meth:`stage`. Writes nothing.
 
         :param progress: called with files and bytes seen; may raise Suspended
-        :returns: the way it would choose, and what the tree holds; ``exclusive`` there is what a plain
-            copy would take
+        :returns: the strategy, and the contents of the tree; its ``exclusive`` is the size of a plain copy
         :raises StorageError: as :meth:`stage`
         """
         with self._explained(chain[0]):
@@ -457,16 +457,16 @@ class Driver(abc.ABC):
         layer_id: str,
         progress: t.Optional[Progress] = None,
     ) -> Staged:
-        """Build the whole layer in a staging folder and have it on disk. Takes no lock of the store.
+        """Build the whole layer in a staging folder and sync it to disk. Takes no lock of the store.
 
         :param chain: the template and its parents, top first
         :param shift: from the template's mapping to the wanted one
         :param strategy: a name of :meth:`strategies`, or "auto" for the first
-        :param into: an existing folder of the caller's, on the view and the driver's filesystem; what
-            a suspended call with the same arguments has left in it is gone on with
+        :param into: an existing folder of the caller's, on the view and the driver's filesystem; work that
+            a suspended call with the same arguments left there is resumed
         :param layer_id: the ID that the layer will have
         :param progress: called with files and bytes done; may raise Suspended
-        :raises UnsupportedDriver: that strategy, or a feature of the store, is not to be had
+        :raises UnsupportedDriver: the strategy, or a feature of the store, is not supported
         :raises UnmappedIDs: the tree holds IDs that the shift does not map
         :raises NoSpace: the filesystem is full
         :raises StorageError: the template is damaged or cannot be read
@@ -486,8 +486,8 @@ class Driver(abc.ABC):
 
     def commit(self, into: str, layer_id: str) -> None:
         """Move a staged layer to its place. Called with the store's locks held and its record, flagged
-        as incomplete, written: whoever finds that record removes what a kill has left. It is durable
-        when this returns, so that the record may say that the layer is there.
+        as incomplete, written: a runtime that finds such a record removes the leftovers of a kill. The layer is durable
+        when this returns, so that the record can be completed.
 
         :raises StorageError: a directory is already defined, or the rename failed
         """
@@ -500,8 +500,8 @@ class Driver(abc.ABC):
 
     def detach(self, layer_id: str, trash_dir: str) -> None:
         """Move a layer's data out of the store. Called with the store's locks held and its record
-        flagged as incomplete. Data that is not there is no error. It is durable when this returns, so
-        that the record may go.
+        flagged as incomplete. Missing data is ignored. The change is durable when this returns, so
+        that the record can be removed.
 
         :param trash_dir: an existing folder on the view, where the layer keeps its ID as name
         :raises StorageError: the rename failed
@@ -515,10 +515,10 @@ class Driver(abc.ABC):
                 sync_names(folder)
 
     def thin(self, layer_id: str, enough: Enough) -> None:
-        """Delete files of a layer where they are, until that is enough, to make room on a full disk. Called with the
-        store's locks held and its record flagged as incomplete, so that nobody takes what is left for the layer.
+        """Delete files of a layer in place until the caller has enough free space. For full disks. Called with the
+        store's locks held and its record flagged as incomplete, so that no program uses the remaining files as a layer.
 
-        :param enough: asked now and then
+        :param enough: called from time to time
         :raises StorageError: the driver's folder cannot be read
         """
         with self._explained(layer_id), contextlib.ExitStack() as undo:
@@ -538,8 +538,8 @@ class Driver(abc.ABC):
         return [""]
 
     def erase(self, layer_id: str) -> None:
-        """Delete a layer's data where it is, in place of :meth:`detach`, where there is no room for a trash folder. At
-        most a placeholder is left.
+        """Delete a layer's data in place, instead of :meth:`detach`, if there is no space for a trash folder. At
+        most a placeholder remains.
 
         :raises StorageError: something of it cannot be deleted
         """
@@ -559,38 +559,36 @@ class Driver(abc.ABC):
         self.detach(orphan.name, trash_dir)
 
     def destroy(self, parent: int, name: str) -> bool:
-        """Delete an entry of an open directory in one piece, if this driver can and the entry is of its kind, as a
-        subvolume is on btrfs. The store's ``remove_tree`` asks wherever a device number changes, and deletes file by
-        file otherwise. A driver whose layers are filesystems or volumes of their own must override it, for what
-        unlink(2) cannot delete stays in the trash.
+        """Delete an entry of an open directory as a whole, for example a subvolume on btrfs. The store's
+        ``remove_tree`` calls this wherever a device number changes, and otherwise deletes file by file. A driver
+        whose layers are filesystems or volumes must override it, because unlink(2) cannot delete them from the trash.
 
         :param parent: an open directory; need not be in the driver's folder
-        :returns: whether it is gone by this call; false for what is not there
+        :returns: whether this call deleted it; false if it does not exist
         """
         return False
 
     def is_placeholder(self, name: str) -> bool:
-        """Whether a placeholder is there in the place of a layer of that name. Drivers without placeholders never
-        override it.
+        """Whether the entry of that name is a placeholder. Drivers without placeholders do not override this.
 
-        :param name: any name; what is no layer ID has no placeholder
+        :param name: any name; only layer IDs can be placeholders
         :raises StorageError: the driver's folder cannot be read
         """
         return False
 
     def remove_placeholder(self, layer_id: str) -> bool:
-        """Remove the placeholder of a layer, once there is no record of that layer. Overridden together with
+        """Remove the placeholder of a layer that no longer has a record. Overridden together with
         ``is_placeholder``.
 
-        :returns: whether there was one and it is gone; false where there is none
+        :returns: whether a placeholder was removed
         :raises StorageError: it cannot be removed
         """
         return False
 
-    # What a driver may do its own way
+    # Methods that drivers override
 
     def _staged_name(self, layer_id: str) -> str:
-        """What the layer is called in its staging folder."""
+        """The name of the layer in its staging folder."""
         return "layer"
 
     @abc.abstractmethod
@@ -599,7 +597,7 @@ class Driver(abc.ABC):
 
     @contextlib.contextmanager
     def _whole_layer(self, chain: t.Sequence[str]) -> t.Iterator[LayerStack]:
-        """What ``_readable`` is for a driver each of whose layers is a whole tree."""
+        """``_readable`` for drivers whose layers are whole trees."""
         with contextlib.ExitStack() as undo:
             layer = self._need_layer(undo, chain[0])
             yield undo.enter_context(LayerStack([layer], PLAIN))
@@ -619,8 +617,8 @@ class Driver(abc.ABC):
         target: str,
         progress: t.Optional[Progress],
     ) -> Staged:
-        """Build the layer as ``target``, an entry of the open directory ``staging``; one that is there is
-        a part of it.
+        """Build the layer as ``target``, an entry of the open directory ``staging``. An existing entry is a partial
+        layer, and is completed.
         """
         again = os.path.lexists(target)
         if not again:

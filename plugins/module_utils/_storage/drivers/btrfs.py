@@ -3,9 +3,9 @@
 """The btrfs driver. Each layer is a subvolume, and a mapped layer starts as a snapshot of its template.
 
 Runtimes remove a layer whose record is flagged as incomplete when they open the store, and on btrfs
-they fail, for the whole store, if there is no subvolume of that name. So there is one at any time
-that such a record may exist: an empty subvolume, marked as ours, holds the place until the layer
-takes it, and takes it over when the layer leaves.
+they fail, for the whole store, if there is no subvolume of that name. Therefore a subvolume exists as long
+as such a record may exist: before the layer is in place and after it was removed, an empty subvolume with a
+mark of this collection is its placeholder.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .base import (
     Trace,
 )
 
-# On the root of an empty subvolume that only holds a layer's place.
+# Marks the root of a placeholder.
 _MARK = "trusted.userns.storage.placeholder"
 _MARK_OF_USERS = "user.userns.storage.placeholder"
-# What it is called before it has its place.
+# Its name before it is renamed to the layer's ID.
 _NEW_PLACEHOLDER = "place"
-# Nobody takes longer from announcing a layer to putting it there.
+# The longest time between the record of a layer and its data (seconds).
 _LONGEST_WAIT = 86400.0
 _NO_EXCHANGE = frozenset((errno.ENOSYS, errno.EINVAL))
 
@@ -52,7 +52,7 @@ class BtrfsDriver(Driver):
     folders = ("btrfs", "subvolumes")
 
     def damage(self, layer_id: str, chain: t.Sequence[str] = ()) -> t.Optional[str]:
-        """As for every driver; a plain directory in a subvolume's place is damage as well."""
+        """See the base class; a plain directory instead of a subvolume is damage as well."""
         found = super().damage(layer_id, chain)
         if found is not None:
             return found
@@ -76,7 +76,7 @@ class BtrfsDriver(Driver):
                 return usage._replace(exclusive=counted, least=counted, most=counted * copies)
             if not exclusive:
                 return usage
-            # What snapshots share of the leaves is not to be found out without quotas.
+            # Without quotas it is unknown which leaves snapshots share.
             if usage.parts is not None:
                 usage.parts.snapshot = True
             return usage._replace(least=0)
@@ -102,7 +102,7 @@ class BtrfsDriver(Driver):
         btrfs.sync(directory)
 
     def strategies(self, chain: t.Sequence[str]) -> t.List[Strategy]:
-        """A snapshot, where the template is a subvolume; then what works everywhere."""
+        """A snapshot if the template is a subvolume, then the strategies of all drivers."""
         with self._explained(chain[0]), contextlib.ExitStack() as undo:
             template = self._need_layer(undo, chain[0])
             strategies = self._copying()
@@ -112,7 +112,7 @@ class BtrfsDriver(Driver):
             return strategies
 
     def exists(self, layer_id: str) -> bool:
-        """As for every driver; a place that is only held does not count."""
+        """See the base class; a placeholder is no layer."""
         if not super().exists(layer_id):
             return False
         with self._explained(layer_id), self._opened_folder() as folder:
@@ -127,13 +127,13 @@ class BtrfsDriver(Driver):
         layer_id: str,
         progress: t.Optional[Progress] = None,
     ) -> Staged:
-        """As for every driver; the layer's place is held from then on."""
+        """See the base class; also creates the placeholder."""
         staged = super().stage(chain, shift, strategy, into, layer_id, progress)
         with self._explained(layer_id), contextlib.ExitStack() as undo:
             folder = undo.enter_context(self._opened_folder())
             staging = os.open(into, DIRECTORY)
             undo.callback(os.close, staging)
-            # Nobody may find it there without its mark.
+            # It must have its mark before it gets its name.
             self._make_placeholder(staging, _NEW_PLACEHOLDER)
             os.rename(_NEW_PLACEHOLDER, layer_id, src_dir_fd=staging, dst_dir_fd=folder)
         return staged
@@ -141,7 +141,7 @@ class BtrfsDriver(Driver):
     def _orphans(
         self, folder: int, names: t.Set[str], known_ids: t.Collection[str], thorough: bool
     ) -> t.List[Orphan]:
-        """As for every driver, but for places that are held for a layer about to come."""
+        """See the base class; placeholders of layers that are being created are left out."""
         now = time.time()
         return [
             orphan
@@ -196,7 +196,7 @@ class BtrfsDriver(Driver):
         os.stat(layer_id, dir_fd=folder, follow_symlinks=False)
         try:
             with contextlib.suppress(FileExistsError):
-                # It bears the layer's ID, by which the place is found and given up in the end.
+                # It contains the layer's ID, with which the placeholder is found and removed in the end.
                 self._make_placeholder(trash, layer_id)
             if self._is_placeholder(folder, layer_id):
                 return
@@ -258,11 +258,11 @@ class BtrfsDriver(Driver):
                 return self._cloned(stack, target, shift, strategy, progress, again)
         with contextlib.ExitStack() as undo:
             template = self._need_layer(undo, chain[0])
-            # A snapshot holds what the template was last given, on disk already or not.
+            # A snapshot contains the newest state of the template, whether it is on disk or not.
             btrfs.snapshot(template, staging, name)
         report = self._not_resumable(staging, progress)
         made = self.tree_tools.shift_in_place(target, shift, progress=report)
-        # Space is counted when the filesystem commits, and known only where quotas are on.
+        # btrfs accounts space at each commit, and only with quotas.
         files.syncfs(staging)
         with contextlib.ExitStack() as undo:
             snapshot = os.open(name, DIRECTORY, dir_fd=staging)
@@ -271,7 +271,7 @@ class BtrfsDriver(Driver):
 
 
 def _delete(parent: int, name: str) -> bool:
-    """Delete a subvolume of an open directory; false where that is none, or is not allowed."""
+    """Delete a subvolume of an open directory; false if it is no subvolume, or that is not allowed."""
     try:
         descriptor = os.open(name, DIRECTORY, dir_fd=parent)
     except OSError:

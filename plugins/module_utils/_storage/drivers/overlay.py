@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The overlay driver, for native overlay mounts only.
 
-The mapped layer holds the whole merged tree and, as the driver has it, is a child of its template:
-``lower`` names the template first. The records know it as a sibling of the template.
+The mapped layer contains the whole merged tree. In the driver's files it is a child of its template:
+``lower`` names the template first. In the records it is a sibling of the template.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # Far more than the 500 lower layers that containers/storage allows.
 _LONGEST_TEXT = 1 << 17
 _MOST_LOWERS = 500
-# In a staging folder: why its template has to be read through a mount.
+# In a staging folder: the reason why its template is read through a mount.
 _MOUNTED = "mounted"
 # In the directory of a layer whose files lie elsewhere: in an image of composefs, or in an additional layer store.
 _COMPOSEFS = "composefs-data"
@@ -69,10 +69,10 @@ class OverlayDriver(Driver):
     _unread_flags = 0
     _names: t.Optional[t.Dict[str, str]] = None
 
-    # Asking
+    # Queries
 
     def damage(self, layer_id: str, chain: t.Sequence[str] = ()) -> t.Optional[str]:
-        """What a runtime would miss: a directory, a short name, or a layer that ``lower`` names."""
+        """The missing part: a directory, a short name, or a layer that ``lower`` names."""
         with self._explained(layer_id), contextlib.ExitStack() as undo:
             directory = self._opened_layer(undo, layer_id)
             if directory is None:
@@ -81,7 +81,7 @@ class OverlayDriver(Driver):
             if not _has_directory(directory, "diff") and not _exists(directory, _ADDITIONAL):
                 return f"diff of layer {layer_id[:12]} is missing"
             link = _read(directory, "link")
-            # Every runtime reads it to put a container on the layer.
+            # Every runtime reads it to create a container on the layer.
             if link is None:
                 return f"link of layer {layer_id[:12]} is missing"
             if not _LINK.fullmatch(link):
@@ -95,8 +95,8 @@ class OverlayDriver(Driver):
                 found = f"lower of layer {layer_id[:12]} names {lost[0]}, which is missing"
             elif self._resolve(f"l/{link}") != layer_id:
                 found = f"l/{link}, the short name of layer {layer_id[:12]}, is missing"
-            # Runtimes that read lower-layers need no short names, and make lost ones no more. Others make those anew
-            # that a file link tells.
+            # Runtimes that read lower-layers do not need short names and do not restore them. Others restore those
+            # that a link file names.
             if found and ((named is None and lost) or self.home.needs_short_names()):
                 return found
             if named is None:
@@ -121,12 +121,12 @@ class OverlayDriver(Driver):
         return None
 
     def has_copy(self, layer_id: str) -> bool:
-        """Whether there is a ``diff1``: what was in ``diff`` when owners were changed is moved there."""
+        """Whether there is a ``diff1``, to which a runtime moves the old ``diff`` when it changes owners."""
         with self._explained(layer_id), contextlib.ExitStack() as undo:
             return _exists(self._need_layer(undo, layer_id), "diff1")
 
     def top_owners(self, chain: t.Sequence[str]) -> t.List[t.Tuple[str, int, int]]:
-        """As for every driver; nothing where owners are not on the files themselves."""
+        """See the base class; empty if the owners are not stored on the files."""
         with self._explained(chain[0]), contextlib.ExitStack() as undo:
             if self.home.options.get("force_mask"):
                 return []
@@ -150,12 +150,12 @@ class OverlayDriver(Driver):
         return OwnTree(layer_id, diff, whiteouts=True)
 
     def shows_owners_of_lower_layers(self, layer_id: str) -> bool:
-        """As for every driver; what a runtime copies up holds only files whose owners it has changed."""
+        """See the base class; a runtime copies up only the files whose owners it changes."""
         return self.has_copy(layer_id)
 
     @contextlib.contextmanager
     def tree(self, chain: t.Sequence[str]) -> t.Iterator[int]:
-        """As for every driver, through a mount that only looks."""
+        """See the base class; reads through a read-only mount."""
         with self._explained(chain[0]), contextlib.ExitStack() as undo:
             self._refuse_unsupported(undo, chain)
             yield undo.enter_context(self._mounted(chain)).fds[0]
@@ -183,7 +183,7 @@ class OverlayDriver(Driver):
         return found
 
     def resting(self, names: t.Iterable[str]) -> t.Dict[str, t.List[str]]:
-        """As for every driver, from ``lower-layers``, else from ``lower`` and the short names."""
+        """See the base class; from ``lower-layers``, else from ``lower`` and the short names."""
         found: t.Dict[str, t.List[str]] = {}
         short: t.Dict[str, t.Optional[str]] = {}
         with self._explained(self.folder), self._opened_folder() as folder:
@@ -240,10 +240,10 @@ class OverlayDriver(Driver):
                     found.append(Orphan("link", name, path, changed, _nothing))
         return found
 
-    # Making
+    # Creating layers
 
     def strategies(self, chain: t.Sequence[str]) -> t.List[Strategy]:
-        """Files without data where the store mounts with metacopy=on, and no better way is open."""
+        """Files without data if the store is mounted with metacopy=on and files cannot share data."""
         with self._explained(chain[0]), contextlib.ExitStack() as undo:
             self._refuse_unsupported(undo, chain)
             strategies = self._copying()
@@ -251,7 +251,7 @@ class OverlayDriver(Driver):
                 reason = (
                     "the store mounts with metacopy=on, so mapped files need no copy of the data"
                 )
-                # Shared data is as cheap, and stands by itself.
+                # Shared data is as cheap, and does not depend on other layers.
                 strategies.insert(len(strategies) - 1, Strategy(METACOPY, reason))
             return strategies
 
@@ -307,9 +307,9 @@ class OverlayDriver(Driver):
     def _metacopy(self) -> bool:
         """Whether runtimes are known to mount this store with metacopy=on.
 
-        The options that were read here may be incomplete: another loader, a variable of another process. So the note
-        counts that each runtime leaves in the runroot after it has tried its own options, and a note of any other
-        options with which metacopy is off forbids it.
+        The options known here may be incomplete, because of another loader or a variable of another process. Therefore
+        the file counts that each runtime leaves in the runroot after a test of its own options. Metacopy is not used
+        if any such file reports it as off.
         """
         options = self.home.options.get("mountopt", "")
         given = [
@@ -330,7 +330,7 @@ class OverlayDriver(Driver):
         return [part.strip() for part in self.home.options.get("mountopt", "").split(",")]
 
     def _options_of_ours(self, *names: str) -> t.List[str]:
-        """Those of the store's mount options that decide how layers are read and written."""
+        """The mount options that determine how layers are read and written."""
         return [
             mount_option
             for mount_option in self._mount_options()
@@ -338,7 +338,7 @@ class OverlayDriver(Driver):
         ]
 
     def read_text(self, chain: t.Sequence[str], path: str) -> t.Optional[str]:
-        """The text of one file of a layer's tree, through a mount where it must be."""
+        """The text of one file of a layer's tree, through a mount if necessary."""
         try:
             return super().read_text(chain, path)
         except NeedsMount:
@@ -392,7 +392,7 @@ class OverlayDriver(Driver):
                     remove_tree(diff)
                     os.mkdir("diff", 0o700, dir_fd=layer)
                     write_text(staging, _MOUNTED, why)
-            # Through an overlay no file shares its data with another one.
+            # Files of an overlay mount cannot share data.
             plain = Strategy(COPY, f"{why}, so the template is read through a mount")
             with self._mounted(chain) as stack:
                 return self._cloned(stack, diff, shift, plain, progress, again)
@@ -408,11 +408,10 @@ class OverlayDriver(Driver):
         progress: t.Optional[Progress],
         again: bool,
     ) -> CloneResult:
-        """Make files that show the data of the layers below.
+        """Create files that show the data of the layers below.
 
-        They go into ``diff1`` below an empty ``diff``, as runtimes have it: those read content for an
-        export from the ``diff`` of a layer and of its lowers, where a file without data would be all
-        zeros.
+        They go to ``diff1`` below an empty ``diff``, as runtimes do it. For an export, runtimes read content from
+        the ``diff`` of a layer and its lowers, where a file without data would consist of zeros.
         """
         if not again:
             os.rename("diff", "diff1", src_dir_fd=layer, dst_dir_fd=layer)
@@ -474,7 +473,7 @@ class OverlayDriver(Driver):
         layer: int,
         progress: t.Optional[Progress],
     ) -> CloneResult:
-        """Let the kernel make such files, by changing owners through a mount for writing."""
+        """Let the kernel create such files: change the owners through a writable mount."""
         lowers = self._directories(undo, chain)
         opened = [os.open(name, DIRECTORY, dir_fd=layer) for name in ("diff1", "work", "merged")]
         for item in opened:
@@ -491,7 +490,7 @@ class OverlayDriver(Driver):
                 os.close(root)
         finally:
             mounts.unmount_surely(f"/proc/self/fd/{layer}/merged")
-        # With index=on it would remember the upper directory by its old place.
+        # With index=on it would record the old path of the upper directory.
         remove_tree(f"/proc/self/fd/{layer}/work")
         os.mkdir("work", 0o700, dir_fd=layer)
         return made._replace(exclusive=measure([upper]).allocated)
@@ -504,7 +503,7 @@ class OverlayDriver(Driver):
             links = _opened_links(undo, folder)
             if link is None or links is None:
                 raise StoreError(self.folder, "has lost its directory l or the staged link")
-            # The directory first: with it in place, whoever removes it finds the link's name.
+            # The directory first: whoever removes it finds the name of the link there.
             super()._install(staging, folder, layer_id)
             os.symlink(f"../{layer_id}/diff", link, dir_fd=links)
             sync_names(links)
@@ -514,7 +513,7 @@ class OverlayDriver(Driver):
         super()._uninstall(folder, layer_id, trash)
 
     def _unlink_short_name(self, folder: int, layer_id: str) -> None:
-        """Before the directory goes, which alone tells the name."""
+        """Called before the directory is removed, because only the directory contains the name."""
         with contextlib.ExitStack() as undo:
             layer = os.open(layer_id, DIRECTORY, dir_fd=folder)
             undo.callback(os.close, layer)
@@ -524,7 +523,7 @@ class OverlayDriver(Driver):
                 os.unlink(link, dir_fd=links)
 
     def erase(self, layer_id: str) -> None:
-        """As for every driver, the short name first."""
+        """See the base class; the short name is removed first."""
         with self._explained(layer_id), contextlib.ExitStack() as undo:
             folder = undo.enter_context(self._opened_folder())
             undo.enter_context(contextlib.suppress(FileNotFoundError))
@@ -545,21 +544,21 @@ class OverlayDriver(Driver):
 
     @contextlib.contextmanager
     def _mounted(self, chain: t.Sequence[str]) -> t.Iterator[LayerStack]:
-        """The template as the kernel merges it, for layers that are not to be read by hand."""
+        """The template as the kernel merges it, for layers that cannot be merged here."""
         with contextlib.ExitStack() as undo:
             directories = self._directories(undo, chain)
             template = self._need_layer(undo, chain[0])
             options = ["userxattr"]
             if not self.home.rootless:
-                # As the runtime mounts it: what that would not follow, nobody has ever seen.
+                # With the options of the runtime, so that the content is what containers see.
                 options = self._options_of_ours("metacopy", "redirect_dir", "xino")
             view = mounts.overlay_view(template, "diff", directories, options)
             undo.callback(os.close, view)
             yield undo.enter_context(LayerStack([view], PLAIN))
 
     def _disk_chain(self, undo: contextlib.ExitStack, chain: t.Sequence[str]) -> t.List[str]:
-        """The template and what it rests on, as the driver has it: that of a mapped layer is longer
-        than its record says."""
+        """The template and the layers it depends on, by the driver's files: a mapped layer depends on more layers
+        than its record names."""
         template = self._need_layer(undo, chain[0])
         links = self._lower_links(template)
         ids = self._lower_ids(template)
@@ -567,7 +566,7 @@ class OverlayDriver(Driver):
             resolved = [self._resolve(link) for link in links]
             ids = [item for item in resolved if item is not None]
             if len(ids) != len(links):
-                # A lost short name is made again by old runtimes; the records know the layers.
+                # Old runtimes restore a lost short name; the layers are known from the records.
                 if len(links) != len(chain) - 1:
                     raise StoreError(
                         f"layer {chain[0][:12]}",
@@ -600,9 +599,9 @@ class OverlayDriver(Driver):
 
     @staticmethod
     def _refuse_newer(directory: int) -> None:
-        """Raise where a layer's directory has something that no known version puts there.
+        """Check that a layer's directory contains only files of known versions.
 
-        :raises UntestedRuntime: it has
+        :raises UntestedRuntime: it contains something else
         """
         unknown = sorted(name for name in os.listdir(directory) if not _KNOWN.fullmatch(name))
         if unknown:
@@ -611,7 +610,7 @@ class OverlayDriver(Driver):
     def _lower_links(self, directory: int) -> t.List[str]:
         """The entries of ``lower``, each ``l/`` and a short name.
 
-        :raises UntestedRuntime: one is something else
+        :raises UntestedRuntime: an entry has another form
         """
         text = _read(directory, "lower")
         if not text:
@@ -627,7 +626,7 @@ class OverlayDriver(Driver):
     def _lower_ids(self, directory: int) -> t.Optional[t.List[str]]:
         """The entries of ``lower-layers``; None without that file, which old runtimes do not write.
 
-        :raises UntestedRuntime: one is no layer ID
+        :raises UntestedRuntime: an entry is no layer ID
         """
         text = _read(directory, "lower-layers")
         if text is None:
@@ -643,7 +642,7 @@ class OverlayDriver(Driver):
     def _resolve(self, link: str, use_link_files: bool = True) -> t.Optional[str]:
         """The layer that l/NAME links to, in the store or in a read-only store.
 
-        :param use_link_files: whether the file ``link`` of a layer counts where that name is lost
+        :param use_link_files: whether the file ``link`` of a layer is used if the name is lost
         """
         for graphroot in (self.home.view, *self.home.image_stores):
             with contextlib.ExitStack() as undo:
@@ -656,11 +655,11 @@ class OverlayDriver(Driver):
                 if found is not None:
                     return found
                 if links is not None and _exists(links, link[2:]):
-                    use_link_files = False  # Runtimes leave what is there.
+                    use_link_files = False  # Runtimes do not change existing entries.
         return self._names_in_link_files().get(link[2:]) if use_link_files else None
 
     def _names_in_link_files(self) -> t.Dict[str, str]:
-        """The short name of each layer of the store by its file ``link``; read once, when a name is lost."""
+        """The short name of each layer of the store from its file ``link``; read once, if a name is missing."""
         if self._names is None:
             self._names = {}
             with self._opened_folder() as folder:
@@ -675,7 +674,7 @@ class OverlayDriver(Driver):
 
 
 def _newer(directory: int, problem: str) -> UntestedRuntime:
-    """The error about a form of layers that no version known here writes."""
+    """The error about a form of layers that no known version writes."""
     return UntestedRuntime(
         os.readlink(f"/proc/self/fd/{directory}"),
         f"{problem} is newer than this version of the collection knows, or was put there by something else",

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The list of drivers. A new driver needs a file of its own and an entry here."""
+"""The list of drivers. A new driver needs a module and an entry here."""
 
 from __future__ import annotations
 

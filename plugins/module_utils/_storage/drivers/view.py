@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A single mount that contains both the staging directory and the directory of the driver.
 
-Runtimes bind-mount the driver's folder on itself, so a rename from beside it would cross two mounts
-and fail with EXDEV although both lie on one filesystem.
+Runtimes bind-mount the driver's folder on itself. A rename from a directory beside it would cross mounts
+and fail with EXDEV, although both are on one filesystem.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PATH_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def view_of(graphroot: str, driver: str) -> t.Iterator[str]:
-    """The graphroot as a single mount, for the length of a with block.
+    """Context manager: the graphroot as a single mount.
 
-    In the private mount namespace of :func:`..userns.run` the graphroot is bound over itself, alone
-    and without what is mounted in it, so every path keeps its name. Nothing is written. Files opened
+    In the private mount namespace of :func:`..userns.run` the graphroot is bind-mounted on itself
+    without its submounts, so that every path stays valid. Nothing is written. Files that were opened
     before, through the old mount, cannot be renamed into the view.
 
     :param graphroot: an existing directory
@@ -51,7 +51,7 @@ def view_of(graphroot: str, driver: str) -> t.Iterator[str]:
         try:
             mounts.bind(path, path)
         except OSError as error:
-            # EINVAL: mounts of a more privileged namespace below it cannot be taken off.
+            # EINVAL: mounts of a more privileged namespace cannot be unmounted.
             if folder is not None and mounts.mount_id(folder) != mounts.mount_id(top):
                 raise NamespaceError(
                     os.path.join(path, driver),
@@ -111,7 +111,7 @@ def _same(number: int, other: int) -> bool:
 
 
 def _uncover(view: int, driver: str, path: str) -> None:
-    """Take off the view what a runtime has mounted before it was private; nothing comes after that."""
+    """Unmount from the view what a runtime mounted before the view was private."""
     while True:
         with contextlib.ExitStack() as undo:
             found = _opened_folder(undo, view, driver, path)
@@ -128,9 +128,9 @@ def _uncover(view: int, driver: str, path: str) -> None:
 
 
 def _let_go(folder: int, top: int) -> None:
-    """Take what is mounted in the driver's folder off this namespace.
+    """Unmount everything in the driver's folder in this namespace.
 
-    The folder's mount is private, so nobody would tell us that a container's mount went away, and
+    The folder's mount is private, so unmounts of containers do not propagate to this namespace, and
     an overlay that stays mounted here cannot be mounted again elsewhere.
     """
     if mounts.mount_id(folder) != mounts.mount_id(top):

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """podman's grammar for user namespaces: ``--userns``, ``--uidmap``, ``--subuidname`` and so on.
 
-Reading (``parse_request``) knows nothing of a host. Resolving needs a ``UsernsContext``: who asks,
-in which namespace, and what the version of the runtime understands and writes.
+Parsing (``parse_request``) does not depend on a host. Resolving needs a ``UsernsContext``: the user,
+the namespace, and the abilities of the runtime's version.
 Rules: podman-run(1), and how podman 4.3 to 5.8 behave.
 """
 
@@ -28,7 +28,7 @@ _KINDS_HELP = (
 )
 
 
-# Reading
+# Parsing
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class MapItem:
     container_id: int
     host_id: int
     size: int | None = None
-    parent: bool = False  # "@": host_id is one of the host, not of the runtime's namespace
-    extends: bool = False  # "+": cut out of what the entries before say
+    parent: bool = False  # "@": host_id is an ID of the host, not of the runtime's namespace
+    extends: bool = False  # "+": overrides earlier entries
     uid: bool = True
     gid: bool = True
     flagged: bool = False
@@ -79,7 +79,7 @@ class Request:
     subgidname: str = ""
 
     def resolve(self, context: UsernsContext) -> Mapping:
-        """The maps the runtime will ask for.
+        """The maps that the runtime will request.
 
         :raises MapError: the request cannot be fulfilled here, or is ``auto``, whose map depends
             on the image and the containers of the store
@@ -98,9 +98,9 @@ def parse_request(
     subuidname: str | None = None,
     subgidname: str | None = None,
 ) -> Request:
-    """Read the options together, as podman's command line takes them.
+    """Parse the options together, as podman's command line does.
 
-    :raises MapError: one is malformed, or ``userns`` comes with maps or names
+    :raises MapError: an option is malformed, or ``userns`` is combined with maps or names
     """
     uid_items = parse_map_flags(uidmap)
     gid_items = parse_map_flags(gidmap)
@@ -124,9 +124,9 @@ def parse_request(
 
 
 def parse_userns(text: str) -> Userns:
-    """Read a value of podman's ``--userns``.
+    """Parse a value of podman's ``--userns``.
 
-    :raises MapError: it is unknown or malformed, or joins a namespace that exists already
+    :raises MapError: it is unknown or malformed, or joins an existing namespace
     """
     kind, colon, rest = text.strip().partition(":")
     subject = f"userns {text}"
@@ -172,7 +172,7 @@ def parse_userns(text: str) -> Userns:
 
 
 def parse_map_flags(items: t.Iterable[str]) -> tuple[MapItem, ...]:
-    """Read values of ``--uidmap`` or ``--gidmap``.
+    """Parse values of ``--uidmap`` or ``--gidmap``.
 
     As on the command line a value may hold several entries, joined by commas, or by colons where
     all three numbers of each are given.
@@ -261,22 +261,22 @@ class UsernsContext:
     # The runtime's own namespace: intermediate ID to host ID (of a rootless user:
     # subids.namespace_mapping), for root without a namespace of its own the whole host.
     available: Mapping = field(default=_WHOLE_HOST)
-    # podman 4.7: flags and a default count; then also result sorted and neighbours merged.
+    # podman 4.7: flags and a default count; results are sorted and adjacent ranges merged.
     map_flags: bool = True
     merge_and_sort: bool = True
     # Before podman 5.1: keep-id of UID 0 begins with an entry of size 0.
     keep_zero_entry: bool = False
     # podman 4.4: keep-id works without subordinate IDs.
     keep_id_needs_ranges: bool = False
-    # podman 4.5: root may say keep-id.
+    # podman 4.5: keep-id for root.
     rootful_keep_id: bool = True
     # podman 5.4: keep-id:size=
     keep_id_size: bool = True
     # podman 5.0: "@" and a default count in auto's uidmapping= and gidmapping=.
     auto_parent_ids: bool = True
-    # buildah wants a UID map beside a GID map.
+    # buildah requires a UID map with a GID map.
     gid_map_alone: bool = True
-    # keep-id, nomap and auto are podman's words; buildah and CRI-O know some of them.
+    # keep-id, nomap and auto are values of podman; buildah and CRI-O support some of them.
     kinds: frozenset[str] = frozenset(("host", "keep-id", "nomap", "auto"))
     program: str = "podman"
     # Subordinate ranges of an owner named by subuidname ("uid") or subgidname ("gid").
@@ -316,7 +316,7 @@ def resolve_maps(
 ) -> Mapping:
     """The maps of ``--uidmap``, ``--gidmap``, ``--subuidname`` and ``--subgidname``.
 
-    Where only one kind is given it stands for both, as podman does it.
+    If only one kind is given, it is used for both, as podman does.
 
     :raises MapError: an entry needs a newer runtime, overlaps another one, or uses IDs that the
         runtime's namespace does not have
@@ -362,9 +362,9 @@ def resolve_maps(
 
 
 def resolve_auto_extras(userns: Userns, context: UsernsContext) -> Mapping:
-    """The additional maps that auto's ``uidmapping=`` and ``gidmapping=`` ask for.
+    """The additional maps of auto's ``uidmapping=`` and ``gidmapping=``.
 
-    :raises MapError: one needs a newer runtime, or IDs that its namespace does not have
+    :raises MapError: a map needs a newer runtime, or IDs that its namespace does not have
     """
     maps = []
     for kind, options, have in (
@@ -469,7 +469,7 @@ def _need_ranges(kind: str, context: UsernsContext) -> None:
 
 
 def _plain_only(item: MapItem, context: UsernsContext) -> None:
-    """Refuse what an old runtime does not understand."""
+    """Refuse syntax that an old runtime does not support."""
     if item.flagged or item.parent:
         cause = f"{context.program} does not support flags in maps"
     elif item.size is None:
@@ -491,7 +491,7 @@ def _named(ranges: t.Iterable[SubIDRange]) -> tuple[IDRange, ...]:
 
 
 def _typed(kind: str, items: t.Sequence[MapItem], context: UsernsContext) -> list[IDRange]:
-    """One of both maps, from the entries that are for it."""
+    """The UID or the GID map, from the entries that apply to it."""
     have = context.available.uid if kind == "uid" else context.available.gid
     result: list[IDRange] = []
     fill = False
@@ -500,7 +500,7 @@ def _typed(kind: str, items: t.Sequence[MapItem], context: UsernsContext) -> lis
             continue
         for piece in _pieces(kind.upper(), item, have, context):
             if item.extends:
-                # The gaps are filled only where the first entry of all begins with "+".
+                # The gaps are filled only if the first entry begins with "+".
                 fill = fill or (not result and context.rootless)
                 result = _cut(result, piece)
             result.append(piece)
@@ -510,7 +510,7 @@ def _typed(kind: str, items: t.Sequence[MapItem], context: UsernsContext) -> lis
 
 
 def _pieces(kind: str, item: MapItem, have: IDMap, context: UsernsContext) -> t.Iterator[IDRange]:
-    """The ranges of one entry; several where "@" meets a host range that lies scattered."""
+    """The ranges of an entry; several if an entry with "@" covers a host range that is not contiguous."""
     size = 1 if item.size is None else item.size
     if not size:
         return
@@ -529,7 +529,7 @@ def _pieces(kind: str, item: MapItem, have: IDMap, context: UsernsContext) -> t.
 
 
 def _cut(ranges: t.Iterable[IDRange], piece: IDRange) -> list[IDRange]:
-    """The ranges without those IDs that a piece maps, on either side."""
+    """The ranges without the IDs that another range maps, on both sides."""
     result = []
     for entry in ranges:
         holes = sorted(
@@ -574,7 +574,7 @@ def _free(ranges: t.Iterable[IDRange], have: IDMap) -> list[tuple[int, int]]:
 
 
 def _fill(ranges: t.Iterable[IDRange], free: t.Sequence[tuple[int, int]]) -> list[IDRange]:
-    """The ranges with free IDs laid, in order, into the gaps between them and behind them."""
+    """The ranges, with free IDs in order in the gaps between and behind them."""
     result: list[IDRange] = []
     spans = list(free)
     position = 0
@@ -595,12 +595,12 @@ def _fill(ranges: t.Iterable[IDRange], free: t.Sequence[tuple[int, int]]) -> lis
 
 
 def _merge(ranges: t.Sequence[IDRange]) -> list[IDRange]:
-    """Container order, neighbours merged."""
+    """The ranges in container order, adjacent ones merged."""
     return list(IDMap(tuple(ranges)).normal().ranges)
 
 
 def _within(kind: str, idmap: IDMap, have: IDMap) -> None:
-    """A runtime can only use the IDs of its own namespace."""
+    """Check that the runtime's namespace has the IDs."""
     if idmap.ranges and have.compose(idmap).size != idmap.size:
         raise MapError(
             f"{kind} map {idmap}",

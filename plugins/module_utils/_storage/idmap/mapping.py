@@ -15,44 +15,44 @@ OVERFLOW_ID = 65534
 
 @dataclass(frozen=True)
 class Mapping:
-    """The UID and the GID map of a layer or container; ``Mapping()`` maps nothing away."""
+    """The UID and the GID map of a layer or container; ``Mapping()`` is the identity."""
 
     uid: IDMap = IDENTITY
     gid: IDMap = IDENTITY
 
     @property
     def identity(self) -> bool:
-        """Whether neither map is there, as in the record of an unmapped layer."""
+        """Whether both maps are absent, as in the record of an unmapped layer."""
         return not self.uid.ranges and not self.gid.ranges
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether every ID is stored as itself, however that is written: ``0:0:4294967295`` as well as no map."""
+        """Whether every ID is stored unchanged, in any notation: ``0:0:4294967295`` as well as no map."""
         return self.same_meaning(UNMAPPED)
 
     def same_form(self, other: Mapping) -> bool:
-        """Whether both are written alike, which is what runtimes ask for."""
+        """Whether both have the same notation, which is what runtimes compare."""
         return self == other
 
     def same_meaning(self, other: Mapping) -> bool:
-        """Whether both map every ID alike, however they are written."""
+        """Whether both map every ID to the same ID, in any notation."""
         return self.uid.same_meaning(other.uid) and self.gid.same_meaning(other.gid)
 
     @property
     def meaning(self) -> t.Hashable:
-        """What is equal for all mappings that map every ID alike."""
+        """A value that is equal for all mappings of the same meaning."""
         return self.uid.meaning, self.gid.meaning
 
     @property
     def contiguous(self) -> bool:
-        """Whether both maps are contiguous, as old shifting checks want them."""
+        """Whether both maps are contiguous, as the checks of old runtimes require."""
         return self.uid.contiguous and self.gid.contiguous
 
     @property
     def root(self) -> tuple[int, int]:
         """Host UID and GID of the container's root.
 
-        :raises MapError: a map holds no root
+        :raises MapError: a map does not contain root
         """
         uid, gid = self.uid.root, self.gid.root
         if uid is None or gid is None:
@@ -72,14 +72,14 @@ UNMAPPED = Mapping()
 
 
 class Shift:
-    """New owners for files stored under one mapping that are to be stored under another.
+    """Translates the owners of files from one mapping to another.
 
-    An ID goes from the host ID under ``old`` to the container ID and on to the host ID under
-    ``new``. What cannot be mapped becomes the overflow ID when ``overflow`` is set; otherwise it
-    is noted and answered with -1, so that one walk finds all of them:
+    An ID is translated from the host ID under ``old`` to the container ID, and then to the host ID under
+    ``new``. An ID that cannot be mapped becomes the overflow ID if ``overflow`` is set. Otherwise it
+    is recorded and the result is -1, so that a walk finds all of them:
 
-    * ``unmapped_uids``, ``unmapped_gids``: container IDs that ``new`` does not hold
-    * ``foreign_uids``, ``foreign_gids``: host IDs that ``old`` does not hold
+    * ``unmapped_uids``, ``unmapped_gids``: container IDs that ``new`` does not contain
+    * ``foreign_uids``, ``foreign_gids``: host IDs that ``old`` does not contain
     """
 
     def __init__(self, old: Mapping, new: Mapping, overflow: bool = False) -> None:
@@ -113,7 +113,7 @@ class Shift:
 
     @property
     def new_ids(self) -> t.Tuple[t.Set[int], t.Set[int]]:
-        """The host UIDs and GIDs that were answered so far."""
+        """The host UIDs and GIDs that were returned so far."""
         return {*self._uids.values()} - {-1}, {*self._gids.values()} - {-1}
 
     @property

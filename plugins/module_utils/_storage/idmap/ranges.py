@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One ID map: an ordered list of ranges as in records and in the kernel, with operations on it.
 
-Order and splitting of the ranges are part of the value, because runtimes compare maps literally;
-``normal()`` and ``same_meaning()`` are for questions about what a map does.
+Order and splitting of the ranges are part of the value, because runtimes compare maps literally.
+``normal()`` and ``same_meaning()`` compare what maps do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ITEM_HELP = "Write each entry as CONTAINER_ID:HOST_ID:COUNT, for example 0:1000
 
 
 class IDRange(t.NamedTuple):
-    """``size`` consecutive IDs: ``container_id`` and up are stored as ``host_id`` and up."""
+    """``size`` consecutive IDs: those from ``container_id`` on are stored as those from ``host_id`` on."""
 
     container_id: int
     host_id: int
@@ -33,7 +33,7 @@ class IDRange(t.NamedTuple):
 
 
 def _touching(spans: t.Iterable[tuple[int, int]]) -> bool:
-    """Whether (start, size) spans, in order, each begin where the one before ends."""
+    """Whether each of the (start, size) spans begins where the previous one ends."""
     end: int | None = None
     for start, size in spans:
         if end is not None and start != end:
@@ -55,11 +55,11 @@ def overlapping(ranges: t.Iterable[IDRange]) -> tuple[IDRange, IDRange, str] | N
 
 @dataclass(frozen=True)
 class IDMap:
-    """An ordered ID map. No range at all is the identity: every ID is stored as itself."""
+    """An ordered ID map. A map without ranges is the identity: every ID is stored unchanged."""
 
     ranges: tuple[IDRange, ...] = ()
 
-    # Making and writing
+    # Creating and formatting
 
     @classmethod
     def of(cls, *ranges: tuple[int, int, int]) -> IDMap:
@@ -70,7 +70,7 @@ class IDMap:
     def parse(cls, items: t.Iterable[str]) -> IDMap:
         """Read plain ``C:H:N`` strings, keeping their order.
 
-        :raises MapError: an item is malformed, empty, too large or overlaps another one
+        :raises MapError: an item is malformed, empty, too large or overlaps another item
         """
         ranges = []
         for item in items:
@@ -85,9 +85,9 @@ class IDMap:
         return result
 
     def validate(self) -> None:
-        """Check that the kernel could take this map.
+        """Check that the kernel would accept this map.
 
-        :raises MapError: a range is empty, goes beyond 4294967294, or shares IDs with another one
+        :raises MapError: a range is empty, goes beyond 4294967294, or shares IDs with another range
         """
         for entry in self.ranges:
             if entry.size <= 0:
@@ -115,9 +115,9 @@ class IDMap:
     def from_record(cls, record: object, subject: str = "ID map") -> IDMap:
         """Read the ``uidmap`` or ``gidmap`` of a JSON record; absent (None) is the identity.
 
-        Overlaps and empty ranges are kept: records are compared as they are written.
+        Overlaps and empty ranges are kept, because records are compared literally.
 
-        :param subject: what an error message is about
+        :param subject: the object of error messages
         :raises RecordError: the value is no list of three whole numbers under their names
         """
         if record is None:
@@ -138,7 +138,7 @@ class IDMap:
         return cls(tuple(ranges))
 
     def to_record(self) -> list[dict[str, int]]:
-        """The list that JSON records hold (omit the key there when it is empty)."""
+        """The list for JSON records (omit the key if it is empty)."""
         return [entry._asdict() for entry in self.ranges]
 
     def to_strings(self) -> list[str]:
@@ -148,10 +148,10 @@ class IDMap:
     def __str__(self) -> str:
         return ",".join(self.to_strings()) or "identity"
 
-    # Asking
+    # Queries
 
     def to_host(self, container_id: int) -> int | None:
-        """The host ID that stores a container ID, None when it is not mapped."""
+        """The host ID of a container ID; None if it is not mapped."""
         if not self.ranges:
             return container_id
         for start, host, size in self.ranges:
@@ -169,22 +169,22 @@ class IDMap:
         return None
 
     def missing(self, ids: t.Iterable[int]) -> list[int]:
-        """Those of these container IDs that are not mapped, sorted, each once."""
+        """The unmapped IDs among these container IDs, sorted, without duplicates."""
         return sorted(identifier for identifier in set(ids) if self.to_host(identifier) is None)
 
     @property
     def contiguous(self) -> bool:
-        """Whether the ranges touch, both in host order and, sorted again, in container order.
+        """Whether the ranges are adjacent, both in host order and in container order.
 
         containers/storage shifts only such maps before its 1.59.
         """
         return self.contiguity()[0]
 
     def contiguity(self) -> tuple[bool, IDMap]:
-        """``contiguous``, and the order in which the runtime's own question leaves the list.
+        """``contiguous``, and the list in the order in which the runtime's check leaves it.
 
-        It sorts by host ID first; where the ranges touch there, by container ID. Sorting the
-        sorted decides where an empty range stands.
+        The check sorts by host ID first, and then by container ID if the ranges are adjacent. Sorting a
+        sorted list determines the position of an empty range.
         """
         by_host = self.sorted_by_host()
         if not _touching((entry.host_id, entry.size) for entry in by_host.ranges):
@@ -194,9 +194,9 @@ class IDMap:
 
     @property
     def root(self) -> int | None:
-        """The host ID of the container's root, None when there is none.
+        """The host ID of the container's root; None if it is not mapped.
 
-        A single range of size 1 is root whatever its container ID (GetRootUIDGID).
+        A single range of size 1 counts as root, regardless of its container ID (GetRootUIDGID).
         """
         if len(self.ranges) == 1 and self.ranges[0].size == 1:
             return self.ranges[0].host_id
@@ -204,21 +204,21 @@ class IDMap:
 
     @property
     def size(self) -> int:
-        """How many IDs are mapped."""
+        """The number of mapped IDs."""
         if not self.ranges:
             return ID_LIMIT
         return sum(entry.size for entry in self.ranges)
 
     def same_meaning(self, other: IDMap) -> bool:
-        """Whether both map every ID alike, however they are written."""
+        """Whether both map every ID to the same ID, in any notation."""
         return self.meaning == other.meaning
 
     @property
     def meaning(self) -> t.Tuple[IDRange, ...]:
-        """What is equal for all maps that map every ID alike."""
+        """A value that is equal for all maps of the same meaning."""
         return self._explicit().normal().ranges
 
-    # Changing
+    # Transformations
 
     def sorted_by_host(self) -> IDMap:
         """The same ranges in host ID order."""
@@ -229,9 +229,9 @@ class IDMap:
         return IDMap(tuple(sorted(self.ranges, key=lambda entry: entry.container_id)))
 
     def normal(self) -> IDMap:
-        """The one way to write this map: container order, neighbours merged, nothing empty.
+        """The normal form of this map: container order, adjacent ranges merged, no empty ranges.
 
-        A map of empty ranges only becomes ``NOTHING``, since no range would be the identity.
+        A map of empty ranges becomes ``NOTHING``, because a map without ranges is the identity.
         """
         merged: list[IDRange] = []
         for entry in sorted(self.ranges):
@@ -257,11 +257,11 @@ class IDMap:
         )
 
     def compose(self, inner: IDMap) -> IDMap:
-        """First ``inner``, then this map; in normal form unless one of both is the identity.
+        """The composition: ``inner`` first, then this map; in normal form unless either is the identity.
 
         With a user namespace's own map as ``self`` and a container's map in that namespace as
-        ``inner`` the result maps the container's IDs to those of the host. IDs that one of the
-        two does not hold drop out.
+        ``inner`` the result maps the container's IDs to those of the host. IDs that either
+        map lacks are dropped.
         """
         if not self.ranges:
             return inner

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """/etc/subuid and /etc/subgid as shadow reads them, byte for byte.
 
-Follows what lib/commonio.c and lib/subordinateio.c of shadow 4.13, 4.17 and 4.20 do; the tests compare with
-``getsubids`` of each. What shadow does not read, newuidmap and newgidmap do not map.
+Follows lib/commonio.c and lib/subordinateio.c of shadow 4.13, 4.17 and 4.20; the tests compare the result with
+``getsubids`` of each. newuidmap and newgidmap do not map entries that shadow does not read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LONGEST_LINE = 1023
 _MAX_ULONG = 2**64 - 1
 _MAX_ID = 2**32 - 1
 
-# strtoul(3) with base 0 in the C locale: white space, a sign, and digits of the base that the prefix tells.
+# strtoul(3) with base 0 in the C locale: white space, a sign, and digits of the base given by the prefix.
 _NUMBER = re.compile(
     rb"[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9a-fA-F]+)|0[bB]([01]+)|(0[0-7]*)|([1-9][0-9]*))"
 )
@@ -35,7 +35,7 @@ _SONAME = re.compile(r"libsubid\.so\.([0-9]+)")
 
 @dataclass(frozen=True)
 class Dialect:
-    """What differs between the versions of shadow.
+    """The differences between the versions of shadow.
 
     :ivar signed: a negative number is taken modulo 2**64
     :ivar binary: ``0b101`` is a number (where shadow was built with glibc 2.38 or later)
@@ -52,7 +52,7 @@ SHADOW_4_13 = Dialect(signed=True)
 SHADOW_4_17 = Dialect(binary=True)
 SHADOW_4_20 = Dialect(binary=True, strict=True)
 DIALECTS = (SHADOW_4_13, SHADOW_4_17, SHADOW_4_20)
-# The version of libsubid's interface with which each came.
+# By the version of libsubid's interface that introduced it.
 _BY_SONAME = {5: SHADOW_4_17, 6: SHADOW_4_20}
 
 
@@ -69,7 +69,7 @@ class Line(t.NamedTuple):
 
 
 def installed() -> Dialect:
-    """The dialect of this host's shadow: by the version of its library, the oldest where there is none."""
+    """The dialect of this host's shadow, by the version of its library; the oldest without a library."""
     return _dialect_of(_LIBRARIES)
 
 
@@ -85,9 +85,9 @@ def _dialect_of(libraries: t.Tuple[str, ...]) -> Dialect:
 
 
 def parse(content: bytes, dialect: Dialect) -> t.List[Line]:
-    """The entries of a file, in its order, those of no IDs too.
+    """The entries of a file in order, including empty ranges.
 
-    :raises NotRead: shadow takes nothing of it
+    :raises NotRead: shadow does not read the file
     """
     found = []
     for raw in _strict_lines(content) if dialect.strict else _lines(content):
@@ -98,7 +98,7 @@ def parse(content: bytes, dialect: Dialect) -> t.List[Line]:
 
 
 def parse_line(raw: bytes, dialect: Dialect) -> t.Optional[Line]:
-    """One line without its newline; None for what shadow passes over."""
+    """Parse a line without its newline; None if shadow ignores it."""
     if raw[:1] in (b"+", b"-") or len(raw) > _LONGEST_LINE:
         return None
     fields = raw.split(b":")
@@ -113,7 +113,7 @@ def parse_line(raw: bytes, dialect: Dialect) -> t.Optional[Line]:
 
 
 def number(text: bytes, dialect: Dialect) -> t.Optional[int]:
-    """An unsigned number as shadow reads it; None for what is none."""
+    """An unsigned number as shadow reads it; None if it is no number."""
     found = _NUMBER.fullmatch(text)
     if found is None or (found.group(3) is not None and not dialect.binary):
         return None
@@ -135,11 +135,11 @@ def _strict_lines(content: bytes) -> t.Iterator[bytes]:
 
 
 def _lines(content: bytes) -> t.Iterator[bytes]:
-    """Lines as fgets(3) into a growing buffer has them; a NUL ends what is seen of a piece."""
+    """Lines as fgets(3) reads them into a growing buffer; a NUL ends the visible part of a piece."""
     room, position, size = _CHUNK, 0, len(content)
 
     def piece(most: int) -> t.Tuple[bytes, bool]:
-        """What one call reads, and whether it met the end of the file."""
+        """The result of a call, and whether it reached the end of the file."""
         nonlocal position
         newline = content.find(b"\n", position, position + most)
         end = newline + 1 if newline >= 0 else min(position + most, size)

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Subordinate IDs: who may use which host IDs, from subuid(5), subgid(5) or NSS.
+"""Subordinate IDs: the host IDs that each user may map, from subuid(5), subgid(5) or NSS.
 
-The files are read as newuidmap and newgidmap read them, see ``subid_file``. NSS (FreeIPA, LDAP) is asked through
-``getsubids``, where nsswitch.conf names a ``subid`` source other than files; and for names without
-an account, since newer versions of libsubid (shadow 4.20) know no ranges for those.
+The files are read as newuidmap and newgidmap read them, see ``subid_file``. ``getsubids`` queries NSS (FreeIPA, LDAP)
+if nsswitch.conf names a ``subid`` source other than files. It is also used for names without
+an account, because newer versions of libsubid (shadow 4.20) have no ranges for those.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ USUAL_COUNT = 65536
 FIRST_PROPOSED = 100000
 _NSS_TIMEOUT = 60.0
 _LISTING_TIMEOUT = 10.0
-# Larger files are nobody's accounts (bytes).
+# Larger files are not read (bytes).
 _SIZE_LIMIT = 64 * 1024 * 1024
-# What useradd keeps to where /etc/login.defs does not say otherwise.
+# The limits of useradd without settings in /etc/login.defs.
 _USUAL_MIN, _USUAL_MAX = 100000, 600100000
-# What looks like an entry to people, whether shadow reads it or not.
+# Lines that look like entries, whether shadow reads them or not.
 _LOOKS_LIKE = re.compile(
     rb"\s*([^:\s][^:]*?)\s*:[^0-9:]*([0-9]+)[^0-9:]*:[^0-9:]*([0-9]+)(?:[^0-9].*)?", re.DOTALL
 )
@@ -47,7 +47,7 @@ class SubIDRange(t.NamedTuple):
 
 @dataclass(frozen=True)
 class SubIDs:
-    """A user's subordinate UIDs and GIDs, in the order of their source."""
+    """A user's subordinate UIDs and GIDs, in the order of the source."""
 
     uid: tuple[SubIDRange, ...] = ()
     gid: tuple[SubIDRange, ...] = ()
@@ -61,17 +61,17 @@ class Sources:
     subgid: str = "/etc/subgid"
     nsswitch: str = "/etc/nsswitch.conf"
     passwd: str = "/etc/passwd"
-    # The program that asks libsubid; empty where only the files count.
+    # The program that queries libsubid; empty if only the files are used.
     getsubids: tuple[str, ...] = ("getsubids",)
     login_defs: str = "/etc/login.defs"
-    # How shadow reads the files; None for this host's.
+    # The dialect of the files; None for that of this host's shadow.
     dialect: subid_file.Dialect | None = None
-    # The program that lists accounts of other services than files.
+    # The program that lists accounts of services other than files.
     getent: tuple[str, ...] = ("getent",)
 
     @property
     def reading(self) -> subid_file.Dialect:
-        """How shadow reads the files."""
+        """The dialect in which the files are read."""
         return self.dialect or subid_file.installed()
 
     def path(self, kind: str) -> str:
@@ -85,7 +85,7 @@ def subordinate_ids(
     """The subordinate IDs of a user, from entries under the name or under the UID.
 
     :param uid: the user's host UID; None when there is no such user, only a name in the files
-    :param required: whether having none is an error
+    :param required: whether it is an error to have none
     :raises NamespaceError: there are none (the message gives the line to add), an entry is
         malformed, or NSS does not answer
     """
@@ -130,7 +130,7 @@ def ranges_of(
 def own_ranges(
     content: bytes, path: str, name: str, uid: int | None, dialect: subid_file.Dialect
 ) -> tuple[SubIDRange, ...]:
-    """A user's ranges in the content of a file, as shadow reads it; what shadow does not read counts as absent.
+    """A user's ranges in the content of a file, as shadow reads it; lines that shadow does not read are ignored.
 
     :param path: the file, for messages
     :raises NamespaceError: an entry of the user exceeds the last ID
@@ -159,7 +159,7 @@ def _is_of(owner: str, name: str, uid: int | None, dialect: subid_file.Dialect) 
         return True
     if uid is None or not dialect.strict:
         return False
-    # From 4.20 on whatever names the same account.
+    # From 4.20 on, all names of the same account.
     number = _DECIMAL.fullmatch(owner)
     if number is not None:
         return int(number.group(1)) == uid
@@ -172,20 +172,20 @@ def _is_of(owner: str, name: str, uid: int | None, dialect: subid_file.Dialect) 
 def unread(
     content: bytes, name: str, uid: int | None, dialect: subid_file.Dialect
 ) -> list[tuple[int, str]]:
-    """Number and text of lines that people would take for entries of a user, and shadow passes over."""
+    """Number and text of lines that look like entries of a user, but that shadow ignores."""
     found = []
     for number, raw in enumerate(content.split(b"\n"), 1):
         owner = raw.partition(b":")[0].strip().decode("utf-8", "surrogateescape")
         if owner in (name, str(uid)) and subid_file.parse_line(raw, dialect) is None:
             found.append((number, raw[:200].decode("utf-8", "backslashreplace")))
         elif owner == name and not raw.startswith(name.encode("utf-8", "surrogateescape") + b":"):
-            # The blank beside the name is a part of it.
+            # A blank beside the name is part of the name.
             found.append((number, raw[:200].decode("utf-8", "backslashreplace")))
     return found
 
 
 def why_not_read(path: str, content: bytes, dialect: subid_file.Dialect) -> str:
-    """Why shadow reads nothing of a file, whatever stands in it; empty if it does."""
+    """The reason why shadow does not read a file at all; empty if it does."""
     if os.path.islink(path):
         return "is a symbolic link"
     try:
@@ -196,8 +196,8 @@ def why_not_read(path: str, content: bytes, dialect: subid_file.Dialect) -> str:
 
 
 def everybodys_ranges(kind: str, sources: Sources = Sources()) -> tuple[SubIDRange, ...]:
-    """One kind ("uid" or "gid") of the subordinate IDs of all users: all that any version of shadow reads in
-    the file, and all that people would read in it.
+    """One kind ("uid" or "gid") of the subordinate IDs of all users: all entries that any version of shadow reads in
+    the file, and all lines that look like entries.
 
     :raises NamespaceError: the file cannot be read
     """
@@ -205,7 +205,7 @@ def everybodys_ranges(kind: str, sources: Sources = Sources()) -> tuple[SubIDRan
 
 
 def claims(kind: str, sources: Sources = Sources()) -> list[subid_file.Line]:
-    """As :func:`everybodys_ranges`, with the owners as they are written, cut off at the last ID.
+    """As :func:`everybodys_ranges`, with the owners as written, cut off at the last ID.
 
     :raises NamespaceError: the file cannot be read
     """
@@ -236,8 +236,8 @@ def claims(kind: str, sources: Sources = Sources()) -> list[subid_file.Line]:
 def namespace_mapping(uid: int, gid: int, subids: SubIDs) -> Mapping:
     """The map of a rootless runtime's namespace: intermediate ID to host ID.
 
-    Intermediate 0 is the user, then follow the subordinate ranges in order of their start, each
-    an entry of its own, as podman hands them to newuidmap.
+    Intermediate ID 0 is the user. The subordinate ranges follow in order of their start, each
+    as an entry of its own, as podman passes them to newuidmap.
 
     :param uid: the user's host UID
     :param gid: the user's primary host GID
@@ -264,7 +264,7 @@ def namespace_mapping(uid: int, gid: int, subids: SubIDs) -> Mapping:
 
 
 def propose(name: str, sources: Sources = Sources()) -> SubIDRange:
-    """A range of the usual size that no entry of either file and no local account touches."""
+    """A range of the usual size that does not overlap an entry of either file or a local account."""
     taken = [
         everybodys_range
         for kind in ("uid", "gid")
@@ -281,9 +281,9 @@ def propose(name: str, sources: Sources = Sources()) -> SubIDRange:
 def free_range(
     taken: t.Iterable[SubIDRange], count: int, first: int = FIRST_PROPOSED, last: int = ID_LIMIT - 1
 ) -> SubIDRange:
-    """The first range of so many IDs, from ``first`` on by whole multiples of 65536, that touches none.
+    """The first free range of this size, from ``first`` on in multiples of 65536.
 
-    :param last: the last ID that it may hold
+    :param last: the last ID that it may contain
     :raises NamespaceError: there is none
     """
     start = first
@@ -291,7 +291,7 @@ def free_range(
         if begin >= start + count:
             break
         if begin + size > start:
-            # Whole multiples, so that the lines stay easy to read.
+            # Multiples keep the lines readable.
             start += -(-(begin + size - start) // USUAL_COUNT) * USUAL_COUNT
     if start + count - 1 > last:
         raise NamespaceError(
@@ -304,7 +304,7 @@ def free_range(
 
 
 def bounds(kinds: t.Iterable[str], sources: Sources = Sources()) -> tuple[int, int]:
-    """The first and the last ID that useradd gives as subordinate ones of these kinds ("uid", "gid"), by
+    """The first and the last subordinate ID that useradd assigns for these kinds ("uid", "gid"), by
     SUB_UID_MIN, SUB_UID_MAX, SUB_GID_MIN and SUB_GID_MAX of login.defs(5).
     """
     given: dict[str, int] = {}
@@ -322,16 +322,16 @@ def bounds(kinds: t.Iterable[str], sources: Sources = Sources()) -> tuple[int, i
 
 
 def accounts(path: str, columns: t.Sequence[int]) -> list[SubIDRange]:
-    """The IDs in columns of passwd(5) or group(5), each as a range of one."""
+    """The IDs in columns of passwd(5) or group(5), each as a range of size 1."""
     return _numbers(_lines(path), columns)
 
 
 def nss_accounts(
     database: str, columns: t.Sequence[int], sources: Sources = Sources()
 ) -> list[SubIDRange]:
-    """As :func:`accounts`, of what NSS lists where accounts are not only in files.
+    """As :func:`accounts`, from NSS if accounts are not only in files.
 
-    Many services list nobody, as sssd does unless ``enumerate`` is set; what takes too long is as far as it came.
+    Many services list no accounts, such as sssd without ``enumerate``. After a timeout, the list is incomplete.
 
     :param database: ``passwd`` or ``group``
     """
@@ -355,7 +355,7 @@ def nss_accounts(
 
 
 def _other_services(path: str, database: str) -> bool:
-    """Whether nsswitch.conf(5) names more than files for a database."""
+    """Whether nsswitch.conf(5) names other services than files for a database."""
     for line in _lines(path):
         name, colon, services = line.partition("#")[0].partition(":")
         if colon and name.strip() == database:
@@ -386,7 +386,7 @@ def nss_service(path: str) -> str:
 
 
 def read_file(path: str) -> bytes:
-    """The content of a file; empty where there is none.
+    """The content of a file; empty if it does not exist.
 
     :raises NamespaceError: it cannot be read
     """
@@ -435,7 +435,7 @@ def _ask_nss(name: str, kind: str, service: str, sources: Sources) -> tuple[SubI
 
 
 def _known_to_libsubid(name: str, kind: str, sources: Sources) -> bool:
-    """Whether libsubid answers for a name; where it cannot be asked the files are believed."""
+    """Whether libsubid knows a name; without libsubid, the files are used."""
     if not sources.getsubids:
         return True
     try:

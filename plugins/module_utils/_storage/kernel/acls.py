@@ -28,7 +28,7 @@ EXECUTE = 1
 
 
 def owner_and_user(uid: int, permissions: int) -> bytes:
-    """The access ACL that gives the owner everything, one user some permissions and others nothing.
+    """An access ACL with all permissions for the owner, some for one user, and none for others.
 
     :param uid: host UID of that user
     :param permissions: READ, WRITE and EXECUTE of this module, ORed
@@ -47,14 +47,14 @@ def set_access(directory: int, acl: bytes) -> bool:
     """Give an open directory an access ACL.
 
     :param directory: its descriptor
-    :returns: whether it had another one before
-    :raises OSError: ENOTSUP where the filesystem has no ACLs
+    :returns: whether it had another ACL before
+    :raises OSError: ENOTSUP if the filesystem does not support ACLs
     """
     try:
         if os.getxattr(directory, ACCESS) == acl:
             return False
     except OSError:
-        # It has none, or the next call says what is wrong.
+        # It has no ACL, or the next call reports the error.
         pass
     os.setxattr(directory, ACCESS, acl)
     return True

@@ -58,9 +58,9 @@ def is_subvolume(fd: int) -> bool:
 
 
 def sync(fd: int) -> None:
-    """Write everything, and have the cleaner begin with subvolumes that were deleted.
+    """Write everything to disk, and let the cleaner start with deleted subvolumes.
 
-    syncfs(2) does the first only, and leaves the second to the next commit of its own accord.
+    syncfs(2) only does the former; the cleaner then waits for the next regular commit.
 
     :raises OSError: ENOTTY (no btrfs), EIO ...
     """
@@ -68,7 +68,7 @@ def sync(fd: int) -> None:
 
 
 def create_subvolume(parent_fd: int, name: str) -> None:
-    """Make an empty subvolume ``name`` in an open directory.
+    """Create an empty subvolume ``name`` in an open directory.
 
     :raises OSError: EEXIST, ENOTTY (no btrfs), EPERM ...
     """
@@ -76,7 +76,7 @@ def create_subvolume(parent_fd: int, name: str) -> None:
 
 
 def snapshot(src_dir_fd: int, parent_fd: int, name: str) -> None:
-    """Make a writable snapshot of the subvolume ``src_dir_fd`` in an open directory.
+    """Create a writable snapshot of the subvolume ``src_dir_fd`` in an open directory.
 
     :raises OSError: EEXIST, EINVAL (no subvolume), EXDEV, EPERM ...
     """
@@ -86,7 +86,7 @@ def snapshot(src_dir_fd: int, parent_fd: int, name: str) -> None:
 def delete_subvolume(parent_fd: int, name: str) -> None:
     """Delete the subvolume ``name`` of an open directory. Its space is freed in the background.
 
-    :raises OSError: ENOTEMPTY: it holds subvolumes; EPERM: without privileges only where the
+    :raises OSError: ENOTEMPTY: it contains subvolumes; EPERM: without privileges only where the
         filesystem is mounted with user_subvol_rm_allowed
     """
     _change(parent_fd, _SNAP_DESTROY, _ARGS.pack(0, _name(name)), name)
@@ -104,8 +104,8 @@ def subvolume_id(fd: int) -> int:
 
 
 def generation(fd: int) -> int:
-    """A number of the subvolume that holds an open file: it grows with each commit that has changed the
-    subvolume, or in which a snapshot of it was made.
+    """The generation of the subvolume that contains an open file. It grows with each commit that changed the
+    subvolume, or in which a snapshot of it was created.
 
     :raises OSError: ENOTTY: no btrfs, or a kernel before 4.18
     """
@@ -118,7 +118,7 @@ def generation(fd: int) -> int:
 def exclusive_bytes(fd: int) -> t.Optional[int]:
     """The bytes that only this subvolume uses, as counted by quota groups.
 
-    Accounting lags behind writes until the filesystem commits; sync first.
+    The counts are updated when the filesystem commits; sync first.
 
     :returns: None if quotas are off, or the caller may not ask
     :raises OSError: ENOTTY: no btrfs
@@ -144,7 +144,7 @@ def exclusive_bytes(fd: int) -> t.Optional[int]:
 
 
 def metadata_copies(fd: int) -> int:
-    """How many copies the filesystem keeps of its metadata: 2 for DUP, RAID1 and RAID10, as mkfs has it.
+    """The number of copies of the filesystem's metadata: 2 for DUP, RAID1 and RAID10.
 
     :raises OSError: ENOTTY: no btrfs
     """

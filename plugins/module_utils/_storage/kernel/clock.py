@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The time by the wall clock, which can be set, and by the clock of this boot, which cannot."""
+"""The time of the wall clock, which can be set, and of the clock of this boot, which cannot."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 class Moment(t.NamedTuple):
-    """One moment on both clocks.
+    """A point in time on both clocks.
 
-    :ivar wall: seconds since the epoch, as the host has it
+    :ivar wall: seconds since the epoch by the host's wall clock
     :ivar uptime: seconds since the boot, sleep included (CLOCK_BOOTTIME)
-    :ivar boot: what identifies the boot; empty where the kernel does not tell
+    :ivar boot: the ID of the boot; empty if unknown
     """
 
     wall: float
@@ -23,12 +23,12 @@ class Moment(t.NamedTuple):
     boot: str
 
     def same_boot(self, other: Moment) -> bool:
-        """Whether the uptimes of both can be compared."""
+        """Whether both are of the same boot, so that their uptimes can be compared."""
         return bool(self.boot) and self.boot == other.boot
 
 
 def now() -> Moment:
-    """This moment."""
+    """The current time."""
     try:
         with open(_BOOT_ID, encoding="ascii", errors="replace") as stream:
             boot = stream.read(64).strip()

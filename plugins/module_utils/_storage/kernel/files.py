@@ -60,7 +60,7 @@ _NULL = os.makedev(1, 3)
 _BUFFER = 1 << 18
 _SMALL = 1 << 14
 
-# What says that an in-kernel copy is not to be had here, though reading and writing may be.
+# Errors that mean that the kernel cannot copy here, although reading and writing may work.
 _NO_KERNEL_COPY = frozenset(
     (
         errno.EXDEV,
@@ -85,7 +85,7 @@ class _OpenHow(ctypes.Structure):
 
 
 def open_unnoticed(open_it: t.Callable[[int], int], flags: int) -> int:
-    """Open a file or directory for reading and leave its access time alone, where that is allowed.
+    """Open a file or directory for reading without changing its access time, if that is allowed.
 
     :param open_it: opens it with the flags it is given
     :raises OSError: as ``open_it``
@@ -93,7 +93,7 @@ def open_unnoticed(open_it: t.Callable[[int], int], flags: int) -> int:
     try:
         return open_it(flags | os.O_NOATIME)
     except PermissionError:
-        # Only an owner may leave the access time alone.
+        # Only the owner may use O_NOATIME.
         return open_it(flags)
 
 
@@ -106,13 +106,13 @@ def read_regular(
 ) -> bytes:
     """The content of a regular file that an untrusted user may have created.
 
-    A pipe, a device or a socket is opened without waiting for anybody, and not read; nor is a file read beyond the
-    limit, whatever its size was at first.
+    A pipe, a device or a socket is opened without blocking and not read. A file that grows is not read beyond the
+    limit.
 
     :param limit: bytes
     :param follow: whether the path may end in a symbolic link
     :param dir_fd: the directory to which a relative path belongs
-    :param null: whether the null device counts as an empty file, as administrators link to it to hide a file
+    :param null: whether the null device counts as an empty file, because administrators link to it to mask a file
     :raises OSError: EINVAL: not a regular file; EFBIG: larger than the limit; else as open(2) and read(2)
     """
     descriptor = open_regular(path, follow, dir_fd, null)
@@ -159,7 +159,7 @@ def open_regular(
 
 
 def reflink(dst_fd: int, src_fd: int) -> None:
-    """Let ``dst_fd`` share all data of ``src_fd``, see ioctl_ficlone(2).
+    """Share all data of ``src_fd`` with ``dst_fd``, see ioctl_ficlone(2).
 
     :raises OSError: EOPNOTSUPP, EXDEV, ENOTTY: not on this filesystem; EINVAL: not this file
     """
@@ -174,13 +174,13 @@ def copy_data(
     start: int = 0,
     tell: t.Optional[t.Callable[[int], None]] = None,
 ) -> None:
-    """Copy ``size`` bytes into an empty file, from the front to the back; holes stay holes.
+    """Copy ``size`` bytes to an empty file, from start to end; holes are kept.
 
-    :param size: what fstat told of the source, bytes
+    :param size: the source's size by fstat, in bytes
     :param sparse: whether to look for holes at all
-    :param start: so many bytes are there already
-    :param tell: called now and then with the bytes that are there
-    :raises OSError: ENOSPC, EDQUOT, EIO ... of either side
+    :param start: the number of bytes that were copied before
+    :param tell: called from time to time with the number of bytes copied
+    :raises OSError: ENOSPC, EDQUOT, EIO ... of either file
     """
     if not sparse:
         _copy_range(dst_fd, src_fd, start, size, tell)
@@ -194,7 +194,7 @@ def copy_data(
                 break
             if error.errno != errno.EINVAL:
                 raise
-            # The filesystem knows no holes.
+            # The filesystem does not support holes.
             start, end = position, size
         else:
             end = min(os.lseek(src_fd, start, os.SEEK_HOLE), size)
@@ -207,7 +207,7 @@ def copy_data(
 def _copy_range(
     dst_fd: int, src_fd: int, start: int, end: int, tell: t.Optional[t.Callable[[int], None]]
 ) -> None:
-    """Copy bytes ``start`` to ``end`` to the same place; a source that became shorter ends it."""
+    """Copy the bytes from ``start`` to ``end`` to the same offset; ends early if the source became shorter."""
     if end - start > _SMALL:
         kernel_copy = getattr(os, "copy_file_range", None)
         if kernel_copy is not None:
@@ -235,11 +235,11 @@ def _copy_range(
 
 
 def shared_extents(fd: int) -> t.Iterator[t.Tuple[int, int]]:
-    """The extents of a file that other files may share: where on the disk, and the length, in bytes.
+    """The extents of a file that other files may share: position on the disk and length, in bytes.
 
     Source: the kernel's Documentation/filesystems/fiemap.rst.
 
-    :raises OSError: EOPNOTSUPP, ENOTTY: the filesystem does not tell
+    :raises OSError: EOPNOTSUPP, ENOTTY: the filesystem does not support it
     """
     position = 0
     while True:
@@ -266,7 +266,7 @@ def shared_extents(fd: int) -> t.Iterator[t.Tuple[int, int]]:
 class Geometry(t.NamedTuple):
     """The geometry of an xfs filesystem.
 
-    :ivar inode_size: bytes that an inode takes of a chunk
+    :ivar inode_size: bytes of an inode
     :ivar shares: whether files can share their data (reflink)
     """
 
@@ -275,7 +275,7 @@ class Geometry(t.NamedTuple):
 
 
 def xfs_geometry(fd: int) -> t.Optional[Geometry]:
-    """The geometry of the xfs filesystem that holds an open file; None where it is none. See linux/xfs_fs.h."""
+    """The geometry of the xfs filesystem of an open file; None for other filesystems. See linux/xfs_fs.h."""
     buffer = array.array("B", bytes(_XFS_GEOMETRY.size))
     try:
         fcntl.ioctl(fd, _XFS_IOC_FSGEOMETRY, buffer, True)
@@ -286,7 +286,7 @@ def xfs_geometry(fd: int) -> t.Optional[Geometry]:
 
 
 def xfs_allocated_inodes(fd: int, number: int) -> t.Optional[int]:
-    """How many inodes of a chunk of 64 on xfs are in use. See linux/xfs_fs.h.
+    """The number of inodes in use of a chunk of 64 on xfs. See linux/xfs_fs.h.
 
     :param fd: an open file of the filesystem
     :param number: an inode's number divided by 64
@@ -315,18 +315,18 @@ def syncfs(fd: int) -> None:
 
 
 def start_writing(fd: int) -> None:
-    """Have the kernel begin to write a file's data to its disk, without waiting; see sync_file_range(2)."""
+    """Let the kernel start to write a file's data to disk, without waiting; see sync_file_range(2)."""
     with contextlib.suppress(OSError):
         libc.call("sync_file_range", fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
 
 def filesystem_type(path: t.Union[str, int]) -> str:
-    """The filesystem's name as /proc/self/mountinfo has it: "ext4", "xfs", "overlay", "fuse" ...
+    """The filesystem's name as in /proc/self/mountinfo: "ext4", "xfs", "overlay", "fuse" ...
 
     Variants count as their family: "fuse.fuse-overlayfs" is "fuse", "nfs4" is "nfs".
 
     :param path: a path, or an open file's descriptor
-    :returns: an empty string if this mount namespace does not hold the mount
+    :returns: an empty string if this mount namespace does not contain the mount
     :raises OSError: the path cannot be opened
     """
     if isinstance(path, int):
@@ -345,9 +345,9 @@ def _type_of_mount(fd: int) -> str:
 
 
 def open_beneath(root_fd: int, path: str, flags: int) -> int:
-    """Open ``path`` below a directory; no symbolic link and no other mount is ever entered.
+    """Open ``path`` below a directory; symbolic links are not followed and other mounts not entered.
 
-    The path may be longer than PATH_MAX and deeper than any recursion: it is walked in pieces.
+    The path may be longer than PATH_MAX and of any depth, because it is opened in pieces.
 
     :param path: relative, without "." or ".."; empty for the directory itself
     :param flags: for open(2); O_NOFOLLOW and O_CLOEXEC are added
@@ -375,7 +375,7 @@ def open_beneath(root_fd: int, path: str, flags: int) -> int:
 
 
 def _open_stepwise(root_fd: int, raw: bytes, flags: int) -> int:
-    """The same for kernels before 5.6: one component at a time."""
+    """The same for kernels before 5.6, component by component."""
     *parents, last = raw.split(b"/")
     current = root_fd
     try:
@@ -396,7 +396,7 @@ def _openat2(dir_fd: int, path: bytes, flags: int) -> int:
         try:
             return libc.syscall(_SYS_OPENAT2, dir_fd, path, ctypes.byref(how), ctypes.sizeof(how))
         except OSError as error:
-            # EAGAIN: something was renamed or mounted meanwhile, see openat2(2).
+            # EAGAIN: something was renamed or mounted at the same time, see openat2(2).
             if error.errno not in (errno.EAGAIN, errno.EINTR):
                 raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
 
@@ -405,7 +405,7 @@ _openat2_works: t.Optional[bool] = None
 
 
 def _have_openat2() -> bool:
-    """Whether the kernel has openat2(2) and nobody forbids it (old seccomp filters: EPERM)."""
+    """Whether the kernel supports openat2(2) and no seccomp filter forbids it (EPERM)."""
     global _openat2_works
     if _openat2_works is None:
         root = os.open("/", _STEP)

@@ -29,11 +29,11 @@ def keep_capabilities() -> bool:
 
 
 def set_fs_ids(uid: int, gid: int) -> bool:
-    """Give the files made from now on to these IDs, as this user namespace counts them.
+    """Set the owner of new files of this process, in IDs of its user namespace.
 
-    :returns: whether the kernel did
+    :returns: whether the kernel accepted both
     """
-    # The kernel forgets that signal with every change of IDs.
+    # The kernel clears the parent death signal with every change of IDs.
     signal = ctypes.c_int()
     libc.call("prctl", _PR_GET_PDEATHSIG, ctypes.addressof(signal), 0, 0, 0)
     done = all(

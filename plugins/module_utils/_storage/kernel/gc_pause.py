@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Suspend the cyclic garbage collection of Python, which is slow with ten thousands of objects."""
+"""Suspend the cyclic garbage collection of Python, which is slow with tens of thousands of objects."""
 
 from __future__ import annotations
 

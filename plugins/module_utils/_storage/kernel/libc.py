@@ -15,7 +15,7 @@ _STRING = ctypes.c_char_p
 _INT = ctypes.c_int
 _ULONG = ctypes.c_ulong
 
-# Prototypes as the manual pages of section 2 give them; each returns -1 and sets errno on failure.
+# Prototypes as in the manual pages of section 2; each returns -1 and sets errno on failure.
 _PROTOTYPES: t.Dict[str, t.Tuple[t.Any, ...]] = {
     "mount": (_STRING, _STRING, _STRING, _ULONG, _STRING),
     "umount2": (_STRING, _INT),
@@ -29,7 +29,7 @@ _PROTOTYPES: t.Dict[str, t.Tuple[t.Any, ...]] = {
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
 
-# What no user and no group has as its number.
+# The number that is never a user or a group.
 _NO_ID = 0xFFFFFFFF
 
 # Calls that glibc 2.31 does not wrap; the numbers are the same on every architecture since 5.0.
@@ -47,7 +47,7 @@ _LIBC.syscall.restype = ctypes.c_long
 def call(name: str, *arguments: t.Any, path: t.Optional[str] = None) -> int:
     """Call a C library function of the table above.
 
-    :param path: what the call is about, for the error's ``filename``
+    :param path: the path for the error's ``filename``
     :returns: the call's result, never negative
     :raises OSError: with the call's errno
     """
@@ -72,7 +72,7 @@ def syscall(number: int, *arguments: t.Any, path: t.Optional[str] = None) -> int
 
 
 def set_fsid(name: str, number: int) -> int:
-    """Call ``setfsuid`` or ``setfsgid``, which report no error, and return the ID now in force."""
+    """Call ``setfsuid`` or ``setfsgid``, which report no errors, and return the current ID."""
     function = getattr(_LIBC, name)
     function(ctypes.c_uint32(number))
     now: int = function(ctypes.c_uint32(_NO_ID))

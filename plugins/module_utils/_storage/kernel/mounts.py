@@ -87,9 +87,9 @@ def umount(target: PathOrFd, flags: int = 0) -> None:
 def bind(
     source: PathOrFd, target: PathOrFd, recursive: bool = False, read_only: bool = False
 ) -> None:
-    """Show a directory at a second place; without `recursive` what is mounted in it is not shown.
+    """Bind-mount a directory; with its submounts only if `recursive` is set.
 
-    :raises OSError: EINVAL where a foreign user namespace locks what is mounted below the source
+    :raises OSError: EINVAL if a foreign user namespace locks mounts below the source
     """
     mount(path_of(source), target, None, MS_BIND | (MS_REC if recursive else 0))
     if read_only:
@@ -97,7 +97,7 @@ def bind(
 
 
 def make_private(target: PathOrFd = "/") -> None:
-    """Cut a mount and all below it off from every other mount namespace, both ways.
+    """Make a mount and all mounts below it private.
 
     :raises OSError: with the call's errno and the target
     """
@@ -105,7 +105,7 @@ def make_private(target: PathOrFd = "/") -> None:
 
 
 def make_slave(target: PathOrFd = "/") -> None:
-    """Cut a mount and all below it off, but let what others mount and unmount come through.
+    """Make a mount and all mounts below it slaves, which receive the mounts and unmounts of others.
 
     :raises OSError: with the call's errno and the target
     """
@@ -120,7 +120,7 @@ def mounted(
     flags: int = 0,
     data: t.Optional[str] = None,
 ) -> t.Iterator[None]:
-    """Mount for the length of a with block.
+    """Context manager: mount, and unmount at the end.
 
     :raises OSError: with the call's errno and the target
     """
@@ -132,7 +132,7 @@ def mounted(
 
 
 def unmount_surely(target: PathOrFd) -> None:
-    """Unmount, or detach what is still busy.
+    """Unmount, or detach a busy mount.
 
     :raises OSError: with the call's errno and the target
     """
@@ -153,14 +153,14 @@ def overlay(
 ) -> None:
     """Mount an overlay; see the kernel's Documentation/filesystems/overlayfs.rst.
 
-    The layers are named by descriptor number, so neither their number nor a colon in a path
-    reaches the limit of one page. The current directory changes while the call lasts.
+    The layers are passed as descriptor numbers, so that many layers fit into the limit of one page, and
+    paths may contain colons. The current directory changes during the call.
 
-    :param lowers: lower directories, topmost first; at least two without an upper one
+    :param lowers: lower directories, topmost first; at least two without an upper directory
     :param upper: upper directory; without it the mount is read-only
-    :param work: work directory, on the same mount as the upper one
-    :param options: further mount options, passed as they are
-    :raises OSError: with the call's errno and the target; ELOOP where a layer is a symbolic link
+    :param work: work directory, on the same mount as the upper directory
+    :param options: further mount options
+    :raises OSError: with the call's errno and the target; ELOOP if a layer is a symbolic link
     """
     with contextlib.ExitStack() as opened:
 
@@ -192,13 +192,13 @@ def overlay(
 def overlay_view(
     parent: int, name: str, lowers: t.Sequence[PathOrFd], options: t.Sequence[str] = ()
 ) -> int:
-    """Open the merged view of layers, read-only, without leaving a mount or a directory behind.
+    """Open the merged view of layers read-only, without leaving a mount or a directory.
 
     :param parent: an open directory
-    :param name: a directory in it, mount point for an instant; nothing is written to it
+    :param name: a directory in it, used as mount point for a moment; nothing is written to it
     :param lowers: lower directories, topmost first; opened descriptors or paths
-    :returns: a descriptor of the view's root; the view ends when the last one into it is closed
-    :raises OSError: with the call's errno; ESTALE where the name was swapped meanwhile
+    :returns: a descriptor of the view's root; the view ends when its last descriptor is closed
+    :raises OSError: with the call's errno; ESTALE if the name was replaced at the same time
     """
     with contextlib.ExitStack() as undo:
 
@@ -217,7 +217,7 @@ def overlay_view(
                 undo.callback(os.close, lower)
             layers.append(lower)
         point = open_name(None)
-        # An empty tmpfs serves as the second layer that the kernel insists on.
+        # An empty tmpfs is the second layer that the kernel requires.
         mount("tmpfs", point, "tmpfs", MS_NODEV | MS_NOSUID, "mode=0755")
         empty = open_name(point)
         undo.callback(umount, empty, MNT_DETACH)
@@ -228,14 +228,14 @@ def overlay_view(
 
 
 def path_of(target: PathOrFd) -> str:
-    """A path for a place: itself, or the magic link of a descriptor."""
+    """The path itself, or the magic link of a descriptor."""
     return f"/proc/self/fd/{target}" if isinstance(target, int) else target
 
 
 def mount_id(descriptor: int) -> int:
     """The number, in mountinfo, of the mount that an open file was reached through.
 
-    :raises OSError: where /proc is not there
+    :raises OSError: /proc is not mounted
     """
     with open(f"/proc/self/fdinfo/{descriptor}", encoding="utf-8") as lines:
         for line in lines:
@@ -246,9 +246,9 @@ def mount_id(descriptor: int) -> int:
 
 
 def entry_of(descriptor: int) -> t.Optional[MountEntry]:
-    """The mount that an open file was reached through; None if this mount namespace does not hold it.
+    """The mount that an open file was reached through; None if this mount namespace does not contain it.
 
-    :raises OSError: where /proc is not there
+    :raises OSError: /proc is not mounted
     """
     number = str(mount_id(descriptor))
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
@@ -290,9 +290,9 @@ class _MountAttr(ctypes.Structure):
 
 
 def without_submounts(directory: str) -> int:
-    """Open a directory as it is on its own filesystem, without what is mounted below it.
+    """Open a directory of a filesystem without the mounts below it.
 
-    :returns: a descriptor; what is opened below it lies under those mounts
+    :returns: a descriptor, below which files that mounts cover can be opened
     :raises OSError: with the call's errno
     """
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
@@ -302,11 +302,11 @@ def without_submounts(directory: str) -> int:
 
 
 def idmapped(source: PathOrFd, target: PathOrFd, namespace: int, attributes: int = 0) -> None:
-    """Show a directory at a second place with its owners seen through a user namespace's maps.
+    """Bind-mount a directory with its owners mapped by a user namespace.
 
     :param namespace: descriptor of a /proc/PID/ns/user
     :param attributes: MOUNT_ATTR_* of this module, ORed
-    :raises OSError: EINVAL where the filesystem cannot, EPERM in a user namespace, ENOSYS before
+    :raises OSError: EINVAL if the filesystem does not support it, EPERM in a user namespace, ENOSYS before
         Linux 5.12
     """
     path = os.fsencode(path_of(source))

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Namespaces of the calling process: unshare(2), setns(2), ID maps, and ending a process together with its parent."""
+"""Namespaces of the calling process: unshare(2), setns(2), ID maps, and termination together with the parent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 
 _mounts_are_private = False
-# The root directory as the mount namespace has it that this process came from.
+# The root directory in the original mount namespace of this process.
 _host_root = -1
 
 
@@ -23,7 +23,7 @@ def unshare(flags: int) -> None:
     """Move the calling process into new namespaces.
 
     :param flags: CLONE_* of this module, ORed
-    :raises OSError: EPERM where it is forbidden, ENOSPC where a limit of the user is reached
+    :raises OSError: EPERM if it is forbidden, ENOSPC if a limit of the user is reached
     """
     global _host_root
     if flags & CLONE_NEWNS and _host_root < 0:
@@ -32,11 +32,11 @@ def unshare(flags: int) -> None:
 
 
 def open_on_host(path: str) -> int:
-    """Open a directory through the mounts that the host sees; nobody can unmount it there while it is open.
+    """Open a directory through the host's mounts, which keeps them busy while it is open.
 
     :param path: absolute, without symbolic links
     :returns: a descriptor with O_PATH
-    :raises OSError: as open(2) says
+    :raises OSError: as open(2)
     """
     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     if _host_root < 0:
@@ -53,12 +53,12 @@ def setns(descriptor: int, flags: int = 0) -> None:
 
 
 def isolate_mounts() -> None:
-    """Take the mounts of a fresh mount namespace out of the host's sight.
+    """Stop mounts of a new mount namespace from propagating to the host.
 
-    They become slaves rather than private: what the host unmounts goes away here too, so that
-    the mounts of a container that ends are not kept alive by this process.
+    They become slaves instead of private, so that unmounts of the host propagate here, and
+    this process does not keep the mounts of a stopped container busy.
 
-    :raises OSError: EPERM or EACCES where mounting is forbidden in the namespace
+    :raises OSError: EPERM or EACCES if mounting is forbidden in the namespace
     """
     global _mounts_are_private
     mounts.make_slave("/")
@@ -66,14 +66,14 @@ def isolate_mounts() -> None:
 
 
 def mounts_are_private() -> bool:
-    """Whether this process sits in a mount namespace that it made itself."""
+    """Whether this process is in a mount namespace that it created itself."""
     return _mounts_are_private
 
 
 def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
-    """Have the kernel send a signal when the parent ends; a change of credentials undoes it.
+    """Let the kernel send a signal when the parent ends; a change of credentials cancels it.
 
-    :param parent: PID of the parent as it is known from before the fork
+    :param parent: PID of the parent, read before the fork
     :raises OSError: with the call's errno
     """
     libc.call("prctl", libc.PR_SET_PDEATHSIG, int(number), 0, 0, 0)
@@ -82,10 +82,10 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 
 
 def unmapped_here(kind: str, ids: t.Iterable[int]) -> t.List[int]:
-    """Those of these IDs that no file can have in the user namespace of this process, sorted.
+    """The IDs among these that are not mapped in the user namespace of this process, sorted.
 
     :param kind: "uid" or "gid"
-    :raises OSError: /proc is not to be read
+    :raises OSError: /proc cannot be read
     """
     with open(f"/proc/self/{kind}_map", encoding="utf-8") as table:
         ranges = [tuple(map(int, line.split())) for line in table]
@@ -97,17 +97,17 @@ def unmapped_here(kind: str, ids: t.Iterable[int]) -> t.List[int]:
 
 
 def write_map(pid: int, kind: str, lines: t.Iterable[t.Tuple[int, int, int]]) -> None:
-    """Write a user namespace's ID map, once and for all.
+    """Write a user namespace's ID map, which is possible only once.
 
     :param pid: a process in the namespace
     :param kind: "uid" or "gid"
     :param lines: (ID in the namespace, ID in the parent namespace, number of IDs)
-    :raises OSError: EPERM without the right to map those IDs, EINVAL for a map that cannot be
+    :raises OSError: EPERM without the permission to map those IDs, EINVAL for a map that cannot be
     """
     text = "".join(f"{inside} {outside} {size}\n" for inside, outside, size in lines)
     descriptor = os.open(f"/proc/{pid}/{kind}_map", os.O_WRONLY | os.O_CLOEXEC)
     try:
-        # The kernel takes the map in a single write only.
+        # The kernel accepts the map only in a single write.
         os.write(descriptor, text.encode())
     finally:
         os.close(descriptor)
@@ -122,7 +122,7 @@ def user_namespace(
 
     :param lines: (ID in the namespace, ID in the parent namespace, number of IDs)
     :param gid_lines: the same for GIDs, by default those for UIDs
-    :raises OSError: EPERM or ENOSPC where namespaces are forbidden
+    :raises OSError: EPERM or ENOSPC if namespaces are forbidden
     """
     read_end, write_end = os.pipe()
     pid = os.fork()
@@ -156,8 +156,8 @@ def user_namespace(
 def idmap_probe(directory: str) -> bool:
     """Whether the kernel mounts an overlay on ID-mapped lower directories of this filesystem.
 
-    That is what a runtime tests before it shifts owners at mount time (Linux 5.19, and not in a
-    user namespace). Nothing is written; the mounts are made in a namespace of their own.
+    A runtime runs the same test before it shifts owners at mount time (Linux 5.19, not in a
+    user namespace). Nothing is written; the mounts are in a namespace of their own.
 
     :param directory: a directory of the store
     """

@@ -17,7 +17,7 @@ _SHOWN_PATH = 1024
 
 
 def shown(path: str) -> str:
-    """A path for messages: printable whatever its bytes, and of bounded length."""
+    """A path for messages: printable and of limited length."""
     return printable(path, _SHOWN_PATH)
 
 
@@ -27,10 +27,10 @@ def translate_oserror(
 ) -> t.Iterator[None]:
     """Translate OSError to an exception of the library with a hint. Exceptions of the library pass unchanged.
 
-    :param root: the folder whose owner may do it, and whose filesystem is to have room; empty if that is not known
-    :param subject: what it is about; empty for the file that the error names
-    :param kind: what is raised where it is neither for want of room nor of rights
-    :raises PermissionDenied: the caller lacks rights, or the filesystem is read-only
+    :param root: the folder whose owner has the permission, and whose filesystem needs the space; empty if unknown
+    :param subject: the object of the message; empty for the file that the error names
+    :param kind: the exception for other causes than space and permissions
+    :raises PermissionDenied: the caller lacks permissions, or the filesystem is read-only
     :raises NoSpace: filesystem or quota is full
     """
     try:
@@ -42,7 +42,7 @@ def translate_oserror(
 def _explanation(
     error: OSError, root: str, subject: str, kind: t.Type[StorageError]
 ) -> StorageError:
-    # What was called with a descriptor names that, a number.
+    # Calls with a descriptor have its number as file name.
     named = isinstance(error.filename, (str, bytes, os.PathLike))
     name = shown(os.fsdecode(error.filename)) if named else ""
     subject = subject or name or root or "the filesystem"
@@ -94,7 +94,7 @@ def _explanation(
 
 
 def _existing(path: str) -> str:
-    """The path, or the nearest directory above it that exists, for commands that need one."""
+    """The path, or the nearest directory above it that exists, for commands that need a directory."""
     while path.startswith("/") and path != "/" and not os.path.lexists(path):
         path = os.path.dirname(path)
     return path
@@ -118,7 +118,7 @@ def _name_of(uid: int) -> str:
 
 
 def _owner(path: str) -> str:
-    """The account whose store it is, as far as one can see."""
+    """The owner of the store; unknown owners by number."""
     while path not in ("", "/"):
         try:
             uid = os.stat(path).st_uid

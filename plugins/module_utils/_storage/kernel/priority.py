@@ -27,9 +27,9 @@ _LAST_NICE = 19
 
 
 def set_idle_priority() -> None:
-    """Give this process, and those it will start, the idle I/O class and the last place at the processor.
+    """Give this process and its future children the idle I/O class and the lowest CPU priority.
 
-    What the kernel refuses is left as it was.
+    A setting that the kernel refuses stays unchanged.
     """
     number = _IOPRIO_SET.get(platform.machine(), _GENERIC_IOPRIO_SET)
     with contextlib.suppress(OSError):

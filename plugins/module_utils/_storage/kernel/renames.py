@@ -10,7 +10,7 @@ import os
 from . import libc
 
 _RENAME_EXCHANGE = 2
-# Older than the common numbers, so each architecture has its own; C libraries may lack the call.
+# The call is older than the common numbers, so its number depends on the architecture. C libraries may lack it.
 _SYS_RENAMEAT2 = {
     "x86_64": 316,
     "aarch64": 276,
@@ -26,7 +26,7 @@ _SYS_RENAMEAT2 = {
 def exchange(dir_fd: int, name: str, other_dir_fd: int, other: str) -> None:
     """Swap two entries of open directories.
 
-    :raises OSError: ENOENT if one is missing; ENOSYS, EINVAL where that is not to be had
+    :raises OSError: ENOENT if an entry is missing; ENOSYS, EINVAL if it is not supported
     """
     number = _SYS_RENAMEAT2.get(os.uname().machine)
     if number is None:

@@ -11,10 +11,10 @@ _current: t.List[str] = [""]
 
 
 def begin(step: str) -> None:
-    """Note what is done from now on, such as ``reading /a/path``."""
+    """Record the current step, such as ``reading /a/path``."""
     _current[0] = step
 
 
 def current() -> str:
-    """What was noted last, cut to 1,000 characters; empty if nothing was."""
+    """The recorded step, cut to 1,000 characters; empty if there is none."""
     return _current[0][:_LONGEST]

@@ -14,9 +14,9 @@ _STDOUT = 1
 
 
 def stdout_closed(patience: float = 0) -> bool:
-    """Whether standard output leads nowhere, as it does once the task that waited for it was interrupted.
+    """Whether the reader of standard output is gone, as after an interruption of the task.
 
-    :param patience: seconds to wait for that
+    :param patience: seconds to wait for it
     """
     poll = select.poll()
     poll.register(_STDOUT, 0)

@@ -14,9 +14,9 @@ import typing as t
 
 
 def names(fd: int, entry: t.Optional[str] = None) -> t.List[str]:
-    """The names of all attributes that the caller may see.
+    """The names of all visible attributes.
 
-    :raises OSError: ENOTSUP: the filesystem has none
+    :raises OSError: ENOTSUP: the filesystem has no attributes
     """
     if entry is None:
         return os.listxattr(fd)
@@ -34,7 +34,7 @@ def get(fd: int, attribute: str, entry: t.Optional[str] = None) -> bytes:
 
 
 def put(fd: int, attribute: str, value: bytes, entry: t.Optional[str] = None) -> None:
-    """Give one attribute a value, whether it is there or not.
+    """Set an attribute.
 
     :raises OSError: ENOTSUP, EPERM, ENOSPC ...
     """
@@ -56,6 +56,6 @@ def remove(fd: int, attribute: str, entry: t.Optional[str] = None) -> None:
 
 
 def _path(fd: int, entry: str) -> str:
-    # No call takes a directory and a name, nor an O_PATH descriptor. The link in /proc leads to the
-    # very file, however deep it lies; it is the one link that is followed.
+    # No call takes a directory and a name, or an O_PATH descriptor. The link in /proc leads to the
+    # file at any depth; no other link is followed.
     return f"/proc/self/fd/{fd}/{entry}" if entry else f"/proc/self/fd/{fd}"

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Remove what interrupted runs have left: staging, trash and layers that were never completed."""
+"""Remove leftovers of interrupted runs: staging, trash and incomplete layers."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .layer_removal import (
 )
 from .store_opening import OpenStore
 
-# A pull may rest on a whole layer that no image mentions yet, for as long as it lasts; the runtime's own check waits
-# as long before it calls such a layer unreferenced (seconds).
+# During a pull, complete layers may have no image yet. The runtime's own check waits this long before it reports
+# such a layer as unreferenced (seconds).
 _LONGEST_PULL = 86400.0
 
 
 class Abandoned:
-    """The layers whose removal a killed run of this collection has begun.
+    """The layers whose removal a killed run of this collection started.
 
-    A layer counts by its ID and the time it was made, never by its ID alone: a pull makes a layer anew under the
-    same ID. A whole layer that no image mentions may have been reused by a pull that has not written its image yet;
-    it is left alone until no such pull can be under way any more.
+    A layer is identified by its ID and its creation time, because a pull may create a new layer with the
+    same ID. A complete layer without an image may have been reused by a running pull;
+    it is kept until no such pull can be running any more.
 
-    :param begun: the removals that had begun
-    :param now: this moment
+    :param begun: the removals that were started
+    :param now: the current time
     """
 
     def __init__(self, begun: t.Sequence[BegunRemoval], now: Moment) -> None:
@@ -76,7 +76,7 @@ class Abandoned:
             return False
         if layer.incomplete:
             return True
-        # No pull looks for a mapped layer by its ID, which is random, but it may find one by its content.
+        # Pulls do not search mapped layers by their random IDs, but may find them by their content.
         if (begun is None or not begun.image_id) and _has_twin(snapshot, layer):
             return True
         if begun is not None and begun.boot not in ("", self._now.boot):
@@ -86,7 +86,7 @@ class Abandoned:
 
 
 def _has_twin(snapshot: Snapshot, layer: Layer) -> bool:
-    """Whether another whole layer has the same content, or nobody can look for this one by its content."""
+    """Whether another complete layer has the same content, or this layer cannot be found by its content."""
     digests = [layer.raw.get(key) for key in ("diff-digest", "compressed-diff-digest")]
     if not any(digests):
         return True
@@ -99,13 +99,13 @@ def _has_twin(snapshot: Snapshot, layer: Layer) -> bool:
 
 
 def clean_up(store_ctx: OpenStore, snapshot: Snapshot) -> t.List[str]:
-    """Remove all of that. Nothing is written where there is nothing of the kind, and nothing is removed from a
+    """Remove all leftovers. Without leftovers nothing is written, and nothing is removed from a
     store whose records contradict each other.
 
-    Where a program is newer than was tested, only folders of our own are deleted that no removal needs: neither
-    records nor their locks nor the driver's folder are touched.
+    If a program is newer than the tested versions, only folders of the collection that no removal needs are deleted;
+    records, locks and the driver's folder are not changed.
 
-    :returns: IDs of the layers and paths of the folders that are gone
+    :returns: IDs of the removed layers and paths of the removed folders
     :raises StorageError: something cannot be removed
     """
     begun = begun_removals(store_ctx)
@@ -122,7 +122,7 @@ def clean_up(store_ctx: OpenStore, snapshot: Snapshot) -> t.List[str]:
 def sweep(store_ctx: OpenStore) -> t.List[str]:
     """Delete leftovers of killed runs, except the notes about removals that still have to be completed.
 
-    :returns: the paths that are gone
+    :returns: the removed paths
     :raises StorageError: something cannot be deleted
     """
     waiting = waiting_removals(store_ctx)
@@ -139,13 +139,13 @@ def waiting_removals(store_ctx: OpenStore) -> t.FrozenSet[str]:
 
 
 def keep_reserve(store_ctx: OpenStore) -> None:
-    """Make the reserve for removals on a full disk, where there is ample room; what cannot be made is no fault."""
+    """Create the reserve for removals on a full disk, if there is enough space; failures are ignored."""
     with contextlib.suppress(StorageError):
         store_ctx.store.keep_reserve()
 
 
 def end_removals(store_ctx: OpenStore, snapshot: Snapshot) -> t.List[str]:
-    """Remove the layers of that kind, those on top first, and what is left of images.
+    """Complete interrupted removals: layers, top layers first, and remaining files of images.
 
     :returns: their IDs
     :raises StorageError: something cannot be removed

@@ -28,12 +28,12 @@ def configuration(
     account: t.Optional[Account],
     runtime: str = "",
 ) -> StoreConfig:
-    """The store that a runtime of this host uses. Runs no program where all loaders read the same.
+    """The store that a runtime of this host uses. Runs no program if all loaders read the same settings.
 
-    :param account: whose rootless store it is; None for the rootful one
-    :param runtime: the program that counts, by name or path, optionally with a version; else podman, buildah and
+    :param account: the owner of the rootless store; None for the rootful store
+    :param runtime: the program to use, by name or path, optionally with a version; otherwise podman, buildah and
         CRI-O must agree on the store
-    :raises ConfigError: the files cannot be read, or it cannot be known which store is meant
+    :raises ConfigError: the files cannot be read, or it is unknown which store is meant
     """
     rootless = account is not None
 
@@ -59,10 +59,10 @@ def configuration(
 
 
 def untested(rootless: bool, runtime: str = "") -> t.Optional[UntestedRuntime]:
-    """Why a store of this host is not to be written: the newest program is above what was tested; None if none is.
+    """Why a store of this host may not be written: a program is newer than the tested versions; None otherwise.
 
-    :param runtime: the program that counts; else all that are installed
-    :raises ConfigError: a program does not report its version in any way
+    :param runtime: the program to check; otherwise all installed programs
+    :raises ConfigError: the version of a program cannot be determined
     """
     if runtime:
         detected = detect(runtime)
@@ -91,11 +91,11 @@ def _programs(rootless: bool) -> t.Iterator[t.Tuple[str, Capabilities, FoundVers
 
 
 def _agreed(read: t.Callable[[Capabilities], _Result], rootless: bool) -> _Result:
-    """What the programs of this host read."""
+    """The configuration that the programs of this host read."""
     answers: t.List[t.Tuple[str, _Result]] = []
     labels: t.Dict[t.Tuple[str, ...], str] = {}
     for name, can, found in _programs(rootless):
-        # podman's database is podman's answer to where its store is, and no other program's.
+        # Only podman uses the paths in podman's database.
         result = read(replace(can, keeps_database=False))
         label = f"{name} (containers/storage {'.'.join(map(str, found.version))})"
         labels.setdefault(_location(result), label)
@@ -125,7 +125,7 @@ def _location(result: _Result) -> t.Tuple[str, ...]:
 
 
 def _comparable(result: _Result) -> t.Any:
-    """What two loaders must agree on."""
+    """The settings on which two loaders must agree."""
     if isinstance(result, ConfigError):
         return str(result)
     return replace(result, sources={}, files=())

@@ -25,10 +25,10 @@ _MOST_NAMED = 3
 def examine(store_ctx: OpenStore, thorough: bool = True) -> t.List[Contradiction]:
     """The contradictions of a store. Writes nothing.
 
-    What is found is looked for a second time in freshly read records, since a runtime may have changed the store
+    Findings are checked again with the current records, because a runtime may have changed the store
     between the reading of the records and of the folders.
 
-    :param thorough: whether to compare what each layer's folder rests on with its record
+    :param thorough: whether to compare the parents in each layer's folder with its record
     :raises StorageError: records or folders cannot be read
     """
     found = _look(store_ctx, store_ctx.store.snapshot(), (), thorough)
@@ -47,8 +47,8 @@ def describe(
 ) -> t.List[Contradiction]:
     """As :func:`examine`, of a store whose records may be unreadable.
 
-    :param snapshot: what can be read of the records
-    :param faults: why the rest cannot be read
+    :param snapshot: the readable records
+    :param faults: the errors of the other records
     """
     try:
         return (
@@ -91,7 +91,7 @@ def _look(
 
 
 def commands_of(store_ctx: OpenStore) -> Commands:
-    """How the administrator types commands that work on the store."""
+    """The command lines for the administrator of the store."""
     podman = store_ctx.config.podman
     if store_ctx.account is None or not _is_of_root():
         return Commands(
@@ -109,7 +109,7 @@ def _is_of_root() -> bool:
 
 
 def present_layers(store_ctx: OpenStore) -> t.Set[str]:
-    """The names of all folders of the driver, those in the image store of a split store too.
+    """The names of all folders of the driver, including those in a separate image store.
 
     :raises StorageError: the driver's folder cannot be read
     """
@@ -135,9 +135,9 @@ def contradictory(store_ctx: OpenStore, found: t.Sequence[Contradiction]) -> Sto
 
 
 def refuse_contradictions(store_ctx: OpenStore) -> None:
-    """Raise where nothing may be removed.
+    """Raise an error if nothing may be removed.
 
-    :raises StoreContradictory: the records contradict each other or what is on disk
+    :raises StoreContradictory: the records contradict each other or the files on disk
     :raises StorageError: as :func:`examine`
     """
     found = examine(store_ctx)

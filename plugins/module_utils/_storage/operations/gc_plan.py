@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Decide which mapped layers to remove and which to keep, with reasons. A pure function that accesses no files.
 
-Rules add up: a layer goes when any rule wants it and nothing protects it. Each rule chooses on its
-own, so that one more rule, or a stricter one, never saves a layer. The limits, ``max_freed`` and
-``reserved_space``, cut the end of the list off.
+Rules add up: a layer is removed if any rule selects it and nothing protects it. Each rule selects layers
+independently, so that an additional or a stricter rule never keeps a layer. The limits ``max_freed`` and
+``reserved_space`` cut off the end of the list.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from .gc_policy import PROTECTION, RULE, Policy
 from .image_patterns import Patterns, image_words, map_words
 from .time_formats import format_age, format_time
 
-# The ledger notes a use at most this often (seconds), so moments closer to each other say nothing
-# about the order.
+# The ledger records a use at most this often (seconds), so that times closer to each other do not
+# define an order.
 LEDGER_STEP = 600.0
-# Before this (seconds since the epoch, the begin of 2013) there were no containers: such a moment was told by
-# a clock that had not been set.
+# Earlier times (seconds since the epoch, the beginning of 2013) are from a clock that was not set, because
+# there were no containers before.
 _NO_MOMENT = 1356998400.0
-# A complete layer that nothing refers to may be part of a pull under way; the runtime's own check
+# A complete layer that nothing refers to may be part of a running pull; the runtime's own check
 # waits as long (seconds).
 UNREFERENCED_AGE = 86400.0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One mapped layer with all that the rules ask. Moments in seconds since the epoch.
+    """A mapped layer with all properties that the rules use. Times in seconds since the epoch.
 
-    ``idle`` is for how many seconds, of those in which the store was watched, nothing has used it; None
-    if it was never watched. It owes nothing to the wall clock.
+    ``idle`` is the number of watched seconds for which nothing has used it; None
+    if it was never watched. It does not depend on the wall clock.
     """
 
     layer_id: str
@@ -61,9 +61,9 @@ class Candidate:
 class Watch:
     """How the store was watched.
 
-    ``seconds`` is for how long it was watched often enough, ``since`` when that began (seconds since the
-    epoch). ``doubt`` says why the wall clock is not to be believed, empty if it is. ``remarks`` say what
-    did not count.
+    ``seconds`` is the time for which it was watched often enough, ``since`` its beginning (seconds since the
+    epoch). ``doubt`` is the reason why the wall clock is unreliable, empty if it is reliable. ``remarks`` list
+    times that did not count.
     """
 
     seconds: float = 0.0
@@ -76,12 +76,12 @@ class Watch:
 class Finding:
     """Something damaged or left over.
 
-    ``kind``: ``entry`` (a ``mapped-layers`` entry whose layer is gone), ``missing`` (a record
-    without data), ``damaged`` (data that no runtime can use), ``incomplete``, ``unreferenced`` (a
+    ``kind``: ``entry`` (a ``mapped-layers`` entry whose layer is missing), ``missing`` (a record
+    without data), ``damaged`` (unusable data), ``incomplete``, ``unreferenced`` (a
     mapped layer that no image lists), ``directory``, ``link``, ``staging``, ``trash`` or
     ``records``.
-    ``template`` says that an image has it for its own layer, ``ours`` that this collection made it.
-    ``size`` is in bytes; ``usage`` is None for what could not be measured.
+    ``template`` says that it is an image's own layer, ``ours`` that this collection created it.
+    ``size`` is in bytes; ``usage`` is None if it could not be measured.
     """
 
     kind: str
@@ -98,8 +98,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Disk:
-    """The filesystem of the store, in bytes and inodes. A filesystem that does not count inodes has
-    0 of them.
+    """The filesystem of the store, in bytes and inodes. Zero inodes for filesystems that do
+    not count them.
     """
 
     total: int
@@ -164,7 +164,7 @@ def plan(
 ) -> Plan:
     """Decide on each layer and each finding.
 
-    :param refusal: why nothing may be removed from this store at all, as rule and reason; None if that is not so
+    :param refusal: why nothing may be removed from this store at all, as rule and reason; None if there is no reason
     """
     planner = _Planner(policy, disk, watch, now, refusal)
     return planner.plan(candidates, findings)
@@ -188,7 +188,7 @@ class _Planner:
         self.keep_images = Patterns(policy.keep_images)
         self.keep_mappings = Patterns(policy.keep_mappings)
         self.notes: t.List[str] = []
-        # For how many seconds more the store must be watched before unused_for can act.
+        # The remaining time (seconds) for which the store must be watched before unused_for can act.
         self.unwatched = 0.0
         if policy.unused_for is not None:
             self.unwatched = max(policy.unused_for - watch.seconds, 0.0)
@@ -204,7 +204,7 @@ class _Planner:
         return policy.created_before is not None or bool(policy.has_rule and policy.min_age)
 
     def plan(self, candidates: t.Sequence[Candidate], findings: t.Sequence[Finding]) -> Plan:
-        # The same input in another order is the same plan.
+        # The order of the input does not change the plan.
         ordered = sorted(candidates, key=self._removal_order)
         protected = {candidate.layer_id: self._protection(candidate) for candidate in ordered}
         free = [candidate for candidate in ordered if protected[candidate.layer_id] is None]
@@ -223,7 +223,7 @@ class _Planner:
         )
 
     def _removal_order(self, candidate: Candidate) -> t.Tuple[int, int, int, str]:
-        """Duplicates, then maps nobody can use any more, then longest unseen, then largest."""
+        """Duplicates, then unusable maps, then the longest unused layers, then the largest."""
         group = 0 if candidate.duplicate_of else 1 if candidate.unusable else 2
         return (
             group,
@@ -273,12 +273,12 @@ class _Planner:
         return self._recent(candidate)
 
     def _recent(self, candidate: Candidate) -> t.Optional[t.Tuple[str, str]]:
-        """Whether min_age protects it. A container that is being made again leaves its layer alone for a
-        moment: being seen counts like being made.
+        """Whether min_age protects it. A container that is being re-created leaves its layer unused for a
+        moment, so the time of the last use counts like the time of creation.
         """
         least = self.policy.min_age
         if (candidate.idle or 0.0) >= least:
-            # Observed for as long, which no clock that was set can feign.
+            # It was observed for that time, which does not depend on the wall clock.
             return None
         if self.watch.doubt:
             return "min_age", f"the time of its creation or use is unknown: {self.watch.doubt}"
@@ -293,7 +293,7 @@ class _Planner:
     def _selecting_rules(
         self, ordered: t.Sequence[Candidate], free: t.Sequence[Candidate]
     ) -> t.Dict[str, t.List[t.Tuple[str, str]]]:
-        """Each rule on its own: layer ID -> the rules that want it, with their reasons."""
+        """For each layer ID, the rules that select it, with their reasons."""
         wanted: t.Dict[str, t.List[t.Tuple[str, str]]] = {
             candidate.layer_id: [] for candidate in free
         }
@@ -350,11 +350,11 @@ class _Planner:
         return f"created {born}, before {format_time(self.policy.created_before or 0.0)}"
 
     def _is_older(self, candidate: Candidate) -> bool:
-        """Whether created_before wants it."""
+        """Whether created_before selects it."""
         bound = self.policy.created_before
         if bound is None or self.watch.doubt:
             return False
-        # What was made at an unknown time is as old at least as it was watched.
+        # A layer with unknown creation time is at least as old as the time for which it was watched.
         return (self._created(candidate) or self.now - (candidate.idle or 0.0)) < bound
 
     @staticmethod
@@ -376,7 +376,7 @@ class _Planner:
     def surplus_copies(
         self, ordered: t.Sequence[Candidate], free: t.Sequence[Candidate]
     ) -> t.Iterator[t.Tuple[Candidate, str]]:
-        """All but the allowed number of copies of each image; those that stay anyway count first."""
+        """All copies of each image beyond the allowed number; protected copies are counted first."""
         most = self.policy.max_copies_per_image
         if most is None:
             return
@@ -394,7 +394,7 @@ class _Planner:
                 )
 
     def _space(self, used: int) -> t.Iterator[t.Tuple[str, str, int, str]]:
-        """The rules of space: rule, unit, how much is to be freed, and the reason in words."""
+        """The rules for space: rule, unit, the amount to free, and the reason."""
         for rule, select in SPACE_RULES.items():
             for unit, amount, reason in select(self, used):
                 yield rule, unit, amount, reason
@@ -576,7 +576,7 @@ SPACE_RULES: t.Mapping[str, t.Callable[[_Planner, int], t.Iterator[t.Tuple[str, 
 }
 
 BROKEN = frozenset(("entry", "missing", "damaged", "foreign_root", "incomplete"))
-# What containers of other stores may have mounted, although something is wrong with it.
+# Damaged layers that containers of other stores may have mounted.
 _USABLE = frozenset(("unreferenced", "damaged", "foreign_root"))
 LEFTOVERS = frozenset(("staging", "trash", "records"))
 
@@ -597,7 +597,7 @@ FINDINGS: t.Dict[str, str] = {
 
 @dataclass(frozen=True)
 class Prospect:
-    """What one rule, alone and with today's protections, would free."""
+    """The space that a rule would free on its own with the given protections."""
 
     rule: str
     value: t.Union[str, int, bool]
@@ -613,7 +613,8 @@ def prospects(
     watch: Watch,
     now: float,
 ) -> t.Tuple[Prospect, ...]:
-    """What each rule would free if it were set, for a run without rules. The protections of ``policy`` apply."""
+    """The space that each rule would free if it were set, for a run without rules. The protections of ``policy``
+    apply."""
     protections = [gc_policy.OPTIONS[name].field for name in gc_policy.named(PROTECTION)]
     kept = {field: getattr(policy, field) for field in protections}
     found: t.List[Prospect] = []

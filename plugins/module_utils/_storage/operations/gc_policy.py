@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The table of the options of layer_gc: which layers to remove, to protect, and when to stop.
 
-A field of :class:`Policy` with :func:`as_option` is all that the argument spec of the module, the settings of the
-service and the action plugin need to know about an option. The predicate of a rule is in gc_plan.py.
+A field of :class:`Policy` with :func:`as_option` defines an option for the argument spec of the module, the settings
+of the service and the action plugin. The predicate of a rule is in gc_plan.py.
 
 Ages are those of ``ansible.builtin.find`` (``2w``; seconds without a unit). Sizes are those of
 Ansible's ``human_to_bytes`` (``10G``, ``1.5 GB``), and ``KiB``, ``MiB``, ``GiB`` as well. A size
@@ -39,7 +39,7 @@ _PERCENT = re.compile(r"([0-9]*\.?[0-9]+)\s*%\s*")
 
 @dataclass(frozen=True)
 class Amount:
-    """So many bytes, or a share of the filesystem."""
+    """A number of bytes, or a share of the filesystem."""
 
     bytes: int = 0
     percent: t.Optional[float] = None
@@ -55,7 +55,7 @@ class Amount:
 
 
 def moment(option: str, text: str, now: float) -> float:
-    """Seconds since the epoch, of a date (``2026-03-01``, ``2026-03-01T12:00:00Z``; UTC unless it
+    """The seconds since the epoch of a date (``2026-03-01``, ``2026-03-01T12:00:00Z``; UTC unless it
     says otherwise) or an age before ``now``.
     """
     plain = text.strip()
@@ -143,8 +143,8 @@ def _bad_size(option: str, text: str) -> ConfigError:
 
 
 # Rules select layers for removal, each on its own. A part belongs to the rule of the same pair. Protections keep
-# layers, limits stop all rules, and repairs concern what is not an intact mapped layer. The rule of the kind IMAGE
-# selects images; its predicate is in superseded_images.py.
+# layers, limits stop all rules, and repairs concern everything that is no intact mapped layer. The rule of the kind
+# IMAGE selects images; its predicate is in superseded_images.py.
 RULE, PART, PROTECTION, LIMIT, REPAIR = "rule", "part", "protection", "limit", "repair"
 IMAGE = "image"
 
@@ -194,10 +194,10 @@ class GcOption(Option):
     """An option of layer_gc.
 
     :param kind: RULE, PART, PROTECTION, LIMIT, REPAIR or IMAGE
-    :param read: makes the value that the plan uses
-    :param trials: for a rule, the values for which a run without any rule says how much each would free
+    :param read: converts the value for the plan
+    :param trials: for a rule, the values for which a run without rules predicts the freed space
     :param pair: for a rule, the name of its part; neither is given without the other
-    :param of_one_run: whether it is about one run, so that no lasting policy of the service has it
+    :param of_one_run: whether it applies to a single run, so that policies of the service do not have it
     :param in_survey: whether the AWX survey asks for it
     """
 
@@ -215,11 +215,11 @@ _TRIED_SHARES = ("10%", "20%")
 
 @dataclass(frozen=True)
 class Policy:
-    """The rules, the protections and the limits of one run. Ages in seconds, moments in seconds since the epoch.
+    """The rules, the protections and the limits of one run. Ages in seconds, times in seconds since the epoch.
 
-    A layer is removed if any rule selects it and no protection holds. ``images`` and ``origin`` protect what they do
-    not select. ``shared`` says in words who reads the store, and does not protect what ``layers`` names.
-    ``keep_layers`` holds IDs, from callers that know which layers are declared; no task gives it.
+    A layer is removed if any rule selects it and no protection holds. ``images`` and ``origin`` protect the layers
+    that they do not select. ``shared`` describes the readers of the store, and does not protect layers that
+    ``layers`` names. ``keep_layers`` contains IDs of declared layers, from callers within the collection.
     """
 
     images: t.Tuple[str, ...] = field(
@@ -345,7 +345,7 @@ def read(options: t.Mapping[str, t.Any], now: float) -> Policy:
     """A policy from options as a task or a configuration gives them.
 
     :param now: seconds since the epoch
-    :raises ConfigError: one is not what it should be
+    :raises ConfigError: an option is invalid
     """
     values = {
         option.field: option.read(name, options[name], now)

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Change the ID map of the own layers of images in place, without a copy.
 
-The owners of the files and the records of all layers change under the store's locks, or none does. Meanwhile
-the records of the images are withdrawn and their layers are marked as incomplete, with the note of a removal in
-the trash: so a process that is killed leaves what an interrupted removal of these images leaves, and they have to be
-pulled again. Nothing else depends on these layers, or the conversion is refused.
+Under the store's locks, the owners of the files and the records of all layers change, or none of them. During the
+change, the records of the images are removed and their layers are marked as incomplete, with the note of a removal in
+the trash. A killed process therefore leaves the same state as an interrupted removal of these images, which must then
+be pulled again. The conversion is refused if anything else depends on these layers.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from .shared_pins import PIN
 from .sharing import readers
 from .store_opening import OpenStore, StoreRequest, opened
 
-# How much longer it takes to change an owner and to have that on disk than to read it, rather too much than too little;
-# and what the records take (seconds).
+# The maximum ratio of the time to change owners and sync them to the time to read them, and the time for the
+# records (seconds).
 _CHANGE_TO_READ = 1.5
 _RECORDS_SECONDS = 0.05
 _ATTEMPTS = 3
@@ -52,12 +52,12 @@ _MOST_NAMED = 10
 
 @dataclass(frozen=True)
 class ConversionRequest:
-    """Which images of a store are to be converted, and how.
+    """The images of a store to convert, and the map.
 
     :param images: full IDs
-    :param uidmap: ``C:H:N`` entries in the literal form that the runtime asks for; none for no map
+    :param uidmap: ``C:H:N`` entries in the literal form that the runtime requests; none for no map
     :param gidmap: as ``uidmap``
-    :param check: only find out what would be done
+    :param check: only predict the changes
     """
 
     store: StoreRequest
@@ -69,13 +69,13 @@ class ConversionRequest:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion has changed, or would change.
+    """The changes of a conversion.
 
     :ivar layers: IDs of the layers that get the map
-    :ivar removed_layers: IDs of mapped layers that go because of it
-    :ivar inodes: how many files and directories get another owner
-    :ivar expected_seconds: for how long the store's locks were expected to be held
-    :ivar lock_seconds: for how long they were; 0 in check mode
+    :ivar removed_layers: IDs of mapped layers that are removed
+    :ivar inodes: the number of files and directories that get another owner
+    :ivar expected_seconds: the predicted time for which the store's locks are held
+    :ivar lock_seconds: the measured time; 0 in check mode
     """
 
     layers: t.Tuple[str, ...] = ()
@@ -96,11 +96,11 @@ class Conversion:
 
 
 class _Affected(t.NamedTuple):
-    """What a conversion of images changes.
+    """The layers that a conversion of images affects.
 
     :ivar changing: the layers that get another map
-    :ivar marked: these, and those that need them: marked as incomplete meanwhile
-    :ivar surplus: mapped layers that are of no use afterwards, or wrong
+    :ivar marked: these layers and those that need them, which are marked as incomplete during the change
+    :ivar surplus: mapped layers that are useless or wrong afterwards
     """
 
     images: t.Tuple[Image, ...]
@@ -110,7 +110,7 @@ class _Affected(t.NamedTuple):
 
     @property
     def identity(self) -> t.Tuple[t.Any, ...]:
-        """Differs as soon as any of the records does."""
+        """A value that changes with any of the records."""
         images = tuple((image.id, image.text) for image in self.images)
         return images, tuple(layer.id for layer in self.changing), _texts(self.marked)
 
@@ -131,7 +131,7 @@ def declare(request: ConversionRequest) -> t.Dict[str, t.Any]:
 
 
 def _id_map(entries: t.Iterable[str]) -> IDMap:
-    """A map as records have it, in which old runtimes write empty entries as well."""
+    """A map as in records, where old runtimes also write empty entries."""
     return IDMap.from_record(
         [
             dict(zip(("container_id", "host_id", "size"), map(int, entry.split(":"))))
@@ -143,17 +143,17 @@ def _id_map(entries: t.Iterable[str]) -> IDMap:
 def convert(
     store_ctx: OpenStore, image_ids: t.Sequence[str], mapping: Mapping, check: bool = False
 ) -> Conversion:
-    """Give all layers of images a map, in place.
+    """Change the map of all layers of images in place.
 
-    :param image_ids: full IDs; images that share layers with others have to be there together with these
-    :param mapping: in the literal form that the runtime asks for
-    :param check: only find out what would be done
-    :raises LayerInUse: containers or other images need the layers as they are, or they are mounted
-    :raises UnmappedIDs: the images hold IDs that the map does not cover
-    :raises ReadOnlyStore: a layer lies in an additional store
+    :param image_ids: full IDs; must include all images that share layers
+    :param mapping: in the literal form that the runtime requests
+    :param check: only predict the changes
+    :raises LayerInUse: containers or other images need the layers unchanged, or they are mounted
+    :raises UnmappedIDs: the images contain IDs that the map does not cover
+    :raises ReadOnlyStore: a layer is in an additional store
     :raises UnsupportedDriver: the layers use a feature that does not allow it
-    :raises StoreChanged: the images change all the time
-    :raises StorageError: it has failed; the message says whether the images have to be pulled again
+    :raises StoreChanged: the images changed repeatedly
+    :raises StorageError: it failed; the message says whether the images must be pulled again
     """
     if not check:
         clean_up(store_ctx, store_ctx.store.snapshot())
@@ -171,7 +171,7 @@ def convert(
 
 
 class _Moved(Exception):
-    """The records are no longer what was planned for."""
+    """The records changed after the plan was made."""
 
 
 class _Converter:
@@ -221,7 +221,7 @@ class _Converter:
             told.layers, tuple(self._removed), told.inodes, told.expected_seconds, seconds
         )
 
-    # What it is about
+    # The affected layers
 
     def _affected(self, snapshot: Snapshot) -> _Affected:
         images = []
@@ -235,7 +235,7 @@ class _Converter:
         own: t.Dict[str, Layer] = {}
         copies: t.Dict[str, Layer] = {}
         for image in images:
-            # From the bottom up.
+            # Bottom layers first.
             chain = reversed(snapshot.chain(image.layer)) if image.layer else ()
             own.update((layer.id, layer) for layer in chain)
         for image in images:
@@ -270,7 +270,7 @@ class _Converter:
         return not driver.exists(layer.id) or driver.shows_owners_of_lower_layers(layer.id)
 
     def _now(self, planned: _Affected) -> _Affected:
-        """The same without the surplus layers, in fresh records."""
+        """The same layers in the current records, without surplus layers."""
         now = self._affected(self._store_ctx.store.snapshot())
         if now.surplus or _texts(now.changing) != _texts(planned.changing):
             raise _Moved
@@ -293,9 +293,9 @@ class _Converter:
     # Refusals
 
     def _refuse(self, snapshot: Snapshot, affected: _Affected) -> None:
-        """Refuse by the records what cannot be converted.
+        """Check in the records that the images can be converted.
 
-        :raises StorageError: with the reason
+        :raises StorageError: they cannot
         """
         name = _named(affected.images)
         for record in (*affected.images, *affected.marked):
@@ -402,7 +402,7 @@ class _Converter:
     def _refuse_needed_by_additional_stores(
         self, snapshot: Snapshot, affected: _Affected, asked: t.Collection[str]
     ) -> None:
-        """Refuse layers that images of additional stores have as well.
+        """Check that no image of an additional store needs the layers.
 
         containers/storage looks for a layer in the store itself first, since 1.63 also for the lower layers of an
         additional store (overlay.go, getLowerDirs), so their containers would see the new owners.
@@ -423,7 +423,7 @@ class _Converter:
     def _needed_by_additional_stores(
         self, snapshot: Snapshot, marked: t.Set[str], asked: t.Collection[str]
     ) -> t.Iterator[t.Tuple[str, str]]:
-        """What needs marked layers in additional stores, each with the store."""
+        """The images of additional stores that need the layers, each with its store."""
         for image in snapshot.images.values():
             if image.store and image.id not in asked and image.layer in marked:
                 yield f"image {_label(image)}", image.store
@@ -436,9 +436,9 @@ class _Converter:
                 yield what, layer.read_only_store
 
     def _refuse_ids_outside(self, affected: _Affected, shifts: t.Sequence[Shift]) -> None:
-        """Refuse a map to IDs that no file can have in the user namespace of the store.
+        """Check that files can have the IDs of the map in the user namespace of the store.
 
-        :raises MapError: with the reason
+        :raises MapError: they cannot
         """
         uids: t.Set[int] = set()
         gids: t.Set[int] = set()
@@ -492,7 +492,7 @@ class _Converter:
     def _commit(
         self, affected: _Affected, plan: in_place.Plan, trees: t.Sequence[OwnTree]
     ) -> float:
-        """Change owners and records under the locks; for how long these were held, in seconds."""
+        """Change owners and records under the locks; returns the time for which these were held, in seconds."""
         store_ctx = self._store_ctx
         store = store_ctx.store
         store_ctx.driver.flush()
@@ -518,7 +518,7 @@ class _Converter:
                     except (StorageError, OSError) as failure:
                         for folder in trash.values():
                             if has_note(folder):
-                                # The next run removes what is left of the images.
+                                # The next run removes the remaining files of the images.
                                 store.staging.leave(folder)
                         raise _lost(affected, error, failure) from error
                     if isinstance(error, StoreChanged):
@@ -527,9 +527,9 @@ class _Converter:
         return transaction.seconds_held
 
     def complete(self, raw: Raw, has_map: bool) -> None:
-        """Make a marked record whole again.
+        """Complete a marked record.
 
-        :param has_map: whether its layer has the map by now
+        :param has_map: whether its layer has the new map
         """
         flags = {key: value for key, value in raw["flags"].items() if key != "incomplete"}
         if flags:
@@ -544,12 +544,12 @@ class _Converter:
                     raw.pop(key, None)
 
     def flush(self) -> None:
-        """Have all on disk that was changed."""
+        """Sync all changes to disk."""
         self._store_ctx.driver.flush()
 
 
 class _Change:
-    """The steps under the locks, each of them undone after an error."""
+    """The steps under the locks, which are reverted after an error."""
 
     def __init__(
         self,
@@ -570,7 +570,7 @@ class _Change:
     def carry_out(self) -> None:
         transaction, affected = self._transaction, self._affected
         transaction.withdraw_images([image.id for image in affected.images])
-        # All at once, as the map later: never is one layer of an image whole and another one not.
+        # All at once, so that an image never has both complete and incomplete layers.
         transaction.mark_incomplete(*(layer.id for layer in affected.marked))
         self._applying = True
         self._plan.apply(self._trees)
@@ -585,9 +585,9 @@ class _Change:
         return lambda raw: self._converter.complete(raw, has_map)
 
     def undo(self) -> None:
-        """Restore what was before.
+        """Restore the previous state.
 
-        :raises StorageError: that has failed; the layers are marked as incomplete
+        :raises StorageError: that failed; the layers are marked as incomplete
         """
         if self._applying:
             self._transaction.mark_incomplete(*(layer.id for layer in self._affected.marked))
@@ -620,7 +620,7 @@ def _containers(
 def _other_images(
     snapshot: Snapshot, asked: t.Collection[str], layers: t.Set[str]
 ) -> t.List[Image]:
-    """The images that need one of the layers, without the requested images."""
+    """The images that need any of the layers, without the requested images."""
     return [
         image
         for image in snapshot.images.values()

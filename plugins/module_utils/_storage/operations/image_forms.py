@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The ID map that an image's own layers carry, against the map that a task wants them to carry.
+"""Compare the ID map of an image's own layers with the map that a task requests.
 
-A new layer inherits the map of its parent (containers/storage, layerStore.create). So an image that is pulled onto
-layers of the store gets the map of these layers, whatever map the pull asks for.
+A new layer inherits the map of its parent (containers/storage, layerStore.create). An image that is pulled onto
+existing layers therefore gets the map of these layers, regardless of the map of the pull.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ NOT_NEEDED = "not_needed"
 DIFFERENT = "different"
 
 _MOST_NAMED = 5
-# Images in a result that share a layer.
+# The maximum number of images in a result that share a layer.
 _MOST_SHARING = 100
 
 
 @dataclass(frozen=True)
 class FormRequest:
-    """What is asked about an image.
+    """A query about an image.
 
     :param wanted: the user namespace of its containers
-    :param image: its ID; empty where it is not known
-    :param chain: the IDs that its own layers have or will have, lowest first; for an image that is not in the store
+    :param image: its ID; empty if unknown
+    :param chain: the IDs of its own layers, lowest first; for an image that is not in the store
     """
 
     store: StoreRequest
@@ -48,9 +48,9 @@ class FormRequest:
 
 @returns(inventory_results.IMAGE_FORM)
 def examine(request: FormRequest) -> t.Dict[str, t.Any]:
-    """Which map an image's own layers need, and which they carry, or will carry once it is pulled. Writes nothing.
+    """The map that an image's own layers need, and the map that they carry, or will carry after a pull. Writes nothing.
 
-    :raises StorageError: the map cannot be had, or the store cannot be read
+    :raises StorageError: the map is not possible, or the store cannot be read
     """
     try:
         with opened(request.store, read_only=True) as store_ctx:
@@ -107,7 +107,8 @@ def _own_layers(snapshot: Snapshot, image: Image) -> t.Sequence[Layer]:
 
 
 def _reused(snapshot: Snapshot, chain: t.Sequence[str]) -> t.Sequence[Layer]:
-    """The layers of a chain that a pull finds in the store, top first. A runtime removes incomplete layers."""
+    """The layers of a chain that a pull finds in the store, top first, without incomplete layers, which runtimes
+    remove."""
     found: t.List[Layer] = []
     for layer_id in chain:
         layer = snapshot.layers.get(layer_id)
@@ -120,7 +121,7 @@ def _reused(snapshot: Snapshot, chain: t.Sequence[str]) -> t.Sequence[Layer]:
 def _images_by_layer(
     snapshot: Snapshot, image_id: str, layers: t.Iterable[Layer]
 ) -> t.Dict[str, t.List[str]]:
-    """The labels of the first images other than the given one that share the layers, by layer."""
+    """For each layer, the labels of the first other images that share it."""
     found = snapshot.images_above({layer.id for layer in layers}, _MOST_SHARING + 1)
     return {
         layer_id: [other.label for other in images if other.id != image_id][:_MOST_SHARING]
@@ -142,7 +143,7 @@ def chain_ids(diff_ids: t.Sequence[str]) -> t.Tuple[str, ...]:
 
 
 def with_map(form: t.Mapping[str, t.Any], layers: t.Collection[str]) -> t.Dict[str, t.Any]:
-    """A form as it is once some layers have the map that is wanted.
+    """The form after some layers got the requested map.
 
     :param layers: IDs
     """
@@ -155,7 +156,7 @@ def with_map(form: t.Mapping[str, t.Any], layers: t.Collection[str]) -> t.Dict[s
 
 
 def entry(form: t.Mapping[str, t.Any], image_id: str, names: t.Sequence[str]) -> t.Dict[str, t.Any]:
-    """What a module returns of an image and the map that its layers are to carry."""
+    """The result of a module for an image and the requested map of its layers."""
     status, reason = (
         MAPPED,
         "The layers carry this map, so containers with it start without a copy.",
@@ -176,7 +177,7 @@ def entry(form: t.Mapping[str, t.Any], image_id: str, names: t.Sequence[str]) ->
 
 
 def other_form(form: t.Mapping[str, t.Any], name: str) -> MapError:
-    """Why an image does not have, or would not get, the map that is wanted, and what can be done about it."""
+    """Why an image does not have, or would not get, the requested map, and what to do."""
     different = [
         layer for layer in form["layers"] if any(layer[key] != form[key] for key in _MAP_KEYS)
     ]
@@ -238,7 +239,7 @@ def _ways_out(
 
 
 def map_words(maps: t.Mapping[str, t.Any]) -> str:
-    """Maps for a message."""
+    """Format maps for a message."""
     uid, gid = ",".join(maps["uidmap"]), ",".join(maps["gidmap"])
     if not uid and not gid:
         return "no map"

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The module image_layers: pull or remove an image with all its layers.
 
-Images are brought by the host's own programs, which must not run in the private namespaces of this
-library. So :func:`declare` runs outside and enters the store for one step at a time.
+The host's own programs copy images. They must not run in the private namespaces of this
+library, so :func:`declare` runs outside and enters the store for single steps.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class ImagesRequest:
     """What a task declares.
 
     :param images: the image's names; with ``absent`` also IDs and digests
-    :param source: where to bring it from, in skopeo's words; empty: from the registry of the name
+    :param source: the source in skopeo's notation; empty: the registry of the name
     :param pull: ``missing``, ``newer`` or ``always``
-    :param measure: as image_layers_info has it
-    :param check: only say what would be done
+    :param measure: as in image_layers_info
+    :param check: only predict the changes
     :param credentials: for the registries of the images
-    :param wanted: the user namespace whose map the own layers of a present image carry; None for as it comes
-    :param convert: change the layers of images that are there with another map in place
+    :param wanted: the user namespace whose map the own layers of the image should carry; None for any map
+    :param convert: change the layers of existing images with another map in place
     """
 
     store: StoreRequest
@@ -77,7 +77,7 @@ class ImagesRequest:
 
 @dataclass(frozen=True)
 class _Step:
-    """One entry into the store."""
+    """A step inside the store."""
 
     store: StoreRequest
     images: t.Tuple[str, ...]
@@ -86,10 +86,10 @@ class _Step:
 
 
 def declare(request: ImagesRequest) -> t.Dict[str, t.Any]:
-    """Bring the image into the wanted state.
+    """Ensure the requested state of the image.
 
     :returns: the module's result
-    :raises StorageError: the image cannot be had, or cannot go
+    :raises StorageError: the image cannot be copied or removed
     """
     account = request.store.account
     if request.state == "absent":
@@ -123,15 +123,15 @@ def declare(request: ImagesRequest) -> t.Dict[str, t.Any]:
 
 
 def _full_name(name: str, source: str) -> str:
-    """A name as it will be recorded.
+    """The name that will be recorded.
 
-    :raises ConfigError: it is an ID or a digest, by which nothing can be brought, or no reference at all
+    :raises ConfigError: it is an ID or a digest, which cannot be pulled, or no reference
     """
     if name.startswith("sha256:"):
         raise ConfigError(
             f"image {name!r}", "is an ID, which cannot be used as an image name", "Write NAME:TAG."
         )
-    # What comes from a file is nobody's; what comes without a source comes from a registry.
+    # Images from files get the registry localhost; without a source, images come from a registry.
     return recorded(name, LOCAL if source else DOCKER)
 
 
@@ -140,12 +140,12 @@ def _full_name(name: str, source: str) -> str:
 
 @dataclass(frozen=True)
 class _Brought:
-    """What became of bringing an image.
+    """The result of copying an image.
 
-    :ivar image_id: of the image that the names are to have; it is in the store, save in check mode; None where nothing
-        was brought
-    :ivar form: what ``image_forms.examine`` says of it, where its layers are to carry a map
-    :ivar described: the ID of the image that ``form`` is about
+    :ivar image_id: the ID of the image for the names; it is in the store, except in check mode; None if nothing
+        was copied
+    :ivar form: the result of ``image_forms.examine``, if its layers should carry a map
+    :ivar described: the ID of the image that ``form`` describes
     """
 
     image_id: t.Optional[str]
@@ -154,29 +154,29 @@ class _Brought:
 
     @property
     def fits(self) -> bool:
-        """Whether its layers carry the map that is wanted, if any."""
+        """Whether its layers carry the requested map, if any."""
         return self.form is None or bool(self.form["fits"])
 
 
 @dataclass(frozen=True)
 class _Converted:
-    """What was converted in place, or would be.
+    """The images that were converted in place, or would be.
 
-    :ivar conversions: as the module returns them
-    :ivar before: the maps that the top layer of each of the images had, by the image's ID
+    :ivar conversions: as returned by the module
+    :ivar before: the previous maps of the top layer of each image, by image ID
     """
 
     conversions: t.List[t.Dict[str, t.Any]]
     before: t.Dict[str, t.Dict[str, t.Any]]
 
     def corrected(self, form: t.Dict[str, t.Any]) -> t.Dict[str, t.Any]:
-        """A form of check mode as it will be once the layers are converted."""
+        """The form in check mode after the conversion of the layers."""
         layers = {layer for item in self.conversions for layer in item["layers"]}
         return image_forms.with_map(form, layers) if layers else form
 
 
 def _convert(request: ImagesRequest, groups: t.Sequence[t.Tuple[str, ...]]) -> _Converted:
-    """Give images that are in the store with another map the map that is wanted, all of them together, since they may
+    """Convert images with another map to the requested map, all of them together, because they may
     share layers.
 
     :param groups: the names of each image
@@ -274,7 +274,7 @@ def _bring(
     names: t.Sequence[str],
     current: t.Optional[str],
 ) -> t.Optional[str]:
-    """Copy the source's image where that is asked for; the ID of the image that the names are to have."""
+    """Copy the source's image if requested; returns the ID of the image for the names."""
     if request.pull == MISSING and current is not None:
         return current
     wanted = current
@@ -303,7 +303,7 @@ def _bring_mapped(
 ) -> _Brought:
     """As :func:`_bring`, with layers that carry a map.
 
-    Nothing is pulled where layers that are in the store already would keep the image from getting the map.
+    Nothing is pulled if existing layers of the store would prevent the image from getting the map.
     """
     if request.pull == MISSING and current is not None:
         form = converted.corrected(_examine(request, mapping, current))
@@ -338,7 +338,7 @@ def _examine(
 
 @userns.returns(inventory_results.IMAGES_LOOKED_UP)
 def look(step: _Step) -> t.Dict[str, t.Any]:
-    """The image that has the names, and the location of the store."""
+    """The image with these names, and the location of the store."""
     try:
         return _look(step)
     except StoreUnwritten as error:
@@ -397,7 +397,7 @@ def tag(step: _Step) -> None:
             for image in transaction.snapshot.images.values()
             if image.id != image_id and not image.store and set(names).intersection(image.names)
         ]
-        # All at once, because a name that no image has would be pulled.
+        # All at once, because runtimes would pull a name that no image has.
         transaction.update_images(
             {
                 **dict.fromkeys(losers, lambda raw: _drop_names(raw, names)),
@@ -408,10 +408,10 @@ def tag(step: _Step) -> None:
 
 @dataclass(frozen=True)
 class _PulledStep:
-    """An image that a runtime has pulled under names of its own choice.
+    """An image that a runtime pulled under names of its own choice.
 
-    :param name: the name that it is to have
-    :param holders: the images that had the names of the store before, by name
+    :param name: the requested name
+    :param holders: the images with the names of the store before the pull, by name
     """
 
     store: StoreRequest
@@ -422,9 +422,9 @@ class _PulledStep:
 
 @userns.returns(inventory_results.NOTHING)
 def name_pulled(step: _PulledStep) -> None:
-    """Give a pulled image its name; other names that the pull gave it go back to the images that had them.
+    """Set the name of a pulled image; other names from the pull are returned to their previous images.
 
-    :raises ImageUnknown: the image was removed again
+    :raises ImageUnknown: the image was removed
     """
     with opened(step.store) as store_ctx, store_ctx.store.transaction() as transaction:
         images = transaction.snapshot.images
@@ -474,7 +474,7 @@ def _drop_names(raw: Raw, names: t.Container[str]) -> None:
 
 
 def _add_names(raw: Raw, names: t.Sequence[str]) -> None:
-    """As containers/storage does it: the history has the newest name first, each once."""
+    """Add names as containers/storage does: the history has the newest name first, without duplicates."""
     raw["names"] = list(dict.fromkeys([*(raw.get("names") or ()), *names]))
     history = raw.get("names-history") or ()
     raw["names-history"] = list(dict.fromkeys([*reversed(names), *history]))
@@ -554,7 +554,7 @@ class _Removal:
         }
 
     def _planned_changes(self) -> t.Tuple[t.List[str], t.Dict[str, t.List[str]]]:
-        """Images to remove, and names to take from images that stay."""
+        """The images to remove, and the names to remove from other images."""
         to_remove: t.List[str] = []
         names: t.Dict[str, t.List[str]] = {}
         for reference in self.step.images:
@@ -604,7 +604,7 @@ def _brief(snapshot: Snapshot, image_id: str) -> t.Dict[str, t.Any]:
 
 
 def _name_meant(reference: str, image: Image) -> str:
-    """The recorded name that a reference means; empty for an ID or a digest."""
+    """The recorded name of a reference; empty for an ID or a digest."""
     text = reference.strip()
     bare = text[len("sha256:") :] if text.startswith("sha256:") else text
     if image.id.startswith(bare) or "@" in text or text in image.digests:

@@ -19,7 +19,7 @@ class Patterns:
         ]
 
     def hit(self, words: t.Iterable[str]) -> t.Optional[str]:
-        """The first pattern that one of the words answers to."""
+        """The first pattern that matches any of the words."""
         known = list(words)
         for pattern, match in self._compiled:
             if any(match(word) for word in known):
@@ -28,7 +28,7 @@ class Patterns:
 
 
 def image_words(image_ids: t.Sequence[str], names: t.Sequence[str]) -> t.List[str]:
-    """All that a user may call an image: its IDs, whole and short, its names, with and without
+    """All references of users to an image: its full and short IDs, its names, with and without
     registry and tag.
     """
     words: t.List[str] = []
@@ -45,7 +45,7 @@ def image_words(image_ids: t.Sequence[str], names: t.Sequence[str]) -> t.List[st
             if untagged.startswith(registry):
                 words += [untagged[len(registry) :], repository[len(registry) :]]
                 break
-        # As people write names of Docker Hub.
+        # The usual short form of names of Docker Hub.
         for official in (untagged, repository):
             if official.startswith("docker.io/library/"):
                 words.append(official.replace("library/", "", 1))
@@ -53,8 +53,8 @@ def image_words(image_ids: t.Sequence[str], names: t.Sequence[str]) -> t.List[st
 
 
 def map_words(uidmap: t.Sequence[str], gidmap: t.Sequence[str]) -> t.List[str]:
-    """How a pattern may name a mapping: ``0:100000:65536``, ranges joined by commas; uid and gid
-    maps joined by a slash.
+    """The texts of a mapping that patterns are matched against: ``0:100000:65536``, ranges joined by commas; uid and
+    gid maps joined by a slash.
     """
     uid, gid = ",".join(uidmap), ",".join(gidmap)
     return [f"{uid}/{gid}"] + ([uid] if uid == gid else [uid, gid])

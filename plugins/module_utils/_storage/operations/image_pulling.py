@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Pulling the images that layer_template needs and the store lacks.
+"""Pull images for layer_template that are not in the store.
 
 The programs that pull must not run in the private namespaces of this library, so :func:`declare` runs outside.
 """
@@ -41,12 +41,12 @@ def declare(
     operation: t.Callable[[TemplateRequest], _Result],
     credentials: Credentials = NO_CREDENTIALS,
 ) -> _Result:
-    """Pull missing images, then carry out ``operation``.
+    """Pull missing images, then run ``operation``.
 
     In check mode, the layers of images that are still to be pulled are not predicted.
 
     :returns: the module's result, with the names of the images in ``pulled``
-    :raises ConfigError: a missing image is given by its ID, or no program that pulls is installed
+    :raises ConfigError: a missing image is given by its ID, or no program for pulls is installed
     :raises StorageError: an image could not be pulled, or as ``operation``
     """
     account = request.store.account
@@ -88,7 +88,7 @@ def _nothing(request: TemplateRequest, found: t.Mapping[str, t.Any]) -> _Result:
 
 @userns.returns(results.LACKING)
 def lacking(wanted: _Wanted) -> _Result:
-    """The images that the store lacks, and where it is. A store that nobody has written yet lacks all."""
+    """The missing images and the location of the store. In a store that no runtime has written yet, all are missing."""
     try:
         with opened(wanted.store) as store_ctx:
             snapshot = store_ctx.store.snapshot()

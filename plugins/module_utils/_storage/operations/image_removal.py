@@ -33,7 +33,7 @@ def layers_of_removal(snapshot: Snapshot, image: Image) -> t.List[str]:
         layer = snapshot.layers.get(layer_id)
         if layer is None or layer.read_only_store or snapshot.containers_on(layer_id):
             return False
-        # Once for each layer of the store, so without an entry for each user as in users_of.
+        # Called for each layer of the store, therefore without the list of users as in users_of.
         for item in snapshot.images_of_layer(layer_id):
             if item is not image and item.id != image.id:
                 return False
@@ -50,10 +50,10 @@ def layers_of_removal(snapshot: Snapshot, image: Image) -> t.List[str]:
 
 
 def remove_image(store_ctx: OpenStore, image_id: str, check: Check) -> t.Optional[t.List[str]]:
-    """Remove an image with its layers, but not those that others need.
+    """Remove an image with its layers, except those that are needed elsewhere.
 
     :param check: raises an error if the image may not be removed
-    :returns: the IDs of the layers, mapped layers first; None if the image is gone already
+    :returns: the IDs of the layers, mapped layers first; None if the image was already removed
     :raises StorageError: the error of ``check``, or the records cannot be written
     """
     store = store_ctx.store
@@ -71,7 +71,7 @@ def remove_image(store_ctx: OpenStore, image_id: str, check: Check) -> t.Optiona
 def _detach(
     store_ctx: OpenStore, transaction: Transaction, image_id: str, trash: str, check: Check
 ) -> t.Optional[t.List[str]]:
-    """The image's record first, then mapped layers, then its own ones from the top down."""
+    """Remove the image's record first, then mapped layers, then its own layers from the top down."""
     image = transaction.snapshot.images.get(image_id)
     if image is None:
         return None
@@ -80,7 +80,7 @@ def _detach(
     records = [transaction.snapshot.layer(layer) for layer in layers]
     note_removal(trash, records)
     transaction.remove_image(image_id, trash)
-    # All at once: a pull may reuse any whole layer, with or without an image.
+    # All at once, because a pull may reuse any complete layer, with or without an image.
     transaction.mark_incomplete(*layers)
     for layer_id in layers:
         store_ctx.driver.detach(layer_id, trash)

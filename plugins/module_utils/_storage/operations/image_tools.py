@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Copy an image into a store with the skopeo, buildah or podman of the host.
 
-These programs run outside the private namespaces of this library, as the account whose store it is.
+These programs run outside the private namespaces of this library, as the owner of the store.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..store.references import parse
 from . import temporary_containers
 from .store_opening import StoreRequest, configured
 
-# What skopeo and podman write if a registry wants a login, or another one.
+# Error messages of skopeo and podman for missing or wrong credentials.
 _LOGIN = re.compile(r"unauthorized|authentication required|access to the resource is denied", re.I)
 _REGISTRY = "docker://"
 _AUTH_VARIABLE = "REGISTRY_AUTH_FILE"
@@ -38,11 +38,11 @@ _STORAGE_CONF = "\0storage.conf"
 
 @dataclass(frozen=True)
 class Credentials:
-    """How to log in to a registry.
+    """The credentials for a registry.
 
     :param authfile: a file in the format of containers-auth.json(5) that the store's owner can read; empty: the
-        default one of that user
-    :param username: empty: as the file says
+        default file of that user
+    :param username: empty: the login in the file
     """
 
     authfile: str = ""
@@ -55,23 +55,23 @@ NO_CREDENTIALS = Credentials()
 _DIGEST = re.compile(r"[a-z0-9]+:[0-9a-f]{32,}")
 _ID = re.compile(r"[0-9a-f]{64}")
 
-# Where copies of sources are kept during a pull.
+# The directory for copies of sources during a pull.
 _TEMPORARY, _COPIES = "/var/tmp", "userns-storage"
-# buildah and podman pull from every source of skopeo's but a store.
+# buildah and podman pull from all sources of skopeo except a store.
 _STORE = "containers-storage"
 # [driver@graphroot+runroot:options]; containers-transports(5).
 _SOURCE_STORE = re.compile(
     r"\[(?:(?P<driver>[^]@]*)@)?(?P<graphroot>[^]+:]+)(?:\+(?P<runroot>[^]:]+))?"
 )
-# They name such an image after its path or its annotation, and fail where that is no name.
+# They name such an image after its path or its annotation, and fail if that is no name.
 _NAMED_BY_SOURCE = ("oci", "oci-archive")
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """The image of a source, as its configuration describes it.
+    """An image of a source, from its configuration.
 
-    :ivar image_id: the ID that it has in any store: the digest of its configuration
+    :ivar image_id: its ID in any store, which is the digest of its configuration
     :ivar diff_ids: the digests of its layers, lowest first
     """
 
@@ -80,7 +80,7 @@ class SourceImage:
 
 
 class Tools:
-    """skopeo, or else podman, with the store as their default one."""
+    """skopeo, or else podman, with the store as their default store."""
 
     def __init__(
         self,
@@ -138,14 +138,14 @@ class Tools:
             found = None
         texts = found if isinstance(found, list) else []
         diff_ids = [text for text in texts if isinstance(text, str) and _DIGEST.fullmatch(text)]
-        # What cannot be read in full says nothing of the layers above it.
+        # Output that is incomplete cannot be used.
         return SourceImage(answer.digest, tuple(diff_ids if len(diff_ids) == len(texts) else ()))
 
     def copy(self, source: str, name: str) -> None:
-        """Bring an image from a source (skopeo's transport and reference) into the store.
+        """Copy an image from a source (skopeo's transport and reference) to the store.
 
         :raises ConfigError: neither skopeo nor podman is installed
-        :raises StoreError: the image could not be brought
+        :raises StoreError: the image could not be copied
         """
         self._need_store(source)
         login = self._login(source)
@@ -169,7 +169,7 @@ class Tools:
     def pull(self, source: str, uidmap: t.Sequence[str], gidmap: t.Sequence[str]) -> str:
         """Pull an image so that its own layers carry a map, and return its ID.
 
-        buildah and podman create the layers with the map that they are given for containers. They choose the names of
+        buildah and podman create the layers with the map for containers. They choose the names of
         the image themselves.
 
         :raises ConfigError: neither buildah nor podman is installed
@@ -214,7 +214,7 @@ class Tools:
         self._need("skopeo")
         account = self.store.account
         inside = ["podman", "unshare"] if account is not None else []
-        # What runs that were killed have left. No pull takes a day.
+        # Leftovers of killed runs. No pull takes a day.
         left = ["-maxdepth", "1", "-type", "d", "-name", f"{_COPIES}-??????????", "-mmin", "+1440"]
         owner = str(account.uid if account is not None else os.geteuid())
         remove = ["-user", owner, "-exec", "rm", "-rf", "--", "{}", "+"]
@@ -250,7 +250,7 @@ class Tools:
     def _run(self, words: t.Sequence[str], source: str, named: bool = True) -> as_user.Finished:
         """Run a program.
 
-        :param named: whether it finds the store as its default one, by a storage.conf with all settings of the store
+        :param named: whether a storage.conf with all settings of the store makes it the program's default store
         """
         account = self.store.account
         variables, files = {}, {}
@@ -280,7 +280,7 @@ class Tools:
         return done
 
     def _by_hand(self, words: t.Sequence[str]) -> str:
-        """A command line as an administrator types it, with the store named in full."""
+        """The command line for an administrator, with all options of the store."""
         account = self.store.account
         place = f"{self.driver}@{self.graphroot}+{self.runroot}"
         full: t.List[str] = []
@@ -347,7 +347,7 @@ class Tools:
         if named:
             driver, graphroot = canonical(named["driver"] or ""), named["graphroot"]
             runroot = named["runroot"] or ""
-        # A store with an imagestore keeps its images there.
+        # With an imagestore, the images are there.
         kinds = [f"{driver or '*'}-{kind}" for kind in ("images", "layers", "containers")]
         names = ["-name", kinds[0], "-o", "-name", kinds[1], "-o", "-name", kinds[2]]
         words = ["find", f"{graphroot}/", "-maxdepth", "1", "-type", "d", "(", *names, ")"]
@@ -367,19 +367,19 @@ class Tools:
             )
 
     def _can_read(self, path: str) -> bool:
-        """Whether the store's owner can read a file. Root does not look below a user's directories."""
+        """Whether the store's owner can read a file. Root does not access a user's directories."""
         account = self.store.account
         if account is None:
             return os.path.exists(path)
         return as_user.execute(["test", "-r", path], account, {}).rc == 0
 
     def _named(self) -> bool:
-        """Whether options name another store than the default one."""
+        """Whether options name another store than the default."""
         store = self.store
         return bool(store.graphroot or store.runroot or store.driver or store.storage_options)
 
     def _with_store(self, source: str) -> str:
-        """A source in the store itself, named in full: what only reads needs no file then."""
+        """A source in the store itself with all options, so that reading needs no configuration file."""
         transport, colon, rest = source.partition(":")
         if transport != "containers-storage" or rest.startswith("[") or not self._named():
             return source
@@ -396,7 +396,7 @@ def _without_login(words: t.Sequence[str]) -> t.List[str]:
 
 
 def _registry(source: str) -> str:
-    """The registry of a source, as the keys of an authfile have it."""
+    """The registry of a source, as in the keys of an authfile."""
     return parse(source[len(_REGISTRY) :]).domain or "docker.io"
 
 
@@ -405,7 +405,7 @@ def _options(name: str, values: t.Sequence[str]) -> t.List[str]:
 
 
 def location(config: StoreConfig) -> t.Dict[str, t.Any]:
-    """Where a store is, in the form that :meth:`Tools.at` takes.
+    """The location of a store, for :meth:`Tools.at`.
 
     :raises ConfigError: a path cannot be written in TOML
     """
@@ -418,7 +418,7 @@ def location(config: StoreConfig) -> t.Dict[str, t.Any]:
 
 
 def location_of_unwritten(store: StoreRequest, error: StoreUnwritten) -> t.Dict[str, t.Any]:
-    """The :func:`location` of a store that no runtime has written yet; the driver is the one that it will have.
+    """The :func:`location` of a store that no runtime has written yet; with its future driver.
 
     :raises ConfigError: a path cannot be written in TOML
     """
@@ -426,7 +426,7 @@ def location_of_unwritten(store: StoreRequest, error: StoreUnwritten) -> t.Dict[
 
 
 def unwritten_store(store: StoreRequest, found: t.Mapping[str, t.Any]) -> t.Dict[str, t.Any]:
-    """A store that no runtime has written yet, as a result shows it.
+    """The result entry of a store that no runtime has written yet.
 
     :param found: its :func:`location`, or the facts of ``StoreUnwritten``
     """
@@ -441,7 +441,7 @@ def _roots(found: t.Mapping[str, t.Any]) -> t.Dict[str, t.Any]:
 def _pinned(config: StoreConfig) -> str:
     """The text of a storage.conf with all settings of a store.
 
-    skopeo and podman of one host may read the host's own files differently, and would then fill another store.
+    skopeo and podman of a host may read the host's files differently, and would then use different stores.
 
     :raises ConfigError: a path cannot be written in TOML
     """
@@ -452,7 +452,7 @@ def _pinned(config: StoreConfig) -> str:
         f"runroot = {toml.quoted(config.runroot)}",
     ]
     if config.rootless:
-        # Before storage 1.59 the only path of such a file that counts for users.
+        # Before storage 1.59, the only path of such a file that is used for users.
         lines.append(f"rootless_storage_path = {toml.quoted(config.graphroot)}")
     if config.imagestore:
         lines.append(f"imagestore = {toml.quoted(config.imagestore)}")

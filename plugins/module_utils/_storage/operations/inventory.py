@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The contents of a store: images, their layers with sizes and users, and damage.
 
-Nothing is changed. What is damaged is described, and the rest of the store with it.
+Nothing is changed. Damage is described together with the rest of the store.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _MAGIC = frozenset("*?[")
 
 
 class LayerState:
-    """One layer as found. ``layer`` is None for an ID that an image lists and no record has."""
+    """The state of a layer. ``layer`` is None for an ID that an image lists, but that has no record."""
 
     status: str = OK
     problem: str = ""
-    # Whether it has more of FOREIGN_ROOT than its root directory.
+    # Whether more than its root directory belongs to the host's root.
     wrong: bool = False
     containers: t.Sequence[Container] = ()
     child_layers: t.Sequence[str] = ()
@@ -77,7 +77,7 @@ class LayerState:
 
     @property
     def ours(self) -> bool:
-        """Whether layer_template made it."""
+        """Whether layer_template created it."""
         return self.layer is not None and self.layer.flags.get(ORIGIN_FLAG) == ORIGIN
 
     @property
@@ -88,9 +88,9 @@ class LayerState:
 
     @property
     def created_in_words(self) -> t.Optional[str]:
-        """When it was made, as the modules return it."""
+        """The time of creation, as the modules return it."""
         text = self.layer.raw.get("created") if self.layer else None
-        # As containers/storage writes it; there may be ten thousand of them.
+        # The format of containers/storage, converted quickly because there may be ten thousand layers.
         if text and text[-1] == "Z" and not text.startswith("0001") and is_moment(text[:19]):
             return f"{text[:19]}Z"
         return None if self.created is None else format_time(self.created)
@@ -103,7 +103,7 @@ class LayerState:
 
 @dataclass
 class Orphan:
-    """Something in the store's folders that no record accounts for."""
+    """Something in the store's folders without a record."""
 
     kind: str
     name: str
@@ -114,7 +114,8 @@ class Orphan:
 
 @dataclass
 class ImageRemoval:
-    """What is removed with an image, and the space that this frees; no usage if layers were not measured."""
+    """The layers that are removed with an image, and the space that this frees; no usage if layers were not
+    measured."""
 
     layers: t.List[str]
     usage: t.Optional[Usage] = None
@@ -122,7 +123,7 @@ class ImageRemoval:
 
 @dataclass
 class ImageState:
-    """One image: its own layers, top first, and its mapped ones in their recorded order."""
+    """An image: its own layers, top first, and its mapped layers in their recorded order."""
 
     image: Image
     chain: t.List[LayerState]
@@ -134,7 +135,7 @@ class ImageState:
 
 @dataclass
 class Inventory:
-    """The whole store, or the chosen images of it, at one moment."""
+    """The state of the whole store, or of selected images."""
 
     now: float
     watched_since: t.Optional[float]
@@ -143,12 +144,12 @@ class Inventory:
     orphans: t.List[Orphan]
 
     def mapped_layers(self) -> t.List[LayerState]:
-        """All mapped layers of the images, each once."""
+        """All mapped layers of the images, without duplicates."""
         found = {layer.layer_id: layer for image in self.images for layer in image.mapped}
         return list(found.values())
 
     def layers(self) -> t.List[LayerState]:
-        """All layers of the images, each once."""
+        """All layers of the images, without duplicates."""
         found = {
             item.layer_id: item for image in self.images for item in image.chain + image.mapped
         }
@@ -178,9 +179,9 @@ def take(
 
 
 def choose(snapshot: Snapshot, references: t.Sequence[str]) -> t.List[Image]:
-    """The images that the references name, in the order of the store; those not there are left out.
+    """The images that the references name, in the order of the store; missing images are ignored.
 
-    :raises ImageAmbiguous: a reference that is no pattern fits several images
+    :raises ImageAmbiguous: a reference that is no pattern matches several images
     """
     if not references:
         return list(snapshot.images.values())
@@ -219,7 +220,7 @@ class _Taker:
         self.measure = measure
         self.now = time.time()
         self.states: t.Dict[str, LayerState] = {}
-        # By the identity of a mapping, which is kept so that it stays unique.
+        # By the id() of a mapping, which is kept alive so that the id() stays unique.
         self.meanings: t.Dict[int, t.Tuple[t.Hashable, Mapping]] = {}
         self.snapshot = snapshot
         self.ledger = read_ledger(store_ctx)
@@ -270,7 +271,7 @@ class _Taker:
             self._find_duplicates(found)
         found.private_copies = self._private_copies(image)
         if self.measure == EXCLUSIVE:
-            # What a mapped layer shares with the image stays.
+            # Data that a mapped layer shares with the image is not freed.
             template_usage = [item.usage for item in found.chain if item.usage]
             for layer in found.mapped:
                 if layer.usage and layer not in found.chain:
@@ -279,7 +280,7 @@ class _Taker:
         return found
 
     def _removal(self, image: Image) -> t.Optional[ImageRemoval]:
-        """What is removed with the image; None if it cannot be removed."""
+        """The layers that are removed with the image; None if it cannot be removed."""
         if not self.removals or image.store or users_of_image(self.snapshot, image):
             return None
         try:
@@ -311,7 +312,7 @@ class _Taker:
             return ()
 
     def _private_copies(self, image: Image) -> t.List[t.Tuple[Container, t.Optional[Usage]]]:
-        """Containers whose own layer carries the image once more, under other maps."""
+        """Containers whose own layer contains a copy of the image with other maps."""
         found = []
         for container in self.containers.get(image.id, ()):
             own = self.snapshot.layers.get(container.layer)
@@ -359,7 +360,7 @@ class _Taker:
         return bool(layer.read_only_store) or self.present is None or layer.id in self.present
 
     def _mapped_state(self, layer_id: str, template: t.Sequence[Layer]) -> LayerState:
-        """A mapped layer: looked at more closely than others, since runtimes do not."""
+        """Examine a mapped layer, in more detail than other layers, because runtimes do not check it."""
         known = layer_id in self.states
         state = self._state(layer_id)
         state.images = self.snapshot.images_of_layer(layer_id)
@@ -435,9 +436,9 @@ class _Taker:
         return usage._replace(inodes=usage.inodes + 1, allocated=usage.allocated + on_disk)
 
     def _find_duplicates(self, found: ImageState) -> None:
-        """Mapped layers whose map another layer of the image has, or one that means the same.
+        """Mapped layers with the same map as another layer of the image, or with a map of the same meaning.
 
-        The layer that stays is the one with containers, else one that the runtime made, else the last one used.
+        The layer to keep is the one with containers, or one that the runtime created, or the last one used.
         """
         template = self.states.get(found.image.layer)
         groups: t.Dict[t.Hashable, t.List[LayerState]] = {}
@@ -458,7 +459,7 @@ class _Taker:
                         item.last_used or 0.0,
                     ),
                 )
-            # Where the runtime has not shown which form of the map it uses, each form was asked for and may be needed.
+            # If the runtime has not used any form of the map yet, each requested form may be needed.
             forms_known = kept is template or kept.in_use or not kept.ours
             needed = {kept.mapping}
             for layer in group:
@@ -470,13 +471,13 @@ class _Taker:
                     layer.duplicate_of = kept.layer_id
 
     def _meaning(self, mapping: Mapping) -> t.Hashable:
-        """What is equal for maps that mean the same; the same few maps come with each image."""
+        """A value that is equal for maps of the same meaning; cached, because all images have the same few maps."""
         known = self.meanings.get(id(mapping))
         if known is None:
             known = self.meanings[id(mapping)] = (mapping.meaning, mapping)
         return known[0]
 
-    # What nothing refers to
+    # Unreferenced data
 
     def _unreferenced(self) -> t.List[LayerState]:
         """Mapped layers that no image lists and nothing uses."""

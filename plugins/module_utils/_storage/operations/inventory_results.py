@@ -1,9 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The forms of the results of all operations except layer_template, see ``results``.
-
-They are apart since layer_template does not need them.
-"""
+"""The forms of the results of all operations except layer_template, see ``results``."""
 
 from __future__ import annotations
 
@@ -107,7 +104,7 @@ INFO = Record(
     }
 )
 
-# image_layers, which enters the store for one step at a time
+# image_layers, which enters the store for single steps
 _IMAGES_SHOWN = Record({"images": Items(Record({"id": text, "names": TEXTS}))})
 IMAGES_LOOKED_UP = Record(
     {

@@ -49,17 +49,17 @@ _WORK = "work.json"
 # Bytes; a chain may have 500 layers.
 _WORK_LIMIT = 1024 * 1024
 _MOST_IDS_NAMED = 20
-# A directory or inode of its own for each entry, in the filesystem's usual unit (bytes).
+# The usual block size, for the directory or inode of each entry (bytes).
 _BYTES_PER_INODE = 4096
-# From here on a walk through the tree is worth knowing how many inodes it takes.
+# From this number of free inodes down, a walk counts the inodes of the tree first.
 _FEW_INODES = 500_000
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Which layer has the map now; ``staged`` is None when it came without us.
+    """The layer with the map; ``staged`` is None if another program created it.
 
-    :param lock_seconds: for how long the store's locks were held
+    :param lock_seconds: the time for which the store's locks were held
     """
 
     layer_id: str
@@ -68,16 +68,16 @@ class Outcome:
 
 
 class _Moved(Exception):
-    """The image or its template is no longer what the tree was made from."""
+    """The image or its template changed while the tree was built."""
 
 
 class _Work(t.NamedTuple):
     """The description of the work in a staging directory, for the run that resumes it.
 
-    :param how: the maps and all else that decides what the tree becomes
-    :param chain: the template and its parents, each with the time when this store got it
-    :param files: files and directories that are there already
-    :param size: bytes of these
+    :param how: the maps and all other inputs that determine the tree
+    :param chain: the template and its parents, each with its time of creation in this store
+    :param files: the number of existing files and directories
+    :param size: their size in bytes
     """
 
     layer_id: str
@@ -88,7 +88,7 @@ class _Work(t.NamedTuple):
 
     @classmethod
     def read(cls, folder: str) -> t.Optional[_Work]:
-        """From a staging folder; None where it is not, or not whole."""
+        """Read from a staging folder; None if it is missing or incomplete."""
         try:
             data = files.read_regular(os.path.join(folder, _WORK), _WORK_LIMIT)
             layer_id, how, chain, made, size = json.loads(data.decode("utf-8"))
@@ -97,18 +97,18 @@ class _Work(t.NamedTuple):
             return None
 
     def write(self, folder: str) -> None:
-        """Into a staging folder."""
+        """Write to a staging folder."""
         path = os.path.join(folder, _WORK)
         with translate_oserror(path), open(path, "w", encoding="utf-8") as stream:
             json.dump(self, stream)
 
 
 class Building:
-    """The mapped layer of one image for one map.
+    """The mapped layer of an image for a map.
 
-    :param mapping: in the literal form that the runtime asks for
-    :param overflow: give IDs outside the map to the overflow ID
-    :param budget: told of files and bytes made while ``make`` runs; may raise Suspended
+    :param mapping: in the literal form that the runtime requests
+    :param overflow: map IDs outside the map to the overflow ID
+    :param budget: called with the files and bytes created during ``make``; may raise Suspended
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Building:
         self._budget = budget or WorkBudget()
 
     def equal_layer(self, snapshot: Snapshot) -> t.Optional[Layer]:
-        """The layer of the image that has this map, whole or not."""
+        """The layer of the image with this map, complete or not."""
         image = snapshot.images.get(self._image.id)
         for layer_id in image.candidates if image else ():
             layer = snapshot.layers.get(layer_id)
@@ -139,7 +139,7 @@ class Building:
         return None
 
     def damage(self, snapshot: Snapshot, layer: Layer) -> t.Optional[str]:
-        """What keeps a runtime from using that layer, None when a runtime can; see :meth:`wrong`."""
+        """Why runtimes cannot use the layer; None if they can. See also :meth:`wrong`."""
         if layer.incomplete:
             return "its record is marked as incomplete"
         template = template_of(snapshot, self._image)
@@ -152,12 +152,12 @@ class Building:
         try:
             return top_owners(driver, layer, chain).kept or None
         except StorageError:
-            # What cannot be looked into is the runtime's to judge.
+            # If it cannot be read here, only the runtime can decide.
             return None
 
     def wrong(self, snapshot: Snapshot, layer: Layer) -> t.Optional[str]:
-        """What is known to be wrong in a layer that runtimes take all the same: names that do not belong to the IDs of
-        its map. None when nothing is known.
+        """A known fault of a layer that runtimes do not detect: entries that do not belong to IDs of
+        its map. None if there is none.
         """
         template = template_of(snapshot, self._image)
         if layer.id == template.id or layer.read_only_store:
@@ -169,18 +169,18 @@ class Building:
         return found.outside if found.wrong else None
 
     def predict(self, snapshot: Snapshot) -> Staged:
-        """What ``make`` would build, found by reading only.
+        """Predict the result of ``make`` without writing.
 
-        :raises UnmappedIDs: the image holds IDs that the map does not cover
-        :raises NoSpace: there is no room for it
+        :raises UnmappedIDs: the image contains IDs that the map does not cover
+        :raises NoSpace: there is not enough space
         """
         return self._survey(self._chain(snapshot))
 
     def make(self) -> Outcome:
-        """Build the layer and put it in place, unless an equal one is there by then.
+        """Build the layer and commit it, unless an equal layer was created in the meantime.
 
-        :raises StorageError: it cannot be made; the store is as it was
-        :raises Suspended: ``budget`` has raised it; the next call goes on with what there is
+        :raises StorageError: it cannot be created; the store is unchanged
+        :raises Suspended: raised by ``budget``; the next call resumes the work
         """
         chain = self._chain(self._store_ctx.store.snapshot())
         if not self._store_ctx.store.staging.suspended(self._key):
@@ -217,7 +217,7 @@ class Building:
                     remove_mapped_layer(store_ctx, found.id)
                 except LayerInUse:
                     if damage is None:
-                        # A container was created on it in this moment.
+                        # A container was just created on it.
                         return Outcome(found.id, None)
                     raise
                 snapshot = store_ctx.store.snapshot()
@@ -255,7 +255,7 @@ class Building:
         return _Work(layer_id, how, tuple(_layer_identity(item) for item in chain))
 
     def _fits(self, folder: str) -> bool:
-        """Whether what is suspended there is a part of just the layer that is wanted now."""
+        """Whether the suspended work is a part of the requested layer."""
         found = _Work.read(folder)
         if found is None:
             return False
@@ -297,7 +297,8 @@ class Building:
                 transaction.finish_layer(layer_id)
                 transaction.append_mapped_layer(self._image.id, layer_id)
             except BaseException:
-                # Whatever went wrong: out of the images first, the data aside, the record last.
+                # After any error: first remove it from the images, then move its data to the trash, then remove the
+                # record.
                 if layer_id in transaction.snapshot.layers:
                     transaction.drop_mapped_layer(layer_id)
                     transaction.mark_incomplete(layer_id)
@@ -307,7 +308,7 @@ class Building:
         return Outcome(layer_id, staged, transaction.seconds_held)
 
     def _changes(self, snapshot: Snapshot, chain: t.Sequence[Layer]) -> t.Optional[Layer]:
-        """An equal layer that another program has created meanwhile, or None. Called under the locks."""
+        """An equal layer that another program created in the meantime, or None. Called under the locks."""
         template = chain[0]
         image = snapshot.images.get(self._image.id)
         if image is None:
@@ -318,7 +319,7 @@ class Building:
             or template.id not in image.candidates
             or now.parent != template.parent
             or now.mapping != template.mapping
-            # Removed and pulled again it has the same ID, but no longer the short names that were staged.
+            # After a removal and a new pull it has the same ID, but other short names than those in staging.
             or any(
                 _layer_identity(snapshot.layers.get(item.id)) != _layer_identity(item)
                 for item in chain
@@ -333,19 +334,20 @@ class Building:
         return Shift(template.mapping, self._mapping, self._overflow)
 
     def _chain(self, snapshot: Snapshot) -> t.List[Layer]:
-        """The template and its parents, whose recorded IDs the map covers."""
+        """The template and its parents, after a check that the map covers their recorded IDs."""
         chain = snapshot.chain(template_of(snapshot, self._image).id)
         self._check_recorded_ids(chain)
         return chain
 
     def _check(self, chain: t.Sequence[Layer]) -> None:
-        """Refuse what cannot be made before anything is written, by a walk only where records are silent."""
+        """Check that the layer can be created before anything is written, with a walk only if the records are not
+        enough."""
         silent = any(not layer.uidset or not layer.gidset for layer in chain)
         if (silent and not self._overflow) or self._room_may_be_short(chain):
             self._survey(chain)
 
     def _check_recorded_ids(self, chain: t.Sequence[Layer]) -> None:
-        """By the ID sets of the records; the tree itself is checked while it is read."""
+        """Check the ID sets of the records; the tree itself is checked while it is read."""
         if self._overflow:
             return
         uids = self._mapping.uid.missing(item for layer in chain for item in layer.uidset)
@@ -354,7 +356,7 @@ class Building:
             raise unmapped(self._image.label, uids, gids)
 
     def _room_may_be_short(self, chain: t.Sequence[Layer]) -> bool:
-        """By the sizes of the records and by what is free: whether a walk to find out is worth it."""
+        """Whether, by the recorded sizes and the free space, a walk to determine the size is necessary."""
         recorded = recorded_size(chain)
         space = os.statvfs(self._store_ctx.config.graphroot)
         if space.f_bavail * space.f_frsize < recorded * 2:
@@ -409,9 +411,9 @@ class Building:
 
 
 def template_of(snapshot: Snapshot, image: Image) -> Layer:
-    """The layer to copy: the image's own, or else the first of its mapped layers that is there.
+    """The layer to copy: the image's own layer, or else the first existing mapped layer.
 
-    :raises StoreError: none of them is
+    :raises StoreError: none of them exists
     """
     for layer_id in image.candidates:
         layer = snapshot.layers.get(layer_id)
@@ -447,5 +449,5 @@ def _ids(chain: t.Sequence[Layer]) -> t.List[str]:
 
 
 def _layer_identity(layer: t.Optional[Layer]) -> str:
-    """A layer's ID, and when it came into the store."""
+    """A layer's ID and its time of creation in the store."""
     return f"{layer.id} {layer.raw.get('created')}" if layer else ""

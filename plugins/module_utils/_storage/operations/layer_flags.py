@@ -11,14 +11,14 @@ import typing as t
 from ..idmap.mapping import Mapping
 from ..store.records import Layer
 
-# Keys in the record's `flags`, an open map that every runtime keeps.
+# Keys in the record's `flags`, a map that every runtime preserves.
 ORIGIN_FLAG = "userns.storage.origin"
 LEASE_FLAG = "userns.storage.lease"
-# Set where a full disk has no room for a folder in the trash to tell of a removal.
+# Set if a full disk has no space for a folder in the trash that records a removal.
 REMOVAL_FLAG = "userns.storage.removal"
 ORIGIN = "layer_template"
 
-# What a mapped layer has in common with its template, in the order of containers/storage's Layer.
+# The fields that a mapped layer has in common with its template, in the order of containers/storage's Layer.
 _BEFORE_CREATED = ("metadata", "mountlabel")
 _AFTER_CREATED = (
     "compressed-diff-digest",
@@ -33,9 +33,9 @@ _AFTER_CREATED = (
 
 
 def new_layer_id(taken: t.Container[str]) -> str:
-    """A fresh layer ID: 64 hex digits, of which the first twelve are never all decimal.
+    """A new layer ID: 64 hexadecimal digits, of which the first twelve are never all decimal.
 
-    A short ID of decimal digits would pass for a number (containers/storage, stringid).
+    Runtimes would interpret a short ID of decimal digits as a number (containers/storage, stringid).
     """
     while True:
         candidate = secrets.token_hex(32)
@@ -53,7 +53,7 @@ def mapped_record(
     """The record that containers/storage would write for a mapped layer of ``template``.
 
     :param now_ns: nanoseconds since the epoch
-    :param lease: until when to keep it unused, in seconds since the epoch
+    :param lease: the time until which it is kept unused, in seconds since the epoch
     """
     raw = template.raw
     record: t.Dict[str, t.Any] = {"id": layer_id}
@@ -73,6 +73,6 @@ def mapped_record(
 
 
 def rfc3339(nanoseconds: int) -> str:
-    """A time as the records have it: UTC, nine digits of fraction."""
+    """Format a time as in records: UTC, nine digits of fraction."""
     seconds, fraction = divmod(nanoseconds, 10**9)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{fraction:09d}Z"

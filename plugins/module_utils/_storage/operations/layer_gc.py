@@ -63,12 +63,12 @@ from .time_formats import format_time
 from .usage_tracking import record_use
 from .work_budget import WorkBudget
 
-# For how long a filesystem may free nothing of what was deleted, and for how long it may go on
-# freeing (seconds); and what counts as all of it.
+# How long a filesystem may take to start, and to continue, freeing deleted data (seconds); and the share
+# that counts as all of it.
 _SETTLING = 5.0
 _LONGEST_SETTLING = 60.0
 _EXACT_ENOUGH = 0.98
-# Filesystems that free in the background what was deleted.
+# Filesystems that free deleted data in the background.
 _FREES_LATER = frozenset(("bcachefs", "btrfs", "xfs", "zfs"))
 _MAGIC = frozenset("*?[")
 _MOST_GAPS_SHOWN = 3
@@ -89,10 +89,10 @@ _LATER = {
 class GcRequest:
     """What a task declares.
 
-    :param options: the options of the table in gc_policy.py, as a task gives them; those left out are not given
-    :param keep_layers: IDs of layers to keep, for callers that know what is declared
-    :param deadline: when to begin with nothing more, on the monotonic clock; 0 for never
-    :param awaited: nor when nobody reads standard output any more
+    :param options: the options of the table in gc_policy.py, as given in a task
+    :param keep_layers: IDs of declared layers to keep
+    :param deadline: when to stop, on the monotonic clock; 0 for never
+    :param awaited: also stop when nobody reads standard output any more
     """
 
     store: StoreRequest
@@ -107,7 +107,7 @@ def read_policy(request: GcRequest, now: float) -> Policy:
     """The policy that a request declares.
 
     :param now: seconds since the epoch
-    :raises ConfigError: one is not what it should be
+    :raises ConfigError: an option is invalid
     """
     return replace(gc_policy.read(request.options, now), keep_layers=frozenset(request.keep_layers))
 
@@ -116,9 +116,9 @@ def read_policy(request: GcRequest, now: float) -> Policy:
 def collect(request: GcRequest, moment: t.Optional[Moment] = None) -> t.Dict[str, t.Any]:
     """Collect mapped layers according to ``request``. An error for one layer does not stop the others.
 
-    :param moment: when this is; None for now
+    :param moment: the current time; None to read the clocks
     :returns: the module's result
-    :raises StorageError: an option is wrong, or the store cannot be opened or read
+    :raises StorageError: an option is invalid, or the store cannot be opened or read
     """
     moment = moment or clock.now()
     policy = read_policy(request, moment.wall)
@@ -127,7 +127,7 @@ def collect(request: GcRequest, moment: t.Optional[Moment] = None) -> t.Dict[str
 
 
 class _Collection:
-    """One request against one open store."""
+    """A request for an open store."""
 
     def __init__(
         self, request: GcRequest, policy: Policy, store_ctx: OpenStore, moment: Moment
@@ -135,7 +135,7 @@ class _Collection:
         self.started = time.monotonic()
         self.request = request
         self.store_ctx = store_ctx
-        # First, while the records that were read are current.
+        # First, while the records are current.
         self.contradictions = examine(store_ctx)
         snapshot = store_ctx.store.snapshot()
         self.policy = _with_ids(policy, snapshot)
@@ -148,7 +148,7 @@ class _Collection:
         }
         self.states.update((item.layer_id, item) for item in self.inventory.unreferenced)
         self.usages = {state.layer_id: state.usage for state in self.inventory.layers()}
-        # For how many observed seconds each layer has been unused.
+        # The observed seconds for which each layer has been unused.
         self.idle: t.Dict[str, t.Optional[float]] = {}
         self.failed: t.List[t.Dict[str, t.Any]] = []
         self.removed: t.List[t.Dict[str, t.Any]] = []
@@ -157,7 +157,7 @@ class _Collection:
         self.reported: t.List[t.Dict[str, t.Any]] = []
         # Removals that failed because the disk is full.
         self.no_room: t.List[Decision] = []
-        # Free bytes and inodes, and the bytes at the least and at the most.
+        # Freed bytes and inodes, and the minimum and maximum of the bytes.
         self.freed = [0, 0]
         self.bounds = [0, 0]
         # The usage of what was removed, or would be removed in check mode.
@@ -202,7 +202,7 @@ class _Collection:
                 self.store_ctx.store.require_tested()
                 self._apply(made, going_images)
                 self.store_ctx.ensure_still_there()
-                # So that the next run does not have to find the layers removed.
+                # So that the next run does not find missing layers.
                 with contextlib.suppress(NoSpace):
                     record_use(self.store_ctx, self.store_ctx.store.snapshot(), self.moment)
             keep_reserve(self.store_ctx)
@@ -267,9 +267,9 @@ class _Collection:
         return None
 
     def _refuse_read_only(self) -> None:
-        """What a filesystem that is mounted read-only refuses is not promised.
+        """Check that the filesystem is not mounted read-only, so that check mode predicts the failure.
 
-        :raises PermissionDenied: it is
+        :raises PermissionDenied: it is mounted read-only
         """
         graphroot = self.store_ctx.config.graphroot
         with translate_oserror(graphroot):
@@ -290,14 +290,14 @@ class _Collection:
         else:
             result["warnings"] = [message]
 
-    # What there is
+    # Collecting candidates
 
     def _readers(self) -> str:
         is_set = self.request.options.get("shared") is not None
         return self.policy.shared if is_set else readers(self.store_ctx)
 
     def _watch(self) -> Watch:
-        """Note in the ledger what is in use now; how the store was watched."""
+        """Record the layers in use in the ledger; returns how the store was watched."""
         snapshot = self.store_ctx.store.view()
         # The ledger must keep layers that damaged records do not list.
         write = not self.request.check and not self.contradictions
@@ -363,7 +363,7 @@ class _Collection:
         return found
 
     def _dependents(self) -> t.Dict[str, t.List[str]]:
-        """Mapped layers that others need on disk; containers' layers are known from the records."""
+        """Mapped layers that other mapped layers need on disk; containers' layers are known from the records."""
         found: t.Dict[str, t.List[str]] = {}
         for state in self.states.values():
             for needed in state.dependencies:
@@ -372,7 +372,7 @@ class _Collection:
         return found
 
     def _is_repaired(self, state: LayerState) -> bool:
-        """Whether a layer is judged as a broken one though runtimes take it; else the rules judge it as any other."""
+        """Whether a layer that runtimes would use counts as broken; otherwise the rules apply to it as to any other."""
         return state.wrong and self.policy.repair_broken
 
     def _findings(self) -> t.List[Finding]:
@@ -422,7 +422,7 @@ class _Collection:
             free_inodes=found.f_favail,
         )
 
-    # Carrying it out
+    # Removing
 
     def _apply(self, made: Plan, images: t.Sequence[Superseded]) -> None:
         before = self._settled()
@@ -488,7 +488,7 @@ class _Collection:
         return True
 
     def _settled(self) -> t.Tuple[int, int]:
-        """Free bytes and inodes, once all that was written and deleted is on disk."""
+        """Free bytes and inodes, after all changes are synced to disk."""
         with contextlib.suppress(NoSpace):
             self.store_ctx.driver.flush()
         found = os.statvfs(self.store_ctx.config.graphroot)
@@ -557,7 +557,7 @@ class _Collection:
             self.gone.append(finding.usage)
 
     def _still(self, finding: Finding) -> t.Callable[[Snapshot], None]:
-        """Under the locks: is the layer what it was found to be?"""
+        """Check under the locks that the layer has not changed."""
         state = self.states.get(finding.name)
         mark = mark_of(state.layer) if state and state.layer else ""
 
@@ -612,7 +612,7 @@ class _Collection:
             if finding.name in wanted and not os.path.lexists(finding.name)
         ]
 
-    # Telling
+    # Results
 
     def _entry(self, decision: Decision) -> t.Dict[str, t.Any]:
         state = self.states[decision.layer_id]
@@ -684,7 +684,7 @@ def _shown(
 
 
 def _with_ids(policy: Policy, snapshot: Snapshot) -> Policy:
-    """Image references that are no patterns become the IDs that podman would take them for."""
+    """Replace image references that are no patterns by the IDs of the images that podman would use."""
 
     def resolved(references: t.Tuple[str, ...]) -> t.Tuple[str, ...]:
         found = []
@@ -745,7 +745,7 @@ def _incomplete(snapshot: Snapshot, layer: Layer) -> Finding:
 
 
 def _bounds(usage: t.Optional[Usage]) -> t.Dict[str, int]:
-    """The least and the most bytes that a removal frees."""
+    """The minimum and maximum of the bytes that a removal frees."""
     return {
         "size_min": usage.least if usage else 0,
         "size_max": usage.most if usage else 0,

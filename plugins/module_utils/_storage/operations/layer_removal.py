@@ -24,7 +24,7 @@ from ..store.transaction import Transaction
 from .layer_flags import REMOVAL_FLAG
 from .store_opening import OpenStore
 
-# In a folder of the trash: which layers go with an image.
+# In a folder of the trash: the layers that are removed with an image.
 _NOTE = "removal.json"
 _LONGEST = 1024 * 1024
 _MARK = re.compile(r"[0-9a-f]{16}")
@@ -34,7 +34,7 @@ _ID = re.compile(r"[0-9a-f]{64}")
 def users_of(snapshot: Snapshot, layer_id: str) -> t.List[t.Dict[str, t.Any]]:
     """The users of a layer, with an entry for each container or other layer.
 
-    Containers of every program are seen: podman's, buildah's and CRI-O's, running or not.
+    Includes containers of all programs (podman, buildah, CRI-O), running or not.
     """
     containers = {item.layer: item for item in snapshot.containers_on(layer_id)}
     users: t.List[t.Dict[str, t.Any]] = [
@@ -52,7 +52,7 @@ def users_of(snapshot: Snapshot, layer_id: str) -> t.List[t.Dict[str, t.Any]]:
 def removal_hint(containers: t.Iterable[Container], podman: t.Sequence[str] = ("podman",)) -> str:
     """How to list and remove containers with the program that created them, whole sentences.
 
-    :param podman: the words with which a podman command line on the store starts
+    :param podman: the start of a podman command line for the store
     """
     found = list(containers)
     hints = []
@@ -72,7 +72,7 @@ def removal_hint(containers: t.Iterable[Container], podman: t.Sequence[str] = ("
 def refuse_if_used(snapshot: Snapshot, layer_id: str) -> None:
     """Raise an error if a mapped layer cannot be removed.
 
-    :raises LayerInUse: containers or layers rest on it, or it is some image's own layer
+    :raises LayerInUse: containers or layers depend on it, or it is an image's own layer
     """
     users = users_of(snapshot, layer_id)
     if users:
@@ -97,19 +97,20 @@ def refuse_if_used(snapshot: Snapshot, layer_id: str) -> None:
 def remove_mapped_layer(
     store_ctx: OpenStore, layer_id: str, condition: t.Optional[t.Callable[[Snapshot], None]] = None
 ) -> t.Optional[float]:
-    """Take a mapped layer out of the store.
+    """Remove a mapped layer from the store.
 
-    The order leaves a valid store after a kill at any point: out of the images first, then marked incomplete (which
-    every program cleans up by itself), its data renamed into trash, the record last.
+    The order leaves a valid store after a kill at any point: first it is removed from the images, then marked as
+    incomplete (which every program cleans up by itself), then its data is renamed to the trash, and the record is
+    removed last.
 
-    On a full disk the first two steps use the reserve, or what ``Room`` finds; then files of the layer are deleted
-    where they are, under the locks, until there is room for the rest.
+    On a full disk the first two steps use the reserve, or the space that ``Room`` finds. Then files of the layer are
+    deleted in place, under the locks, until there is enough space for the rest.
 
-    :param condition: called under the locks with the records as they are then; raises to stop
-    :returns: for how long the store's locks were held, seconds; None when somebody else has taken the layer away
-    :raises LayerInUse: somebody uses it by now
-    :raises NoSpace: the disk is full, and there was nothing to make room with
-    :raises StorageError: whatever ``condition`` says
+    :param condition: called under the locks with the current records; raises an error to stop
+    :returns: the time for which the store's locks were held, in seconds; None if another program removed the layer
+    :raises LayerInUse: it is in use now
+    :raises NoSpace: the disk is full, and no space could be freed
+    :raises StorageError: raised by ``condition``
     """
     store = store_ctx.store
     layer = store.view().layers.get(layer_id) or store.snapshot().layers.get(layer_id)
@@ -133,7 +134,7 @@ def remove_mapped_layer(
                 _take_out(store_ctx, transaction, after, layer_id, trash, name, room, images)
             except BaseException:
                 if trash is not None and layer_id in transaction.snapshot.layers:
-                    # Its name tells the next run what is to be ended.
+                    # Its name tells the next run which removal to complete.
                     after.pop_all()
                     store.staging.leave(trash)
                 raise
@@ -154,12 +155,12 @@ def _take_out(
     room: Room,
     images: t.Sequence[str],
 ) -> None:
-    """The steps of a removal after no image lists the layer any more."""
+    """The steps of a removal after the layer was removed from the images."""
     driver = store_ctx.driver
     try:
         transaction.mark_incomplete(layer_id)
     except NoSpace:
-        # As it was, rather than a whole layer that no image mentions.
+        # Restored, instead of a complete layer that no image lists.
         with contextlib.suppress(StorageError):
             for image_id in images:
                 transaction.append_mapped_layer(image_id, layer_id)
@@ -176,7 +177,7 @@ def _take_out(
 
 
 def _trash(store_ctx: OpenStore, after: contextlib.ExitStack, name: str) -> t.Optional[str]:
-    """A folder to move things into, deleted at the end; None on a full disk."""
+    """Context manager: a folder for removed files, deleted at the end; None on a full disk."""
     found = store_ctx.store.trash_if_room(name)
     if found is not None:
         after.callback(store_ctx.store.staging.discard, found, store_ctx.destroy)
@@ -184,7 +185,7 @@ def _trash(store_ctx: OpenStore, after: contextlib.ExitStack, name: str) -> t.Op
 
 
 def _detached(store_ctx: OpenStore, layer_id: str, trash: str) -> bool:
-    """Move a layer's data into the trash; False on a full disk."""
+    """Move a layer's data to the trash; false on a full disk."""
     try:
         store_ctx.driver.detach(layer_id, trash)
     except NoSpace:
@@ -197,8 +198,8 @@ def _detached(store_ctx: OpenStore, layer_id: str, trash: str) -> bool:
 
 
 def remove_placeholder(store_ctx: OpenStore, layer_ids: t.Iterable[str]) -> None:
-    """Give up the places that the driver holds for layers whose records have just gone, before anybody else makes
-    layers of these IDs. Called under the locks; what is left is taken by the next sweep.
+    """Remove the placeholders of layers whose records were just removed, before another program creates
+    layers with these IDs. Called under the locks; the next sweep removes the rest.
     """
     with contextlib.suppress(StorageError, OSError):
         for layer_id in layer_ids:
@@ -206,10 +207,10 @@ def remove_placeholder(store_ctx: OpenStore, layer_ids: t.Iterable[str]) -> None
 
 
 class Room:
-    """Where a full disk gets the room for two files of records from, when there is no reserve.
+    """Frees space on a full disk for two files of records, if there is no reserve.
 
-    First what killed runs have left, then tar-split files: that of a mapped layer equals its template's, byte for
-    byte, so one file with two names serves both, and nothing is lost.
+    First leftovers of killed runs are deleted. Then tar-split files are shared: that of a mapped layer equals its
+    template's byte for byte, so that a hard link can replace it without loss.
     """
 
     def __init__(self, store_ctx: OpenStore) -> None:
@@ -217,7 +218,7 @@ class Room:
         self._sources: t.Optional[t.Iterator[bool]] = None
 
     def make(self) -> bool:
-        """Make some; called under the store's locks. Whether there was any."""
+        """Free some space; called under the store's locks. Returns whether that was possible."""
         if self._sources is None:
             self._sources = self._all()
         return any(self._sources)
@@ -242,14 +243,14 @@ class Room:
 
 
 class BegunRemoval(t.NamedTuple):
-    """A removal that a run of this collection had begun when it was killed.
+    """A removal that a killed run of this collection started.
 
     :ivar path: its folder in the trash
-    :ivar since: when it began, seconds since the epoch
-    :ivar marks: of the layers that it was about, see :func:`mark_of`
-    :ivar ids: of these layers, and of the image
-    :ivar image_id: of the image that goes with them, or ""
-    :ivar boot: the boot in which it began, or ""
+    :ivar since: its start, seconds since the epoch
+    :ivar marks: the marks of its layers, see :func:`mark_of`
+    :ivar ids: the IDs of these layers and of the image
+    :ivar image_id: the ID of the image that is removed with them, or ""
+    :ivar boot: the boot in which it started, or ""
     """
 
     path: str
@@ -269,7 +270,7 @@ def mark_of(layer: Layer) -> str:
 
 
 def begun_removals(store_ctx: OpenStore) -> t.List[BegunRemoval]:
-    """The removals that killed runs have begun, read from their directories in the trash."""
+    """The removals that killed runs started, read from their directories in the trash."""
     return [
         _begun(leftover.path, leftover.modified)
         for leftover in store_ctx.store.leftovers()
@@ -278,7 +279,7 @@ def begun_removals(store_ctx: OpenStore) -> t.List[BegunRemoval]:
 
 
 def begun_ids(store_ctx: OpenStore) -> t.Set[str]:
-    """The IDs of all layers and images that such a removal is about."""
+    """The IDs of all layers and images of such removals."""
     return {identifier for begun in begun_removals(store_ctx) for identifier in begun.ids}
 
 
@@ -300,7 +301,7 @@ def _begun(path: str, since: float) -> BegunRemoval:
 def note_removal(trash: str, layers: t.Iterable[Layer]) -> None:
     """Record in a trash directory which layers are removed with an image, for the run that may have to complete it.
 
-    :raises StorageError: that cannot be written
+    :raises StorageError: it cannot be written
     """
     path = os.path.join(trash, _NOTE)
     content = {"boot": clock.now().boot, "layers": {layer.id: mark_of(layer) for layer in layers}}
@@ -311,18 +312,18 @@ def note_removal(trash: str, layers: t.Iterable[Layer]) -> None:
 
 
 def has_note(trash: str) -> bool:
-    """Whether a folder of the trash bears such a note."""
+    """Whether a folder of the trash contains such a note."""
     return os.path.lexists(os.path.join(trash, _NOTE))
 
 
 def may_be_needed(path: str) -> bool:
-    """Whether a folder of the trash may still be needed to end a removal."""
+    """Whether a folder of the trash may still be needed to complete a removal."""
     begun = _begun(path, 0)
     return bool(begun.marks or begun.image_id)
 
 
 def _read_note(trash: str) -> t.Optional[t.Tuple[str, t.Dict[str, str]]]:
-    """The boot of a note, and the marks of its layers by ID; None where there is none."""
+    """The boot of a note, and the marks of its layers by ID; None if there is none."""
     try:
         data = files.read_regular(os.path.join(trash, _NOTE), _LONGEST)
         content = json.loads(data.decode("ascii"))

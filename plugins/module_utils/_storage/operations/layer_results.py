@@ -112,7 +112,7 @@ def container_result(container: Container) -> t.Dict[str, t.Any]:
 
 
 def orphan_result(found: Orphan, now: float) -> t.Dict[str, t.Any]:
-    """Something that no record accounts for, as the modules return it."""
+    """Data without a record, as the modules return it."""
     return {
         "kind": found.kind,
         "id": found.name,
@@ -133,7 +133,7 @@ def unreferenced_result(found: LayerState, now: float) -> t.Dict[str, t.Any]:
 
 
 def totals(inventory: Inventory) -> t.Dict[str, t.Any]:
-    """Sums over the layers of the images, each layer once; bytes and inodes."""
+    """Sums over all layers of the images without duplicates; bytes and inodes."""
     every, mapped = inventory.layers(), inventory.mapped_layers()
     own = {image.image.layer for image in inventory.images}
     free = [layer for layer in mapped if not layer.in_use and layer.layer_id not in own]

@@ -49,12 +49,12 @@ class TemplateRequest:
 
     :param images: names, IDs or digests
     :param state: "present" or "absent"
-    :param force: make the layer even where the runtime shifts IDs
-    :param overflow: give IDs outside the map to the overflow ID instead of refusing them
-    :param lease: for how long (an age such as "30d") a new layer is kept though nobody uses it
-    :param check: only say what would be done
-    :param deadline: when to stop, on the monotonic clock; 0 for never. What is half made then is left to the next run
-    :param awaited: stop likewise when nobody reads standard output any more
+    :param force: create the layer even if the runtime shifts IDs
+    :param overflow: map IDs outside the map to the overflow ID instead of refusing them
+    :param lease: the time (an age such as "30d") for which a new layer is kept even if unused
+    :param check: only predict the changes
+    :param deadline: when to stop, on the monotonic clock; 0 for never. The next run resumes partial work
+    :param awaited: also stop when nobody reads standard output any more
     """
 
     store: StoreRequest
@@ -72,11 +72,11 @@ class TemplateRequest:
 
 @dataclass
 class Entry:
-    """The result for one image and one map.
+    """The result for an image and a map.
 
-    :param names: of the image; the reference where no image answers to it
-    :param image: None where no image answers
-    :param question: None where the map cannot be had
+    :param names: the image's names; the reference if no image matches it
+    :param image: None if no image matches
+    :param question: None if the map is not possible
     """
 
     names: t.List[str]
@@ -95,7 +95,7 @@ class Entry:
     made_progress: bool = False
 
     def refuse(self, error: StorageError) -> None:
-        """The layer is refused."""
+        """Mark the layer as refused."""
         self.action, self.reason, self.error = REFUSED, str(error), error
 
     def result(self, user: str) -> t.Dict[str, t.Any]:
@@ -125,13 +125,13 @@ class Entry:
 
 @returns(results.TEMPLATE)
 def declare(request: TemplateRequest) -> t.Dict[str, t.Any]:
-    """Bring the mapped layers of ``request`` into the wanted state.
+    """Ensure the requested state of the mapped layers.
 
-    What cannot be read fails before anything is changed. From there on one refused pair of image and map does not
-    stop the others; the result then has an ``error``, and the ``facts`` of it where there is just one.
+    Read errors are raised before anything is changed. After that, a refused pair of image and map does not
+    stop the others; the result then has an ``error``, and its ``facts`` if there is only one.
 
     :returns: the module's result
-    :raises StorageError: a map is malformed, or the store itself is not what it should be
+    :raises StorageError: a map is malformed, or the store cannot be used
     """
     with opened(request.store, TREE_TOOLS, request.check) as store_ctx:
         return _Task(request, store_ctx).carry_out()
@@ -148,12 +148,12 @@ def declare_with_mappings(request: TemplateRequest) -> t.Dict[str, t.Any]:
 
 
 class _Task:
-    """One request against one open store."""
+    """A request for an open store."""
 
     def __init__(self, request: TemplateRequest, store_ctx: OpenStore) -> None:
         self._request = request
         self._store_ctx = store_ctx
-        # A program that is named for the store is the one that asks for the layers.
+        # A program that is named for the store is the one that requests the layers.
         self._resolver = MappingResolver(
             store_ctx,
             [
@@ -211,7 +211,7 @@ class _Task:
         }
 
     def _lifetime(self) -> t.Iterator[str]:
-        """A warning where the runtime removes the layers by itself, and what lasts instead."""
+        """A warning if the runtime removes the layers by itself, with the alternative."""
         asked = [
             self._resolver.runtime(entry.question.wanted)
             for entry in self.entries
@@ -238,7 +238,8 @@ class _Task:
             )
 
     def _goes_with_containers(self, entry: Entry) -> bool:
-        """Whether it is about a mapped layer of the store itself, and not of a store below it or an image's own one."""
+        """Whether the entry has a mapped layer of the store itself, and not of an additional store, nor an image's
+        own layer."""
         if entry.action not in (CREATED, EXISTING):
             return False
         layer = self._snapshot.layers.get(entry.layer_id)
@@ -254,7 +255,7 @@ class _Task:
         return False
 
     def _driver_warnings(self, images: t.Iterable[Image]) -> t.Iterator[str]:
-        """The cost of the vfs driver, with which no mapped layer makes a start quicker."""
+        """A warning about the vfs driver, with which mapped layers do not make starts faster."""
         config, account = self._store_ctx.config, self._store_ctx.account
         if config.driver != "vfs" or self._request.state != "present":
             return
@@ -278,7 +279,7 @@ class _Task:
         )
 
     def _note_use(self, changed: bool) -> None:
-        """Keep the ledger; a run that changes nothing begins none. What it cannot note is no fault."""
+        """Update the ledger; a run without changes does not create it. Errors are ignored."""
         with contextlib.suppress(StorageError, OSError):
             snapshot, version_cache = self._store_ctx.store.snapshot(), self._resolver.version_cache
             record_use(
@@ -286,7 +287,7 @@ class _Task:
             )
 
     def _entries(self) -> t.Iterator[Entry]:
-        """Each image once with each of its maps, in the order of the request."""
+        """The pairs of images and maps without duplicates, in the order of the request."""
         seen: t.Set[str] = set()
         for reference in self._request.images:
             try:
@@ -324,7 +325,7 @@ class _Task:
             entry.action, entry.reason = NOT_NEEDED, "The image has no layers."
             return
         template = template_of(snapshot, image)
-        # A runtime copies an image whose own layers carry a map for containers without a map, too.
+        # A runtime also copies an image whose own layers carry a map for containers without a map.
         plain = template.mapping.identity
         if mapping.identity and plain:
             entry.action, entry.reason = NOT_NEEDED, _sentence(question.shifting.reason)
@@ -346,7 +347,7 @@ class _Task:
         )
         shifting = question.shifting if plain else _of_mapped_image(question.shifting)
         if not shifting.usable and (self._request.force or not shifting.shifts):
-            # Even one that is there: the runtime may have made it and then failed to mount it.
+            # Even an existing layer: the runtime may have created it and then failed to mount it.
             raise MapError(f"map {mapping}", shifting.reason, shifting.advice)
         found = building.equal_layer(snapshot)
         damage = building.damage(snapshot, found) if found else None
@@ -426,7 +427,7 @@ class _Task:
         entry.action = CREATED if outcome.staged else EXISTING
 
     def _refuse_contradictions(self) -> None:
-        """Refuse to remove a layer from a store whose records contradict each other; looked for once."""
+        """Refuse to remove a layer from a store whose records contradict each other; checked once."""
         if not self._examined:
             refuse_contradictions(self._store_ctx)
             self._examined = True
@@ -500,7 +501,7 @@ def _as_diff(mapping: Mapping) -> t.Dict[str, t.List[str]]:
 
 
 def _refusals(entries: t.Sequence[Entry]) -> t.Dict[str, t.Any]:
-    """The result's ``error`` and ``facts``, empty when nothing was refused."""
+    """The result's ``error`` and ``facts``; empty if nothing was refused."""
     refused = [entry.error for entry in entries if entry.error]
     if not refused:
         return {}

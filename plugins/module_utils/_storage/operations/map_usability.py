@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which ID maps nobody can use any more, because their host IDs are no longer subordinate IDs."""
+"""Find ID maps that are no longer usable, because their host IDs are no longer subordinate IDs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MapUsability:
             self.spans = {}
 
     def reason(self, mapping: Mapping) -> t.Optional[str]:
-        """Why nobody can use the map, as a clause; None if somebody can use it or this cannot be determined."""
+        """Why the map is not usable, as a clause; None if it is usable or this cannot be determined."""
         for kind, idmap in (("uid", mapping.uid), ("gid", mapping.gid)):
             outside = self._outside(kind, idmap)
             if outside:

@@ -12,10 +12,10 @@ from .options import Option, as_option, options_of
 
 @dataclass(frozen=True)
 class MappingOptions:
-    """A user namespace in the words of podman's options; empty for not given.
+    """A user namespace as podman's options; empty if not given.
 
-    :param runtime: the program that will ask, with its version if it is to be believed without asking
-    :param slots: for ``auto``, how many containers of the image will run at once
+    :param runtime: the program that requests the layer, with its version if that should not be detected
+    :param slots: for ``auto``, the number of simultaneous containers of the image
     """
 
     userns: str = field(default="", metadata=as_option(Option()))
@@ -28,5 +28,5 @@ class MappingOptions:
 
 
 OPTIONS = options_of(MappingOptions, Option)
-# The user namespace is either one text, or described by these.
+# The user namespace is given either as a single text or by these options.
 MAPS = ("uidmap", "gidmap", "subuidname", "subgidname")

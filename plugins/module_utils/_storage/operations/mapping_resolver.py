@@ -30,15 +30,15 @@ from .store_opening import OpenStore
 from .usage_tracking import read_ledger
 
 _GROUP_FILE = "/etc/group"
-# Bytes; configurations of images have some kilobytes.
+# Bytes; configurations of images have a few kilobytes.
 _TEXT_LIMIT = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class ResolvedMapping:
-    """What the runtime will ask for: the map as it writes it, and whether it needs a layer at all.
+    """The request of the runtime: the map as it writes it, and whether it needs a layer.
 
-    :ivar wanted: the index of the mapping that was asked for
+    :ivar wanted: the index of the requested mapping
     """
 
     mapping: Mapping
@@ -50,7 +50,7 @@ Answer = t.Union[ResolvedMapping, StorageError]
 
 
 class MappingResolver:
-    """Knows what the runtimes of this host will ask a store for.
+    """Predicts the maps that the runtimes of this host request from a store.
 
     :raises MapError: a map is malformed
     :raises ConfigError: no runtime is installed, or an unknown one is named
@@ -59,7 +59,7 @@ class MappingResolver:
 
     def __init__(self, store_ctx: OpenStore, wanted: t.Iterable[MappingOptions]) -> None:
         self._store_ctx = store_ctx
-        # What programs said of their version, to be kept in the ledger.
+        # Versions reported by programs, to be saved in the ledger.
         self.version_cache: t.Dict[str, str] = {}
         with contextlib.suppress(StorageError):
             self.version_cache.update(read_ledger(store_ctx).programs)
@@ -86,10 +86,10 @@ class MappingResolver:
         return self._requests[index].runtime
 
     def answers(self, snapshot: Snapshot, image: Image) -> t.List[Answer]:
-        """The maps that an image must have, each once, in the order of the request.
+        """The maps that an image needs, without duplicates, in the order of the request.
 
-        In place of a map that cannot be had stands the reason: the runtime refuses it, too few IDs are
-        free for ``auto``, the image needs more than are allowed or cannot be read.
+        If a map is not possible, its place has the error: the runtime refuses it, too few IDs are
+        free for ``auto``, or the image needs more IDs than allowed or cannot be read.
         """
         found: t.Dict[Mapping, ResolvedMapping] = {}
         answers: t.List[Answer] = []
@@ -136,10 +136,10 @@ def own_layers_mapping(
 ) -> ResolvedMapping:
     """The map that an image's own layers need, so that containers with a user namespace start without a copy.
 
-    It is no map where the runtime shifts IDs, and for a user namespace that changes no ID.
+    It is no map if the runtime shifts IDs, or if the user namespace changes no IDs.
 
-    :param present: the image, where it is in the store already: the form of the map that the runtime has used for its
-        containers counts
+    :param present: the image, if it is in the store: the form of the map that the runtime used for its
+        containers is preferred
     :raises MapError: a map is malformed, or the namespace has no map of its own (``auto``)
     :raises ConfigError: no runtime is installed, or an unknown one is named
     :raises NamespaceError: the user has no subordinate IDs
@@ -175,11 +175,11 @@ def _shifting(config: StoreConfig, mapping: Mapping, runtime: Runtime) -> Shifti
 
 @dataclass(frozen=True)
 class AutoEvidence:
-    """What the map of an automatic namespace depends on.
+    """The inputs for the map of an automatic namespace.
 
     :param limits: the settings of storage.conf
     :param layers: the image's layers, topmost first
-    :param read_file: gives the text of a file in the merged image, or None
+    :param read_file: returns the text of a file in the merged image, or None
     :param image_user: USER of the image's configuration
     :param used: maps of all containers of the store
     :param held: maps of the containers of this image
@@ -194,7 +194,7 @@ class AutoEvidence:
 
 
 class MappingRequest:
-    """One wanted namespace, read and checked.
+    """A requested namespace, parsed and checked.
 
     :raises MapError: a map is malformed
     :raises ConfigError: no runtime is installed, or an unknown one is named
@@ -209,10 +209,10 @@ class MappingRequest:
         self._request: Request = parse_request(
             wanted.userns, wanted.uidmap, wanted.gidmap, wanted.subuidname, wanted.subgidname
         )
-        # What else there is to say of the maps that were asked for, each once.
+        # Remarks on the requested maps, without duplicates.
         self.remarks: t.Dict[str, None] = {}
         self.runtime = _runtime(wanted.runtime, version_cache)
-        # Whether it was found, and not named.
+        # Whether it was detected, and not named in the request.
         self.is_default = not wanted.runtime
         self._context = _context(self.runtime, account)
 
@@ -222,10 +222,10 @@ class MappingRequest:
         return self._request.kind == "auto"
 
     def mappings(self, evidence: t.Callable[[], t.Optional[AutoEvidence]]) -> t.List[Mapping]:
-        """The maps for an image; one, save for ``auto``.
+        """The maps for an image; a single map except for ``auto``.
 
-        :param evidence: called for ``auto`` only; gives None for an image without layers
-        :raises StorageError: it cannot be had here
+        :param evidence: called only for ``auto``; returns None for an image without layers
+        :raises StorageError: the map is not possible
         """
         if not self.automatic:
             return [self._request.resolve(self._context)]
@@ -237,7 +237,7 @@ class MappingRequest:
         ids = auto.image_ids(
             (ids for layer in found.layers for ids in (layer.uidset, layer.gidset)),
             found.read_file,
-            # Root's services start in /, users at home, where there is no etc/group.
+            # Root's services start in /, users in their home directories, where there is no etc/group.
             None if rootless else _read_text(_GROUP_FILE),
         )
         size = auto.namespace_size(self.runtime, found.limits, ids, userns.size, found.image_user)
@@ -254,7 +254,7 @@ class MappingRequest:
     def _compare_folders(
         self, found: AutoEvidence, ids: auto.ImageIDs, size: int, asked: t.Optional[int]
     ) -> None:
-        """Remark that the size depends on the folder in which the runtime is started, where it does."""
+        """Add a remark if the size depends on the working directory of the runtime."""
         if self.runtime.capabilities.counts_accounts_exactly or asked:
             return
         group = _read_text(_GROUP_FILE) if ids.started_group is None else None
@@ -298,7 +298,7 @@ def _context(runtime: Runtime, account: t.Optional[Account]) -> UsernsContext:
 
 
 def _shared_ids(account: t.Optional[Account], owner: str) -> SubIDs:
-    """The IDs that automatic namespaces share out: the user's own, or those of the owner for root's."""
+    """The IDs available to automatic namespaces: the user's own, or those of the configured owner for root."""
     if account is not None:
         return subordinate_ids(account.name, account.uid)
     try:
@@ -310,7 +310,7 @@ def _shared_ids(account: t.Optional[Account], owner: str) -> SubIDs:
 
 
 def _in_use(mapping: Mapping, snapshot: Snapshot, image: Image) -> Mapping:
-    """The form in which the runtime itself has written this map for the image, if it has."""
+    """The form in which the runtime has already written this map for the image, if any."""
     seen = [item.mapping for item in snapshot.containers_of(image.id)]
     for layer_id in image.mapped_layers:
         layer = snapshot.layers.get(layer_id)
@@ -320,7 +320,7 @@ def _in_use(mapping: Mapping, snapshot: Snapshot, image: Image) -> Mapping:
 
 
 def image_user(store: Store, image: Image) -> str:
-    """USER of the image's configuration, whose numbers podman makes room for."""
+    """USER of the image's configuration, whose numbers podman includes in the size."""
     text = _read_text(store.image_data_path(image.id, f"sha256:{image.id}"))
     try:
         content = json.loads(text or "{}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import typing as t
 
-# What a task gives. A text, a boolean and a number are themselves, a list is a tuple.
+# The value of an option in a task. A list is a tuple.
 Value = t.Union[str, bool, int, float, t.Tuple[str, ...]]
 
 _KEY = "option"
@@ -19,12 +19,12 @@ _KEY = "option"
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """How a task gives an option.
+    """The definition of an option.
 
     :param type: the type in Ansible's argument spec
-    :param default: the value of an option that a task does not give; None if there is none
+    :param default: the default value; None if there is none
     :param choices: the values that a text may have; empty for any
-    :param name: the name in a task, where it is not the name of the field
+    :param name: the name in a task, if it differs from the name of the field
     :param field: the name of the field; set by :func:`options_of`
     """
 
@@ -46,7 +46,7 @@ class Option:
         return made
 
     def is_given(self, value: t.Any) -> bool:
-        """Whether a task gives the option; an empty text is none, unless there is a default that it replaces."""
+        """Whether a task sets the option; an empty text only counts if it replaces a default."""
         return value is not None and (value != "" or self.default is not None)
 
 
@@ -54,12 +54,12 @@ _AnyOption = t.TypeVar("_AnyOption", bound=Option)
 
 
 def as_option(option: Option) -> t.Mapping[str, t.Any]:
-    """The metadata that makes a field of a dataclass one of its table of options."""
+    """The metadata that adds a field of a dataclass to its table of options."""
     return {_KEY: option}
 
 
 def options_of(table: type, kind: t.Type[_AnyOption]) -> t.Dict[str, _AnyOption]:
-    """The options of a table by their names in a task, in the table's order."""
+    """The options of a table by their names in tasks, in the table's order."""
     declared = {
         field.name: field.metadata[_KEY]
         for field in dataclasses.fields(table)
@@ -77,7 +77,7 @@ def argument_spec(options: t.Mapping[str, Option]) -> t.Dict[str, t.Dict[str, t.
 
 
 def given(options: t.Mapping[str, Option], params: t.Mapping[str, t.Any]) -> t.Dict[str, t.Any]:
-    """Those of these options that a task gives, with tuples for lists.
+    """The options that a task sets, with tuples for lists.
 
     :param params: the parameters of a module, or the settings of a service
     """

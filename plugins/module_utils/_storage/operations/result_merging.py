@@ -8,19 +8,19 @@ import typing as t
 
 from ..errors import StorageError
 
-# Keys of a result that are no figures of its store.
+# Keys of a result that are not merged.
 _APART = ("changed", "diff", "error", "facts", "warnings")
 
 Outcome = t.Union[t.Dict[str, t.Any], StorageError]
 
 
 def joined(outcomes: t.Mapping[str, Outcome]) -> t.Dict[str, t.Any]:
-    """The results of an operation on one store each, made one.
+    """Join the results of an operation on one store each.
 
-    A user whose store could not be worked on at all stands in ``stores`` with an ``error``. The result has an
-    ``error`` when anything was refused to anybody, and the ``facts`` of it where there was only one user.
+    A user whose store could not be used has an entry in ``stores`` with an ``error``. The result has an
+    ``error`` if anything was refused for any user, and its ``facts`` if there was only one user.
 
-    :param outcomes: by user, in the order asked; the error where there is no result
+    :param outcomes: by user, in the requested order; the error if there is no result
     """
     result = _empty(layers=[], partial=False, remaining=0)
     for user, outcome in _each_result(result, outcomes):
@@ -38,13 +38,13 @@ def joined(outcomes: t.Mapping[str, Outcome]) -> t.Dict[str, t.Any]:
 
 
 def merged(outcomes: t.Mapping[str, Outcome]) -> t.Dict[str, t.Any]:
-    """The results of an operation on one store each as one result.
+    """Merge the results of an operation on one store each.
 
-    ``stores`` has the result of each store with its ``user``, or the ``error``. Beside it, lists of all stores are
+    ``stores`` has the result of each store with its ``user``, or the ``error``. In addition, lists of all stores are
     concatenated, with the ``user`` in each entry, and numbers are added up. ``target_met`` is true if it is true in
     all stores, any other switch if it is true in any store.
 
-    :param outcomes: by user, in the order of the option; the error where there is no result
+    :param outcomes: by user, in the order of the option; the error if there is no result
     """
     result = _empty()
     for user, outcome in _each_result(result, outcomes):
@@ -52,7 +52,7 @@ def merged(outcomes: t.Mapping[str, Outcome]) -> t.Dict[str, t.Any]:
         result["warnings"] += outcome.get("warnings", ())
         diff = outcome.get("diff") or {}
         if isinstance(diff, list):
-            # Of files, which have their paths in them.
+            # Diffs of files contain their paths.
             before = result["diff"]
             result["diff"] = [*(before if isinstance(before, list) else ()), *diff]
         else:
@@ -79,7 +79,7 @@ def _add(result: t.Dict[str, t.Any], key: str, value: t.Any, user: str) -> None:
 
 
 def _empty(**more: t.Any) -> t.Dict[str, t.Any]:
-    """A result to which those of the stores are added."""
+    """An empty result, to which those of the stores are added."""
     diff: t.Dict[str, t.Any] = {"before": {}, "after": {}}
     return {"changed": False, "stores": [], "warnings": [], "diff": diff, **more}
 
@@ -87,7 +87,7 @@ def _empty(**more: t.Any) -> t.Dict[str, t.Any]:
 def _each_result(
     result: t.Dict[str, t.Any], outcomes: t.Mapping[str, Outcome]
 ) -> t.Iterator[t.Tuple[str, t.Dict[str, t.Any]]]:
-    """The results of the stores, by user. Failures are added to ``result``: as stores, and in the end as its error."""
+    """The results of the stores, by user. Failures are added to ``result`` as stores, and finally as its error."""
     messages: t.Dict[str, str] = {}
     facts: t.Dict[str, t.Any] = {}
     for user, outcome in outcomes.items():
@@ -110,6 +110,6 @@ def _add_failures(
         if count > 1:
             counted = f"{len(messages)} of {count} users failed."
             result["error"] = f"{counted} {result['error']}"
-            # The user cannot be named here, but the trace of a fault must not get lost.
+            # The user cannot be named here, but the traceback of a bug must not be lost.
             facts = {key: value for key, value in facts.items() if key == "trace"}
         result["facts"] = facts

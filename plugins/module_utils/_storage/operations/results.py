@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The forms of the results of operations, as the documentation of the modules describes them.
 
-What comes from a process that works in a user's store has one of these forms, or is refused. So nothing that a store
-says can become another field of a module's result, such as ``ansible_facts``.
+Data from a process that works in a user's store must have one of these forms, or is refused. Contents of a store
+can therefore never become another field of a module's result, such as ``ansible_facts``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STORE_FIELDS: t.Mapping[str, Check] = {
     "shifting": Maybe(flag),
 }
 STORE = Record(_STORE_FIELDS)
-# Details of the error of a result that has one, and warnings: both become the module's own.
+# The details of an error, and warnings, which become those of the module.
 ERROR: t.Mapping[str, Check] = {"error": text, "facts": FACTS_FORM}
 
 # layer_template
@@ -98,7 +98,7 @@ LACKING = Record(
 def refuse_other_users(result: t.Mapping[str, t.Any], user: str) -> None:
     """Refuse a result about a store of another user.
 
-    :param user: whose store was worked on, "root" for the rootful one
+    :param user: the owner of the store, "root" for the rootful store
     :raises WorkerError: it names another user
     """
     for key in ("layers", "stores"):

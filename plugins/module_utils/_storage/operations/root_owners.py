@@ -18,11 +18,11 @@ _Owner = t.Tuple[str, int, int]
 class TopOwners(t.NamedTuple):
     """The findings, each as text; "" if there is none.
 
-    :param outside: names that belong to somebody outside the map
-    :param wrong: whether there is more among ``outside`` than the root directory, which old runtimes leave to the
-        host's root in every layer that they map
-    :param kept: names that still have the owner that they have in the image, when that is true of all
-        that were to have another: in this layer nothing was mapped
+    :param outside: entries that belong to IDs outside the map
+    :param wrong: whether ``outside`` has more than the root directory, which belongs to the host's root in
+        every layer that old runtimes map
+    :param kept: entries that still have their owners in the image, if no entry has its new
+        owner: nothing was mapped in this layer
     """
 
     outside: str
@@ -31,9 +31,9 @@ class TopOwners(t.NamedTuple):
 
 
 def top_owners(driver: Driver, layer: Layer, template: t.Sequence[Layer]) -> TopOwners:
-    """Look at the root directory of a mapped layer and the names in it.
+    """Examine the root directory of a mapped layer and its entries.
 
-    :param template: the layer's template and its parents, top first; empty when it is not known
+    :param template: the layer's template and its parents, top first; empty if unknown
     :raises StorageError: a layer is missing or cannot be read
     """
     if layer.mapping.identity and (not template or template[0].mapping.identity):
@@ -64,7 +64,7 @@ def _kept(
         new = shift.uid(uid), shift.gid(gid)
         return bool(name) and -1 not in new and new != (uid, gid)
 
-    # Seldom true of a layer that was mapped, so that its template need not be read.
+    # Usually false for mapped layers, so that the template need not be read.
     if not any(map(would_move, found)):
         return ()
     moved = list(filter(would_move, driver.top_owners([item.id for item in template])))

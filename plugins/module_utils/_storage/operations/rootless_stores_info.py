@@ -19,15 +19,15 @@ from ..userns.shapes import Maybe, text
 from .shared_declarations import declarations
 from .store_opening import StoreRequest, configured
 
-# Seconds; homes of a fleet lie on networks that may not answer.
+# Seconds; home directories may be on network filesystems that do not respond.
 _LIMITS = userns.Limits(silence=10.0, stall=10.0, total=30.0)
-# Seconds in all for homes of one folder that do not answer. Any user can make the own home silent, so that a few such
-# homes cost nobody else the place in the report; but the server of all of them may be gone.
+# The total time (seconds) for unresponsive home directories below the same folder. Any user can make the own home
+# directory unresponsive, so a few of them must not affect other users; but the server of all of them may be down.
 _PATIENCE = 300.0
 
 
 def find() -> t.Dict[str, t.Any]:
-    """Look for a store of each account of the host but root's.
+    """Look for a store of each account of the host except root.
 
     :returns: ``stores`` with ``user``, ``uid`` and ``graphroot``; ``failures`` with ``user`` and ``reason``;
         ``shared_stores`` as :func:`_shared_stores`
@@ -63,8 +63,8 @@ def find() -> t.Dict[str, t.Any]:
 
 
 def _shared_stores() -> t.List[t.Dict[str, t.Any]]:
-    """``graphroot``, ``runroot`` and ``users`` of each store that shared_images shares; a user's own mappings do not
-    count the one that every user gets."""
+    """``graphroot``, ``runroot`` and ``users`` of each store that shared_images shares; mappings of a user do not
+    include the one that every user gets."""
     return [
         {
             "graphroot": declaration.graphroot,

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Check that the podman of the host accepts the mapped layers.
 
-After the layers are made, podman creates a container for each image and mapping, which is never started, outside the
-private namespaces of this library. The container's own layer must have one of the new layers as its parent. The
-container is removed again in any case, the layers where podman did not use them.
+After the layers are created, podman creates a container for each image and mapping, outside the
+private namespaces of this library. It is never started. The container's own layer must have one of the new layers as
+its parent. The container is always removed, and layers that podman did not use are removed too.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ _Result = t.Dict[str, t.Any]
 def declare(request: TemplateRequest, check_with_runtime: str) -> _Result:
     """As :func:`.template.declare`, but called outside the store's namespaces.
 
-    :param check_with_runtime: "untested" where a program is newer than was tested, or "always"
-    :returns: the module's result; layers that podman did not use are "refused", and gone
-    :raises ConfigError: the runtime that is meant is not podman, or it is not installed
+    :param check_with_runtime: "untested" if a program is newer than the tested versions, or "always"
+    :returns: the module's result; layers that podman did not use are "refused" and removed
+    :raises ConfigError: the runtime is not podman, or podman is not installed
     :raises StorageError: as :func:`.template.declare`
     """
     store = request.store
@@ -101,7 +101,7 @@ def _limits(store: StoreRequest) -> userns.Limits:
     return userns.waiting_for_locks(store.lock_timeout)
 
 
-# Inside
+# Inside the namespaces
 
 
 @userns.returns(
@@ -112,7 +112,7 @@ def _limits(store: StoreRequest) -> userns.Limits:
     )
 )
 def look(store: StoreRequest) -> _Result:
-    """How ``podman`` is called for the store, and its ``layers``, by ID.
+    """The command line of ``podman`` for the store, and its ``layers`` by ID.
 
     :returns: also ``unused``, the layers of this collection that no container uses, and ``containers``, the names of
         containers of earlier checks
@@ -162,7 +162,7 @@ def parent_of(store: StoreRequest, container_id: str) -> _Result:
 
 @userns.returns(Items(text))
 def withdraw(store: StoreRequest, layers: t.Sequence[str], copy: str) -> t.List[str]:
-    """Remove the layers that podman did not use, and the ``copy`` that it made instead, where nothing uses it.
+    """Remove the layers that podman did not use, and the unused ``copy`` that it created instead.
 
     :returns: why layers remain
     """
@@ -172,20 +172,20 @@ def withdraw(store: StoreRequest, layers: t.Sequence[str], copy: str) -> t.List[
             try:
                 remove_mapped_layer(store_ctx, layer_id)
             except StorageError as error:
-                # Somebody else's container may have taken it meanwhile; podman's own copy is right for it.
+                # Another container may use it now; podman's own copy is correct for it.
                 if layer_id != copy:
                     remaining.append(str(error))
     return remaining
 
 
-# Outside
+# Outside the namespaces
 
 
 @dataclass(frozen=True)
 class _Podman:
-    """podman, working on the store that a request names.
+    """podman, called for the store that a request names.
 
-    :ivar state: what :func:`look` returned
+    :ivar state: the result of :func:`look`
     """
 
     program: str
@@ -193,7 +193,7 @@ class _Podman:
     state: _Result = field(repr=False)
 
     def words(self, *words: str) -> t.List[str]:
-        """A command line that leaves no event."""
+        """A command line that creates no event."""
         start: t.List[str] = self.state["podman"]
         at = start.index("podman")
         return [
@@ -209,9 +209,9 @@ class _Podman:
 
 
 def _program(store: StoreRequest, wanted: MappingOptions) -> str:
-    """The podman that is meant by the options ``runtime``.
+    """The podman that the options ``runtime`` name.
 
-    :raises ConfigError: another program is meant
+    :raises ConfigError: another program is named
     """
     word = (wanted.runtime or store.runtime or "podman").split(maxsplit=1)[0]
     if os.path.basename(word) != "podman":
@@ -230,7 +230,7 @@ def _check(
     entries: t.Sequence[_Result],
     before: t.Collection[str],
 ) -> t.Optional[StorageError]:
-    """Let podman create a container; None when it used one of the layers of ``entries``."""
+    """Let podman create a container; returns None if it used one of the layers of ``entries``."""
     store = podman.store
     layers = [item["layer_id"] for item in entries]
     label = (entries[0]["image_names"] or [image_id[:12]])[0]
@@ -285,7 +285,7 @@ def _create(name: str, wanted: MappingOptions, image_id: str) -> t.List[str]:
 
 
 def _remove_container(podman: _Podman, name: str) -> None:
-    """Remove a container of a check; one that is not there is no error.
+    """Remove a container of a check; a missing container is ignored.
 
     :raises StoreError: podman cannot remove it
     """
@@ -312,7 +312,7 @@ def _last(done: as_user.Finished) -> str:
 
 
 def _refuse(result: _Result, entries: t.Sequence[_Result], error: StorageError) -> None:
-    """Change a result to say that layers were made, and removed again."""
+    """Change a result to report that layers were created and removed again."""
     for entry in entries:
         entry.update(action=REFUSED, reason=str(error), layer_id="")
         entry.update(dict.fromkeys(("strategy", "files", "size_apparent", "size_exclusive")))

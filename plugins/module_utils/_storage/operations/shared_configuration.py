@@ -5,7 +5,7 @@
 """Configure additional image stores, which root maintains, in the configuration of a user's runtimes.
 
 From containers/storage 1.63 on there are drop-ins for one UID below /etc, see containers-storage.conf(5). Earlier
-versions ignore what /etc says of additional stores when they run for a user, so the user's own file has to say it.
+versions ignore additional stores in /etc when they run for a user, so the user's own file must name them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _NAME = "50-userns-storage-shared.conf"
 class RuntimeConfiguration:
     """The configuration of additional image stores for the runtimes of one user.
 
-    :param folder: the folder of all stores of root's for this user
+    :param folder: the folder of all stores that root maintains for this user
     :param drop_ins: whether the runtimes read drop-ins; if not, the user's own file is edited as that user
-    :ivar listed: additional image stores that the user's runtimes know now; only needed without drop-ins
+    :ivar listed: the configured additional image stores of the user; only needed without drop-ins
     """
 
     def __init__(self, account: Account, folder: str, drop_ins: bool) -> None:
@@ -40,7 +40,7 @@ class RuntimeConfiguration:
         self.listed: t.Tuple[str, ...] = ()
 
     def differs(self, stores: t.Sequence[str]) -> bool:
-        """Whether the user's runtimes know of anything else than these stores. Writes nothing."""
+        """Whether the configuration differs from these stores. Writes nothing."""
         if not self._drop_ins:
             return self._wanted(stores) != list(self.listed)
         try:
@@ -52,9 +52,9 @@ class RuntimeConfiguration:
             return True
 
     def write(self, stores: t.Sequence[str]) -> str:
-        """Tell them of these stores, and of no other store of root's.
+        """Configure these stores, and no other stores that root maintains.
 
-        :returns: the file that says so
+        :returns: the file with the configuration
         :raises StorageError: it cannot be written
         """
         if self._drop_ins:

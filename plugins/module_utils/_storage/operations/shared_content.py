@@ -26,13 +26,13 @@ from .shared_pins import PIN
 
 # The kernel's limit of entries in an ID map.
 _MOST_ENTRIES = 340
-# Digits of a hash that name a mount.
+# The number of digits of a hash in the name of a mount.
 _NAME_LENGTH = 12
 
 
 @dataclass(frozen=True)
 class IDMappedView:
-    """How a mount shows layers of the real store: with the owners that one user's namespace needs.
+    """A view of layers of the real store with the owners that a user's namespace needs.
 
     :param uid: map of UIDs, ID on disk to host ID of the user
     """
@@ -41,9 +41,9 @@ class IDMappedView:
     gid: IDMap
 
     def name(self, source: str) -> str:
-        """A folder name that depends on the source and the maps alone.
+        """A folder name that only depends on the source and the maps.
 
-        :param source: the folder that is shown
+        :param source: the mounted folder
         """
         text = "\0".join((source, str(self.uid), str(self.gid)))
         digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
@@ -52,9 +52,9 @@ class IDMappedView:
 
 @dataclass(frozen=True)
 class Mount:
-    """One mount of a user's store.
+    """A mount of a user's store.
 
-    :param layer_id: the layer of the real store that it shows; empty for all of them
+    :param layer_id: the layer of the real store that it shows; empty for all layers
     """
 
     view: IDMappedView
@@ -63,7 +63,7 @@ class Mount:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An image, or one mapping of it, that a user cannot have."""
+    """An image, or a mapping of it, that is refused for a user."""
 
     image_id: str
     mapping: t.Optional[Mapping]
@@ -72,9 +72,9 @@ class Refusal:
 
 @dataclass
 class Wish:
-    """An image for a user, with the mappings it is wanted in besides the plain one.
+    """An image for a user, with the requested mappings besides that of plain containers.
 
-    :param offered: False for an image that only stays because something of the user needs it
+    :param offered: false for an image that is only kept because the user depends on it
     """
 
     image: Image
@@ -84,9 +84,9 @@ class Wish:
 
 @dataclass
 class Plan:
-    """What one user's store is to be.
+    """The planned contents of a user's store.
 
-    :param mounts: the mounts it needs, each once
+    :param mounts: the mounts that it needs, without duplicates
     """
 
     content: SharedContent = field(default_factory=SharedContent)
@@ -95,12 +95,12 @@ class Plan:
 
 
 def view_of(outer: Mapping, mapping: Mapping, stored: Mapping) -> IDMappedView:
-    """How files of a layer have to be shown so that a container with a map finds its owners.
+    """The view of a layer with the owners that a container with a map needs.
 
     :param outer: the user's namespace: intermediate ID to host ID
     :param mapping: the container's map: container ID to intermediate ID
     :param stored: the layer's own map: container ID to ID on disk
-    :raises MapError: the map has more entries than the kernel takes
+    :raises MapError: the map has more entries than the kernel accepts
     """
     maps = []
     for kind, around, inner, disk in (
@@ -124,8 +124,8 @@ class User:
 
     :param name: the login name
     :param outer: the user's namespace: intermediate ID to host ID
-    :param most_layers: how many layers of an image the user's runtime can mount
-    :param images: IDs of the images that the user's own store contains, or that are shared already
+    :param most_layers: the maximum number of layers of an image that the user's runtime can mount
+    :param images: IDs of the images that the user's own store contains, or that are already shared
     :param mapped: layers of the user's own store that carry a map, each with the label of an image
     """
 
@@ -137,11 +137,11 @@ class User:
 
 
 class Planner:
-    """Plans the stores of users from one real store.
+    """Plans the stores of users from a real store.
 
     :param snapshot: of the real store
     :param overlay: absolute path of the real store's ``overlay`` folder
-    :param tar_split: path of the copy of a layer's tar-split file, empty where it has none
+    :param tar_split: path of the copy of a layer's tar-split file; empty if it has none
     :param image_data: paths of the copies of an image's big data files, by file name
     """
 
@@ -161,21 +161,21 @@ class Planner:
     def chain(self, image: Image) -> t.List[Layer]:
         """An image's layers, topmost first.
 
-        :raises StoreError: the records do not hang together
+        :raises StoreError: the records are inconsistent
         """
         if image.layer not in self._chains:
             self._chains[image.layer] = self._snapshot.chain(image.layer) if image.layer else []
         return self._chains[image.layer]
 
     def plan(self, user: User, wishes: t.Iterable[Wish], whole: bool) -> Plan:
-        """What the store of one user is to be.
+        """Plan the store of a user.
 
         :param whole: whether a mount may show all layers of the real store at once
         """
         return _UserPlan(self, self._overlay, user, whole).make(wishes)
 
     def tar_split_of(self, layer: Layer) -> str:
-        """The path of the copy of a layer's tar-split file, empty where it has none."""
+        """The path of the copy of a layer's tar-split file; empty if it has none."""
         return self._tar_split(layer.id)
 
     def image_data_of(self, image: Image) -> t.Dict[str, str]:
@@ -350,7 +350,7 @@ def _image_record(
 
 
 def names_of(image: Image) -> t.List[str]:
-    """The names of an image of the real store, those of our own left out."""
+    """The names of an image of the real store, without names of this collection."""
     return [name for name in image.names if not name.startswith(f"{PIN}:")]
 
 

@@ -21,9 +21,9 @@ from .options import given
 
 UNIT = "userns-storage.service"
 GRAPHROOT = "/var/lib/userns-storage/images"
-# All paths here belong to root, as do the folders above them. This one is short, for the paths of all layers
-# of a container must fit into one page when they are mounted. An error about a missing mount names it, and so
-# the unit that makes the mounts.
+# All paths here and the folders above them belong to root. This path is short, because the paths of all layers
+# of a container must fit into one page when they are mounted. Errors about a missing mount contain it, and
+# therefore the name of the unit that creates the mounts.
 STORES = f"/var/lib/{UNIT}"
 
 
@@ -38,7 +38,7 @@ _LARGEST_DECLARATION = 1 << 20
 
 @dataclass(frozen=True)
 class Share:
-    """What one user gets."""
+    """The images and mappings that are shared with a user."""
 
     uid: int
     images: t.Tuple[str, ...]
@@ -47,7 +47,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What is declared for one real store: the content of one file below /etc."""
+    """The declaration for a real store: the content of a file below /etc."""
 
     graphroot: str
     runroot: str
@@ -58,9 +58,9 @@ class Declaration:
 
 
 def read_declaration(graphroot: str) -> t.Optional[Declaration]:
-    """What is declared for a real store, None for nothing.
+    """Read the declaration for a real store; None if there is none.
 
-    :raises ConfigError: the file is not what this collection writes
+    :raises ConfigError: the file was not written by this collection
     """
     path = _declaration_path(graphroot)
     try:
@@ -91,7 +91,7 @@ def read_declaration(graphroot: str) -> t.Optional[Declaration]:
 def declarations() -> t.List[Declaration]:
     """All declarations of this host, in the order of their file names.
 
-    :raises ConfigError: a file is not what this collection writes
+    :raises ConfigError: a file was not written by this collection
     """
     found = []
     with contextlib.suppress(FileNotFoundError):

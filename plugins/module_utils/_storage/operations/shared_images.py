@@ -4,8 +4,8 @@
 # This module util is PRIVATE to the userns.storage collection.
 """The module shared_images: share the images of one store of root with users, with the owners that each user needs.
 
-Runs as root in the host's own mount namespace, for the mounts have to stay. What belongs to a user
-is looked at by a process that has become that user.
+Runs as root in the host's mount namespace, because the mounts must persist. A process with the
+user's IDs accesses everything that belongs to the user.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _LOCK = "/run/userns-storage-shared.lock"
 _PLACEHOLDER = f"The images of this store are not mounted. See: systemctl status {UNIT}\n"
 _ATTRIBUTES = mounts.MOUNT_ATTR_RDONLY | mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_ATTR_NODEV
 _DETACHED = mounts.MNT_DETACH | mounts.UMOUNT_NOFOLLOW
-# containers/storage itself refuses more layers than this.
+# The limit of containers/storage.
 _MOST_LAYERS = 500
 # Characters in the options of a container's mount: ID/work of its own layer with the option's name, and
 # the rest with a SELinux label.
@@ -86,10 +86,10 @@ class SharedRequest:
 
     :param store: the real store, root's
     :param images: shell patterns for image names and IDs
-    :param users: login names; with ``absent`` none stands for all that are declared
-    :param wanted: the mappings besides the plain one
+    :param users: login names; with ``absent``, an empty list means all declared users
+    :param wanted: the mappings besides that of plain containers
     :param state: "present" or "absent"
-    :param check: only say what would be done
+    :param check: only predict the changes
     """
 
     store: StoreRequest
@@ -102,7 +102,7 @@ class SharedRequest:
 
 @dataclass
 class Outcome:
-    """The result for one user."""
+    """The result for a user."""
 
     user: str
     action: str = EXISTING
@@ -130,7 +130,7 @@ class Outcome:
 
 
 class _UserWork:
-    """One user and one real store: what is there, what is to be, and the way from one to the other."""
+    """The current and the requested state for a user and a real store, and the changes between them."""
 
     def __init__(self, real: RealStore, account: Account, share: t.Optional[Share]) -> None:
         self.real = real
@@ -151,9 +151,9 @@ class _UserWork:
         self.kept: t.List[Image] = []
 
     def prepare(self) -> None:
-        """Plan. Writes nothing.
+        """Plan the changes. Writes nothing.
 
-        :raises StorageError: the user cannot be served
+        :raises StorageError: images cannot be shared with the user
         """
         user = UserStore.of(self.account, self.real.request.lock_timeout)
         self.configuration.listed = user.image_stores
@@ -177,7 +177,7 @@ class _UserWork:
         self.outcome.mounts = len(self.plan.mounts)
 
     def _most_layers(self, user: UserStore) -> int:
-        """How many layers the mount options of a container have room for."""
+        """The maximum number of layers in the mount options of a container."""
         runtime = self.real.runtime
         if runtime.capabilities.mounts_long_paths:
             return _MOST_LAYERS
@@ -186,7 +186,7 @@ class _UserWork:
         return (mmap.PAGESIZE - _OTHER_OPTIONS - 2 * own) // lower
 
     def _shows_everything(self, wishes: t.Sequence[Wish]) -> bool:
-        """Whether one mount may show all that the real store holds: nothing in it is to be hidden."""
+        """Whether a single mount may show the whole real store, because all of its images are shared."""
         if self.share is None or self.real.snapshot.containers:
             return False
         if "*" in self.share.images:
@@ -283,12 +283,12 @@ class _UserWork:
 
     @property
     def before(self) -> t.Dict[str, t.Any]:
-        """The images and mounts of the user's store as they were found."""
+        """The current images and mounts of the user's store."""
         return self._before
 
     @property
     def after(self) -> t.Dict[str, t.Any]:
-        """The images and mounts of the user's store as they are to be."""
+        """The requested images and mounts of the user's store."""
         if self.outcome.error is not None:
             return self._before
         names = sorted(
@@ -299,7 +299,7 @@ class _UserWork:
     # Differences
 
     def differs(self) -> bool:
-        """Whether anything is to be done. Writes nothing."""
+        """Whether there is anything to change. Writes nothing."""
         told = not self.configuration.differs(self._stores())
         if self.share is None:
             return not told or os.path.lexists(self.store.path) or bool(self._mounted())
@@ -309,7 +309,7 @@ class _UserWork:
         return not told or bool(missing or stale) or self.store.differs(self.plan.content)
 
     def _stores(self) -> t.List[str]:
-        """The stores of the user, that of other real stores too, as they are to be."""
+        """The requested stores of the user, including those of other real stores."""
         others = []
         with contextlib.suppress(FileNotFoundError):
             others = [os.path.join(self.folder, name) for name in os.listdir(self.folder)]
@@ -324,7 +324,7 @@ class _UserWork:
         return os.path.join(view, mount.layer_id).rstrip("/")
 
     def _mounted(self) -> t.List[str]:
-        """Mount points of this store, those inside others first."""
+        """The mount points of this store, nested mounts first."""
         prefix = f"{self.store.mount_points}/"
         points = (entry.mount_point for entry in mounts.entries())
         return sorted((point for point in points if point.startswith(prefix)), reverse=True)
@@ -346,7 +346,7 @@ class _UserWork:
     def apply(self) -> None:
         """Create mounts, then records, and remove those that are not needed any more.
 
-        :raises StorageError: something cannot be made or removed
+        :raises StorageError: something cannot be created or removed
         """
         if self.share is None:
             self._remove()
@@ -354,7 +354,7 @@ class _UserWork:
         with translate_oserror(self.store.path):
             _make_folders(STORES, self.folder, self.account)
             for path in self._stale_mounts():
-                # Below a mount that shows everything there is no place for one that shows less.
+                # There can be no further mounts below a mount of the whole store.
                 if any(self._point(mount).startswith(f"{path}/") for mount in self.plan.mounts):
                     mounts.umount(path, _DETACHED)
         self.store.write_mount_points(self.plan.content, _PLACEHOLDER)
@@ -396,7 +396,7 @@ class _UserWork:
 
 
 def _make_folders(base: str, folder: str, account: Account) -> None:
-    """A folder that root owns and one user may read, below a folder of root's."""
+    """Create a folder that root owns and one user may read."""
     os.makedirs(base, 0o755, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
@@ -426,9 +426,9 @@ class _Resolver:
         self._requests = [MappingRequest(item, account, real.programs) for item in wanted]
 
     def mappings(self, image: Image) -> t.List[Mapping]:
-        """The maps of an image, each once, in the order asked; none that means the plain one.
+        """The maps of an image without duplicates, in the requested order, without that of plain containers.
 
-        :raises StorageError: a map cannot be had here
+        :raises StorageError: a map is not possible
         """
         found: t.Dict[Mapping, None] = {}
         for request in self._requests:
@@ -452,7 +452,7 @@ class _Resolver:
 
 
 def declare(request: SharedRequest) -> t.Dict[str, t.Any]:
-    """Bring the users' stores into the wanted state; a refusal to one user does not stop the others.
+    """Ensure the requested state of the users' stores; a failure for a user does not stop the others.
 
     :returns: the module's result
     :raises StorageError: the real store cannot be shared, or a user does not exist
@@ -480,7 +480,7 @@ def _declare(request: SharedRequest) -> t.Dict[str, t.Any]:
     changed = _carry_out(real, works, request.check)
     for work in works:
         if work.outcome.error:
-            # It keeps what it had.
+            # The user keeps the current store.
             shares.pop(work.account.name, None)
             if before and work.account.name in before.users:
                 shares[work.account.name] = before.users[work.account.name]
@@ -502,7 +502,7 @@ def _declare(request: SharedRequest) -> t.Dict[str, t.Any]:
 
 
 def _settle_pins(real: RealStore, declaration: Declaration) -> t.List[str]:
-    """Keep the images that users' stores hold from being removed; the IDs of those that nobody needs any more."""
+    """Protect the images in users' stores from removal; returns the IDs of those that are no longer needed."""
     key = store_key(real.config.graphroot)
     held = {
         image.id
@@ -515,7 +515,7 @@ def _settle_pins(real: RealStore, declaration: Declaration) -> t.List[str]:
 
 
 def restore(declaration: Declaration) -> t.Dict[str, t.Any]:
-    """Make the mounts of all users of a declaration again, and follow changes of the real store.
+    """Restore the mounts of all users of a declaration, and apply changes of the real store.
 
     :returns: as :func:`declare`
     :raises StorageError: the real store cannot be shared
@@ -547,7 +547,7 @@ def _restore(declaration: Declaration) -> t.Dict[str, t.Any]:
 
 @contextlib.contextmanager
 def _alone(check: bool) -> t.Iterator[None]:
-    """Hold off other runs on this host; one that only looks needs no lock."""
+    """Exclude other runs on this host; check mode needs no lock."""
     if check:
         yield
         return
@@ -578,7 +578,7 @@ def _account(name: str, share: t.Optional[Share]) -> Account:
     except ConfigError:
         if share is None:
             raise
-        # Gone since: what was made for the user is still to be removed.
+        # The user no longer exists; the user's store must still be removed.
         return Account(name, share.uid, share.uid, "/nonexistent")
     if account is None:
         raise ConfigError(
@@ -615,7 +615,7 @@ def _carry_out(real: RealStore, works: t.Sequence[_UserWork], check: bool) -> bo
 
 
 def _unit_enabled() -> bool:
-    """Whether some target starts the unit that makes the mounts at boot."""
+    """Whether a target starts the unit that creates the mounts at boot."""
     return bool(glob.glob(f"/etc/systemd/system/*.wants/{UNIT}"))
 
 

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The names by which an image of the real store of shared images outlives its other names."""
+"""The names that keep an image of the real store after its other names were removed."""
 
 from __future__ import annotations
 
-# The ID of the image follows as the tag. It stays as long as users' containers need the image.
+# The tag is the ID of the image. The name is kept as long as users' containers need the image.
 PIN = "localhost/userns-storage/shared"

@@ -42,7 +42,7 @@ DRIVER = "overlay"
 class RealStore:
     """Root's store, whose layers are shown to users.
 
-    :param needed: whether its layers are to be shown; else it may be gone
+    :param needed: whether its layers are needed; otherwise the store may be missing
 
     :raises StorageError: it cannot be read, or its layers cannot be shown
     """
@@ -61,7 +61,7 @@ class RealStore:
                 raise
         if needed:
             self._refuse_unsupported()
-        # What programs said of their version.
+        # Versions reported by programs.
         self.programs: t.Dict[str, str] = {}
         self._account_files: t.Dict[str, t.Mapping[str, t.Optional[str]]] = {}
         self.copies = os.path.join(STORES, _COPIES, store_key(self.config.graphroot))
@@ -92,13 +92,13 @@ class RealStore:
 
     @functools.cached_property
     def runtime(self) -> Runtime:
-        """The runtime of the host, which users are taken to use.
+        """The runtime of the host, which the users are assumed to use.
 
-        :raises ConfigError: none is installed
+        :raises ConfigError: no runtime is installed
         """
         runtime = detect(None, self.programs)
         with contextlib.suppress(ConfigError):
-            # The processes that look at users' stores inherit the answers.
+            # The processes for users' stores inherit the answers.
             tuple(installed())
         if runtime is None:
             raise ConfigError(
@@ -124,7 +124,7 @@ class RealStore:
         return self._account_files[image.id]
 
     def images(self, patterns: t.Sequence[str]) -> t.List[Image]:
-        """The images with a name that patterns match, those of additional stores left out."""
+        """The images whose names match patterns, without those of additional stores."""
         chosen = Patterns(patterns)
         return [
             image
@@ -148,7 +148,7 @@ class RealStore:
         return {}
 
     def copy_records(self, images: t.Iterable[Image]) -> None:
-        """Copy what lies beside the records once for all users; mark opaque directories for them.
+        """Copy the files beside the records once for all users, and mark opaque directories for users.
 
         :raises StoreError: a file cannot be read or written
         """
@@ -174,7 +174,7 @@ class RealStore:
                     _copy(os.devnull, done)
 
     def drop_copies(self, kept: t.Iterable[Image]) -> None:
-        """Delete the copies that no image of these needs."""
+        """Delete the copies that none of these images needs."""
         ids = {image.id for image in kept}
         ids.update(layer.id for image in kept for layer in self.planner.chain(image))
         with contextlib.suppress(OSError):
@@ -186,10 +186,10 @@ class RealStore:
                     os.rmdir(folder)
 
     def pin(self, held: t.Container[str]) -> t.List[str]:
-        """Give images that users' stores hold a name of our own, and take it from all others.
+        """Set a name of this collection on images in users' stores, and remove it from all others.
 
-        :param held: IDs of these images
-        :returns: IDs of the images that are left without any name
+        :param held: IDs of the images in users' stores
+        :returns: IDs of the images that have no name left
         """
         changes = {}
         for image in self.snapshot.images.values():

@@ -44,7 +44,7 @@ _LOOK = Record(
 def look(request: StoreRequest) -> t.Dict[str, t.Any]:
     """The objects in a user's own store that use layers of other stores. Writes nothing.
 
-    To be called inside :func:`..userns.run`.
+    Must be called inside :func:`..userns.run`.
 
     :returns: ``graphroot``, ``driver``, ``mount_program``; ``image_stores``: the additional ones;
         ``dependents``: kind, name, image and layer
@@ -127,7 +127,7 @@ def _dependents(snapshot: Snapshot) -> t.Iterator[t.Dict[str, str]]:
 
 @dataclass(frozen=True)
 class UserStore:
-    """What :func:`look` has found, in types."""
+    """The result of :func:`look`, with types."""
 
     graphroot: str
     driver: str

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Find out who uses a store, and which other stores use it as an additional image store.
+"""Find the users of a store, including other stores that use it as an additional image store.
 
-Containers of such a store may be on layers here, and the records here know nothing of them.
+Containers of such stores may use layers of this store, without records in this store.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..store.conf_values import FILE_VARIABLE, OVERRIDE_VARIABLE, Checked, read_
 from ..store.config import CRI_O
 from .store_opening import OpenStore, StoreRequest, configured
 
-# In our folder of a store: its owner declares that other stores read it.
+# A file in the collection's folder, with which the owner declares that other stores read the store.
 MARKER = "shared"
 _FOLDERS = ("/etc/containers", "/usr/share/containers")
 _DROP_INS = ("storage.conf.d", "storage.rootful.conf.d", "storage.rootless.conf.d")
 
-# How a store is used.
+# The kinds of uses of a store.
 MAIN = "main"
 IMAGESTORE = "imagestore"
 ADDITIONAL = "additional"
@@ -37,14 +37,14 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class StoreUse:
-    """One use of a store.
+    """A use of a store.
 
     :ivar kind: ``main`` (containers are created in it), ``imagestore``, ``additional`` (read as an additional image
         store), ``declared`` (by the marker file), ``mounted`` (a container of another store is mounted) or ``unknown``
-        (a file of the configuration cannot be read; programs that run may have read it before)
-    :ivar program: "cri-o" for CRI-O's configuration; "podman" for storage.conf, which other programs read too; else
-        empty
-    :ivar source: the file that says so, the mount point, or "default"
+        (a file of the configuration cannot be read; running programs may have read it earlier)
+    :ivar program: "cri-o" for CRI-O's configuration; "podman" for storage.conf, which other programs read too;
+        otherwise empty
+    :ivar source: the file, the mount point, or "default"
     """
 
     kind: str
@@ -64,10 +64,10 @@ class StoreUse:
 
 
 def uses(store_ctx: OpenStore) -> t.List[StoreUse]:
-    """Who is known to use this store.
+    """The known uses of this store.
 
-    Seen are the configuration of the host and of the store's own user, the marker, and overlay mounts of other
-    stores in this mount namespace. Other users' configuration is theirs to read.
+    Examines the configuration of the host and of the store's own user, the marker file, and overlay mounts of other
+    stores in this mount namespace. Other users' configuration is not read.
     """
     here = _Directory(store_ctx.config.graphroot)
     found = list(_loaded(store_ctx, here))
@@ -88,7 +88,7 @@ def uses(store_ctx: OpenStore) -> t.List[StoreUse]:
 
 
 def readers(store_ctx: OpenStore) -> str:
-    """Who is known to read this store besides those whose main store it is, in words; empty if nobody is."""
+    """The known readers of this store for which it is not the main store, as text; empty if there are none."""
     return next((str(use) for use in uses(store_ctx) if use.kind != MAIN), "")
 
 
@@ -98,7 +98,7 @@ def uses_result(store_ctx: OpenStore) -> t.List[t.Dict[str, t.Any]]:
 
 
 class _Directory:
-    """The graph root, by whatever path it is named: a link to it, or a bind mount of it."""
+    """The graph root, identified by any path: a link or a bind mount."""
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)
@@ -128,7 +128,7 @@ def _identity(path: str) -> t.Optional[t.Tuple[int, int]]:
 
 
 def _loaded(store_ctx: OpenStore, here: _Directory) -> t.Iterator[StoreUse]:
-    """The uses by the configuration as programs load it, with the variables of this process."""
+    """The uses in the configuration as programs load it, with the variables of this process."""
     programs = ["podman"]
     if store_ctx.account is None:
         with contextlib.suppress(ConfigError):
@@ -162,9 +162,9 @@ def _configurations(store_ctx: OpenStore) -> t.Iterator[str]:
 
 
 def _storage_conf(path: str, here: _Directory, of_user: bool) -> t.Iterator[StoreUse]:
-    """The uses that a storage.conf names, whether or not a runtime of this host reads it.
+    """The uses that a storage.conf names, even if no runtime of this host reads it.
 
-    :param of_user: whether the store belongs to a user, whose runtimes read no file that is closed to the user
+    :param of_user: whether the store belongs to a user, whose runtimes ignore files that the user cannot read
     """
     if not os.path.exists(path) or (of_user and not os.access(path, os.R_OK)):
         return
@@ -212,7 +212,7 @@ def _is_in_options(options: t.Iterable[str], here: _Directory) -> bool:
 
 
 def _rests_on(options: t.Sequence[str], here: _Directory) -> bool:
-    """Whether an overlay that is written to elsewhere has layers of a store below it."""
+    """Whether an overlay mount of another store has lower layers of this store."""
     upper = lower = False
     for option in options:
         name, _mark, value = option.partition("=")
@@ -225,6 +225,6 @@ def _rests_on(options: t.Sequence[str], here: _Directory) -> bool:
 
 
 def _is_inside(path: str, here: _Directory) -> bool:
-    """Whether a directory of an overlay mount is one of the store's; podman writes GRAPHROOT/overlay/..."""
+    """Whether a directory of an overlay mount is inside the store; podman writes GRAPHROOT/overlay/..."""
     graphroot = path.rpartition("/overlay/")[0]
     return path.startswith(f"{here.path}/") or here.is_named(graphroot)

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The module storage_conf: set keys in the configuration that a store's runtime reads.
 
-Runtimes with containers/storage before 1.63 read one file. Later ones merge drop-ins into it, and rootless ones read
-``/etc/containers/storage.conf`` in full. So the keys go into a drop-in there, those of the rootful store into one that
-rootless runtimes do not read. Source: containers-storage.conf(5) and pkg/configfile of containers/storage.
+Runtimes with containers/storage before 1.63 read a single file. Later versions merge drop-ins into it, and rootless
+runtimes read ``/etc/containers/storage.conf`` in full. There, keys are written to a drop-in, those of the rootful store
+to a drop-in that rootless runtimes do not read. Source: containers-storage.conf(5) and pkg/configfile of
+containers/storage.
 
-Everything below a user's home is read and written with that user's rights.
+Files below a user's home directory are read and written with that user's permissions.
 """
 
 from __future__ import annotations
@@ -30,30 +31,30 @@ from ..userns import running as userns
 from ..userns.shapes import Items, Record, flag, text
 from .store_opening import StoreRequest, configured
 
-# A home on a network that does not answer is not waited for as long as a store's work.
+# The timeout for a home directory on a network that does not respond is shorter than for work in a store.
 _LIMITS = userns.Limits(silence=30.0, stall=60.0, total=300.0)
 _NAME = "50-userns-storage.conf"
 _ROOTFUL, _ROOTLESS, _BOTH = "storage.rootful.conf.d", "storage.rootless.conf.d", "storage.conf.d"
 _COMMENT = "# Keys set by the Ansible module userns.storage.storage_conf.\n"
 _LARGEST = 2**20
 _METACOPY = "/sys/module/overlay/parameters/metacopy"
-# Runtimes before 1.63 refuse a file of the rootful store without these, and rootless ones ignore them there.
+# Runtimes before 1.63 require these in the file of the rootful store, and ignore them there for rootless users.
 _PATHS = {"graphroot": "/var/lib/containers/storage", "runroot": "/run/containers/storage"}
-# How the files begin that containers/storage ships.
+# The beginning of the files that containers/storage ships.
 _SHIPPED = "# This file is the configuration file for all tools\n"
 _SHIPPED_KEYS: t.Mapping[str, t.Any] = {"additionalimagestores": [], "overlay.mountopt": "nodev"}
 
 
 @dataclass(frozen=True)
 class ConfRequest:
-    """What a task wants.
+    """The options of a task.
 
-    :param account: whose store it is; None for the rootful one
-    :param settings: keys as :func:`..store.conf_edit.edit` takes them
-    :param metacopy: add the mount option where the kernel and the store's driver know it; rootful stores only
-    :param backup: keep the old file beside a changed one
-    :param check: only say what would be done
-    :param merges: whether the runtime merges drop-ins; None: found out from the host's runtime
+    :param account: the owner of the store; None for the rootful store
+    :param settings: keys as for :func:`..store.conf_edit.edit`
+    :param metacopy: add the mount option if the kernel and the store's driver support it; only for rootful stores
+    :param backup: keep a copy of a changed file
+    :param check: only predict the changes
+    :param merges: whether the runtime merges drop-ins; None to detect it from the host's runtime
     """
 
     account: t.Optional[Account]
@@ -68,7 +69,7 @@ def declare(request: ConfRequest) -> t.Dict[str, t.Any]:
     """Set the keys.
 
     :returns: the module's result
-    :raises StorageError: a file cannot be read, written or edited, or a store would be out of reach
+    :raises StorageError: a file cannot be read, written or edited, or an existing store would become unreachable
     """
     merges = request.merges if request.merges is not None else _merges()
     if merges is None:
@@ -82,10 +83,10 @@ def declare(request: ConfRequest) -> t.Dict[str, t.Any]:
 
 
 def _merges() -> t.Optional[bool]:
-    """Whether the host's runtime merges drop-ins; None where there is none.
+    """Whether the host's runtime merges drop-ins; None if there is no runtime.
 
-    Programs are not run: podman tells not even its version where storage.conf is broken, and this may be the task that
-    mends it.
+    Programs are not run: with a broken storage.conf podman does not even report its version, and this task may be
+    meant to fix it.
     """
     return next((can.reads_drop_ins for _name, can, _found in installed()), None)
 
@@ -111,7 +112,7 @@ def _without_runtime(request: ConfRequest, user: str) -> t.Dict[str, t.Any]:
     }
 
 
-# With the rights of the store's owner
+# With the permissions of the store's owner
 
 
 @userns.returns(
@@ -130,7 +131,7 @@ def _apply(request: ConfRequest) -> t.Dict[str, t.Any]:
     """Read, edit and write. Runs as the store's owner."""
     user = request.account.name if request.account else "root"
     files = _Files(user, _folder(request.account), request.check, request.backup)
-    # First, so that what is wrong with a file of this user is said of this user.
+    # First, so that errors in a file of this user are reported for this user.
     files.read(f"{files.folder}/storage.conf")
     config = configured(StoreRequest(account=request.account))
     written = _drivers_of(config.graphroot)
@@ -156,7 +157,7 @@ def _apply(request: ConfRequest) -> t.Dict[str, t.Any]:
 def _edit_main_file(
     request: ConfRequest, files: _Files, driver: str, wanted: t.Dict[str, t.Any]
 ) -> t.Dict[str, t.Any]:
-    """The one file that runtimes before 1.63 read."""
+    """Edit the file that runtimes before 1.63 read."""
     path = f"{files.folder}/storage.conf"
     old = files.read(path)
     if not wanted:
@@ -174,9 +175,9 @@ def _edit_main_file(
 def _edit_drop_in(
     request: ConfRequest, files: _Files, driver: str, wanted: t.Dict[str, t.Any]
 ) -> t.Dict[str, t.Any]:
-    """The drop-in of this module, for runtimes that merge them."""
+    """Edit the drop-in of this module, for runtimes that merge drop-ins."""
     kind = _ROOTFUL if request.account is None else _ROOTLESS
-    # Of a user's own configuration only this folder is read.
+    # Of a user's own configuration, only this folder is read.
     path = f"{files.folder}/{_BOTH if request.account else _ROOTFUL}/{_NAME}"
     main = f"{files.folder}/storage.conf"
     old = files.read(path)
@@ -260,10 +261,10 @@ def _first_text(account: t.Optional[Account], driver: str) -> str:
 
 
 def _earlier(text: str, wanted: t.Mapping[str, t.Any]) -> t.Optional[t.Dict[str, t.Any]]:
-    """The keys that an earlier version of the role prepare has set in the rootful main file; None if it is another's.
+    """The keys that an earlier version of the role prepare set in the rootful main file; None for any other file.
 
-    That version began with a short text of its own or with the file that containers/storage ships, and added keys. Such
-    a file says nothing beside them but defaults, so nothing is lost when they move.
+    That version started with a short text or with the file that containers/storage ships, and added keys. Apart
+    from them, such a file contains only defaults, so nothing is lost when they are moved.
     """
     try:
         keys = conf_edit.set_keys(text)
@@ -288,12 +289,12 @@ def _as_shipped(key: str, value: t.Any) -> bool:
 
 
 def _inherited(files: _Files, kind: str, without: str) -> toml.Table:
-    """What is read before the drop-in, as far as it can be read; for lists that are added to."""
+    """The text that runtimes read before the drop-in, if it can be read; for lists that are extended."""
     shared = os.path.dirname(VENDOR_FILE)
     folders = tuple(dict.fromkeys((shared, os.path.dirname(ADMIN_FILE), files.folder)))
     mains = (f"{folder}/storage.conf" for folder in reversed(folders))
     main = next((path for path in mains if path != without and os.path.exists(path)), "")
-    # Of drop-ins with the same name, the one in the last directory counts.
+    # Of drop-ins with the same name, the one in the last directory is used.
     named: t.Dict[str, str] = {}
     for folder in folders:
         for sort in (_BOTH, kind):
@@ -304,7 +305,7 @@ def _inherited(files: _Files, kind: str, without: str) -> toml.Table:
     named.pop(_NAME, None)
     merged: toml.Table = {}
     for path in (main, *(named[name] for name in sorted(named))):
-        # What is broken there stops the runtime, which then tells it itself.
+        # The runtime itself reports a broken file.
         with contextlib.suppress(ConfigError, StoreError):
             text = files.read(path) if path else None
             merged = conf_edit.merged(merged, toml.loads((text or "").encode(), path))
@@ -312,7 +313,7 @@ def _inherited(files: _Files, kind: str, without: str) -> toml.Table:
 
 
 class _Files:
-    """Reads and writes small text files with the rights of this process."""
+    """Reads and writes small text files with the permissions of this process."""
 
     def __init__(self, user: str, folder: str, check: bool, backup: bool) -> None:
         self.user = user
@@ -321,12 +322,12 @@ class _Files:
         self._backup = backup
 
     def read(self, path: str) -> t.Optional[str]:
-        """The content; None where there is no file.
+        """The content; None if there is no file.
 
         :raises StoreError: it cannot be read, is not a regular file, or larger than 1 MiB
         """
         try:
-            # Nobody is waited for at the other end of a pipe, and no terminal taken over.
+            # Without waiting for the other end of a pipe, and without a controlling terminal.
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
             descriptor = os.open(path, flags)
         except FileNotFoundError:
@@ -351,7 +352,7 @@ class _Files:
             raise self._wrong(path, "is not UTF-8 text") from None
 
     def write(self, path: str, old: t.Optional[str], new: str) -> str:
-        """Replace a file, or make it with its folders; returns where the old one is kept.
+        """Replace a file, or create it with its folders; returns the path of the backup.
 
         :raises StorageError: it cannot be written
         """
@@ -359,7 +360,7 @@ class _Files:
             return ""
         try:
             self._make_folders(os.path.dirname(path))
-            # A link that the user has put there, as dotfile managers do, stays.
+            # A link of the user, as from dotfile managers, is kept.
             real = os.path.realpath(path)
             before = os.stat(real) if old is not None else None
             kept = self._keep(real, old) if old is not None and before and self._backup else ""
@@ -369,7 +370,7 @@ class _Files:
         return kept
 
     def set_aside(self, path: str) -> str:
-        """Rename a file to the name of its backup, which is returned.
+        """Rename a file to the name of its backup; returns that name.
 
         :raises StorageError: it cannot be renamed
         """
@@ -383,7 +384,7 @@ class _Files:
         return kept
 
     def _make_folders(self, folder: str) -> None:
-        """The folders of configuration, below a home or /etc that must be there."""
+        """Create the folders of the configuration below an existing home directory or /etc."""
         missing = []
         while not os.path.isdir(folder):
             missing.append(folder)
@@ -447,7 +448,7 @@ class _Files:
 
 
 def _backup_name(path: str) -> str:
-    """As Ansible's own modules name it."""
+    """The name that Ansible's own modules use."""
     return f"{path}.{os.getpid()}.{time.strftime('%Y-%m-%d@%H:%M:%S')}~"
 
 
@@ -456,18 +457,18 @@ def _sync_folder(folder: str) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network filesystems sync no folder.
+        # Some network filesystems cannot sync folders.
         if error.errno != errno.EINVAL:
             raise
     finally:
         os.close(descriptor)
 
 
-# As whoever runs the module
+# As the user who runs the module
 
 
 def _harmful_paths(moved: str) -> t.List[str]:
-    """A warning where every rootless runtime reads the rootful store's paths in the system's main file."""
+    """A warning if every rootless runtime reads the rootful store's paths from the system's main file."""
     path = next(
         (item for item in (ADMIN_FILE, VENDOR_FILE) if item != moved and os.path.exists(item)), ""
     )

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Determine the store that a task means, and open it: configuration, records and driver."""
+"""Determine the store of a task and open it: configuration, records and driver."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from .options import Option, as_option, given, options_of
 
 @dataclass(frozen=True)
 class StoreRequest:
-    """The table of the options of a store. Empty texts are options not given.
+    """The table of the options of a store. Empty texts are options that are not given.
 
-    :param account: whose rootless store it is; None for the rootful one
-    :param runtime: the program whose store it is, optionally with a version
-    :param allow_untested_runtime: write even where a program is newer than was tested
+    :param account: the owner of the rootless store; None for the rootful store
+    :param runtime: the program that uses the store, optionally with a version
+    :param allow_untested_runtime: write even if a program is newer than the tested versions
     :param lock_timeout: seconds
     """
 
@@ -51,7 +51,7 @@ STORE_OPTIONS = options_of(StoreRequest, Option)
 
 
 def store_request(account: t.Optional[Account], params: t.Mapping[str, t.Any]) -> StoreRequest:
-    """A request from options as a task or a configuration gives them.
+    """Create a request from the options of a task or a configuration.
 
     :param account: as in :class:`StoreRequest`
     """
@@ -60,19 +60,19 @@ def store_request(account: t.Optional[Account], params: t.Mapping[str, t.Any]) -
 
 @dataclass(frozen=True)
 class OpenStore:
-    """One store, opened: its configuration, its records and its driver."""
+    """An open store: its configuration, its records and its driver."""
 
     config: StoreConfig
     store: Store
     driver: Driver
     account: t.Optional[Account]
-    # The graphroot, held open so that it is not unmounted meanwhile; None where it cannot be held.
+    # The open graphroot, which keeps it from being unmounted; None if that is not possible.
     held: t.Optional[int] = None
 
     def ensure_still_there(self) -> None:
         """Check that the graphroot is still the directory that was opened, before success is reported.
 
-        :raises StoreError: it was unmounted, or something else lies there now
+        :raises StoreError: it was unmounted or replaced
         """
         if self.held is None:
             return
@@ -93,10 +93,11 @@ class OpenStore:
             )
 
     def destroy(self, parent: int, name: str) -> bool:
-        """Delete an entry of staging or trash in one piece, as ``Driver.destroy`` does. Not under the store's locks.
+        """Delete an entry of staging or trash as a whole, as ``Driver.destroy`` does. Not called under the store's
+        locks.
 
-        If a place is still held for a layer of that name it goes first, so that a kill between the two leaves the
-        entry to tell; but it stays while there is a record, for runtimes fail on a record without data.
+        A placeholder for a layer of that name is removed first, so that after a kill between the two steps the entry
+        still identifies it. It is kept as long as there is a record, because runtimes fail on a record without data.
         """
         if self.driver.is_placeholder(name) and name not in self.store.snapshot().layers:
             self.driver.remove_placeholder(name)
@@ -115,13 +116,13 @@ class OpenStore:
 
 
 def account_named(name: t.Optional[str]) -> t.Optional[Account]:
-    """Whose rootless store is meant by the option ``user``; None for the rootful store.
+    """The owner of the rootless store for the option ``user``; None for the rootful store.
 
-    :param name: a user's name, or None for whoever runs this
+    :param name: a user's name, or None for the current user
     :raises ConfigError: no such user
-    :raises PermissionDenied: it is somebody else, and this does not run as root
+    :raises PermissionDenied: it is another user, and this process does not run as root
     """
-    # Inside podman unshare root is the user who has started it.
+    # Inside podman unshare, root is the user who started it.
     mine = namespace_owner() or os.geteuid()
     try:
         entry = pwd.getpwnam(name) if name else pwd.getpwuid(mine)
@@ -162,7 +163,7 @@ def configured(request: StoreRequest) -> StoreConfig:
 
 
 def _need_short_names() -> bool:
-    """Whether one of the runtimes of this host reads layers by their short names; so it is where none is known."""
+    """Whether a runtime of this host reads layers by their short names; true if no runtime is known."""
     installed = [name for name, program in PROGRAMS.items() if shutil.which(program)]
     try:
         known = [item for item in map(detect, installed) if item is not None]
@@ -177,11 +178,12 @@ def opened(
 ) -> t.Iterator[OpenStore]:
     """Open the store that ``request`` names. Writes nothing.
 
-    To be called inside :func:`..userns.run`: it makes mounts in the caller's private mount namespace.
+    Must be called inside :func:`..userns.run`, because it creates mounts in the caller's private mount namespace.
 
-    :param tree_tools: the functions that make trees, for operations that make layers; see ``layer_building.TREE_TOOLS``
-    :param read_only: whether nothing at all may be written later, as in check mode
-    :raises StorageError: the store is not to be found, not readable, or of an unsupported kind
+    :param tree_tools: the functions that create trees, for operations that create layers; see
+        ``layer_building.TREE_TOOLS``
+    :param read_only: whether nothing may be written later, as in check mode
+    :raises StorageError: the store does not exist, is not readable, or of an unsupported kind
     """
     config = configured(request)
     Store.open(config)
@@ -216,7 +218,7 @@ def opened(
 
 
 def _hold(undo: contextlib.ExitStack, graphroot: str) -> t.Optional[int]:
-    """The graphroot, open as the host sees it; None where it cannot be opened that way."""
+    """The graphroot, opened through the host's mounts; None if that is not possible."""
     try:
         held = namespaces.open_on_host(graphroot)
     except OSError:

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The module subordinate_ids: give users ID ranges that nobody else has, under the locks of the shadow tools."""
+"""The module subordinate_ids: assign unique ID ranges to users, under the locks of the shadow tools."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ..idmap.subids import (
 
 KINDS = ("uid", "gid")
 
-# As long as shadow's tools wait (seconds).
+# The timeout of shadow's tools (seconds).
 _LOCK_TIMEOUT = 15.0
 _SELINUX = "security.selinux"
 
@@ -42,8 +42,8 @@ _SELINUX = "security.selinux"
 class GrantRequest:
     """What a task declares.
 
-    :param users: names, of accounts or, as ``containers``, of nobody
-    :param count: how many subordinate UIDs and GIDs each has at least
+    :param users: names of accounts, or names without an account such as ``containers``
+    :param count: the minimum number of subordinate UIDs and GIDs of each
     """
 
     users: t.Tuple[str, ...]
@@ -57,8 +57,8 @@ def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
     """Ensure that each user has the requested number of subordinate IDs. Existing ranges are kept.
 
     :returns: the module's result
-    :raises ConfigError: a name or the count is wrong
-    :raises NamespaceError: a user's IDs are kept elsewhere and are too few, or no range is free
+    :raises ConfigError: a name or the count is invalid
+    :raises NamespaceError: a user has too few IDs in a directory service, or no range is free
     :raises LockTimeout: another program holds a file's lock
     :raises PermissionDenied: the files cannot be written
     """
@@ -75,14 +75,14 @@ def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
         return _elsewhere(request)
     names = list(dict.fromkeys(request.users))
     _refuse_unreadable(request)
-    # Asked before the locks, for it may take its time.
+    # Queried before the locks are taken, because it may be slow.
     listed = nss_accounts("passwd", (2, 3), request.sources)
     listed += nss_accounts("group", (2,), request.sources)
     with contextlib.ExitStack() as locks:
         if not request.check and (_lines_to_add(names, request, listed)[0] or _unended(request)):
             for kind in KINDS:
                 locks.enter_context(_locked(request.sources.path(kind)))
-        # Only what is read under the locks counts.
+        # The result depends only on reads under the locks.
         _refuse_unreadable(request)
         lines, granted = _lines_to_add(names, request, listed)
         unended = _unended(request)
@@ -119,7 +119,7 @@ def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
 def _lines_to_add(
     names: t.Sequence[str], request: GrantRequest, listed: t.Sequence[SubIDRange]
 ) -> t.Tuple[t.List[t.Tuple[str, str]], t.Set[str]]:
-    """Lines with their kind, and who gets them. UIDs and GIDs get the same range where both are short."""
+    """The new lines with their kind and user. UIDs and GIDs get the same range if both are missing."""
     taken = [
         everybodys_range
         for kind in KINDS
@@ -143,7 +143,7 @@ def _lines_to_add(
 
 
 def _unended(request: GrantRequest) -> t.List[str]:
-    """The files that shadow does not read for want of a newline at the end."""
+    """The files that shadow does not read because of a missing newline at the end."""
     if not request.sources.reading.strict:
         return []
     return [
@@ -161,21 +161,21 @@ def _uid_of(name: str) -> t.Optional[int]:
 
 
 def _whole(path: str) -> bytes:
-    """The content of a file as it is once its last line is ended, which any write does."""
+    """The content of a file with a newline at the end, which any write adds."""
     content = _read(path)
     return content if not content or content.endswith(b"\n") else content + b"\n"
 
 
 def _own(name: str, kind: str, request: GrantRequest) -> t.Sequence[SubIDRange]:
-    """A user's ranges in the file itself: what libsubid leaves out for want of an account must not be added
-    once more.
+    """A user's ranges in the file itself, including ranges of names without an account, which libsubid omits
+    and which must not be added again.
     """
     path = request.sources.path(kind)
     return own_ranges(_whole(path), path, name, _uid_of(name), request.sources.reading)
 
 
 def _refuse_unreadable(request: GrantRequest) -> None:
-    """Refuse files of which shadow would read nothing, whatever is added."""
+    """Refuse files that shadow would not read even after the change."""
     for kind in KINDS:
         path = request.sources.path(kind)
         reason = why_not_read(path, _whole(path), request.sources.reading)
@@ -189,7 +189,7 @@ def _refuse_unreadable(request: GrantRequest) -> None:
 
 
 def _warnings(names: t.Sequence[str], request: GrantRequest) -> t.List[str]:
-    """What is wrong with the ranges of these users, and stays so."""
+    """Warnings about existing ranges of these users."""
     found = []
     for kind in KINDS:
         path = request.sources.path(kind)
@@ -250,7 +250,7 @@ def _words(sub_idrange: SubIDRange) -> str:
 
 
 def _elsewhere(request: GrantRequest) -> t.Dict[str, t.Any]:
-    """Users whose IDs a directory keeps: they are counted, and never written."""
+    """Users with IDs in a directory service, which are counted, but never written."""
     service = nss_service(request.sources.nsswitch)
     users = []
     for name in dict.fromkeys(request.users):
@@ -313,7 +313,7 @@ def _read(path: str) -> bytes:
 
 
 def _replace(path: str, content: bytes) -> None:
-    """Write the file as shadow's tools do: the old one stays behind as ``PATH-``."""
+    """Write the file as shadow's tools do, with the old content as ``PATH-``."""
     fresh = f"{path}+"
     try:
         mode, owner, group = 0o644, 0, 0
@@ -345,7 +345,7 @@ def _write(path: str, content: bytes, mode: int, owner: int, group: int, model: 
         os.fchmod(descriptor, mode)
         if os.geteuid() == 0:
             os.fchown(descriptor, owner, group)
-        # Hosts without SELinux have no such attribute.
+        # Without SELinux there is no such attribute.
         with contextlib.suppress(OSError):
             os.setxattr(descriptor, _SELINUX, os.getxattr(model, _SELINUX))
         stream.flush()

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Images whose names newer images have taken, and which nothing uses any more.
+"""Find unused images whose names belong to newer images.
 
-Each update of an image leaves one, with all its mapped layers. Runtimes record the former names of an image
-(containers/storage, ``names-history``). Images that never had a name, such as those of a build cache, are none of them.
+Each update of an image leaves such an image, with all its mapped layers. Runtimes record the former names of an image
+(containers/storage, ``names-history``). Images that never had a name, such as those of a build cache, do not count.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .time_formats import format_age, format_time
 
 RULE = "superseded_images"
 _OF_A_BUILD = re.compile(r"/[0-9a-f]{64}-tmp:latest$")
-# An image and another one.
+# An image and its successor.
 _ENOUGH = 2
 
 
@@ -32,9 +32,9 @@ _ENOUGH = 2
 class Superseded:
     """A decision about an image without a name.
 
-    :ivar layers: the layers that its removal removes, mapped layers first
-    :ivar since: when its names were taken, in seconds since the epoch; None if that is unknown
-    :ivar rule: the protection that keeps it, or the rule
+    :ivar layers: the layers that are removed with it, mapped layers first
+    :ivar since: the time at which it lost its names, in seconds since the epoch; None if unknown
+    :ivar rule: the protection that keeps it, or the rule that removes it
     """
 
     image: Image
@@ -53,10 +53,10 @@ def decide(
     states: t.Mapping[str, LayerState],
     refusal: t.Optional[t.Tuple[str, str]] = None,
 ) -> t.List[Superseded]:
-    """Decide about all images that lost their names; none if the policy has no rule for them.
+    """Decide about all images that lost their names; empty if the policy has no rule for them.
 
     :param now: seconds since the epoch
-    :param states: of mapped layers, by ID
+    :param states: the states of mapped layers, by ID
     :param refusal: why nothing may be removed from the store, as rule and reason
     """
     if policy.superseded_images is None:
@@ -79,19 +79,19 @@ def decide(
 
 
 def is_superseded(image: Image) -> bool:
-    """Whether an image of the store itself has lost all its names."""
+    """Whether an image of the store itself lost all its names."""
     return not image.names and bool(former_names(image)) and not image.read_only_store
 
 
 def former_names(image: Image) -> t.List[str]:
-    """The names that an image had, without those that buildah gives to images while it builds them."""
+    """The names that an image had, without temporary names of buildah."""
     return [name for name in image.names_history if not _OF_A_BUILD.search(name)]
 
 
 def refuse_used(snapshot: Snapshot, image: Image) -> None:
     """Check under the locks that an image is still superseded, and that nothing uses it.
 
-    :raises LayerInUse: something uses it
+    :raises LayerInUse: it is in use
     """
     subject = f"image {image.id[:12]}"
     if not is_superseded(image):
@@ -104,7 +104,7 @@ def refuse_used(snapshot: Snapshot, image: Image) -> None:
 def _use(
     snapshot: Snapshot, image: Image, dependents: t.Mapping[str, t.Sequence[Image]]
 ) -> t.Optional[t.Tuple[str, str]]:
-    """What uses an image, as rule and reason; None if nothing does."""
+    """Why an image is in use, as rule and reason; None if it is not."""
     containers = users_of_image(snapshot, image)
     if containers:
         named = ", ".join(f"container {container.name}" for container in containers)
@@ -155,7 +155,7 @@ class _Judge:
 
 
 def _times_of_names(snapshot: Snapshot) -> t.Dict[str, float]:
-    """When the latest image that has a name was pulled or built, by name."""
+    """By name, the time at which the newest image with that name was pulled or built."""
     found: t.Dict[str, float] = {}
     for image in snapshot.images.values():
         created = _created(snapshot, image)
@@ -165,7 +165,7 @@ def _times_of_names(snapshot: Snapshot) -> t.Dict[str, float]:
 
 
 def _since(snapshot: Snapshot, image: Image, taken: t.Mapping[str, float]) -> t.Optional[float]:
-    """When the image that took one of its names was pulled or built, or if none has them, the image itself."""
+    """The time at which the successor was pulled or built, or the image itself if there is no successor."""
     own = _created(snapshot, image)
     if own is None:
         return None
@@ -173,6 +173,6 @@ def _since(snapshot: Snapshot, image: Image, taken: t.Mapping[str, float]) -> t.
 
 
 def _created(snapshot: Snapshot, image: Image) -> t.Optional[float]:
-    """When the top layer was created: an image's own date is that of its build."""
+    """The creation time of the top layer, because an image's own date is that of its build."""
     layer = snapshot.layers.get(image.layer)
     return layer.created.timestamp() if layer is not None and layer.created else None

@@ -15,23 +15,23 @@ _NAME = re.compile(rf"{_PREFIX}-([0-9]{{1,10}})-([0-9]{{1,20}})-[0-9a-f]{{8}}")
 
 
 def new_name() -> str:
-    """A fresh name, which tells for how long this process has been running."""
+    """A new name, which contains the start time of this process."""
     return f"{_PREFIX}-{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
 
 
 def is_name(name: str) -> bool:
-    """Whether a container's name is such a name."""
+    """Whether the name of a container has this form."""
     return _NAME.fullmatch(name) is not None
 
 
 def is_running(name: str) -> bool:
-    """Whether the process that is named in a container's name still runs."""
+    """Whether the process in a container's name is still running."""
     found = _NAME.fullmatch(name)
     return found is not None and _start_time(int(found.group(1))) == found.group(2)
 
 
 def create_words(name: str, pull: str) -> t.List[str]:
-    """The words after ``podman`` that create it: without network, volumes, log and restart.
+    """The arguments of ``podman`` to create it without network, volumes, log and restart.
 
     :param pull: ``never`` or ``always``
     """
@@ -40,12 +40,12 @@ def create_words(name: str, pull: str) -> t.List[str]:
 
 
 def remove_words(name: str) -> t.List[str]:
-    """The words after ``podman`` that remove it; a container that does not exist is no error."""
+    """The arguments of ``podman`` to remove it; a missing container is ignored."""
     return ["rm", "--force", "--ignore", "--volumes", name]
 
 
 def _start_time(pid: int) -> str:
-    """When a process started, in clock ticks after the boot (proc_pid_stat(5)); empty where there is none."""
+    """The start time of a process in clock ticks after the boot (proc_pid_stat(5)); empty if there is no process."""
     with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as stream:
         return stream.read().rpartition(b")")[2].split()[19].decode("ascii")
     return ""

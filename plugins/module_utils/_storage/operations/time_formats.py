@@ -24,14 +24,14 @@ _FRACTION = re.compile(r"(\.\d{1,9})(?=Z|[+-]|$)")
 
 
 def format_time(moment: float) -> str:
-    """A moment (seconds since the epoch) in words, whole seconds; the nearest one within the years 1 to 9999."""
+    """Format a time (seconds since the epoch) in whole seconds, limited to the years 1 to 9999."""
     seconds = int(max(_FIRST, min(moment, _LAST)))
-    # fromtimestamp takes no years before 1970 everywhere.
+    # fromtimestamp does not support years before 1970 on all platforms.
     return f"{(_EPOCH + datetime.timedelta(seconds=seconds)).isoformat()}Z"
 
 
 def format_age(seconds: float) -> str:
-    """An age in words: the largest unit of which there are at least two, cut to a whole number."""
+    """Format an age in the largest unit of which it has at least two, rounded down."""
     whole = max(int(seconds), 0)
     for unit, name in ((604800, "weeks"), (86400, "days"), (3600, "hours"), (60, "minutes")):
         if whole >= 2 * unit:
@@ -52,7 +52,7 @@ def from_rfc3339(text: str) -> t.Optional[float]:
 
 
 def is_moment(text: str) -> bool:
-    """Whether a date and time without a zone is one that exists."""
+    """Whether a date and time without a zone exists."""
     try:
         datetime.datetime.fromisoformat(text)
     except ValueError:
@@ -61,7 +61,7 @@ def is_moment(text: str) -> bool:
 
 
 def age(option: str, text: str) -> float:
-    """Seconds of an age. Raises ConfigError: not an age, or a negative one, which would mean
+    """Parse an age to seconds. Raises ConfigError: it is no age, or negative, which would mean
     "younger than".
     """
     found = AGE.fullmatch(text.strip())

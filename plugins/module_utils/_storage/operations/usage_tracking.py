@@ -16,12 +16,12 @@ from ..store.locks import peek_token
 from ..store.snapshot import Snapshot
 from .store_opening import OpenStore
 
-# How far ahead of the clock a timestamp may be (seconds).
+# The maximum time by which a timestamp may be in the future (seconds).
 _SKEW = 600.0
 
 
 def read_ledger(store_ctx: OpenStore) -> Ledger:
-    """The store's ledger, read."""
+    """Read the store's ledger."""
     path = os.path.join(store_ctx.store.root, "ledger.json")
     return Ledger(path, store_ctx.store.lock_timeout).load()
 
@@ -34,13 +34,13 @@ def record_use(
     begin: bool = True,
     programs: t.Mapping[str, str] = MappingProxyType({}),
 ) -> Ledger:
-    """Look at what is in use.
+    """Observe which layers are in use.
 
-    :param moment: when this is
-    :param write: whether to keep what was seen
-    :param begin: whether to begin a ledger where there is none
+    :param moment: the current time
+    :param write: whether to save the observation
+    :param begin: whether to create a ledger if there is none
     :param programs: see ``Ledger.learn``
-    :raises LockTimeout: another run holds our folder
+    :raises LockTimeout: another run has locked the collection's folder
     :raises StorageError: the ledger cannot be read or written
     """
     ledger = read_ledger(store_ctx)
@@ -74,7 +74,7 @@ def _sightings(store_ctx: OpenStore, snapshot: Snapshot, moment: Moment) -> t.Di
     for layer_id, key in keys.items():
         trace = traces.get(layer_id)
         if trace is not None and (trace.at or 0.0) > moment.wall + _SKEW:
-            # An access time in the future is not renewed before that.
+            # An access time in the future is not updated before that time.
             trace = None
         used = bool(snapshot.containers_on(layer_id) or snapshot.children(layer_id))
         if trace is None:
@@ -89,12 +89,12 @@ def _record_file(store_ctx: OpenStore, kind: str, name: str) -> str:
 
 
 def _containers_token(store_ctx: OpenStore) -> str:
-    """What changes with each container that any runtime creates or removes; empty if not readable."""
+    """A value that changes with each container that any runtime creates or removes; empty if not readable."""
     return peek_token(_record_file(store_ctx, "containers", "containers.lock")).hex()
 
 
 def _changed_at(store_ctx: OpenStore) -> t.Optional[float]:
-    """When a runtime last wrote the store's records, seconds since the epoch."""
+    """The time at which a runtime last wrote the store's records, in seconds since the epoch."""
     moments = []
     for kind in ("layers", "images", "containers"):
         for name in (f"{kind}.json", f"{kind}.lock"):

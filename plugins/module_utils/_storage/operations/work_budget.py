@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""When to stop: at a time limit, on a signal, or when nobody waits for the result any more."""
+"""Decide when to stop work: at a time limit, on a signal, or when nobody waits for the result any more."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WorkBudget:
     """A progress callback that records the progress and suspends the work at the time limit.
 
     :param deadline: on the monotonic clock, which all processes of a host share; 0 for none
-    :param awaited: somebody waits at the other end of standard output for the result
+    :param awaited: whether a reader of standard output waits for the result
     """
 
     def __init__(self, deadline: float = 0.0, awaited: bool = False) -> None:
@@ -29,7 +29,7 @@ class WorkBudget:
         self._started = time.monotonic()
         self.files = 0
         self.bytes = 0
-        # The seconds that it takes to read existing data again.
+        # The time that it takes to read existing data again (seconds).
         self._files_before = 0
         self._bytes_before = 0
         self.resume_seconds = 0.0
@@ -41,23 +41,23 @@ class WorkBudget:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more is to be begun."""
+        """Whether no more work should be started."""
         return (0 < self._deadline <= time.monotonic()) or self.given_up
 
     @property
     def made_progress(self) -> bool:
-        """Whether there is more than there was before."""
+        """Whether there is more work done than before."""
         return self.files > self._files_before or self.bytes > self._bytes_before
 
     def resume(self, files: int, size: int) -> None:
-        """So many files and bytes are there already."""
+        """Set the number of existing files and bytes."""
         self._started = time.monotonic()
         self._files_before, self._bytes_before = files, size
 
     def __call__(self, files: int, size: int) -> None:
-        """Take note of the files and bytes made.
+        """Record the files and bytes created.
 
-        :raises Suspended: the time is up, and there is more than before; or nobody waits for it
+        :raises Suspended: the time is over and there was progress, or nobody waits for the result
         """
         self.files, self.bytes = files, size
         if not self.made_progress:
@@ -67,9 +67,9 @@ class WorkBudget:
         self.look_only(files, size)
 
     def look_only(self, _files: int, _size: int) -> None:
-        """Take no note, for nothing is being made.
+        """A callback for work that creates nothing.
 
-        :raises Suspended: nobody waits for it
+        :raises Suspended: nobody waits for the result
         """
         if self.given_up:
             raise Suspended(True)
@@ -79,7 +79,7 @@ class WorkBudget:
 def in_order() -> t.Iterator[None]:
     """Suspend the work when a signal requests the end of the process, so that the next run resumes it.
 
-    It may be told more than once, and from then on has little left to do: so it stays like that.
+    Signals may arrive several times, and little work is left after the first, so the handlers stay installed.
     """
     before = {
         number: signal.signal(number, _take_note)

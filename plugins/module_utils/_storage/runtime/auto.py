@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Predict the map of ``userns=auto``: its size and the free IDs that it uses, by version.
 
-Pure functions; reading the image, the records and the configuration is the caller's part.
+Pure functions; the caller reads the image, the records and the configuration.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _INT64_MAX = 2**63 - 1
 
 @dataclass(frozen=True)
 class ImageIDs:
-    """What the size of an automatic namespace is derived from.
+    """The inputs for the size of an automatic namespace.
 
     :param highest: the highest ID in the ``uidset`` and ``gidset`` of the image's top layer and
-        all layers below it, -1 when these are empty
-    :param passwd: text of the image's /etc/passwd, None when it has none
+        all layers below it, -1 if these are empty
+    :param passwd: text of the image's /etc/passwd; None if it has none
     :param group: text of its /etc/group
-    :param started_group: text of ``etc/group`` in the directory that the runtime is started in;
+    :param started_group: text of ``etc/group`` in the working directory of the runtime;
         that of the host for "/", as for systemd services. Old versions read it instead.
     """
 
@@ -50,7 +50,7 @@ def image_ids(
     """Collect them from an image.
 
     :param id_sets: each layer's ``uidset`` and ``gidset``
-    :param read_file: gives the text of a file in the merged image ("etc/passwd"), or None
+    :param read_file: returns the text of a file in the merged image ("etc/passwd"), or None
     """
     highest = max((identifier for ids in id_sets for identifier in ids), default=-1)
     return ImageIDs(highest, read_file("etc/passwd"), read_file("etc/group"), started_group)
@@ -65,15 +65,15 @@ def namespace_size(
 ) -> int:
     """The number of IDs in the namespace.
 
-    :param size: auto's ``size=``, which is taken as it is
+    :param size: auto's ``size=``, which is used unchanged
     :param user: ``--user`` of the container, or USER of the image ("1000", "app:50"); podman
-        makes room for its numbers
+        includes its numbers in the size
     :raises MapError: the image needs more than the configuration allows
     """
     if size:
         return size
     if runtime.name == "cri-o":
-        # Its default counts only without size; 0 is passed on, and the pod's own image asks for nothing more.
+        # The default only applies without size; 0 is passed on, and the pod's own image needs nothing more.
         return _CRIO_SIZE if size is None else limits.minimum
     result = limits.minimum
     if runtime.name == "podman":
@@ -89,10 +89,10 @@ def namespace_size(
 
 
 def accounts_size(can: Capabilities, image: ImageIDs) -> int:
-    """The size that an image's accounts ask for, as the runtime counts it.
+    """The size that an image's accounts need, as the runtime counts it.
 
-    Up to 1.55 the highest ID itself is taken, without room for it, and the group file is looked
-    for below the working directory; before 1.46 the number 65534 counts unless named nobody.
+    Up to 1.55 the size is the highest ID itself, which excludes that ID, and the group file is
+    searched below the working directory; before 1.46, ID 65534 counts unless its name is nobody.
     """
     if can.counts_accounts_exactly:
         size = 0
@@ -100,7 +100,7 @@ def accounts_size(can: Capabilities, image: ImageIDs) -> int:
             if name in ("nobody", "nogroup"):
                 continue
             for number in ids:
-                # Compared with the size, not the highest ID: one that equals the size is lost.
+                # Compared with the size, not with the highest ID: an ID that equals the size is lost.
                 if number > size and number != OVERFLOW_ID:
                     size = number + 1
         return size
@@ -115,9 +115,9 @@ def accounts_size(can: Capabilities, image: ImageIDs) -> int:
 
 
 def available_ids(rootless: bool, subids: SubIDs) -> tuple[list[Span], list[Span]]:
-    """(start, end) spans of the UIDs and of the GIDs that containers may share out among them.
+    """(start, end) spans of the UIDs and of the GIDs that are available to containers.
 
-    :param subids: of a rootless user the user's own; of root those of ``AutoUserns.owner``
+    :param subids: those of the rootless user, or of ``AutoUserns.owner`` for root
     """
     result = []
     for ranges in (subids.uid, subids.gid):
@@ -135,11 +135,11 @@ def allocate(
     used: t.Iterable[Mapping],
     extra: Mapping = UNMAPPED,
 ) -> Mapping:
-    """The map the next automatic container gets: the lowest free IDs, laid end to end.
+    """The map of the next automatic container: the lowest free IDs, concatenated.
 
     :param size: from ``namespace_size``
     :param used: mappings of every container record in the store, running or not
-    :param extra: auto's ``uidmapping=`` and ``gidmapping=``; they stand last in the map
+    :param extra: auto's ``uidmapping=`` and ``gidmapping=``; they are the last entries of the map
     :raises MapError: too few IDs are free
     """
     taken = list(used)
@@ -188,12 +188,12 @@ def slots(
     held: t.Iterable[Mapping] = (),
     extra: Mapping = UNMAPPED,
 ) -> list[Mapping]:
-    """The maps of the first ``count`` containers of an image that run at once.
+    """The maps of the first ``count`` simultaneous containers of an image.
 
-    Containers of the image that exist already and have a map of this size fill slots of their
-    own, so that the answer stays the same while they come and go.
+    Existing containers of the image with a map of this size occupy slots,
+    so that the result does not change when they are created and removed.
 
-    :param used: mappings of every container record in the store, those in ``held`` too
+    :param used: mappings of every container record in the store, including ``held``
     :param held: mappings of the containers of this image
     :raises MapError: too few IDs are free
     """
@@ -227,7 +227,7 @@ def _fewer(fit: int) -> str:
 
 
 def _from(mapping: Mapping, available: tuple[t.Sequence[Span], t.Sequence[Span]]) -> bool:
-    """Whether a map begins with IDs that are shared out automatically."""
+    """Whether a map starts with IDs that are available to automatic namespaces."""
     return all(
         any(low <= idmap.ranges[0].host_id < high for low, high in spans)
         for idmap, spans in zip((mapping.uid, mapping.gid), available)
@@ -240,13 +240,13 @@ def _numbers(user: str) -> list[int]:
 
 
 def _whole(digits: str) -> int:
-    """A number of any length, at most what 64 bits hold: Python refuses to convert thousands of digits."""
+    """A number of any length, limited to 64 bits, because Python refuses to convert thousands of digits."""
     significant = digits.lstrip("0") or "0"
     return min(int(significant), _INT64_MAX) if len(significant) < 20 else _INT64_MAX
 
 
 def _accounts(text: str | None, fields: tuple[int, ...]) -> list[tuple[str, list[int]]]:
-    """Name and IDs of each line; what is no number counts as 0, as in Go's reader."""
+    """Name and IDs of each line; invalid numbers count as 0, as in Go's parser."""
     result = []
     for line in (text or "").split("\n"):
         parts = line.strip().split(":")
@@ -265,7 +265,7 @@ def _atoi(text: str) -> int:
 
 
 def _union(spans: t.Iterable[Span]) -> list[Span]:
-    """Sorted, with overlapping and touching spans made one."""
+    """The sorted spans, with overlapping and adjacent spans merged."""
     result: list[Span] = []
     for low, high in sorted(spans):
         if low >= high:
@@ -278,7 +278,7 @@ def _union(spans: t.Iterable[Span]) -> list[Span]:
 
 
 def _without(spans: t.Sequence[Span], holes: t.Iterable[Span]) -> list[Span]:
-    """What is left of sorted spans that do not overlap."""
+    """The rest of sorted, disjoint spans after the removal of others."""
     busy = _union(holes)
     result = []
     for low, high in spans:
@@ -298,7 +298,7 @@ def _count(spans: t.Iterable[Span]) -> int:
 
 
 def _zip(inside: t.Sequence[Span], outside: t.Sequence[Span]) -> list[IDRange]:
-    """Container IDs laid onto host IDs in order, cut where either has a gap."""
+    """Map container IDs to host IDs in order, split at the gaps of either."""
     result = []
     hosts = list(outside)
     for low, high in inside:

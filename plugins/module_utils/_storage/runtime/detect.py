@@ -23,7 +23,7 @@ _TIMEOUT = 60.0
 PROGRAMS = {"podman": "podman", "buildah": "buildah", "cri-o": "crio"}
 _ALIASES = {"crio": "cri-o", **{name: name for name in PROGRAMS}}
 _RELEASE = "the table of releases"
-# Before what a program said of its storage version, in the cache.
+# The prefix of storage versions in the cache.
 _STORAGE_KEY = "storage "
 
 
@@ -31,8 +31,8 @@ _STORAGE_KEY = "storage "
 class Runtime:
     """A program that requests layers.
 
-    ``name`` is "podman", "buildah" or "cri-o"; ``path`` is empty when it was only named; ``source`` says where the
-    version of containers/storage is known from.
+    ``name`` is "podman", "buildah" or "cri-o"; ``path`` is empty if it was only named; ``source`` is the source of
+    the version of containers/storage.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Runtime:
 
     @functools.cached_property
     def capabilities(self) -> Capabilities:
-        """What it does."""
+        """Its capabilities."""
         return capabilities(self.name, self.version, self.storage_version)
 
     def __str__(self) -> str:
@@ -76,13 +76,13 @@ def runtime(name: str, version: str, path: str = "") -> Runtime:
 def detect(
     preferred: str | None = None, version_cache: t.MutableMapping[str, str] | None = None
 ) -> Runtime | None:
-    """The runtime of this host: the preferred one, else the first of podman, buildah and CRI-O.
+    """The runtime of this host: the preferred program, or the first of podman, buildah and CRI-O.
 
     :param preferred: a program's name or path, optionally followed by a version ("podman 5.4.2"),
-        which is then believed without asking the program
-    :param version_cache: what programs said when they were asked before, by what identifies their file; the
-        same file is not asked again, and new answers are added
-    :raises ConfigError: the preferred program is unknown, not installed, or does not tell its
+        which is then used without running the program
+    :param version_cache: versions that programs reported before, by the identity of the file; the
+        same file is not run again, and new answers are added
+    :raises ConfigError: the preferred program is unknown, not installed, or does not report its
         version
     """
     if preferred and preferred.strip():
@@ -109,15 +109,15 @@ def detect(
 
 
 def find_program(name: str) -> str:
-    """The path of "podman", "buildah" or "cri-o"; empty where it is not installed."""
+    """The path of "podman", "buildah" or "cri-o"; empty if it is not installed."""
     return shutil.which(PROGRAMS[name], path=_search_path()) or ""
 
 
 def installed() -> t.Iterator[tuple[str, Capabilities, FoundVersion]]:
-    """The programs of this host that use stores, with as much as is known without running them.
+    """The programs of this host that use stores, without running them if possible.
 
-    :returns: name, what it does by its version of containers/storage (nothing of podman's own), and that version
-    :raises ConfigError: a program does not report its version in any way
+    :returns: name, capabilities by the version of containers/storage (without podman's own), and that version
+    :raises ConfigError: the version of a program cannot be determined
     """
     for name in PROGRAMS:
         path = find_program(name)
@@ -132,7 +132,7 @@ def installed() -> t.Iterator[tuple[str, Capabilities, FoundVersion]]:
 
 
 def _search_path() -> str:
-    """PATH, with the folders that a plain user's or Ansible's shell may leave out."""
+    """PATH, with the folders that may be missing in a user's or Ansible's shell."""
     given = os.environ.get("PATH", os.defpath)
     return os.pathsep.join((given, "/usr/local/bin", "/usr/bin", "/usr/sbin"))
 
@@ -163,7 +163,7 @@ def _ask(name: str, path: str, version_cache: t.MutableMapping[str, str] | None)
 def _remembered(
     version_cache: t.MutableMapping[str, str] | None, kind: str, path: str, ask: t.Callable[[], str]
 ) -> str:
-    """An answer about a file that is given once, for as long as the file stays the same."""
+    """A cached answer about a file, which is valid as long as the file does not change."""
     identity = _identity(path) if version_cache is not None else ""
     if version_cache is None or not identity:
         return ask()
@@ -173,7 +173,8 @@ def _remembered(
 
 
 def _wrapped(script: Runtime) -> str:
-    """The executable that a script of its name calls, as far as their equal versions tell; empty if unknown."""
+    """The executable that a wrapper script of the same name calls, identified by its equal version; empty if
+    unknown."""
     program = PROGRAMS[script.name]
     for folder in _search_path().split(os.pathsep):
         path = os.path.join(folder, program)
@@ -200,7 +201,7 @@ def _is_executable(path: str) -> bool:
 
 
 def _identity(path: str) -> str:
-    """What changes whenever a program does; empty for scripts, which may call any other."""
+    """The identity of a program file; empty for scripts, which may call other programs."""
     real = os.path.realpath(path)
     try:
         with open(real, "rb") as file:

@@ -19,7 +19,7 @@ _WHOLE_HOST = Mapping(EVERYTHING, EVERYTHING)
 def named_ranges(name: str, kind: str) -> tuple[SubIDRange, ...]:
     """The ranges of an owner named by ``subuidname`` ("uid") or ``subgidname`` ("gid").
 
-    :raises NamespaceError: the files, or NSS, have none
+    :raises NamespaceError: there are none in the files or NSS
     """
     try:
         uid: int | None = pwd.getpwnam(name).pw_uid
@@ -36,7 +36,7 @@ def context(
     available: Mapping = _WHOLE_HOST,
     names: t.Callable[[str, str], tuple[SubIDRange, ...]] = named_ranges,
 ) -> UsernsContext:
-    """What this version of a runtime understands and writes, for a user in a namespace.
+    """The context for a version of a runtime, a user and a namespace.
 
     :param uid: the user's host UID
     :param gid: the user's primary host GID
@@ -80,10 +80,10 @@ def recorded_form(
     """The form in which the runtime's store records a map that was resolved for it.
 
     :param shifting_checked: the store asks whether the map is contiguous
-        (``Shifting.sorts``), and that question sorts the list it is put to; a UID map that is
-        not spares the GID map the question
-    :param typed: the map comes from elsewhere than ``resolve``, as a user would type it, and
-        the runtime's own sorting and merging is still to be done
+        (``Shifting.reorders_map``), and this check sorts the list; if the UID map is not
+        contiguous, the GID map is not checked
+    :param typed: the map is in the notation of the user, not from ``resolve``, and
+        the runtime's own sorting and merging must still be applied
     """
     if typed and runtime.capabilities.merges_maps:
         mapping = Mapping(mapping.uid.normal(), mapping.gid.normal())
@@ -94,7 +94,7 @@ def recorded_form(
 
 
 def reuse_form(mapping: Mapping, seen: t.Iterable[Mapping]) -> Mapping:
-    """The form in which the runtime has already recorded a map of the same meaning, if any.
+    """The form in which the runtime already recorded a map of the same meaning, if any.
 
     :param seen: mappings of the runtime's own containers and mapped layers, best evidence first
     """

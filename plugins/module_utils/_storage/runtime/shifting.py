@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Predict whether a runtime needs a mapped layer, or shifts the IDs with a mount.
 
-The answer follows what containers/storage 1.38 to 1.63 ask, in their order: environment, mount
-program, remembered feature test, and the kernel itself last.
+Follows the checks of containers/storage 1.38 to 1.63 in their order: environment, mount
+program, recorded feature test, and finally the kernel itself.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Probe = t.Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Shifting:
-    """The answer, in words for an administrator.
+    """The answer, with explanations for an administrator.
 
     :param shifts: no mapped layer is needed
-    :param reason: why, one clause
-    :param advice: what would change it, whole sentences
-    :param reorders_map: the store asks whether the map is contiguous, which sorts what it records
-        (see ``forms.shape``)
-    :param usable: the runtime can mount a mapped layer of this map at all
+    :param reason: the reason, a clause
+    :param advice: how to change it, whole sentences
+    :param reorders_map: the store checks whether the map is contiguous, which sorts the recorded map
+        (see ``forms.recorded_form``)
+    :param usable: the runtime can mount a mapped layer of this map
     """
 
     shifts: bool
@@ -120,10 +120,10 @@ def shifting(
 
 
 def mount_program(options: t.Mapping[str, str], graphroot: str, runroot: str) -> str:
-    """The program that mounts the store's overlays, empty where the kernel does.
+    """The program that mounts the store's overlays; empty if the kernel does.
 
-    Configured, or found in PATH when the store was once used with one, or when the kernel's own
-    overlay was found not to work here.
+    It is configured, or found in PATH if the store was used with a mount program before, or if the kernel's
+    overlay does not work here.
     """
     configured = options.get("mount_program", "")
     if configured:
@@ -199,7 +199,7 @@ def _asked_for_contiguity(mapping: Mapping, runtime: Runtime, why: str) -> Shift
 def _native(
     graphroot: str, runroot: str, probe: Probe | None, kernel: str | None
 ) -> tuple[bool, str]:
-    """Whether the kernel shifts IDs for root on this filesystem, and in words why."""
+    """Whether the kernel shifts IDs for root on this filesystem, and the reason."""
     remembered = _remembered(runroot, "idmapped-lower-dir")
     if remembered:
         return True, "the kernel shifts IDs with idmapped mounts"
@@ -220,7 +220,7 @@ def _native(
 
 
 def _existing(path: str) -> str:
-    """The folder, or the nearest above it that exists: a store that no runtime has written yet will lie there."""
+    """The folder, or its nearest existing parent, where a store that no runtime has written yet will be created."""
     while not os.path.isdir(path) and os.path.dirname(path) != path:
         path = os.path.dirname(path)
     return path

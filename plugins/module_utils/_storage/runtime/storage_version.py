@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Determine the version of containers/storage in an executable.
 
-Distributions build a program with another version of the library than its upstream does, so the program's own version
-does not tell. Sources, in this order: Go's build information in the executable, the Debian package that the
+Distributions may build a program with another version of the library than upstream, so the program's own version
+is not enough. Sources, in this order: Go's build information in the executable, the Debian package that the
 executable belongs to, and whether the executable contains the configuration loader of storage 1.63.
 """
 
@@ -21,12 +21,12 @@ from ..capabilities import Version, loader_agrees
 ELF = b"\x7fELF"
 
 _CHUNK = 1 << 20
-# Go writes the list of modules of a large program in less than 100 kB.
+# The list of modules of a large Go program takes less than 100 kB.
 _INFORMATION_LIMIT = 1 << 20
 _SECTIONS_LIMIT = 1024
 _ENTRY_LIMIT = 256
 _INFORMATION = b".go.buildinfo"
-# https://pkg.go.dev/runtime/debug#ParseBuildInfo: a line for each module, and one behind it if it was replaced.
+# https://pkg.go.dev/runtime/debug#ParseBuildInfo: a line for each module, followed by another line if it was replaced.
 _MODULE = re.compile(
     rb"\ndep\t(?:github\.com/containers|go\.podman\.io)/storage\t(v[^\t\n]*)[^\n]*"
     rb"(?:\n=>\t[^\t\n]*\t?(v[^\t\n]*)?)?"
@@ -53,11 +53,11 @@ class FoundVersion:
 
 
 def storage_version(path: str, package: str, released: t.Callable[[], Version]) -> FoundVersion:
-    """Find out which containers/storage is in an executable.
+    """Determine the version of containers/storage in an executable.
 
-    :param package: the name of the Debian package that has the program
-    :param released: tells the version that the release was published with; asked for executables that do not
-        tell theirs
+    :param package: the name of the Debian package with the program
+    :param released: returns the version with which the release was published; called for executables
+        without version information
     :raises OSError: the executable cannot be read
     """
     path = os.path.realpath(path)
@@ -98,7 +98,7 @@ def _version(numbers: t.Iterable[t.Optional[str]]) -> Version:
 
 
 def _build_information(path: str) -> bytes:
-    """The section that Go puts its build information into; empty for what has none."""
+    """The section with Go's build information; empty if there is none."""
     with open(path, "rb") as file:
         try:
             return _section(file, _INFORMATION)
@@ -134,7 +134,7 @@ def _section(file: t.BinaryIO, name: bytes) -> bytes:
 
 
 def _debian_sources(path: str, package: str) -> str:
-    """What a Debian package was built with; empty where the executable is of no such package."""
+    """The packages with which a Debian package was built; empty if the executable belongs to no package."""
     try:
         with open(os.path.join(_DPKG, f"{package}.list"), encoding="utf-8") as listed:
             if path not in listed.read().splitlines():

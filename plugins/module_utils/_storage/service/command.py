@@ -22,13 +22,13 @@ from .watching import Images, ImagesOfUser
 
 DONE, FAILED, BAD_CONFIG = 0, 1, 78
 
-# A store in use all the time is left to the next change after so many rounds.
+# After this many rounds, a store that changes all the time waits for its next change.
 _MOST_ROUNDS = 10
 # Characters.
 _LONGEST_LINE = 16_000
 
 _NO_IMAGES = "no store has images and mappings, so {}. Add both to a store."
-# What a configuration without work for a command means.
+# The messages for a configuration without work for a command.
 _NOTHING = {
     "ready": _NO_IMAGES.format("no layer is created"),
     "watch": _NO_IMAGES.format("nothing is watched"),
@@ -45,7 +45,7 @@ exit status:
 
 
 def main(arguments: t.Sequence[str]) -> int:
-    """Carry out one command line.
+    """Run a command line.
 
     :returns: the exit status
     """
@@ -173,7 +173,7 @@ def _ready(settings: StoreSettings, quiet: float) -> bool:
             _complain(f"{settings.user}: {error}")
             return False
         good = _tell_ready(settings.user, done["result"])
-        # Whoever came meanwhile has not been noticed by anybody else.
+        # Changes during the work were not detected otherwise.
         if done["settled"]:
             break
     return good

@@ -30,10 +30,10 @@ Json = t.Dict[str, t.Any]
 class StoreSettings:
     """The layers to create in one store, and the rules for removing layers.
 
-    :param user: the store's owner, "root" for the rootful one
-    :param images: names, IDs or shell patterns of images that may come and go
-    :param ready: the request that is made of it, still without images; None where nothing is declared
-    :param policy: None where nothing may go
+    :param user: the store's owner, "root" for the rootful store
+    :param images: names, IDs or shell patterns of images, which may be missing
+    :param ready: the request for layers, without images; None if nothing is declared
+    :param policy: None if nothing may be removed
     """
 
     user: str
@@ -44,9 +44,9 @@ class StoreSettings:
 
 
 def load(path: str) -> t.Tuple[StoreSettings, ...]:
-    """Read a configuration, or all that a directory holds, which are its files that end in .json.
+    """Read a configuration file, or all files of a directory that end in .json.
 
-    :raises ConfigError: it cannot be read, or says what cannot be; the file and the place in it are named
+    :raises ConfigError: it cannot be read or is invalid; the message names the file and the location in it
     """
     if os.path.isdir(path):
         return tuple(store for file in _files(path) for store in load(file))
@@ -86,7 +86,7 @@ def _files(folder: str) -> t.List[str]:
 
 
 class _Reader:
-    """One JSON object of the file, with its location in the file."""
+    """A JSON object of the file, with its location in the file."""
 
     def __init__(self, path: str, location: str, content: t.Any) -> None:
         self._path = path
@@ -100,7 +100,7 @@ class _Reader:
         self._content: Json = content
 
     def known(self, names: t.Sequence[str]) -> None:
-        """Refuse all other names."""
+        """Refuse unknown names."""
         for name in self._content:
             if name not in names:
                 raise self.wrong(name, "is unknown", f"Supported are {', '.join(names)}.")
@@ -110,7 +110,7 @@ class _Reader:
         return ConfigError(f"{self._path}: {location}", cause, hint)
 
     def has(self, name: str) -> bool:
-        """Whether it is given; an empty text, an empty list and null are not."""
+        """Whether it is given; an empty text, an empty list and null do not count."""
         return self._content.get(name) not in (None, "", [])
 
     def text(self, name: str, default: str = "") -> str:
@@ -165,7 +165,7 @@ class _Reader:
         return int(found)
 
     def given(self, options: t.Mapping[str, Option]) -> t.Dict[str, t.Any]:
-        """Those of these options that are given."""
+        """The given options among these."""
         return {
             name: self._option(name, option) for name, option in options.items() if self.has(name)
         }
@@ -191,9 +191,9 @@ class _Reader:
         return _Reader(self._path, f"{self.location}{name}.", content)
 
     def checked(self, name: str, check: t.Callable[[], t.Any]) -> t.Any:
-        """What a rule of the library makes of what was read; its complaint then names the place.
+        """Convert a value with a function of the library; errors name the location.
 
-        :raises ConfigError: it has one
+        :raises ConfigError: the value is invalid
         """
         try:
             return check()

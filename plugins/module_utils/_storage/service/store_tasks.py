@@ -20,7 +20,7 @@ from ..store.snapshot import Snapshot
 from ..userns.declared import returns
 from ..userns.shapes import Maybe, Record, flag, text
 
-# A burst of pulls is over when nothing has come for so long; it is not waited for longer than this (seconds).
+# A burst of pulls ends after a time without changes; the maximum time to wait for its end (seconds).
 _LONGEST_BURST = 60.0
 _STEP = 0.2
 
@@ -42,12 +42,12 @@ token = peek_token
 def make_ready(
     request: layer_template.TemplateRequest, images: t.Sequence[str], quiet: float = 0.0
 ) -> t.Dict[str, t.Any]:
-    """Make the mapped layers that ``request`` wants of those ``images`` that are there.
+    """Create the mapped layers of ``request`` for the existing images among ``images``.
 
     :param images: names, IDs or shell patterns
-    :param quiet: wait until the images have not changed for so long (seconds)
-    :returns: ``result``, that of layer_template, None where no runtime has written the store yet; ``settled``, whether
-        nobody has changed the images meanwhile, this work included
+    :param quiet: wait until the images have not changed for this time (seconds)
+    :returns: ``result`` of layer_template, None if no runtime has written the store yet; ``settled``, whether
+        the images did not change during the work
     :raises StorageError: as :func:`..operations.layer_template.declare`
     """
     path = token_path(request.store)
@@ -66,10 +66,10 @@ def collect(
     request: layer_gc.GcRequest,
     ready: t.Sequence[t.Tuple[layer_template.TemplateRequest, t.Tuple[str, ...]]],
 ) -> t.Optional[t.Dict[str, t.Any]]:
-    """Collect mapped layers, save those that are declared.
+    """Collect mapped layers, except declared layers.
 
-    :param ready: what is declared for this store, and for which images
-    :returns: the result of layer_gc; None where no runtime has written the store yet
+    :param ready: the declared layers of this store and their images
+    :returns: the result of layer_gc; None if no runtime has written the store yet
     :raises StorageError: as :func:`..operations.layer_gc.collect`
     """
     keep: t.List[str] = []
@@ -105,7 +105,7 @@ def _wait_for_quiet(path: str, quiet: float) -> None:
 
 
 def _present(store: StoreRequest, images: t.Sequence[str]) -> t.Tuple[str, ...]:
-    """IDs of the images meant that are there."""
+    """The IDs of the existing images among these."""
     with opened(store) as store_ctx:
         snapshot = store_ctx.store.snapshot()
     found: t.Dict[str, None] = {}

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Detect changes of the images of a store by the token of their lock file, which the owner of the store reads.
 
-Root looks at its own store itself. For the store of another user it has a child that has become that user, resolves
-the store's configuration, reads the token, and sends a byte for each change. Nothing else of what it says counts.
+Root reads its own store directly. For the store of another user, a child process with that user's IDs resolves
+the store's configuration, reads the token, and sends a byte for each change. All other output of it is ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..userns.entering import become
 from ..userns.waiting import killed
 from . import store_tasks
 
-# Seconds until a store that is not there, or cannot be looked at, is looked for again.
+# The time until a store that is missing or unreadable is checked again (seconds).
 LOOK_AGAIN = 60.0
 
 
@@ -27,9 +27,9 @@ class Images:
     """The images of one store, as a user with read permission sees them."""
 
     def __init__(self, find: t.Callable[[], str]) -> None:
-        """Nothing is looked at yet.
+        """Create the watcher; the store is not read yet.
 
-        :param find: tells the path of the lock file; raises StorageError
+        :param find: returns the path of the lock file; raises StorageError
         """
         self._find = find
         self._path = ""
@@ -37,13 +37,13 @@ class Images:
         self._looked: t.Optional[float] = None
 
     def changed(self) -> bool:
-        """Whether they have changed since this was asked last; true at first, and once a minute while there are none.
+        """Whether they changed since the last call; true at the first call, and once a minute while there is no store.
 
         :raises StorageError: the store's configuration cannot be read
         """
         token = store_tasks.token(self._path) if self._path else b""
         now = time.monotonic()
-        # Without a token the store may not be there yet, or be another one by now.
+        # Without a token the store may not exist yet, or may have been replaced.
         if token and token == self._last:
             return False
         if not token and self._looked is not None and now - self._looked < LOOK_AGAIN:
@@ -55,12 +55,12 @@ class Images:
 
 
 class ImagesOfUser:
-    """The images of another user's store, seen by a process of that user."""
+    """The images of another user's store, read by a process of that user."""
 
     def __init__(self, store: StoreRequest, account: Account, interval: float) -> None:
-        """Nothing is started yet.
+        """Create the watcher; no process is started yet.
 
-        :param interval: seconds between two looks
+        :param interval: seconds between two checks
         """
         self._store = store
         self._account = account
@@ -80,7 +80,7 @@ class ImagesOfUser:
         except BlockingIOError:
             return False
         if not data:
-            # The user may have ended it, which is no reason to follow at once.
+            # The user may have ended the process, which is no reason to restart it at once.
             self.close()
             return False
         return True
@@ -102,7 +102,8 @@ class ImagesOfUser:
         self._descriptor = reading
 
     def _look(self, writing: int) -> t.NoReturn:
-        """The child: a byte for each change, and for each look that failed, so that the parent tries and says why."""
+        """Run the child: send a byte for each change, and for each failed check, so that the parent retries and
+        reports it."""
         os.chdir("/")
         images = Images(lambda: store_tasks.token_path(self._store))
         while True:
@@ -115,7 +116,7 @@ class ImagesOfUser:
             time.sleep(self._interval)
 
     def close(self) -> None:
-        """End the child. One that the kernel cannot end now is left to init."""
+        """End the child. A process that the kernel cannot end now is left to init."""
         os.close(self._descriptor)
         self._descriptor = -1
         killed(self._pid)

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""crio.conf and its drop-ins: the store of CRI-O, which storage.conf only gives defaults for.
+"""crio.conf and its drop-ins: the store of CRI-O, for which storage.conf only sets defaults.
 
 Follows pkg/config and internal/criocli of CRI-O 1.20 to 1.36: the main file, then all files below the drop-in
-directory in lexical order, then the variables of the service. An empty value keeps what was set before, save that of
-imagestore, which clears it; the options of all files are collected.
+directory in lexical order, then the variables of the service. An empty value keeps the earlier value, except for
+imagestore, which it clears. The options of all files are combined.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CORRECT = "Correct the file; `crio config` shows the configuration in effect."
 class CrioFile:
     """The settings of one file for CRI-O's store.
 
-    :ivar values: by field of Settings; None where the file does not have the key
+    :ivar values: by field of Settings; None if the file does not have the key
     :ivar options: driver options, NAME=VALUE
     :ivar pause_image: the image of the infrastructure containers of pods
     """
@@ -50,12 +50,12 @@ class CrioFile:
 
 
 def load(settings: Settings, caller: Caller) -> Settings:
-    """The settings as CRI-O changes them.
+    """Apply CRI-O's own settings.
 
-    :param settings: what storage.conf says; changed
+    :param settings: the settings of storage.conf; modified
     :raises ConfigError: a file is unreadable or malformed
     """
-    # CRI-O hands on no other key of storage.conf to its store.
+    # CRI-O uses no other key of storage.conf for its store.
     settings.transient, settings.priority, settings.auto_userns = False, (), AutoUserns()
     named = caller.environ.get(FILE_VARIABLE)
     read = []
@@ -76,7 +76,7 @@ def load(settings: Settings, caller: Caller) -> Settings:
 
 
 def files(environ: t.Mapping[str, str]) -> t.Iterator[str]:
-    """The files in the order in which they count; the main file may not exist.
+    """The files, later ones taking precedence; the main file may not exist.
 
     :raises ConfigError: the drop-in directory cannot be read
     """
@@ -87,7 +87,7 @@ def files(environ: t.Mapping[str, str]) -> t.Iterator[str]:
 
 
 def pause_image(environ: t.Mapping[str, str]) -> str:
-    """The image of the infrastructure containers of pods; empty where CRI-O's default counts, or for a broken file."""
+    """The image of the infrastructure containers of pods; empty for CRI-O's default, or if the file is malformed."""
     found = ""
     with contextlib.suppress(ConfigError):
         for path in files(environ):
@@ -97,7 +97,7 @@ def pause_image(environ: t.Mapping[str, str]) -> str:
 
 
 def read_crio_file(path: str) -> CrioFile:
-    """One file, parsed.
+    """Parse a file.
 
     :raises ConfigError: it is unreadable or malformed
     """
@@ -122,14 +122,14 @@ def _apply(settings: Settings, file: CrioFile) -> None:
             setattr(settings, field, value)
             settings.sources[field] = file.path
     if file.options:
-        # Of an option that is there twice the last counts.
+        # If an option occurs twice, the last one is used.
         last = dict.fromkeys(reversed([*settings.options, *file.options]))
         settings.options = list(reversed(last))
         settings.sources["options"] = file.path
 
 
 def _below(folder: str) -> t.Iterator[str]:
-    """All files below a directory, directories in place among the names; links are not followed to directories."""
+    """All files below a directory, in the order of the full path; links to directories are not followed."""
     try:
         names = sorted(os.listdir(folder), key=os.fsencode)
     except OSError as error:

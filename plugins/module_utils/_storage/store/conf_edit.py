@@ -19,7 +19,7 @@ _PAIR = re.compile(
         ([ \t]*(?:\#.*)?)""",
     re.VERBOSE,
 )
-# A list that ends on a later line, and what follows it there.
+# A list that ends on a later line, and the rest of that line.
 _LONG_LIST = re.compile(
     r"""([ \t]*([A-Za-z0-9_-]+)[ \t]*=[ \t]*)\[[^\n]*\n.*\]([ \t]*(?:\#[^\n]*)?)""",
     re.VERBOSE | re.DOTALL,
@@ -36,7 +36,7 @@ _SHARED = "storage.options"
 def settings(value: t.Any) -> Settings:
     """Settings from a dict, or from lines such as ``overlay.mountopt=nodev,metacopy=on``.
 
-    :raises ValueError: a line has no ``=``
+    :raises ValueError: a line does not contain ``=``
     """
     if isinstance(value, dict):
         return {str(name): setting for name, setting in value.items()}
@@ -58,10 +58,10 @@ def edit(
     """Set keys in a storage.conf.
 
     :param wanted: ``driver``, or ``DRIVER.KEY`` for a key of ``[storage.options.DRIVER]``, or ``KEY`` for one of
-        ``[storage.options]``. A text that begins with ``+`` is added to the comma list that is there. Of
-        ``additionalimagestores`` and ``additionallayerstores`` each text is a list of paths with commas, which one that
-        begins with ``+`` is added to and one that begins with ``-`` is taken out of.
-    :param inherited: what a runtime reads before this file; where the file has no list, that one is added to
+        ``[storage.options]``. A text that begins with ``+`` is added to the existing comma list. For
+        ``additionalimagestores`` and ``additionallayerstores`` each text is a list of paths with commas; paths that
+        begin with ``+`` are added, and those that begin with ``-`` removed.
+    :param inherited: the text that a runtime reads before this file; its list is extended if the file has none
     :raises ConfigError: the text is not TOML, or is written in a way that cannot be edited
     """
     for name, value in wanted.items():
@@ -70,7 +70,7 @@ def edit(
 
 
 def says(document: toml.Table, wanted: Settings) -> bool:
-    """Whether a document has all these settings already."""
+    """Whether a document already has all these settings."""
     for name, value in wanted.items():
         table, key = _location(name)
         found = _table(document, table).get(key)
@@ -85,7 +85,7 @@ def says(document: toml.Table, wanted: Settings) -> bool:
 
 
 def merged(base: toml.Table, other: toml.Table) -> toml.Table:
-    """What a runtime makes of two files, key by key; the later one counts."""
+    """Merge two files key by key, as a runtime does; the later file takes precedence."""
     result = dict(base)
     for key, value in other.items():
         before = result.get(key)
@@ -124,7 +124,7 @@ def _set(text: str, name: str, value: t.Any, path: str, inherited: toml.Table) -
         base = _table(inherited, table).get(key) if found is None else found
         listed = _listed(base, value, path, key)
         if listed == (base or []):
-            # Nothing to add, and nothing to take out.
+            # Nothing to add or remove.
             return text
         value = listed
     elif isinstance(value, str) and value.startswith("+"):
@@ -142,7 +142,7 @@ def _set(text: str, name: str, value: t.Any, path: str, inherited: toml.Table) -
     try:
         after = toml.loads(changed.encode(), path)
     except ConfigError:
-        # The key is written in a form that was not found.
+        # The key has a notation that was not found.
         after = {}
     expected = _table(before, table)
     if _without(after, table, key) != _without(before, table, key) or (
@@ -157,9 +157,9 @@ def _set(text: str, name: str, value: t.Any, path: str, inherited: toml.Table) -
 
 
 def _listed(base: t.Any, text: str, path: str, key: str) -> t.List[str]:
-    """A list of paths as a setting changes it.
+    """A list of paths, changed by a setting.
 
-    :raises ConfigError: the list that is there has a form that cannot be edited
+    :raises ConfigError: the existing list has a form that cannot be edited
     """
     sign = text[:1] if text[:1] in ("+", "-") else ""
     paths = [item.strip() for item in text[len(sign) :].split(",") if item.strip()]
@@ -214,19 +214,19 @@ def _without(document: t.Any, table: str, key: str) -> t.Any:
 
 
 def joined(base: str, more: str) -> str:
-    """A comma list with items added; an item ``name=value`` replaces one of that name."""
+    """A comma list with items added; an item ``name=value`` replaces an item of that name."""
     items = [item for item in base.split(",") if item]
     for item in (part for part in more.split(",") if part):
         name, equals, _value = item.partition("=")
         items = [option for option in items if not (equals and option.partition("=")[0] == name)]
         if item not in items:
             items.append(item)
-    # What is the same in another order is left as it is.
+    # The same items in another order are left unchanged.
     return base if sorted(items) == sorted(base.split(",")) else ",".join(items)
 
 
 def _statements(text: str) -> t.List[str]:
-    """The lines of a text, those of a list that spans several of them in one piece."""
+    """The lines of a text; a list that spans several lines is a single item."""
     result: t.List[str] = []
     depth = 0
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):

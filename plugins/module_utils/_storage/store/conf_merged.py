@@ -31,12 +31,12 @@ _TEXTS = ("driver", "graphroot", "runroot", "rootless_storage_path", "imagestore
 _NUMBERS = ("auto-userns-min-size", "auto-userns-max-size")
 _OWNER = "root-auto-userns-user"
 
-# A value with the file that set it.
+# A value and the file that set it.
 _Value = t.Tuple[t.Any, str]
 
 
 def load(caller: Caller) -> Settings:
-    """What a runtime reads.
+    """The settings that a runtime reads.
 
     :raises ConfigError: a file is missing, unreadable or malformed
     """
@@ -50,7 +50,7 @@ def load(caller: Caller) -> Settings:
 
 
 def _files(caller: Caller) -> t.List[str]:
-    """The files that count, in the order in which they are merged."""
+    """The files that are read, in the order in which they are merged."""
     explicit = caller.explicit_file
     result = [explicit] if explicit else [*_main_file(caller), *_drop_ins(caller)]
     override = caller.environ.get(OVERRIDE_VARIABLE, "")
@@ -65,7 +65,8 @@ def _main_file(caller: Caller) -> t.List[str]:
 
 
 def _drop_ins(caller: Caller) -> t.List[str]:
-    """Sorted by name; of files of one name, in any of the folders, only that of the last folder counts."""
+    """The drop-ins sorted by name; of files with the same name in several folders, only that of the last folder is
+    used."""
     found: t.Dict[str, str] = {}
     for folder in drop_in_folders(caller):
         try:
@@ -79,7 +80,7 @@ def _drop_ins(caller: Caller) -> t.List[str]:
         for entry in entries:
             if entry.name.endswith(_SUFFIX) and not entry.is_dir(follow_symlinks=False):
                 found[entry.name] = entry.path
-    # A link to nothing is passed over, though it hides others of its name.
+    # A broken link is ignored, although it masks other files of its name.
     return [path for _name, path in sorted(found.items()) if is_there(path)]
 
 
@@ -95,7 +96,7 @@ def drop_in_folders(caller: Caller) -> t.List[str]:
 
 
 class _Merged:
-    """Files merged key by key, the last one counting."""
+    """Files merged key by key; later files take precedence."""
 
     def __init__(self) -> None:
         self.storage: t.Dict[str, _Value] = {}
@@ -103,11 +104,11 @@ class _Merged:
         self.drivers: t.Dict[str, t.Dict[str, _Value]] = {name: {} for name in DRIVER_OPTIONS}
         self.lists: t.Dict[str, t.List[str]] = {}
         self.list_sources: t.Dict[str, str] = {}
-        # Once a list has appended, later files append to it too, until one says otherwise.
+        # Once a list was appended to, later files append to it too, unless they set the attribute to false.
         self.appending: t.Dict[str, bool] = {}
 
     def add(self, content: toml.Table, path: str) -> None:
-        """Put a file on top."""
+        """Merge another file."""
         reader = Checked(path)
         storage = reader.table(content, "storage")
         options = reader.table(storage, "options")

@@ -32,7 +32,7 @@ _ROOTLESS_DRIVERS = ("btrfs", "overlay", "overlay2", "vfs")
 
 
 def load(caller: Caller, can: Capabilities) -> Settings:
-    """What a runtime reads.
+    """The settings that a runtime reads.
 
     :raises ConfigError: a file is missing, unreadable or malformed
     """
@@ -71,7 +71,7 @@ class _Loader:
         for path in candidates:
             if is_there(path):
                 return self._read(path)
-        # Without any file, variables do not count either.
+        # Without a file, variables are not used either.
         return Settings()
 
     def _rootless(self) -> Settings:
@@ -90,9 +90,9 @@ class _Loader:
         return settings
 
     def _inherited(self, system: Settings, explicit: bool) -> Settings:
-        """What a user without a file of their own gets: little of the system's.
+        """The settings of a user without a file of their own: few settings of the system's file.
 
-        :param explicit: ``system`` is a file that was named, whose options all count
+        :param explicit: ``system`` is a file that was named explicitly; all of its options are used
         """
         environ = self.caller.environ
         result = Settings()
@@ -132,7 +132,7 @@ class _Loader:
         try:
             names = sorted(os.listdir(self.caller.expand(settings.graphroot, "graphroot", source)))
         except (OSError, ConfigError):
-            # A path that cannot be expanded is an error only where it is used.
+            # A path that cannot be expanded is an error only if it is used.
             names = []
         for name in names:
             if name.endswith("-images"):
@@ -162,9 +162,9 @@ class _Loader:
 
 
 def _settings_of(content: toml.Table, path: str, driver: str) -> Settings:
-    """One parsed storage.conf as settings, its driver options in containers/storage's order.
+    """The settings of a parsed storage.conf, with driver options in the order of containers/storage.
 
-    :param driver: the driver that counts instead of the file's, if any
+    :param driver: the driver that replaces that of the file, if any
     """
     reader = Checked(path)
     storage = reader.table(content, "storage")

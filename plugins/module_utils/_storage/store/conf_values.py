@@ -66,12 +66,12 @@ class AutoUserns:
 
 @dataclass
 class Settings:
-    """What a runtime reads from files and environment, its paths as they are written.
+    """The settings that a runtime reads from files and environment; paths as written.
 
     :ivar graphroot: empty for none
-    :ivar priority: drivers to try, in order, where ``driver`` is empty
+    :ivar priority: drivers to try, in order, if ``driver`` is empty
     :ivar options: driver options in the runtime's order, NAME=VALUE
-    :ivar sources: for each field that is set, what set it: a file with the key, or a variable
+    :ivar sources: the origin of each field that is set: a file with the key, or a variable
     :ivar files: all files that were read, in order
     """
 
@@ -88,7 +88,7 @@ class Settings:
     files: t.Tuple[str, ...] = ()
 
     def default(self, name: str, value: str, source: str = "default") -> None:
-        """Set a field that nothing has set."""
+        """Set a field that is not set yet."""
         if not getattr(self, name):
             setattr(self, name, value)
             self.sources[name] = source
@@ -96,9 +96,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who runs the runtime, and in which environment.
+    """The user and the environment of the runtime.
 
-    :ivar named_file: the file that an option names in place of CONTAINERS_STORAGE_CONF; empty for none
+    :ivar named_file: the file given as an option instead of CONTAINERS_STORAGE_CONF; empty for none
     :ivar uid: host UID, 0 for the rootful store
     """
 
@@ -110,7 +110,7 @@ class Caller:
 
     @property
     def explicit_file(self) -> str:
-        """The file that is read in place of all others; empty for none."""
+        """The file that is read instead of all others; empty for none."""
         return self.named_file or self.environ.get(FILE_VARIABLE, "")
 
     @property
@@ -131,7 +131,7 @@ class Caller:
         return os.path.join(data, "containers", "storage")
 
     def runtime_folder(self) -> str:
-        """The runroot of a rootless store by default."""
+        """The default runroot of a rootless store."""
         given = self.environ.get("XDG_RUNTIME_DIR")
         if given:
             return os.path.join(os.path.realpath(given), "containers")
@@ -149,8 +149,8 @@ class Caller:
         """A path of storage.conf with its variables replaced, as runtimes do.
 
         :param name: of the setting
-        :param source: what set it
-        :raises ConfigError: it is not absolute, or a variable is not set here
+        :param source: the origin of the setting
+        :raises ConfigError: it is not absolute, or a variable is not set
         """
         if "\0" in path:
             raise ConfigError(source, f"has a NUL in {name}", "Correct the file.")
@@ -181,9 +181,9 @@ class Caller:
 
 
 def is_there(path: str) -> bool:
-    """Whether a file exists, or what a symbolic link leads to.
+    """Whether a file exists; symbolic links are followed.
 
-    :raises ConfigError: that cannot be known, as in a directory that this process may not enter
+    :raises ConfigError: unknown, as in a directory that this process may not enter
     """
     try:
         os.stat(path)
@@ -197,12 +197,12 @@ def is_there(path: str) -> bool:
 
 
 def read_file(path: str) -> toml.Table:
-    """One storage.conf, parsed.
+    """Parse a storage.conf.
 
     :raises ConfigError: it is missing, unreadable, too large or not TOML
     """
     try:
-        # The file itself may be a link, as in homes kept by a manager of dotfiles.
+        # The file may be a link, as in home directories with managed dotfiles.
         data = files.read_regular(path, _SIZE_LIMIT, follow=True, null=True)
     except FileNotFoundError:
         raise ConfigError(
@@ -214,20 +214,20 @@ def read_file(path: str) -> toml.Table:
         raise ConfigError(
             path, f"cannot be read: {error.strerror}", "Check its path and permissions."
         ) from error
-    # Callers may change what they get.
+    # Callers may modify the result.
     return copy.deepcopy(_parsed(data, path))
 
 
 @functools.lru_cache(maxsize=64)
 def _parsed(data: bytes, path: str) -> toml.Table:
-    """A file's content, read many times while a run looks at the stores of many users."""
+    """The parsed content, cached because runs for many users read the same files."""
     return toml.loads(data, path)
 
 
 class Checked:
-    """Reads values out of tables; a value of a wrong type is an error, as it is for runtimes.
+    """Reads values from tables; a value of a wrong type is an error, as it is for runtimes.
 
-    Keys are found in any case, as runtimes find them.
+    Keys are case-insensitive, as for runtimes.
     """
 
     def __init__(self, path: str) -> None:
@@ -243,13 +243,13 @@ class Checked:
 
     @staticmethod
     def find(table: toml.Table, key: str) -> t.Any:
-        """A value, None if the key is absent."""
+        """A value; None if the key is absent."""
         if key in table:
             return table[key]
         return next((value for name, value in table.items() if name.lower() == key), None)
 
     def table(self, table: toml.Table, key: str) -> toml.Table:
-        """A table, empty if absent; tables whose names differ in case only are the same table."""
+        """A table; empty if absent. Tables whose names differ only in case are the same table."""
         result: toml.Table = {}
         for name, value in table.items():
             if name.lower() == key:
@@ -259,7 +259,7 @@ class Checked:
         return result
 
     def text(self, table: toml.Table, key: str) -> t.Optional[str]:
-        """A text, None if absent."""
+        """A text; None if absent."""
         value = self.find(table, key)
         if value is not None and not _is_text(value):
             raise self._wrong(key, "a text in quotes without NUL characters")
@@ -267,7 +267,7 @@ class Checked:
         return text
 
     def texts(self, table: toml.Table, key: str) -> t.List[str]:
-        """A list of texts, empty if absent."""
+        """A list of texts; empty if absent."""
         value = self.find(table, key)
         if value is None:
             return []
@@ -278,7 +278,7 @@ class Checked:
     def appended(
         self, table: toml.Table, key: str
     ) -> t.Optional[t.Tuple[t.List[str], t.Optional[bool]]]:
-        """A list of texts that may hold ``{append = true}``: the texts, and that attribute; None if absent."""
+        """A list of texts that may contain ``{append = true}``: the texts and that attribute; None if absent."""
         value = self.find(table, key)
         if value is None:
             return None
@@ -300,14 +300,14 @@ class Checked:
         return texts, append
 
     def flag(self, table: toml.Table, key: str) -> t.Optional[bool]:
-        """True or false, None if absent."""
+        """True or false; None if absent."""
         value = self.find(table, key)
         if value is not None and not isinstance(value, bool):
             raise self._wrong(key, "true or false")
         return value
 
     def number(self, table: toml.Table, key: str) -> t.Optional[int]:
-        """A number of IDs, None if absent."""
+        """A number of IDs; None if absent."""
         value = self.find(table, key)
         if value is None:
             return None
@@ -317,21 +317,21 @@ class Checked:
 
 
 def _is_text(value: t.Any) -> bool:
-    # No path and no option can have a NUL.
+    # Paths and options cannot contain NUL.
     return isinstance(value, str) and "\0" not in value
 
 
 def canonical(driver: str) -> str:
-    """The driver's name; overlay2 is another word for overlay."""
+    """The driver's name; overlay2 is an alias of overlay."""
     return "overlay" if driver == "overlay2" else driver
 
 
 def split_options(
     driver: str, options: t.Iterable[str], others: t.Collection[str] = ()
 ) -> t.Tuple[t.Dict[str, str], t.Tuple[str, ...], t.Tuple[str, ...]]:
-    """Driver options as runtimes write them, taken apart; the last of a name counts.
+    """Split driver options as runtimes write them; the last option of a name is used.
 
-    :param others: drivers whose options are passed over
+    :param others: drivers whose options are ignored
     :returns: the options without the driver's name, additional image stores, additional layer
         stores
     """
@@ -358,7 +358,7 @@ def split_options(
 
 
 def _private_to(path: str, uid: int) -> bool:
-    """Whether a runtime would trust the directory: the user's own, closed to others' writing."""
+    """Whether a runtime would trust the directory: owned by the user, not writable for others."""
     try:
         found = os.lstat(path)
     except OSError:

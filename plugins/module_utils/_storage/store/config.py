@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The location and the settings of a store: storage.conf, environment variables, defaults, podman's database.
 
-The files are read by the loader that the runtime has, see ``conf_single`` and ``conf_merged``; here stands what podman
-puts above them: its command line and its database.
+The files are read by the loader of the runtime's version, see ``conf_single`` and ``conf_merged``. This module adds
+the settings with which podman overrides them: its command line and its database.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .conf_values import (
 
 __all__ = ["Account", "AutoUserns", "StoreConfig", "StoreOverrides", "discover"]
 
-# What sets a field, where it is no file and no variable.
+# Origins of settings other than files and variables.
 OPTION = "option"
 DEFAULT = "default"
 DATABASE = "podman's database"
@@ -38,7 +38,7 @@ CRI_O = "cri-o"
 
 @dataclass(frozen=True)
 class Account:
-    """The account in whose name a runtime would run."""
+    """The account as which a runtime would run."""
 
     name: str
     uid: int
@@ -48,7 +48,7 @@ class Account:
 
 @dataclass(frozen=True)
 class StoreOverrides:
-    """What the caller gave explicitly, as podman's global options; empty means not given."""
+    """Explicit settings of the caller, as podman's global options; empty if not given."""
 
     storage_conf: str = ""
     graphroot: str = ""
@@ -59,16 +59,16 @@ class StoreOverrides:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """One store as a runtime would open it.
+    """A store as a runtime would open it.
 
     :ivar options: the driver's options, without the driver's name, lower-case keys
     :ivar additional_image_stores: read-only stores, in order
-    :ivar sources: for each field, where its value comes from
+    :ivar sources: the origin of each field
     :ivar user: the name of a rootless store's owner
     :ivar files: the files that were read, in the order in which they were merged
-    :ivar runtime: "cri-o" where the store is known to be CRI-O's, for commands in messages; else empty
-    :ivar podman: the words with which a podman command line on this store starts; only the program's name where
-        podman finds the store by itself
+    :ivar runtime: "cri-o" if the store is known to belong to CRI-O, for commands in messages; otherwise empty
+    :ivar podman: the start of a podman command line for this store; only the program's name if
+        podman uses the store by default
     """
 
     graphroot: str
@@ -88,7 +88,7 @@ class StoreConfig:
     podman: t.Tuple[str, ...] = field(default=("podman",), compare=False)
 
     def origin(self, name: str) -> str:
-        """What set a field, a clause for messages."""
+        """The origin of a field, a clause for messages."""
         source = self.sources.get(name, DEFAULT)
         if source == OPTION:
             return f"{name} is set as an option"
@@ -98,7 +98,7 @@ class StoreConfig:
         return f"{name} is set by {source}"
 
     def missing(self) -> str:
-        """What to do where this store is not there, whole sentences; never a way to make another store."""
+        """What to do if this store does not exist, whole sentences; never a command that creates another store."""
         source = self.sources.get("graphroot", DEFAULT)
         if source == OPTION:
             return "Correct `graphroot`, or remove it to use the store of the runtime."
@@ -118,7 +118,7 @@ class StoreConfig:
 
 # Variables without which podman may use another store.
 _NAMING = (FILE_VARIABLE, OVERRIDE_VARIABLE, "STORAGE_DRIVER", "STORAGE_OPTS")
-# Tried in this order where none is set; vfs is never taken for being there already.
+# Tried in this order if no driver is set; vfs is never used only because its directory exists.
 _PRIORITY = ("overlay", "btrfs", "zfs", "vfs")
 
 
@@ -129,11 +129,11 @@ def discover(
     rootless: bool,
     can: Capabilities,
 ) -> StoreConfig:
-    """The store that a runtime would use with these options and this environment. Creates nothing.
+    """The store that a runtime would use with these options in this environment. Creates nothing.
 
-    :param account: whose store it is; not needed for the rootful one
-    :param rootless: whether the runtime would run without the host's root rights
-    :param can: what the runtime does
+    :param account: the owner of the store; not needed for the rootful store
+    :param rootless: whether the runtime would run without root privileges on the host
+    :param can: the capabilities of the runtime
     :raises ConfigError: a file is missing, unreadable or malformed, or settings contradict
     """
     rootless = rootless and not (account is not None and account.uid == 0)
@@ -231,7 +231,7 @@ class _Discovery:
         return ("env", *(f"{name}={value}" for name, value in variables.items()), "podman")
 
     def _override(self, settings: Settings) -> None:
-        """As podman treats --root, --runroot, --storage-driver and --storage-opt."""
+        """Apply --root, --runroot, --storage-driver and --storage-opt as podman does."""
         overrides = self.overrides
         for name in ("graphroot", "runroot"):
             path = getattr(overrides, name)
@@ -265,7 +265,7 @@ class _Discovery:
             )
 
     def _merge_database(self, settings: Settings) -> None:
-        """As podman merges its database: above the files, beneath its command line."""
+        """Apply podman's database: it overrides the files, and the command line overrides it."""
         found = libpod_db.recorded(
             settings.graphroot, settings.runroot, settings.transient, self.can.sqlite_first
         )
@@ -281,7 +281,7 @@ class _Discovery:
 
 
 def _picked_driver(settings: Settings) -> str:
-    """The driver a runtime takes where none is set."""
+    """The driver that a runtime uses if none is set."""
     try:
         names = os.listdir(settings.graphroot)
     except OSError:

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Check whether the records of a store agree with each other and with the files on disk.
 
-Whatever a record, a database or a file of the store names belongs to somebody. After power loss, a full disk
-or a restored backup a file of records may be empty, older than the others, or gone, and what it named looks
-as if nobody needed it. The rest of the store still tells: other records, podman's database, tar-split files,
-big data, and the folders of the layers themselves.
+Everything that a record, a database or a file of the store names is in use. After power loss, a full disk
+or a restored backup, a file of records may be empty, missing, or older than the others, and what it named seems
+unused. Other parts of the store still refer to it: other records, podman's database, tar-split files,
+big data, and the directories of the layers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NO_OWNER = "no_owner"
 
 _ID = re.compile(r"[0-9a-f]{64}")
 _TAR_SPLIT = re.compile(r"([0-9a-f]{64})\.tar-split\.gz")
-# Fields that only one kind of record has, with the kinds that lack them.
+# Fields that identify a kind of record, with the kinds that lack them.
 _OWN_FIELDS = {
     LAYERS: ("parent", "diff-digest", "diff-size", "uidset", "compressed-diff-digest"),
     IMAGES: ("mapped-layers", "names-history", "digest"),
@@ -47,12 +47,12 @@ _MOST_IDS = 100
 _CHUNK = 1 << 20
 _ENTRIES_LIMIT = 1000
 _CONFIG_LIMIT = 4 * 1024 * 1024
-# Seconds by which a file of records may be newer than the token of its lock, which new runtimes write just before it.
+# Seconds by which a file of records may be newer than the token of its lock, which new runtimes write before it.
 _FILE_AFTER_TOKEN = 2.0
 # Seconds by which it may be older: old runtimes write the token after the file is on disk.
 _FILE_BEFORE_TOKEN = 10.0
 _TOKEN_SIZE = 64
-# A folder without a record that is so much newer than the records was in them once (seconds).
+# If a folder without a record is newer than the records by this time (seconds), it had a record before.
 _LATER_FOLDER = 3600.0
 
 
@@ -60,12 +60,12 @@ class Contradiction(t.NamedTuple):
     """Records that contradict each other or the files on disk.
 
     :ivar kind: ``unreadable``, ``empty``, ``foreign`` (a file of records of another kind), ``duplicate``,
-        ``no_record`` (something names what no record describes), ``no_data`` (no recorded layer is on disk) or
-        ``no_owner`` (a layer in use by somebody whom no record names)
-    :ivar path: the file or folder that does not fit
+        ``no_record`` (something names an ID without a record), ``no_data`` (no recorded layer is on disk) or
+        ``no_owner`` (a layer whose user has no record)
+    :ivar path: the inconsistent file or folder
     :ivar problem: a clause
     :ivar hint: what to do, a sentence
-    :ivar ids: the full IDs that it is about
+    :ivar ids: the full IDs concerned
     """
 
     kind: str
@@ -81,7 +81,7 @@ class Disk(t.NamedTuple):
     :ivar folder: its path
     :ivar present: the names of the folders in it
     :ivar unrecorded: the IDs of layer folders without a record
-    :ivar resting: for each folder, the layers that its own files say it rests on, nearest first
+    :ivar resting: for each folder, the layers that it depends on by its own files, nearest first
     :ivar changed: when each folder without a record was changed, seconds since the epoch
     """
 
@@ -93,10 +93,10 @@ class Disk(t.NamedTuple):
 
 
 class Commands:
-    """How the administrator types commands that work on the store.
+    """Command lines for the administrator of the store.
 
-    :param podman: the words with which a podman command line on the store starts
-    :param in_user: what a command line becomes that the store's user has to run
+    :param podman: the start of a podman command line for the store
+    :param in_user: converts a command line to one that runs as the store's user
     :param rootless: whether files of the store belong to IDs of a user namespace
     :param runtime: "cri-o" for a store of CRI-O; else podman's commands are used
     """
@@ -139,7 +139,7 @@ class Commands:
         return self.podman("system", "reset")
 
     def write_once(self) -> str:
-        """How to have the runtime write the records of layers and images, and leave them as they were; a clause."""
+        """How to make the runtime rewrite the records of layers and images without changes; a clause."""
         if self._crio:
             return (
                 "let CRI-O write them once: crictl pull IMAGE && crictl rmi IMAGE, with an image that is not in the "
@@ -175,13 +175,13 @@ def contradictions(
     faults: t.Sequence[StorageError] = (),
     commands: t.Optional[Commands] = None,
 ) -> t.List[Contradiction]:
-    """Look at everything in the store that names layers, images or containers. Writes nothing.
+    """Examine everything in the store that names layers, images or containers. Writes nothing.
 
-    :param snapshot: the records, just read
-    :param listed_once: the image that is known to have listed a mapped layer; "" for none
-    :param begun: the layers and images whose removal a killed run has begun
-    :param faults: why files of records could not be read
-    :param commands: how hints have the administrator type commands
+    :param snapshot: the current records
+    :param listed_once: returns the image that is known to have listed a mapped layer; "" for none
+    :param begun: the layers and images whose removal a killed run started
+    :param faults: the errors of files of records that could not be read
+    :param commands: for the commands in hints
     :raises StorageError: a folder of the store cannot be read
     """
     return _Check(store, snapshot, disk, listed_once, begun, commands or Commands()).all(faults)
@@ -245,7 +245,7 @@ class _Check:
                 )
             )
 
-    # The files by themselves
+    # Single files
 
     def _files(self) -> None:
         seen: t.Dict[t.Tuple[str, str], t.Tuple[str, t.Any]] = {}
@@ -284,7 +284,7 @@ class _Check:
                         (record.id,),
                     )
 
-    # What records say of each other
+    # References between records
 
     def _names(self) -> None:
         layers = self.snapshot.layers
@@ -322,20 +322,20 @@ class _Check:
                 self._names_of_image(image)
 
     def _lacks_parent(self, container: Container) -> bool:
-        """Whether the layer of a container must have had a parent and has none."""
+        """Whether the layer of a container lost its parent."""
         if self.snapshot.layers[container.layer].parent:
             return False
         image = self.snapshot.images.get(container.image)
         if image:
             return bool(image.layer)
-        # Working containers may begin from scratch, and podman's run on a directory of their own.
+        # Working containers may start from scratch, and podman containers may run on a directory.
         known = self.containers_in_podman.get(container.id)
         return known is not None and not known.rootfs
 
     def _is_remnant(self, container: Container) -> bool:
-        """Whether nothing but its record is left of a container that podman does not know.
+        """Whether only the record of a container that podman does not know is left.
 
-        That is what a build leaves that was killed while it removed its working container.
+        A build that was killed while it removed its working container leaves this.
         """
         return not (
             container.id in self.containers_in_podman
@@ -365,7 +365,7 @@ class _Check:
                 (image.id,),
             )
         for layer_id in image.mapped_layers:
-            # An entry without a record and without data is left by programs that delete layers by force.
+            # Programs that force the removal of layers leave entries without a record and without data.
             if layer_id not in layers and self._is_on_disk(layer_id):
                 self._add(
                     NO_RECORD,
@@ -448,7 +448,7 @@ class _Check:
                         (name,),
                     )
                 elif (
-                    # Removals that failed leave empty folders; but one may be all that is left of a container.
+                    # Failed removals leave empty folders; but such a folder may also be the last trace of a container.
                     _holds_files(path) or self.disk.unrecorded
                 ) and not self._has_another_root(path):
                     self._add(
@@ -514,7 +514,7 @@ class _Check:
     def _older_records(self, suspects: t.Sequence[str]) -> None:
         """Runtimes write the record of a layer before its folder, or just after it."""
         if self.store.config.transient:
-            return  # The records of its layers do not outlast a boot, their folders do.
+            return  # The records of its layers are lost at a reboot, but not their folders.
         files = [item for item in self.files if item.kind == LAYERS and item.exists]
         if not files:
             return
@@ -543,7 +543,7 @@ class _Check:
         )
 
     def _containers_without_records(self) -> None:
-        """One of the folders without a record may be of a container that only podman's database still has."""
+        """A folder without a record may belong to a container that only podman's database contains."""
         for container in self.containers_in_podman.values():
             if container.rootfs or container.id in self.snapshot.containers:
                 continue
@@ -558,7 +558,7 @@ class _Check:
             )
 
     def _names_of(self, suspects: t.Sequence[str]) -> t.Dict[str, str]:
-        """Which of these layers something in the store still names, and what does, in words."""
+        """The layers among these that something in the store still names, with a description of it."""
         named: t.Dict[str, str] = {}
         wanted = set(suspects)
         for name, lowers in self.disk.resting.items():
@@ -577,7 +577,7 @@ class _Check:
         return named
 
     def _texts(self) -> t.Iterator[str]:
-        """Every file that may name a layer: records of all drivers, mounts, databases, our own notes."""
+        """Every file that may name a layer: records of all drivers, mounts, databases, files of this collection."""
         config = self.store.config
         for base in (config.graphroot, config.runroot, config.imagestore):
             if not base:
@@ -596,7 +596,7 @@ class _Check:
             yield f"{database}-wal"
         yield os.path.join(self.store.root, "ledger.json")
         yield "/proc/self/mountinfo"
-        # Our own namespace lets go of what is mounted in the driver's folder.
+        # Mounts in the driver's folder are unmounted in this process's namespace.
         yield f"/proc/{os.getppid()}/mountinfo"
         yield "/proc/1/mountinfo"
 
@@ -610,7 +610,7 @@ class _Check:
             nearest = layers.get(lowers[0])
             if nearest is None:
                 if lowers[0] in self.disk.present:
-                    continue  # Told by the folder that is named.
+                    continue  # Reported for the folder that is named.
                 problem = f"depends on layer {lowers[0][:12]} on disk, which has no record"
             elif nearest.id == layer.parent or nearest.parent == layer.parent:
                 # On disk, a mapped layer depends on its template, which is its sibling in the records.
@@ -629,7 +629,7 @@ class _Check:
             )
 
     def _nobodys_layers(self) -> None:
-        """Mapped layers that nothing refers to: only copies of a template are known to be nobody's."""
+        """Mapped layers that nothing refers to. Only copies of a template are known to be unused."""
         snapshot = self.snapshot
         dangling = [
             image
@@ -671,7 +671,7 @@ class _Check:
                 self._told_by_no_record(layer)
 
     def _told_by_no_record(self, layer: Layer) -> None:
-        """A copy that no image lists is left over from a crash, unless a file of records is not as it was."""
+        """A copy that no image lists is a leftover of a crash, unless a file of records was replaced."""
         for file in self.files:
             if file.kind != LAYERS and list(_mentioned(file.path, {layer.id})):
                 self._add(
@@ -703,15 +703,15 @@ def _save(folder: str, layer_id: str) -> str:
 
 
 def nobodys_mapped_layers(snapshot: Snapshot) -> t.List[Layer]:
-    """The store's own mapped layers that no image lists, no container has and no layer rests on.
+    """The store's own mapped layers that no image lists, no container uses and no layer depends on.
 
-    Own layers of an image that carry a map, as an interrupted pull leaves them, are none.
+    An image's own layers that carry a map, as an interrupted pull leaves them, are not included.
     """
     containers = {container.layer for container in snapshot.containers.values()}
     found = []
     for layer in snapshot.layers.values():
         parent = snapshot.layers.get(layer.parent)
-        # Only a copy for another map does not inherit that of its parent. Equal maps are mostly one object.
+        # Only a copy for another map has another map than its parent. Equal maps are usually the same object.
         if parent is not None and (
             layer.mapping is parent.mapping or layer.mapping == parent.mapping
         ):
@@ -730,14 +730,14 @@ def nobodys_mapped_layers(snapshot: Snapshot) -> t.List[Layer]:
 
 
 def _is_mapped_base(snapshot: Snapshot, layer: Layer) -> bool:
-    """Whether a layer without a parent is a copy: an image's own one has its digest as its ID (containers/image)."""
+    """Whether a layer without a parent is a copy: the ID of an image's own layer is its digest (containers/image)."""
     if layer.id == layer.diff_digest.rpartition(":")[2]:
         return False
     return not layer.mapping.identity or (not layer.parent and _is_copy(snapshot, layer))
 
 
 def _is_copy(snapshot: Snapshot, layer: Layer) -> bool:
-    """Whether a layer has the recorded content of another one on the same parent, its template.
+    """Whether a layer has the same recorded content as another layer with the same parent, its template.
 
     Containers' layers have no recorded content.
     """
@@ -751,10 +751,10 @@ def _is_copy(snapshot: Snapshot, layer: Layer) -> bool:
 
 
 def written_by_others(file: RecordFile[t.Any]) -> bool:
-    """Whether a file of records is not what the last writer of its lock has left: restored, copied, or cut off.
+    """Whether a file of records was changed after the last write under its lock: restored, copied, or truncated.
 
-    Every runtime renews the token of the lock, whose first eight bytes are the time in nanoseconds, when it writes
-    the file. A store that was copied as a whole looks the same until somebody writes to it.
+    Every runtime updates the token of the lock when it writes the file. The first eight bytes of the token are the
+    time in nanoseconds. A store that was copied as a whole looks the same until its next change.
     """
     try:
         with open(file.area.lock.path, "rb") as stream:
@@ -769,7 +769,7 @@ def written_by_others(file: RecordFile[t.Any]) -> bool:
 
 
 def _listed(folder: str) -> t.List[str]:
-    """The names in a folder; none where it is not there."""
+    """The names in a folder; empty if it does not exist."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return sorted(os.listdir(folder))
     return []
@@ -780,7 +780,7 @@ def _ids_in(folder: str) -> t.List[str]:
 
 
 def _holds_files(path: str) -> bool:
-    """Whether there is anything but folders below a path; one that is too large to tell does."""
+    """Whether there is anything but folders below a path; true if it is too large to check."""
     seen = 0
     for _parent, folders, files in os.walk(path):
         seen += 1 + len(folders)
@@ -790,7 +790,7 @@ def _holds_files(path: str) -> bool:
 
 
 def _mentioned(path: str, wanted: t.AbstractSet[str]) -> t.Iterator[str]:
-    """Those of the IDs that a file contains as text, whatever its form."""
+    """The IDs that a file of any format contains as text."""
     try:
         descriptor = os.open(path, _READ_ONLY | os.O_NONBLOCK)
     except OSError:

@@ -9,13 +9,13 @@ import re
 import typing as t
 
 Raw = t.Dict[str, t.Any]
-# Changes a record, a copy of which it is given.
+# Modifies a copy of a record.
 Change = t.Callable[[Raw], None]
-# Says what is wrong with a value, or nothing.
+# Returns the fault of a value, or an empty string.
 Check = t.Callable[[t.Any], str]
 Fields = t.Mapping[str, Check]
 
-# Far beyond what the runtimes write, which is no deeper than 6; Python's own limit must never be met.
+# Runtimes write at most 6 levels. The limit keeps Python's recursion limit from being reached.
 DEPTH_LIMIT = 64
 
 TIME = re.compile(
@@ -167,13 +167,13 @@ CONTAINER: Fields = {
 
 
 def first_fault(raw: Raw, fields: Fields) -> t.Optional[t.Tuple[str, str]]:
-    """The first field of a record that is not as it should be, and what is wrong with it."""
+    """The first invalid field of a record, and its fault."""
     for key, value in raw.items():
         check = fields.get(key)
         if check is not None:
             wrong = check(value) if value is not None else ""
         elif key.lower() in fields:
-            # Go matches names without regard to case: such a field would count there.
+            # Go matches names case-insensitively, and would use such a field.
             wrong = f"is spelled differently from {key.lower()!r}"
         else:
             wrong = _check_depth(value)
@@ -183,9 +183,10 @@ def first_fault(raw: Raw, fields: Fields) -> t.Optional[t.Tuple[str, str]]:
 
 
 def all_good(records: t.Sequence[t.Any], fields: Fields) -> bool:
-    """Whether ``first_fault`` finds nothing in any of many records; being quick, it may say no where nothing is.
+    """Whether ``first_fault`` finds nothing in all of these records. Fast, and may
+    return false for valid records.
 
-    Most records of a file have the same fields, and few have values of their own.
+    Most records of a file have the same fields, and many have equal values.
     """
     if set(map(type, records)) - {dict}:
         return False
@@ -206,7 +207,7 @@ def all_good(records: t.Sequence[t.Any], fields: Fields) -> bool:
 
 
 def _column_is_good(values: t.List[t.Any], check: Check) -> bool:
-    """Whether the values that many records have for one field are good."""
+    """Whether the values of a field in many records are valid."""
     kinds = set(map(type, values))
     if kinds == {str} and check in _STRINGS:
         pattern = _STRINGS[check]

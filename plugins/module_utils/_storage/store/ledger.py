@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The ledger: for how long each mapped layer has been unused, as observed by runs of this collection.
 
-Runtimes keep no such record. Each observation notes which layers are in use and, for the others, a
+Runtimes keep no such record. Each observation records which layers are in use and, for the others, the
 trace that a runtime leaves on a layer when it creates a container on it. The time between two
 observations counts as watched only if they are close enough to each other. Unused time is counted in
-watched seconds, not by the wall clock, so that neither a host that was off nor a clock that was set
-makes a layer old.
+watched seconds, not by the wall clock, so that layers do not age while a host is off or when a clock
+is set.
 
-The file is ours alone, and its owner may write anything into it. A lost or damaged one means that
-watching begins anew.
+Only this collection uses the file, but the owner of the store may write anything to it. If the file is lost or
+damaged, watching starts again.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ from .staging import LOCK_NAME
 VERSION = 2
 _FIRST_VERSION = 1
 
-# The time between two observations counts if it is no longer than this (seconds): one look a day, and
-# half a day to be late.
+# The time between two observations counts if it is no longer than this (seconds): one observation a day, which
+# may be half a day late.
 LONGEST_INTERVAL = 36 * 3600.0
-# A relatime filesystem renews an access time at most this often (seconds).
+# A relatime filesystem updates an access time at most this often (seconds).
 COARSE_TRACE = 86400.0
-# An observation this soon after the last one is not worth a write (seconds), unless it is the first.
+# An observation this soon after the last one is not saved (seconds), unless it is the first.
 _WRITE_SECONDS = 600.0
 
-# How far the wall clock may move against the clock of the boot before it counts as set (seconds).
+# The wall clock counts as set if it moves by more than this against the clock of the boot (seconds).
 _DRIFT = 600.0
-# How long a host may plausibly have been off (seconds), and a store untouched before the first look.
+# The longest plausible time (seconds) for which a host was off, or a store unchanged before the first observation.
 _LONGEST_OFF = 30 * 86400.0
 _LONGEST_UNTOUCHED = 180 * 86400.0
-# A clock that was set is believed once it has gone on for this long under observation (seconds).
+# A clock that was set counts as reliable again after this time under observation (seconds).
 _STEADY = 86400.0
-# No host that runs this has an earlier date: the begin of 2024.
+# The earliest plausible date: the beginning of 2024.
 _EARLIEST = 1704067200.0
-# Nor a later one: the end of the year 9999, after which nothing can name a date.
+# The latest date that can be formatted: the end of the year 9999.
 _LATEST = 253402300800.0
 
 _MOST_PROGRAMS = 8
 _MOST_GAPS = 8
 _MOST_LAYERS = 20000
 _SIZE_LIMIT = 16 * 1024 * 1024
-# There is no file, or it is not a ledger of this collection.
+# There is no file, or it is no ledger of this collection.
 _NO_LEDGER = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG))
 _LONGEST_TEXT = 256
 
 
 def ledger_key(image_id: str, mapping: Mapping) -> str:
-    """What makes two layers the same for the ledger: image and maps, however often re-created."""
+    """The identity of a layer in the ledger: image and maps. A re-created layer has the same key."""
     return _digest(f"{image_id} {mapping.uid} {mapping.gid}")
 
 
@@ -73,12 +73,12 @@ def _digest(text: str) -> str:
 
 @dataclass(frozen=True)
 class Sighting:
-    """One mapped layer at one observation.
+    """A mapped layer at an observation.
 
     :ivar key: see :func:`ledger_key`
     :ivar used: whether a container or another layer is on it
-    :ivar trace: what differs after a container was created on it; empty if nothing would tell
-    :ivar traced_at: when that last happened, seconds since the epoch; None if the trace does not tell
+    :ivar trace: a value that changes when a container is created on it; empty if there is none
+    :ivar traced_at: the time of the last change, seconds since the epoch; None if unknown
     :ivar coarse: whether further uses within ``COARSE_TRACE`` leave no trace
     """
 
@@ -91,9 +91,9 @@ class Sighting:
 
 @dataclass(frozen=True)
 class Gap:
-    """Time that was not watched. Moments in seconds since the epoch.
+    """A period that was not watched. Times are seconds since the epoch.
 
-    :ivar seconds: how long it lasted; 0 if the clocks do not tell
+    :ivar seconds: its length; 0 if unknown
     """
 
     start: float
@@ -106,7 +106,7 @@ class _Entry:
     key: str
     first_seen: float
     last_used: t.Optional[float] = None
-    # On the clock of watched seconds: since when nothing is known to have used it.
+    # In watched seconds: the time since which no use is known.
     idle_from: float = 0.0
     trace: str = ""
     coarse: bool = False
@@ -115,7 +115,7 @@ class _Entry:
 class Ledger:
     """The file.
 
-    :param path: ``ledger.json`` in our folder of the store
+    :param path: ``ledger.json`` in the collection's folder of the store
     :param lock_timeout: seconds to wait for the lock of that folder
     """
 
@@ -129,7 +129,7 @@ class Ledger:
         self._since: t.Optional[float] = None
         self._watched = 0.0
         self._last: t.Optional[Moment] = None
-        # The wall clock as it was last believed, and as it is doubted with how long it has been steady.
+        # The last reliable time of the wall clock; the doubted time, and how long it has been steady.
         self._believed: t.Optional[Moment] = None
         self._doubted: t.Optional[t.Tuple[Moment, float]] = None
         self._doubt = ""
@@ -141,13 +141,13 @@ class Ledger:
         self._observed: t.Optional[
             t.Tuple[Moment, t.Mapping[str, Sighting], str, t.Optional[float]]
         ] = None
-        # What programs said of their version, by what identifies their file; the latest last.
+        # Versions reported by programs, by the identity of the executable; the newest last.
         self.programs: t.Dict[str, str] = {}
 
     def load(self) -> Ledger:
-        """Read the file; one that is absent or damaged is an empty ledger.
+        """Read the file; an absent or damaged file is an empty ledger.
 
-        :raises StoreError: it is there and cannot be read
+        :raises StoreError: it exists and cannot be read
         """
         self._clear()
         with translate_oserror(self.path):
@@ -202,7 +202,7 @@ class Ledger:
             entry["key"], since if first is None else first, _time(entry.get("last_used"))
         )
         if version == _FIRST_VERSION:
-            # It did not note how often anybody looked, so nothing of its time counts.
+            # It did not record how often observations were made, so its time does not count.
             found.key = _digest(found.key)
             return found
         idle_from = _time(entry.get("idle_from"))
@@ -213,17 +213,17 @@ class Ledger:
 
     @property
     def watched_since(self) -> t.Optional[float]:
-        """When watching began, by the wall clock; None for never."""
+        """The wall-clock time at which watching began; None if it did not."""
         return self._since
 
     @property
     def watched(self) -> float:
-        """For how long this store has been watched often enough, in seconds."""
+        """The time for which this store has been watched often enough, in seconds."""
         return self._watched
 
     @property
     def doubt(self) -> str:
-        """Why the wall clock of the last observation is not believed; empty if it is."""
+        """Why the wall clock of the last observation is unreliable; empty if it is reliable."""
         return self._doubt
 
     @property
@@ -233,21 +233,21 @@ class Ledger:
 
     @property
     def untraced(self) -> bool:
-        """Whether time did not count for some layers, since uses of them leave no trace here."""
+        """Whether time did not count for some layers, because use leaves no trace here."""
         return self._untraced
 
     def last_used(self, layer_id: str) -> t.Optional[float]:
-        """When the layer was last seen in use, by the wall clock; None for never."""
+        """The wall-clock time at which the layer was last seen in use; None if never."""
         entry = self._entries.get(layer_id)
         return entry.last_used if entry else None
 
     def first_seen(self, layer_id: str) -> t.Optional[float]:
-        """When the layer was first seen at all, by the wall clock; None for never."""
+        """The wall-clock time at which the layer was first seen; None if never."""
         entry = self._entries.get(layer_id)
         return entry.first_seen if entry else None
 
     def idle(self, layer_id: str) -> t.Optional[float]:
-        """For how many watched seconds nothing has used the layer; None if it was never seen."""
+        """The watched seconds for which the layer has been unused; None if it was never seen."""
         entry = self._entries.get(layer_id)
         if entry is None:
             return None
@@ -255,7 +255,7 @@ class Ledger:
         return max(idle, 0.0)
 
     def image_of(self, layer_id: str) -> str:
-        """The ID of the image that listed the layer when it was seen last; empty for never."""
+        """The ID of the image that listed the layer at the last observation; empty if none."""
         entry = self._entries.get(layer_id)
         return entry.key.partition(" ")[0] if entry else ""
 
@@ -266,12 +266,12 @@ class Ledger:
         token: str = "",
         changed_at: t.Optional[float] = None,
     ) -> None:
-        """Note what is in use.
+        """Record the layers in use.
 
-        :param moment: when ``layers`` was looked at
-        :param layers: all mapped layers of the store by ID; others are forgotten, their times going to
-            a new layer of the same key
-        :param token: what changes with each container that is created or removed; empty if unknown
+        :param moment: the time at which ``layers`` was read
+        :param layers: all mapped layers of the store by ID; others are forgotten, but a new
+            layer with the same key takes over their times
+        :param token: a value that changes with each container that is created or removed; empty if unknown
         :param changed_at: when a runtime last wrote the store's records, seconds since the epoch
         """
         self._observed = moment, layers, token, changed_at
@@ -284,7 +284,7 @@ class Ledger:
         if last is not None and not 0 <= elapsed <= LONGEST_INTERVAL:
             self._gaps.append(Gap(last.wall, moment.wall, max(elapsed, 0.0)))
             self._gaps = self._gaps[-_MOST_GAPS:]
-        # Nothing was created or removed since: exact, where traces are not to be had.
+        # No container was created or removed since, so the layer is unused even if there are no traces.
         quiet = bool(token and token == self._token and last is not None and last.same_boot(moment))
         self._watched += counted
         self._note(moment, layers, counted, quiet)
@@ -329,7 +329,7 @@ class Ledger:
             known.trace, known.coarse = seen.trace, seen.coarse
 
     def _judge(self, moment: Moment, changed_at: t.Optional[float], elapsed: float) -> str:
-        """Believe the wall clock, or say why not."""
+        """Decide whether the wall clock is reliable, or return the reason."""
         reason = _implausible(self._believed, moment, changed_at)
         if reason:
             steady = 0.0
@@ -363,14 +363,14 @@ class Ledger:
 
     @property
     def changed(self) -> bool:
-        """Whether there is anything worth writing."""
+        """Whether there is anything to write."""
         return self._news
 
     def save(self) -> bool:
-        """Write the file if there is news; its folder is made if need be.
+        """Write the file if it changed; its folder is created if necessary.
 
         :returns: whether it was written
-        :raises LockTimeout: another run holds our folder
+        :raises LockTimeout: another run has locked the collection's folder
         :raises StoreError: it cannot be written
         """
         if not self._news:
@@ -388,7 +388,7 @@ class Ledger:
         return True
 
     def _catch_up(self) -> None:
-        """Add this observation to what another run has written since this one has read."""
+        """Merge this observation with the file that another run wrote in the meantime."""
         other = Ledger(self.path).load()
         if other._content == self._content or self._observed is None:
             return
@@ -396,7 +396,7 @@ class Ledger:
         programs = self.programs
         last = other._last
         if last is not None and last.same_boot(moment) and _elapsed(last, moment) < 0:
-            # The other one looked later: what was seen in use here still counts as that.
+            # The other observation was later; uses seen here still count.
             for layer_id, seen in layers.items():
                 entry = other._entries.get(layer_id)
                 if entry is not None and seen.used and entry.key == seen.key:
@@ -441,8 +441,8 @@ class Ledger:
                 os.unlink(temporary)
             with os.fdopen(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
                 json.dump(content, file, separators=(",", ":"))
-            # Not synced: its loss makes layers look younger only, and btrfs of Linux 6.18 has been seen to refuse a log
-            # in which a file of a folder with deleted folders is synced.
+            # Not synced: a loss only makes layers look younger, and btrfs of Linux 6.18 may fail to replay a log after
+            # a sync of a file in a folder from which folders were deleted.
             os.rename(temporary, self.path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -451,7 +451,7 @@ class Ledger:
 
 
 def _elapsed(last: Moment, moment: Moment) -> float:
-    """Seconds between two observations: by the clock of the boot, across boots by the wall clock."""
+    """Seconds between two observations: by the clock of the boot, or by the wall clock across boots."""
     if last.same_boot(moment):
         return moment.uptime - last.uptime
     return moment.wall - last.wall
@@ -460,7 +460,7 @@ def _elapsed(last: Moment, moment: Moment) -> float:
 def _implausible(
     believed: t.Optional[Moment], moment: Moment, changed_at: t.Optional[float]
 ) -> str:
-    """Why the wall clock cannot be right, given when it was last believed; empty if it can."""
+    """Why the wall clock cannot be right, given its last reliable time; empty if it can."""
     if moment.wall < _EARLIEST:
         return "the clock of this host shows a date before 2024"
     if believed is None:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The store settings in podman's own database, which take precedence over storage.conf.
 
-Two forms exist: a bolt file (podman 4, and later ones that found it) and SQLite (new stores of
+There are two formats: a bolt file (podman 4, and later versions if it exists) and SQLite (new stores of
 podman 5). Both are read as plain files, never opened for writing and never locked.
 """
 
@@ -22,13 +22,13 @@ from . import sqlite_file
 BOLT = os.path.join("libpod", "bolt_state.db")
 SQLITE = "db.sql"
 
-# Bytes; a database of 1,000 containers has 20 MB.
+# Bytes; a database with 1,000 containers has 20 MB.
 _SIZE_LIMIT = 256 * 1024 * 1024
 _PATH_LIMIT = 4096
 _MOST_CONTAINERS = 100_000
-# Reads of a bolt file that is written to meanwhile.
+# Attempts to read a bolt file that is being written.
 _ATTEMPTS = 5
-# What reading a file of any content may raise.
+# Exceptions of the parsers for files of any content.
 _UNREADABLE = (OSError, ValueError, KeyError, IndexError, struct.error, RecursionError)
 
 _Read = t.TypeVar("_Read")
@@ -36,7 +36,7 @@ _Read = t.TypeVar("_Read")
 
 @dataclass(frozen=True)
 class PodmanStore:
-    """The paths and the driver podman has recorded; empty for what it has not.
+    """The paths and the driver that podman recorded; empty if not recorded.
 
     :ivar path: the database file
     """
@@ -51,9 +51,9 @@ class PodmanStore:
 class PodmanContainer:
     """A container that podman's database names.
 
-    :ivar name: empty where the database does not tell it
-    :ivar rootfs: whether it runs on a directory of its own (``podman run --rootfs``, and the
-        infrastructure containers of new podmans): containers/storage has no record of it
+    :ivar name: empty if the database does not contain it
+    :ivar rootfs: whether it runs on a directory (``podman run --rootfs``, and the
+        infrastructure containers of new versions), without a record in containers/storage
     """
 
     id: str
@@ -64,7 +64,7 @@ class PodmanContainer:
 def database(
     graphroot: str, runroot: str, transient: bool, sqlite_first: bool = False
 ) -> t.Optional[str]:
-    """The path of podman's database of a store, None without one; parameters as :func:`recorded`."""
+    """The path of podman's database of a store; None if there is none; parameters as :func:`recorded`."""
     paths = [os.path.join(runroot if transient else graphroot, SQLITE)]
     if not transient:
         paths.insert(len(paths) if sqlite_first else 0, os.path.join(graphroot, BOLT))
@@ -72,7 +72,7 @@ def database(
 
 
 def databases(graphroot: str, runroot: str) -> t.List[str]:
-    """The paths of all of podman's databases of a store, whichever of them a podman would take."""
+    """The paths of all podman databases of a store, including those that podman would not use."""
     paths = [os.path.join(graphroot, BOLT)]
     paths += [os.path.join(base, SQLITE) for base in dict.fromkeys((graphroot, runroot))]
     return [path for path in paths if os.path.lexists(path)]
@@ -80,10 +80,10 @@ def databases(graphroot: str, runroot: str) -> t.List[str]:
 
 @dataclass(frozen=True)
 class Databases:
-    """What podman's databases of a store say.
+    """The contents of podman's databases of a store.
 
-    :ivar containers: those that any of them names, by ID
-    :ivar unreadable: why databases cannot be read, by path
+    :ivar containers: the containers that any database names, by ID
+    :ivar unreadable: the errors of databases that cannot be read, by path
     """
 
     containers: t.Mapping[str, PodmanContainer]
@@ -91,7 +91,7 @@ class Databases:
 
 
 def read_databases(graphroot: str, runroot: str) -> Databases:
-    """The containers that podman's databases name. Never raises for what they contain."""
+    """The containers that podman's databases name. Invalid content is no exception."""
     found: t.Dict[str, PodmanContainer] = {}
     unreadable: t.Dict[str, str] = {}
     for path in databases(graphroot, runroot):
@@ -108,7 +108,7 @@ def read_databases(graphroot: str, runroot: str) -> Databases:
 
 
 def _is_new(path: str) -> bool:
-    """Whether podman has created the file, and written nothing to it yet."""
+    """Whether podman created the file and has not written to it yet."""
     with contextlib.suppress(OSError):
         status = os.lstat(path)
         return stat.S_ISREG(status.st_mode) and status.st_size == 0
@@ -116,7 +116,7 @@ def _is_new(path: str) -> bool:
 
 
 def _settled_bolt_containers(path: str) -> t.Dict[str, PodmanContainer]:
-    """The containers in a bolt file that podman may be writing; sqlite_file.py reads again by itself."""
+    """The containers in a bolt file that podman may be writing; sqlite_file.py retries by itself."""
     for _attempt in range(_ATTEMPTS - 1):
         before = _signature(path)
         try:
@@ -151,8 +151,8 @@ def recorded(
     """The settings in podman's database of this store; None if it does not exist or cannot be read.
 
     :param graphroot: where podman would look for its database
-    :param transient: a transient store keeps it in the runroot
-    :param sqlite_first: the SQLite file counts where both are there, else the bolt file
+    :param transient: whether the store is transient, with the database in the runroot
+    :param sqlite_first: which file is used if both exist: SQLite, or bolt if false
     """
     path = database(graphroot, runroot, transient, sqlite_first)
     if path is None:
@@ -161,12 +161,12 @@ def recorded(
 
 
 def ambiguous(graphroot: str) -> bool:
-    """Whether both databases are there, so that the version of podman decides which one counts."""
+    """Whether both databases exist, so that the version of podman decides which is used."""
     return all(os.path.lexists(os.path.join(graphroot, name)) for name in (BOLT, SQLITE))
 
 
 def _quietly(read: t.Callable[[str], _Read], path: str) -> t.Optional[_Read]:
-    """A database that is damaged, or in a form not known here, decides nothing."""
+    """Ignore a database that is damaged or of an unknown format."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return None
@@ -175,7 +175,7 @@ def _quietly(read: t.Callable[[str], _Read], path: str) -> t.Optional[_Read]:
         return None
 
 
-# bolt: https://github.com/etcd-io/bbolt, file format 2. Little-endian on all that podman runs on.
+# bolt: https://github.com/etcd-io/bbolt, file format 2. Little-endian on all platforms of podman.
 
 _BOLT_MAGIC = 0xED0CDAED
 _BOLT_VERSION = 2
@@ -192,7 +192,7 @@ _PAGE_SIZES = (4096, 8192, 16384, 32768, 65536, 1024, 2048)
 
 
 class _Bolt:
-    """One bolt file's bytes."""
+    """The bytes of a bolt file."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -235,7 +235,7 @@ class _Bolt:
 
     @property
     def is_new(self) -> bool:
-        """Whether podman has created the file, and no bucket yet."""
+        """Whether podman created the file, but no bucket yet."""
         return not any(True for _entry in self._entries(self.data, self.root * self.page_size, 0))
 
     def _inside(self, value: bytes) -> t.Iterator[t.Tuple[int, bytes, bytes]]:
@@ -254,7 +254,7 @@ class _Bolt:
         if depth > _DEPTH_LIMIT or self.pages > _PAGES_LIMIT:
             raise ValueError("pages in a circle")
         if offset > len(data):
-            # Python counts on, where C's numbers end.
+            # Python's integers do not overflow.
             raise ValueError("a page behind the end")
         _id, flags, count, _overflow = _PAGE_HEADER.unpack_from(data, offset)
         start = offset + _PAGE_HEADER.size

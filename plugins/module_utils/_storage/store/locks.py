@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Lock files as containers/storage uses them: a POSIX record lock and a 64-byte change token.
 
-POSIX locks belong to the process, and closing any descriptor of the file gives them up. So each
-file is locked by one holder per process at a time, and never opened by another one meanwhile.
+POSIX locks belong to the process, and closing any descriptor of the file releases them. Therefore only one
+holder per process locks a file at a time, and no other holder opens it during that time.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ TOKEN_SIZE = 64
 
 _FileKey = t.Tuple[int, int]
 
-# How long a taken lock is asked for again and again before a thread waits in the kernel's queue.
+# How long a busy lock is polled before a thread waits in the kernel's queue (seconds).
 _EAGER_SECONDS = 0.02
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK, errno.EINTR)
 _counter = itertools.count(1)
 
 
 def fresh_token() -> bytes:
-    """64 bytes that no other writer has written: time, counter, PID and random bytes.
+    """64 unique bytes: time, counter, PID and random bytes.
 
-    The layout is the one of containers/storage 1.42 and later; readers compare it as a whole.
+    The layout is that of containers/storage 1.42 and later; readers compare it as a whole.
     """
     head = struct.pack("<QQI", time.time_ns(), next(_counter), os.getpid())
     return head + os.urandom(TOKEN_SIZE - len(head))
 
 
 def peek_token(path: str) -> bytes:
-    """The token of a lock file, read without the lock; empty where there is none. Follows no link."""
+    """The token of a lock file, read without the lock; empty if there is none. Links are not followed."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -86,7 +86,7 @@ def _timeout(path: str, allowed: float, pid: t.Optional[int]) -> LockTimeout:
 
 
 class _Gate:
-    """Lets one holder of this process at a time come near one lock file."""
+    """Lets one holder of this process at a time open a lock file."""
 
     def __init__(self) -> None:
         self.mutex = threading.Lock()
@@ -140,7 +140,7 @@ os.register_at_fork(after_in_child=_GATES.reset)
 
 
 class _Claim:
-    """An open lock file and this process's way to it; given up together, once."""
+    """An open lock file and its gate in this process, released together."""
 
     def __init__(self, descriptor: int, key: _FileKey, gate: _Gate) -> None:
         self.descriptor = descriptor
@@ -148,7 +148,7 @@ class _Claim:
         self._gate = gate
 
     def disown(self) -> None:
-        """The calling thread no longer counts as the holder."""
+        """Stop counting the calling thread as the holder."""
         self._gate.owner = 0
 
     def drop(self) -> None:
@@ -159,7 +159,7 @@ class _Claim:
 
 
 class _Waiter(threading.Thread):
-    """Wait for a lock in the kernel's queue, and give the claim up when it is no longer needed."""
+    """Wait for a lock in the kernel's queue, and release the claim when it is no longer needed."""
 
     def __init__(self, claim: _Claim, operation: int) -> None:
         super().__init__(name="store-lock", daemon=True)
@@ -175,7 +175,7 @@ class _Waiter(threading.Thread):
             try:
                 fcntl.lockf(self.claim.descriptor, self.operation)
             except OSError as error:
-                # Two processes that wait for each other: the other one may give way.
+                # Two processes wait for each other; the other process may give up.
                 if error.errno == errno.EDEADLK and not self._abandoned:
                     time.sleep(0.01)
                     continue
@@ -187,7 +187,7 @@ class _Waiter(threading.Thread):
                 self.claim.drop()
 
     def abandon(self) -> bool:
-        """Leave the claim to the thread; False when it has ended and the claim is the caller's."""
+        """Leave the claim to the thread; false if the thread has ended and the caller keeps the claim."""
         with self._state:
             if self.done.is_set():
                 return False
@@ -197,10 +197,10 @@ class _Waiter(threading.Thread):
 
 
 class LockFile:
-    """One lock file. Nothing is created here; see ``create``.
+    """A lock file. It is only created by ``create``.
 
     :param path: the lock file
-    :param read_only: the file can be read only, so that no exclusive lock is possible
+    :param read_only: the file is read-only, so that no exclusive lock is possible
     """
 
     def __init__(self, path: str, read_only: bool = False) -> None:
@@ -210,9 +210,9 @@ class LockFile:
         self._exclusive = False
 
     def create(self) -> None:
-        """Make the lock file, empty, if there is none.
+        """Create an empty lock file if there is none.
 
-        :raises OSError: as open(2) says
+        :raises OSError: as open(2)
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         with contextlib.suppress(FileExistsError):
@@ -220,12 +220,12 @@ class LockFile:
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the lock now."""
+        """Whether this object holds the lock."""
         return self._claim is not None
 
     @property
     def busy_here(self) -> bool:
-        """Whether this process holds the lock, or waits for it, through any object."""
+        """Whether this process holds the lock or waits for it, with any object."""
         try:
             found = os.lstat(self.path)
         except OSError:
@@ -234,7 +234,7 @@ class LockFile:
 
     @property
     def identity(self) -> t.Tuple[int, int]:
-        """Device and inode of the file that is held."""
+        """Device and inode of the locked file."""
         found = os.fstat(self._descriptor)
         return found.st_dev, found.st_ino
 
@@ -249,8 +249,8 @@ class LockFile:
         """Hold the lock together with other readers.
 
         :param timeout: seconds; 0 tries once
-        :param allowed: the seconds that the error names, where `timeout` is what is left of them
-        :raises LockTimeout: somebody held it exclusively all the time
+        :param allowed: the seconds that the error names, if `timeout` is the rest of them
+        :raises LockTimeout: another process held it exclusively all the time
         :raises FileNotFoundError: there is no such file
         """
         self.acquire(fcntl.LOCK_SH, timeout, allowed)
@@ -264,8 +264,8 @@ class LockFile:
         """Hold the lock alone.
 
         :param timeout: seconds; 0 tries once
-        :param allowed: the seconds that the error names, where `timeout` is what is left of them
-        :raises LockTimeout: somebody held it all the time
+        :param allowed: the seconds that the error names, if `timeout` is the rest of them
+        :raises LockTimeout: another process held it all the time
         :raises FileNotFoundError: there is no such file
         """
         self.acquire(fcntl.LOCK_EX, timeout, allowed)
@@ -275,7 +275,7 @@ class LockFile:
             self.release()
 
     def acquire(self, operation: int, timeout: float, allowed: t.Optional[float] = None) -> None:
-        """Take the lock; ``shared`` and ``exclusive`` are this with a release at their end.
+        """Take the lock; ``shared`` and ``exclusive`` also release it.
 
         :param operation: ``fcntl.LOCK_SH`` or ``fcntl.LOCK_EX``
         """
@@ -291,17 +291,17 @@ class LockFile:
         self._exclusive = operation == fcntl.LOCK_EX
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         claim, self._claim, self._exclusive = self._claim, None, False
         if claim is not None:
             claim.drop()
 
     def token(self) -> bytes:
-        """What the last writer left: 64 opaque bytes, fewer or none in a file never written."""
+        """The token of the last writer: 64 opaque bytes, fewer or none in a file that was never written."""
         return os.pread(self._descriptor, TOKEN_SIZE, 0)
 
     def touch(self) -> bytes:
-        """Tell all other processes that what this lock protects is about to change.
+        """Notify all other processes that the protected data is about to change.
 
         :returns: the token written
         :raises OSError: the token could not be written
@@ -315,7 +315,7 @@ class LockFile:
         return token
 
     def _attempt(self, operation: int, allowed: float, deadline: float) -> bool:
-        """Once through; False when another file lies at the path meanwhile."""
+        """One attempt; false if the path became another file."""
         before = os.lstat(self.path)
         if not stat.S_ISREG(before.st_mode):
             raise StoreError(
@@ -339,7 +339,7 @@ class LockFile:
                 return False
             if not _try(descriptor, operation, deadline):
                 self._queue(claim, operation, allowed, deadline)
-                # Whoever held it may have put another file in its place, or taken it away.
+                # The previous holder may have replaced or removed the file.
                 now = os.lstat(self.path)
                 if (now.st_dev, now.st_ino) != key:
                     claim.drop()
@@ -353,7 +353,7 @@ class LockFile:
         return True
 
     def _queue(self, claim: _Claim, operation: int, allowed: float, deadline: float) -> None:
-        """Wait in turn; short gaps between busy runtimes are missed by asking now and then."""
+        """Wait in the kernel's queue, because polling misses short gaps between busy runtimes."""
         pid = _holder(claim.descriptor, operation)
         left = deadline - time.monotonic()
         if left <= 0:
@@ -374,7 +374,7 @@ class LockFile:
 
 
 class _GivenAway(Exception):
-    """The thread that waits has become the owner of the claim."""
+    """The waiting thread owns the claim now."""
 
     def __init__(self, reason: BaseException) -> None:
         super().__init__()
@@ -382,7 +382,7 @@ class _GivenAway(Exception):
 
 
 def _try(descriptor: int, operation: int, deadline: float) -> bool:
-    """Ask for the lock without waiting, a few times."""
+    """Try to take the lock without waiting, a few times."""
     pause = 0.001
     eager = min(deadline, time.monotonic() + _EAGER_SECONDS)
     while True:

@@ -4,7 +4,7 @@
 
 Power loss and kills: every change writes the lock's token first, then a temporary file beside the
 JSON, syncs its data, renames it over the JSON and syncs the directory before the next change
-begins. So no record that refers to another one can be on disk without it.
+begins. A record can therefore never be on disk without the records that it refers to.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .records import (
 )
 from .reserve import Reserve
 
-# The folder of the store that holds all that is ours.
+# The collection's folder in a store.
 OWN_FOLDER = "userns-storage"
 
 _Version = t.Tuple[bytes, int, int, int]
@@ -44,7 +44,7 @@ class LockedDirectory:
     """A directory of records and its lock file.
 
     :ivar read_only: the directory is part of an additional store
-    :ivar creates: whether the lock file is created for an exclusive lock where it is missing
+    :ivar creates: whether a missing lock file is created for an exclusive lock
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LockedDirectory:
     def enter(
         self, stack: contextlib.ExitStack, deadline: float, allowed: float, exclusive: bool
     ) -> bool:
-        """Take the lock until the stack ends; False when there is no lock file to take.
+        """Take the lock until the stack ends; false if there is no lock file.
 
         :param deadline: on the monotonic clock
         :param allowed: the seconds that end at the deadline, for the error
@@ -79,12 +79,12 @@ class LockedDirectory:
 
 
 class RecordFile(t.Generic[R]):
-    """One JSON file of records with what was last read from it or written to it.
+    """A JSON file of records, with the content that was last read or written.
 
     :ivar area: the directory whose lock guards the file
     :ivar kind: ``layers``, ``images`` or ``containers``
     :ivar read_only_store: the additional store that the file is part of; None for the store's own files
-    :ivar blank: the file is there and holds no list at all, only blanks or ``null``, which no runtime writes
+    :ivar blank: the file contains only blanks or ``null`` instead of a list, which no runtime writes
     :ivar generation: grows whenever the records change
     """
 
@@ -111,17 +111,17 @@ class RecordFile(t.Generic[R]):
 
     @property
     def size(self) -> int:
-        """The file's bytes when it was last read or written."""
+        """The file's size in bytes when it was last read or written."""
         return self._key[3] if self._key else 0
 
     @property
     def temporary(self) -> str:
-        """Only the holder of the lock writes it, so that a name of our own cannot clash."""
+        """The temporary file. Only the holder of the lock writes it, so that the name is unique."""
         directory, name = os.path.split(self.path)
         return os.path.join(directory, f".tmp-{name}{OWN_FOLDER}")
 
     def load(self) -> int:
-        """Read the file if it may have changed, under the lock; the number of bytes read."""
+        """Read the file under the lock if it may have changed; returns the number of bytes read."""
         token = self.area.lock.token() if self.area.lock.held else b""
         try:
             descriptor = files.open_regular(self.path)
@@ -161,7 +161,7 @@ class RecordFile(t.Generic[R]):
         return len(self._fresh)
 
     def parse(self) -> None:
-        """Parse what ``load`` has read, if anything; needs no lock."""
+        """Parse the bytes that ``load`` read, if any; needs no lock."""
         if self._fresh is None:
             return
         data, self._fresh = self._fresh, None
@@ -171,19 +171,19 @@ class RecordFile(t.Generic[R]):
         self.generation += 1
 
     def forget(self) -> None:
-        """Hold no records of a file that cannot be read; the next load reads it again."""
+        """Drop the records of a file that cannot be read; the next load reads it again."""
         self.records, self._key, self._fresh, self.blank = [], None, None, False
         self.generation += 1
 
     @property
     def exists(self) -> bool:
-        """Whether the file was there when it was read last."""
+        """Whether the file existed when it was last read."""
         return self._key != _ABSENT
 
     def write(self, records: t.List[R], reserve: t.Optional[Reserve] = None) -> None:
         """Replace the file, under the exclusive lock: token, data, rename, directory.
 
-        :param reserve: for a full disk: lends a file that is overwritten, and gets the one that is replaced
+        :param reserve: for a full disk: lends a file to overwrite, and receives the file that is replaced
         """
         self._key = None
         directory, temporary = os.path.dirname(self.path), self.temporary
@@ -213,7 +213,7 @@ class RecordFile(t.Generic[R]):
                 error.filename = self.path
             discard(temporary)
             raise
-        # From here on other programs see the new file, even if syncing the directory fails.
+        # Other programs now see the new file, even if syncing the directory fails.
         self.records, self.blank = records, False
         self.generation += 1
         self._key = (token, found.st_ino, found.st_mtime_ns, found.st_size)
@@ -222,7 +222,7 @@ class RecordFile(t.Generic[R]):
     def discard_leftovers(self, reserve: t.Optional[Reserve] = None) -> None:
         """Remove leftovers of a killed writer of this collection, under the exclusive lock.
 
-        :param reserve: gets it instead, if given
+        :param reserve: receives them instead, if given
         """
         if reserve is None or not reserve.adopt(self.temporary):
             discard(self.temporary)
@@ -242,13 +242,13 @@ class StoreFiles:
 
 
 def discard(path: str) -> None:
-    """Remove a file that may not be there."""
+    """Remove a file that may not exist."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
 def sync_directory(path: str) -> None:
-    """Make renames in a directory durable, where the filesystem can."""
+    """Make renames in a directory durable, if the filesystem supports it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The JSON records of layers, images and containers. Unchanged records are written back byte for byte.
 
-Each file is one JSON array, as containers/storage writes it. A record keeps the bytes it was read
-from: what is not changed is written back as it stood, unknown fields and odd numbers included.
+Each file is a JSON array, as containers/storage writes it. A record keeps the bytes from which it was
+read, so that unchanged parts are written back unchanged, including unknown fields and unusual numbers.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ STABLE = "stable"
 VOLATILE = "volatile"
 IMAGESTORE = "imagestore"
 
-# Far beyond any real store, small enough to be read into memory.
+# Larger than any real store, small enough to be read into memory (bytes).
 SIZE_LIMIT = 256 * 1024 * 1024
 _DIGITS_LIMIT = 400
 
 _HINT = "Restore the file from a backup. `contradictions` of userns.storage.image_layers_info lists all damage."
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-# What Go's encoder escapes, and surrogates that UTF-8 cannot hold.
+# Characters that Go's encoder escapes, and surrogates, which UTF-8 cannot encode.
 _ESCAPED = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
 class _Number(float):
-    """A number with a fraction or exponent that remembers how it was written."""
+    """A number with a fraction or exponent that keeps its notation."""
 
     literal: str
 
@@ -81,12 +81,12 @@ def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> Raw:
     return result
 
 
-# Older Pythons take ever longer to convert ever longer numbers; newer ones refuse by themselves.
+# Old Python versions take quadratic time for long numbers; newer versions refuse them.
 _PARSE_INT = None if hasattr(sys, "get_int_max_str_digits") else _integer
 
-# Of a field that is there twice it takes the last, as Go does.
+# If a field occurs twice, the last one is used, as in Go.
 _READER = json.JSONDecoder(parse_float=_Number, parse_int=_PARSE_INT, parse_constant=_constant)
-# Refuses such a field, for it could not be written back as it stood.
+# Refuses such a field, because it could not be written back unchanged.
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object,
     parse_float=_Number,
@@ -111,7 +111,7 @@ def _plain(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What an error is about."""
+    """The subject of an error."""
 
     path: str
     index: int
@@ -123,7 +123,7 @@ class _Subject:
 
 
 def _as_time(text: t.Optional[str]) -> t.Optional[datetime]:
-    """Microseconds are what Python holds; Go's zero time and impossible dates are None."""
+    """A time with Python's precision of microseconds; None for Go's zero time and impossible dates."""
     match = TIME.fullmatch(text) if text else None
     if match is None:
         return None
@@ -146,7 +146,7 @@ def _as_time(text: t.Optional[str]) -> t.Optional[datetime]:
 
 
 class _Source:
-    """The bytes that records were read from; which of them are whose is found out when somebody asks."""
+    """The bytes from which records were read; they are only split into records on demand."""
 
     def __init__(self, data: bytes, path: str) -> None:
         self._data = data
@@ -161,11 +161,11 @@ class _Source:
 
 
 class Record:
-    """One record. ``raw`` has the fields of the JSON in their order; treat it as read-only.
+    """A record. ``raw`` has the fields of the JSON in their order; it is read-only.
 
-    :ivar path: the file it came from
-    :ivar location: which of the store's files that is: "stable", "volatile" or "imagestore"
-    :ivar read_only_store: the additional store it lives in, None for the store itself
+    :ivar path: the file from which it was read
+    :ivar location: the kind of that file: "stable", "volatile" or "imagestore"
+    :ivar read_only_store: the additional store that contains it; None for the store itself
     """
 
     __slots__ = ("_index", "_source", "location", "mapping", "path", "raw", "read_only_store")
@@ -183,7 +183,7 @@ class Record:
         index: int = 0,
         checked: bool = False,
     ) -> None:
-        """Check the types of all known fields, unless that has been done.
+        """Check the types of all known fields, unless they were checked before.
 
         :raises RecordError: a field is of a wrong type, or the ID is missing or malformed
         """
@@ -202,7 +202,7 @@ class Record:
     def text(self) -> bytes:
         """The record's own JSON.
 
-        :raises RecordError: it cannot be written back as it stands: a field is there twice
+        :raises RecordError: it cannot be written back unchanged because a field occurs twice
         """
         return self._source.texts[self._index]
 
@@ -233,7 +233,7 @@ class Record:
         uid, gid = raw.get("uidmap"), raw.get("gidmap")
         if not uid and not gid:
             return UNMAPPED
-        # One object for all layers of a map: there may be thousands of them.
+        # One object for all layers with a map, of which there may be thousands.
         spelt = repr((uid, gid))
         known = _mappings.get(spelt)
         if known is None:
@@ -246,7 +246,7 @@ class Record:
                 _mappings[spelt] = known
         return known
 
-    # None counts as absent, as it does in Go
+    # None counts as absent, as in Go
 
     def _text(self, key: str) -> str:
         text: t.Optional[str] = self.raw.get(key)
@@ -271,21 +271,21 @@ class Record:
 
     @property
     def metadata(self) -> str:
-        """Free text of the program that made the record."""
+        """Free text of the program that created the record."""
         return self._text("metadata")
 
     @property
     def flags(self) -> Raw:
-        """The open map that every runtime preserves."""
+        """The map of flags, which every runtime preserves."""
         return self._table("flags")
 
     @property
     def created(self) -> t.Optional[datetime]:
-        """When it was made, in UTC; None when the record does not say."""
+        """The time of creation in UTC; None if not recorded."""
         return _as_time(self.raw.get("created"))
 
 
-# By the maps as they are spelt.
+# By the notation of the maps.
 _mappings: t.Dict[str, Mapping] = {}
 _MOST_MAPPINGS = 1024
 
@@ -300,24 +300,24 @@ class Layer(Record):
 
     @property
     def parent(self) -> str:
-        """The parent layer's ID, empty for none; it may live in another store."""
+        """The parent layer's ID; empty for none. It may be in another store."""
         return self.raw.get("parent") or ""
 
     @property
     def incomplete(self) -> bool:
-        """Whether the layer is still being built, or is left over from that."""
+        """Whether the layer is being built, or a leftover of an interrupted build."""
         flags: t.Optional[Raw] = self.raw.get("flags")
         return flags is not None and flags.get("incomplete") is True
 
     @property
     def diff_size(self) -> t.Optional[int]:
-        """Bytes of the uncompressed tar as recorded, None when unknown."""
+        """The recorded size of the uncompressed tar, in bytes; None if unknown."""
         size = self.raw.get("diff-size") or 0
         return size if size > 0 else None
 
     @property
     def diff_digest(self) -> str:
-        """Digest of the uncompressed tar, empty when unknown."""
+        """The digest of the uncompressed tar; empty if unknown."""
         return self._text("diff-digest")
 
     @property
@@ -341,12 +341,12 @@ class Image(Record):
 
     @property
     def names_history(self) -> t.Tuple[str, ...]:
-        """All names that the image has or had, the latest first."""
+        """All names that the image has or had, the newest first."""
         return tuple(text for text in self._texts("names-history") if text)
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """The name for messages."""
         return self.names[0] if self.names else self.id[:12]
 
     @property
@@ -361,13 +361,13 @@ class Image(Record):
 
     @property
     def candidates(self) -> t.Tuple[str, ...]:
-        """The layers that container creation looks through, in its order."""
+        """The layers that the creation of a container considers, in its order."""
         first = (self.layer,) if self.layer else ()
         return first + self.mapped_layers
 
     @property
     def store(self) -> t.Optional[str]:
-        """The read-only store it lives in, None for the store itself."""
+        """The read-only store that contains it; None for the store itself."""
         return self.read_only_store
 
     @property
@@ -405,12 +405,12 @@ class Container(Record):
 
     @property
     def volatile(self) -> bool:
-        """Whether the container is to vanish with a reboot or when it ends."""
+        """Whether the container is removed at a reboot or when it ends."""
         return self.location == VOLATILE or self.flags.get("Volatile") is True
 
     @property
     def name(self) -> str:
-        """The name that podman knows, else the storage's, else a short ID."""
+        """The name of podman, or that of the storage, or a short ID."""
         return self.podman_name or (self.names[0] if self.names else self.id[:12])
 
     @property
@@ -420,12 +420,12 @@ class Container(Record):
 
     @property
     def from_crio(self) -> bool:
-        """Whether CRI-O created the container: it notes the pod."""
+        """Whether CRI-O created the container, which records the pod."""
         return bool(self._note("pod-id"))
 
     @property
     def is_pod(self) -> bool:
-        """Whether it is the infrastructure container of a pod of CRI-O, which only goes with the pod."""
+        """Whether it is the infrastructure container of a pod of CRI-O, which is only removed with the pod."""
         return self.from_crio and self.id == self._note("pod-id")
 
     def _note(self, key: str) -> str:
@@ -446,7 +446,7 @@ KINDS: t.Dict[str, t.Type[Record]] = {LAYERS: Layer, IMAGES: Image, CONTAINERS: 
 
 
 def recorded_size(layers: t.Iterable[Layer]) -> int:
-    """The bytes of layers by their records."""
+    """The size of layers by their records, in bytes."""
     return sum(layer.diff_size or 0 for layer in layers)
 
 
@@ -508,7 +508,7 @@ def _values(data: bytes, path: str) -> t.List[t.Any]:
         values = None
     if isinstance(values, list):
         return values
-    # Step by step, to tell what is wrong and where.
+    # Element by element, to locate the error.
     return [value for value, _text in _split(data, path)]
 
 
@@ -517,7 +517,7 @@ def _split(data: bytes, path: str) -> t.Iterator[t.Tuple[t.Any, bytes]]:
     index = 0
     try:
         text = data.decode("utf-8", "surrogateescape")
-        # Where every character is one byte the positions are those of the bytes.
+        # If every character is one byte, character positions are byte positions.
         single = len(text) == len(data)
         decode = _DECODER.raw_decode
         at = _space(text, 0)
@@ -531,7 +531,7 @@ def _split(data: bytes, path: str) -> t.Iterator[t.Tuple[t.Any, bytes]]:
                 value, end = decode(text, at)
                 yield value, (data[at:end] if single else _bytes(text[at:end]))
                 index += 1
-                # As all runtimes write it.
+                # The format of all runtimes.
                 if text.startswith(",{", end):
                     at = end + 1
                     continue
@@ -559,14 +559,14 @@ def _malformed(path: str, index: int, cause: str) -> RecordError:
 
 
 def serialise(records: t.Iterable[Record]) -> bytes:
-    """The bytes of a file with these records, each as it was read or last changed."""
+    """The bytes of a file with these records, unchanged records byte for byte."""
     return b"[" + b",".join(record.text for record in records) + b"]"
 
 
 def encode(value: t.Any) -> bytes:
-    """Compact JSON with Go's escapes; numbers that were read keep their spelling.
+    """Compact JSON with Go's escapes; numbers that were read keep their notation.
 
-    :raises RecordError: the value is nothing that JSON can hold
+    :raises RecordError: the value cannot be represented in JSON
     """
     pieces: t.List[str] = []
     try:
@@ -622,7 +622,7 @@ def _quote(text: str) -> str:
 
 
 def new_record(kind: t.Type[R], raw: Raw, path: str, location: str = STABLE) -> R:
-    """A record that is to be added to a file, checked as if it had been read from it.
+    """A record to be added to a file, with the same checks as a record that is read.
 
     :raises RecordError: as ``parse``
     """
@@ -631,7 +631,7 @@ def new_record(kind: t.Type[R], raw: Raw, path: str, location: str = STABLE) -> 
 
 
 def changed(record: R, raw: Raw) -> R:
-    """The same record with the content of ``raw``; fields left alone keep their bytes.
+    """The same record with the content of ``raw``; unchanged fields keep their bytes.
 
     :raises RecordError: as ``parse``
     """
@@ -648,7 +648,7 @@ def changed(record: R, raw: Raw) -> R:
 
 
 def _fields(data: bytes) -> t.Dict[str, bytes]:
-    """The bytes of each top-level field, key and value, of one well-formed record."""
+    """The bytes of each top-level field, key and value, of a well-formed record."""
     text = data.decode("utf-8", "surrogateescape")
     result: t.Dict[str, bytes] = {}
     at = _space(text, 1)

@@ -14,7 +14,7 @@ from ..printable import printable
 DOCKER, LOCAL = "docker.io", "localhost"
 _DOCKER_PREFIX = "docker://"
 _OFFICIAL = "library"
-# Characters of registry and repository together.
+# The maximum length of registry and repository together.
 _LONGEST_NAME = 255
 
 _LABEL = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
@@ -31,8 +31,8 @@ class Reference:
 
     :param domain: the registry's host and port; empty in a short name
     :param path: the repository there
-    :param tag: empty where there is none
-    :param digest: such as ``sha256:...``; empty where there is none
+    :param tag: empty if there is none
+    :param digest: such as ``sha256:...``; empty if there is none
     """
 
     domain: str
@@ -54,9 +54,9 @@ class Reference:
 def parse(text: str) -> Reference:
     """Read a reference, and complete names of Docker Hub: ``docker.io/redis`` is ``docker.io/library/redis``.
 
-    ``docker://`` before it is ignored. Neither registry nor tag are added.
+    A prefix ``docker://`` is ignored. No registry and no tag are added.
 
-    :raises ConfigError: it is none
+    :raises ConfigError: it is no reference
     """
     name = text[len(_DOCKER_PREFIX) :] if text.startswith(_DOCKER_PREFIX) else text
     name, at, digest = name.partition("@")
@@ -86,10 +86,10 @@ def parse(text: str) -> Reference:
 
 
 def recorded(text: str, domain: str) -> str:
-    """The name that an image gets in the store's records: with registry, and with the tag ``latest`` for none.
+    """The name of an image in the store's records: with registry, and with ``latest`` as the default tag.
 
     :param domain: the registry of a short name
-    :raises ConfigError: it is no reference, or one with a digest, which no image can be given
+    :raises ConfigError: it is no reference, or has a digest, which cannot be part of a recorded name
     """
     found = parse(text)
     if found.digest:
@@ -107,7 +107,7 @@ def recorded(text: str, domain: str) -> str:
 
 
 def split_tag(name: str) -> t.Tuple[str, str]:
-    """A name without digest as (repository, tag); the tag is empty when there is none."""
+    """Split a name without digest into repository and tag; the tag may be empty."""
     head, colon, tail = name.rpartition(":")
     if not colon or "/" in tail:
         return name, ""

@@ -16,10 +16,10 @@ from ..kernel import mounts
 # Called with the parent directory of a subvolume and its name; returns whether it was deleted.
 Destroy = t.Callable[[int, str], bool]
 
-# Called between the deletions of a tree; True when enough has been deleted.
+# Called between deletions; true if enough was deleted.
 Enough = t.Callable[[], bool]
 
-# So many entries are deleted between two questions whether that is enough.
+# The number of entries that are deleted between two of these calls.
 _STEP = 128
 
 # The maximum number of open descriptors. Deeper directories are moved up first, so that any depth can be removed.
@@ -31,7 +31,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class _Frame:
-    """One directory on the way down."""
+    """A directory of the current path."""
 
     def __init__(self, descriptor: int, name: str, device: int) -> None:
         self.descriptor = descriptor
@@ -43,7 +43,7 @@ class _Frame:
 
 
 class _Enough(Exception):
-    """Enough has been deleted."""
+    """Enough was deleted."""
 
 
 class _Removal:
@@ -68,7 +68,7 @@ class _Removal:
             self.failures.append(f"{'/'.join(names)[-200:]!a}: {error.strerror}")
 
     def scan(self, frame: _Frame) -> None:
-        """Remove the files of a directory and note its folders."""
+        """Remove the files of a directory and collect its subdirectories."""
         with os.scandir(frame.descriptor) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
@@ -89,7 +89,7 @@ class _Removal:
             raise _Enough
 
     def enter(self, parent: int, name: str, device: int) -> None:
-        """Begin with a directory, unless it goes in one piece or is none of ours."""
+        """Enter a directory, unless it is deleted as a whole or is on another filesystem."""
         try:
             descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
         except FileNotFoundError:
@@ -120,10 +120,10 @@ class _Removal:
                 os.close(descriptor)
 
     def leave(self, parent: int) -> None:
-        """Remove the directory on top of the stack, which has no folder left to enter."""
+        """Remove the directory on top of the stack, which has no more subdirectories."""
         frame = self.stack[-1]
         if self.enough is not None and len(self.stack) == 1:
-            # It is emptied only.
+            # It is emptied, not removed.
             self.pop()
             return
         if frame.failed:
@@ -136,7 +136,7 @@ class _Removal:
         except FileNotFoundError:
             pass
         except OSError as error:
-            # Some filesystems skip entries while others are being removed.
+            # Some filesystems skip entries while others are removed.
             if error.errno == errno.ENOTEMPTY and frame.rescans < _RESCANS:
                 frame.rescans += 1
                 self.scan(frame)
@@ -175,14 +175,14 @@ class _Removal:
 
 
 def remove_tree(path: str, destroy: t.Optional[Destroy] = None) -> None:
-    """Remove a file or a whole directory tree of any depth and size; nothing there is fine.
+    """Remove a file or a whole directory tree of any depth and size; a missing path is ignored.
 
-    No symbolic link is followed and no other mount is entered. Whatever cannot be removed is left,
-    and all the rest is removed.
+    Symbolic links are not followed and other mounts not entered. An entry that cannot be removed is left,
+    and everything else is removed.
 
-    :param destroy: removes a subvolume in one piece; asked wherever the device number changes
-    :raises StoreError: something is left; ``failures`` of the facts names the first few
-    :raises OSError: the directory that holds ``path`` cannot be opened, or /proc is not there
+    :param destroy: removes a subvolume as a whole; called wherever the device number changes
+    :raises StoreError: something could not be removed; ``failures`` in the facts names the first few entries
+    :raises OSError: the parent directory of ``path`` cannot be opened, or /proc is not mounted
     """
     with contextlib.suppress(FileNotFoundError):
         removal = _Removal(path, destroy)
@@ -198,11 +198,11 @@ def remove_tree(path: str, destroy: t.Optional[Destroy] = None) -> None:
 
 
 def empty_tree(path: str, enough: Enough) -> None:
-    """Delete contents of a directory until that is enough. The directory itself is kept, and may be missing.
+    """Delete contents of a directory until enough was deleted. The directory itself is kept, and may be missing.
 
-    What cannot be deleted is left. No symbolic link is followed and no other mount or subvolume is entered.
+    Entries that cannot be deleted are left. Symbolic links are not followed, other mounts and subvolumes not entered.
 
-    :param enough: asked after every 128 entries
+    :param enough: called after every 128 entries
     """
     with contextlib.suppress(OSError, _Enough):
         _Removal(path, None, enough).run()

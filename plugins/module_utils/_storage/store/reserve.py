@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Reserved space for the writes that a removal needs on a full disk.
 
-Replacing a file of records takes an inode and some blocks, on xfs a whole chunk of inodes, and on btrfs even
-the token in a lock file takes a block. A few reserve files of our own hold that. One of them becomes the
-temporary file itself and is overwritten in place, so that no other program can take the room in between; or
-it is deleted, for filesystems that cannot overwrite in place.
+Replacing a file of records needs an inode and some blocks, on xfs a whole chunk of inodes, and on btrfs even
+the token in a lock file needs a block. A few reserve files keep that space allocated. One of them becomes the
+temporary file and is overwritten in place, so that no other program can allocate the space in between. On
+filesystems that cannot overwrite in place, it is deleted instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import typing as t
 
 from ..kernel import btrfs, files, renames
 
-# What a full filesystem or quota answers.
+# The errors of a full filesystem or quota.
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 _NAMES = ("reserve-0", "reserve-1", "reserve-2")
@@ -27,10 +27,10 @@ _LINK = ".tmp-linkuserns-storage"
 _UNIT = 1 << 16
 _LEAST = 1 << 18
 _MOST = 1 << 24
-# No reserve is made on a filesystem with less than this many times its size free.
+# The reserve is only created if its size times this factor is free.
 _AMPLE = 32
 _COMPARED = 1 << 20
-# What has to be free for a removal to go on as usual (bytes, inodes).
+# The free space that a regular removal needs (bytes, inodes).
 _ROOM = 4 << 20
 _INODES = 64
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -40,27 +40,27 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 class Reserve:
     """The reserve files of one store.
 
-    :param root: our folder of the store, where they are kept
-    :param records: the folder of the layers' records, which holds spare files while the disk is full
+    :param root: the collection's folder in the store, which contains them
+    :param records: the folder of the layers' records, which contains spare files while the disk is full
     """
 
     def __init__(self, root: str, records: str) -> None:
         self.root = root
         self.records = records
-        # Whether a file that was lent has been deleted since, because its room was not enough.
+        # Whether a file that was lent was deleted, because it was too small.
         self._lent = ""
 
     def has_room(self) -> bool:
-        """Whether the filesystem has room for a few files without any reserve."""
+        """Whether the filesystem has space for a few files without the reserve."""
         space = os.statvfs(self.records)
         inodes = not space.f_files or space.f_favail >= _INODES
         return inodes and space.f_bavail * space.f_frsize >= _ROOM
 
     def keep(self, size: int) -> None:
-        """Make the reserve files that are missing, unless the filesystem has too little room for them.
+        """Create missing reserve files, unless the filesystem has too little free space.
 
         :param size: bytes of the largest file of records
-        :raises OSError: one cannot be made
+        :raises OSError: a file cannot be created
         """
         wanted = min(max(2 * size + _UNIT - 1, _LEAST), _MOST) // _UNIT * _UNIT
         space = os.statvfs(os.path.dirname(self.root))
@@ -89,7 +89,7 @@ class Reserve:
     def lend(self, path: str) -> bool:
         """Move a reserve file to ``path``, on the same filesystem, to be overwritten there.
 
-        :returns: whether there was one
+        :returns: whether there was a reserve file
         :raises OSError: it cannot be moved
         """
         for found in self._found():
@@ -100,9 +100,9 @@ class Reserve:
         return False
 
     def adopt(self, path: str) -> bool:
-        """Make a spare of a file that a killed run has left, under the exclusive lock.
+        """Turn a file that a killed run left into a spare, under the exclusive lock.
 
-        :returns: whether that has been done
+        :returns: whether that was done
         """
         if _size(path) < 0:
             return False
@@ -120,7 +120,7 @@ class Reserve:
     def swap(self, path: str, records: str) -> bool:
         """Replace the old file of records with a new one. The old file becomes a spare.
 
-        :returns: whether that has been done; it cannot where the kernel does not swap files, or there is no old one
+        :returns: whether that was done; false if the kernel cannot exchange files, or there is no old file
         """
         self._lent = ""
         taken = self.spares()
@@ -144,9 +144,9 @@ class Reserve:
         return True
 
     def release(self) -> bool:
-        """Delete a reserve file, and have its filesystem give the room back at once.
+        """Delete a reserve file, and make the filesystem free its space at once.
 
-        :returns: whether there was one, or one that was lent before has been deleted
+        :returns: whether a reserve file, or a file that was lent before, was deleted
         """
         if self._lent:
             self._lent = ""
@@ -160,11 +160,11 @@ class Reserve:
         return False
 
     def share(self, first: str, second: str) -> bool:
-        """Let two files of equal content be a single file with two names; what the second one held becomes a spare.
+        """Replace the second of two files with equal content by a hard link to the first; the second becomes a spare.
 
-        Nobody may write either of them: the lock that protects them is held exclusively.
+        Called under the exclusive lock, so that no program writes either of them.
 
-        :returns: whether that has made a spare
+        :returns: whether there is a new spare
         """
         try:
             if not _equal(first, second):
@@ -174,7 +174,7 @@ class Reserve:
             link = os.path.join(self.records, _LINK)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(link)
-            # Two names of the old content first, so that the second file is there at any moment.
+            # First another name of the content, so that the second file exists at any moment.
             os.link(second, spare)
             os.link(first, link)
             os.rename(link, second)
@@ -183,7 +183,7 @@ class Reserve:
         return True
 
     def spares(self) -> t.List[str]:
-        """The paths of the spares that there are."""
+        """The paths of the existing spares."""
         return [path for path in self._spare_paths() if os.path.lexists(path)]
 
     def _spare_paths(self) -> t.List[str]:
@@ -201,7 +201,7 @@ class Reserve:
 
 
 def give_back(path: str) -> None:
-    """Have the filesystem of an existing directory free what was deleted, as far as it can now."""
+    """Make the filesystem of an existing directory free the space of deleted files."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -6,12 +6,12 @@
 
 It is an additional image store of the overlay driver. Root owns every file of it, and the user may
 read them. The ``diff`` of each layer is a symbolic link into ``m/VIEW``, where a mount shows the
-layers of the real store. Below the mount point lies a regular file at the same path: without the
-mount a container cannot start, where a missing path would have the runtime speak of corruption.
+layers of the real store. Without the mount, the same path is a regular file: a container then fails
+to start, whereas runtimes report a missing path as corruption.
 
-Readers hold shared locks for as long as they like, so this writer takes none: each file is
+Readers may hold shared locks for a long time, so this writer takes no locks: each file is
 replaced by rename, and the lock's token changes before and after, so that no reader can keep an old
-file with the newest token. Layers come before the images that name them, and go after them.
+file with the newest token. Layers are written before the images that name them, and removed after them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _LAYER_RECORDS = f"{_LAYERS}/layers.json"
 _IMAGE_RECORDS = f"{_IMAGES}/images.json"
 _VIEW = re.compile(r"[0-9a-f]{12}")
 _ID = re.compile(r"[0-9a-f]{64}")
-# A new folder or link before it gets its name.
+# The prefix of a new folder or link before it is renamed.
 _TEMPORARY = ".new"
 SHORT_NAME = 8
 _DIRECTORY_MODE = 0o755
@@ -57,10 +57,10 @@ _FILE_MODE = 0o644
 class SharedLayer:
     """A layer of the store.
 
-    :param view: name of the mount that shows its files
+    :param view: the name of the mount with its files
     :param source: its ID in the real store
     :param lowers: IDs of the layers below it, topmost first
-    :param record: its JSON record; empty for a layer that only others rest on
+    :param record: its JSON record; empty for a layer that is only below others
     :param tar_split: path of its tar-split file, empty for none
     """
 
@@ -93,22 +93,22 @@ class SharedContent:
     images: t.Tuple[SharedImage, ...] = ()
 
 
-# For each layer, the names of all layers below it are needed.
+# Each layer needs the short names of all layers below it.
 @functools.lru_cache(maxsize=1 << 14)
 def short_name(layer_id: str) -> str:
     """The name of a layer below ``l/``, the same for the same layer at all times.
 
-    containers/storage makes 26 random characters. These are fewer, for the paths of all layers of
-    a container have to fit into one page.
+    containers/storage uses 26 random characters. These are fewer, because the paths of all layers of
+    a container must fit into one page.
     """
     digest = hashlib.sha256(f"short name {layer_id}".encode()).digest()
     return base64.b32encode(digest)[:SHORT_NAME].decode()
 
 
 def derived_layer_id(*parts: str) -> str:
-    """A layer ID that depends on these texts alone.
+    """A layer ID that only depends on these texts.
 
-    The first 12 characters are never all digits, which runtimes would take for a number.
+    The first 12 characters are never all digits, which runtimes would interpret as a number.
     """
     number = 0
     while True:
@@ -120,7 +120,7 @@ def derived_layer_id(*parts: str) -> str:
 
 
 class SharedStore:
-    """One such store.
+    """The store of a user.
 
     :param path: its graph root; root owns every folder above it
     """
@@ -138,11 +138,11 @@ class SharedStore:
         return self._path(_MOUNTS)
 
     def images(self) -> t.List[Image]:
-        """The images as they are recorded, none where the store or its records are damaged."""
+        """The recorded images; empty if the store or its records are damaged."""
         return self._records(_IMAGE_RECORDS, Image)
 
     def layers(self) -> t.List[Layer]:
-        """The layers as they are recorded, none where the store or its records are damaged."""
+        """The recorded layers; empty if the store or its records are damaged."""
         return self._records(_LAYER_RECORDS, Layer)
 
     def _records(self, name: str, kind: t.Any) -> t.List[t.Any]:
@@ -172,9 +172,9 @@ class SharedStore:
         return any(not self._is_whole(layer) for layer in content.layers)
 
     def write_mount_points(self, content: SharedContent, placeholder: str) -> None:
-        """Make the folders and the mount points of ``content``, with a file in place of each layer.
+        """Create the folders and the mount points of ``content``, with a placeholder file for each layer.
 
-        :param placeholder: text of the files that stand in for layers while they are not mounted
+        :param placeholder: the text of the placeholder files
         :raises StoreError: a file cannot be written
         """
         with translate_oserror(self.path):
@@ -196,7 +196,7 @@ class SharedStore:
                         )
 
     def write(self, content: SharedContent) -> None:
-        """Bring the records to ``content``, whose views are mounted.
+        """Update the records to ``content``, whose views are mounted.
 
         :raises StoreError: a file cannot be written
         """
@@ -208,7 +208,7 @@ class SharedStore:
                     self._write_layer(layer)
             for image in content.images:
                 self._write_image_data(image)
-            # A layer that goes may be the one of a recorded image that goes too: images first then.
+            # A layer to be removed may belong to a recorded image to be removed: images first.
             layers, images = _layer_records(content), _image_records(content)
             kept = {layer.layer_id for layer in content.layers}
             if any(layer.id not in kept for layer in self.layers()):
@@ -217,7 +217,7 @@ class SharedStore:
             self._replace(_IMAGE_RECORDS, _LOCKS[1], images)
 
     def drop_others(self, content: SharedContent) -> None:
-        """Delete what belongs to no layer and no image of ``content``; nothing else is mounted any more.
+        """Delete everything that does not belong to ``content`` and is no longer mounted.
 
         :raises StoreError: a file cannot be deleted
         """
@@ -235,7 +235,7 @@ class SharedStore:
                         remove_tree(f"{here}/{view}/{source}")
 
     def clear(self) -> None:
-        """Take all images away, then all layers, so that nothing can start on them any more.
+        """Remove all images, then all layers, so that no container can start on them any more.
 
         :raises StoreError: a file cannot be written
         """
@@ -245,7 +245,7 @@ class SharedStore:
                     self._replace(name, lock, b"[]")
 
     def remove(self) -> None:
-        """Delete the store; nothing of it is mounted any more.
+        """Delete the store, of which nothing is mounted any more.
 
         :raises StoreError: something cannot be deleted
         """
@@ -256,7 +256,7 @@ class SharedStore:
 
     @contextlib.contextmanager
     def _below_mounts(self) -> t.Iterator[str]:
-        """A path of the folder of mount points in which nothing is covered by a mount."""
+        """A path to the folder of mount points through which covered files are visible."""
         bare = mounts.without_submounts(self.mount_points)
         try:
             yield f"/proc/self/fd/{bare}"
@@ -280,7 +280,7 @@ class SharedStore:
                     yield entry.name
 
     def _diff(self, layer: SharedLayer) -> str:
-        """Target of a layer's ``diff``; containers/storage takes absolute links only."""
+        """The target of a layer's ``diff``; containers/storage only supports absolute links."""
         return os.path.join(self.mount_point(layer.view), layer.source, "diff")
 
     def _layer_folder(self, layer_id: str) -> str:
@@ -375,7 +375,7 @@ class SharedStore:
 
 
 def _sources(content: SharedContent) -> t.Dict[str, t.Set[str]]:
-    """The layers of the real store that each view has to show."""
+    """The layers of the real store that each view shows."""
     found: t.Dict[str, t.Set[str]] = {}
     for layer in content.layers:
         found.setdefault(layer.view, set()).add(layer.source)
@@ -452,7 +452,7 @@ def _replace_hard_link(source: str, path: str) -> None:
 
 
 def _remove(parent: str, name: str) -> None:
-    """Delete a file or a folder; whoever owns it, links in it are not followed."""
+    """Delete a file or a folder without following links."""
     path = os.path.join(parent, name)
     try:
         kind = os.lstat(path).st_mode

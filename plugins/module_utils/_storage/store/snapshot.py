@@ -24,17 +24,17 @@ _NAME_LIMIT = 300
 class Snapshot:
     """Layers, images and containers by full ID, those of read-only stores included.
 
-    Where an ID occurs in several files the first one counts: the store's own, then the image
-    store's, the volatile ones, and the additional stores in their configured order.
+    If an ID occurs in several files, the first record is used: the store's own, then the image
+    store's, the volatile records, and the additional stores in their configured order.
 
-    :ivar podman: the words with which a podman command line on this store starts
+    :ivar podman: the start of a podman command line for this store
     :ivar additional: the IDs of all layers of each additional store, those of layers listed elsewhere included
     """
 
     layers: t.Dict[str, Layer] = field(default_factory=dict)
     images: t.Dict[str, Image] = field(default_factory=dict)
     containers: t.Dict[str, Container] = field(default_factory=dict)
-    # "cri-o" where the store is known to be CRI-O's; for the commands in messages.
+    # "cri-o" if the store is known to belong to CRI-O; for the commands in messages.
     runtime: str = ""
     podman: t.Tuple[str, ...] = ("podman",)
     additional: t.Mapping[str, t.FrozenSet[str]] = field(default_factory=dict)
@@ -45,13 +45,13 @@ class Snapshot:
         self._of_layer: t.Optional[t.Dict[str, t.List[Image]]] = None
 
     def runtime_command(self, *words: str) -> str:
-        """A command line of podman, or crictl, on this store, as its owner types it."""
+        """A command line of podman, or of crictl, for this store and its owner."""
         return command(*(("crictl",) if self.runtime else self.podman), *words)
 
     def layer(self, layer_id: str) -> Layer:
         """The layer of that full ID.
 
-        :raises StoreError: there is none
+        :raises StoreError: there is no such layer
         """
         found = self.layers.get(layer_id)
         if found is None:
@@ -101,7 +101,7 @@ class Snapshot:
         return result
 
     def known_chain(self, layer_id: str) -> t.List[str]:
-        """The IDs of the layer and its parents, top first, down to the first that has no record or comes again."""
+        """The IDs of the layer and its parents, top first, down to the first without a record, or that occurs again."""
         chain: t.Dict[str, None] = {}
         while layer_id and layer_id not in chain:
             chain[layer_id] = None
@@ -110,14 +110,14 @@ class Snapshot:
         return list(chain)
 
     def _refers_to_another(self, store: str, layer_id: str) -> bool:
-        """Whether a record of an additional store means another layer than the listed one of the same ID."""
+        """Whether a record of an additional store refers to another layer than the listed layer of the same ID."""
         if layer_id not in self.additional.get(store, ()):
             return False
         listed = self.layers.get(layer_id)
         return listed is not None and listed.read_only_store != store
 
     def children(self, layer_id: str) -> t.List[Layer]:
-        """The layers whose recorded parent is that one, containers' layers included."""
+        """The layers whose recorded parent is this layer, including containers' layers."""
         if self._children is None:
             self._children = {}
             for layer in self.layers.values():
@@ -141,7 +141,7 @@ class Snapshot:
         return [container for container in self.containers.values() if container.image == image_id]
 
     def images_of_layer(self, layer_id: str) -> t.List[Image]:
-        """The images that have the layer as their top layer or as a mapped one."""
+        """The images that have the layer as their top layer or as a mapped layer."""
         if self._of_layer is None:
             self._of_layer = {}
             for image in self.images.values():
@@ -152,9 +152,9 @@ class Snapshot:
         return list(self._of_layer.get(layer_id, ()))
 
     def images_above(self, layers: t.Collection[str], most: int) -> t.Dict[str, t.List[Image]]:
-        """The first images that have one of the layers among their own, by layer.
+        """For each layer, the first images that have it among their own layers.
 
-        :param most: images of each layer
+        :param most: the maximum number of images for each layer
         """
         found: t.Dict[str, t.List[Image]] = {}
         for image in self.images.values():
@@ -164,20 +164,20 @@ class Snapshot:
         return found
 
     def image_of_layer(self, layer_id: str) -> t.Optional[Image]:
-        """The first of ``images_of_layer``, None when there is none."""
+        """The first of ``images_of_layer``; None if there is none."""
         found = self.images_of_layer(layer_id)
         return found[0] if found else None
 
     def resolve_image(self, reference: str) -> Image:
-        """The image that podman would take for this reference.
+        """The image that podman would use for this reference.
 
         Tried in turn: the full ID (with or without ``sha256:``), a recorded name as it stands, an
         unambiguous beginning of an ID of at least 3 digits, a digest, and the name as
         :mod:`.references` completes it, a short one with ``localhost/``, ``docker.io/library/``,
         then any registry.
 
-        :raises ImageUnknown: nothing answers to it
-        :raises ImageAmbiguous: more than one image does; ``candidates`` of the facts lists them
+        :raises ImageUnknown: no image matches
+        :raises ImageAmbiguous: several images match; ``candidates`` in the facts lists them
         """
         text = reference.strip()
         bare = text[len("sha256:") :] if text.startswith("sha256:") else text
@@ -220,7 +220,7 @@ class Snapshot:
 
     def _by_exact_name(self, text: str) -> t.List[Image]:
         found = [image for image in self.images.values() if text and text in image.names]
-        # A name may occur in the store and in an additional one: the store's own counts.
+        # A name may occur in the store and in an additional store; the store's own image is used.
         return found[:1]
 
     def _by_short_id(self, text: str) -> t.List[Image]:
@@ -246,7 +246,7 @@ class Snapshot:
                 continue
             for name in image.names:
                 repository, own_tag = split_tag(name.partition("@")[0])
-                # Where a digest is asked for tags do not matter.
+                # With a digest, tags do not matter.
                 if wanted.digest or own_tag == tag:
                     known.setdefault(repository, []).append(image)
         if wanted.domain:
@@ -281,7 +281,7 @@ def _ambiguous(reference: str, images: t.List[Image]) -> ImageAmbiguous:
 
 
 def _malformed(reference: str) -> str:
-    """An explanation why a reference is malformed; empty if it is valid."""
+    """Why a reference is malformed; empty if it is valid."""
     try:
         parse(reference.strip())
     except ConfigError as error:

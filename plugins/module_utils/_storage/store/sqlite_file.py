@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Reads tables of an SQLite file and of the journals beside it, and writes nothing.
+"""Read tables of an SQLite file and its journals without writing anything.
 
-The SQLite library writes to a database as soon as a journal lies beside it, and it runs what the database contains:
+The SQLite library writes to a database that has a journal, and it executes code in the database:
 views, computed columns, triggers. This reader only decodes rows of plain tables. The format is described at
 https://www.sqlite.org/fileformat2.html.
 """
@@ -35,13 +35,13 @@ _TOKEN = re.compile(
     r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|\[[^]]*]|--[^\n]*|/\*.*?\*/|[(),]|[^\s'"`\[(),]+""",
     re.S,
 )
-# Bytes; a database of 1,000 containers has 20 MB. SQLite keeps a journal below 4 MB, unless a reader is slow.
+# Bytes; a database with 1,000 containers has 20 MB. SQLite keeps journals below 4 MB, unless a reader is slow.
 _READ_LIMIT = 256 * 1024 * 1024
 _JOURNAL_LIMIT = 64 * 1024 * 1024
-# Cells may overlap, so that a small file has any number of rows.
+# Cells may overlap, so that a small file can have any number of rows.
 _ROW_COST = 256
 _DEPTH_LIMIT = 20
-# Reads of a database that is written to meanwhile.
+# Attempts to read a database that is being written.
 _ATTEMPTS = 20
 # Characters; podman writes about 500.
 _SQL_LIMIT = 8000
@@ -49,15 +49,15 @@ _COLUMNS_LIMIT = 2000
 
 
 class NoTables(ValueError):
-    """The database was created, and holds no table yet."""
+    """The database was created, but has no table yet."""
 
 
 def rows(path: str, table: str, columns: t.Sequence[str], most: int) -> t.List[t.Tuple[Value, ...]]:
-    """The first rows of a table, as the last committed transaction has left them.
+    """The first rows of a table, as of the last committed transaction.
 
-    :param path: the database; it is opened for reading and not locked
-    :param most: the number of rows
-    :returns: for each row the values of the columns; text as str with surrogates for what is not UTF-8
+    :param path: the database; it is opened read-only and not locked
+    :param most: the maximum number of rows
+    :returns: for each row the values of the columns; text as str, with surrogates for invalid UTF-8
     :raises OSError: it cannot be read
     :raises ValueError: it is damaged, too large, or has no such plain table (also struct.error and IndexError)
     """
@@ -66,7 +66,7 @@ def rows(path: str, table: str, columns: t.Sequence[str], most: int) -> t.List[t
         try:
             found = _rows(path, before, table, columns, most)
         except (OSError, ValueError, IndexError, struct.error):
-            # What was written meanwhile may look like damage.
+            # Concurrent writes may look like damage.
             if attempt == _ATTEMPTS - 1 or _state(path) == before:
                 raise
         else:
@@ -76,7 +76,8 @@ def rows(path: str, table: str, columns: t.Sequence[str], most: int) -> t.List[t
 
 
 class _State(t.NamedTuple):
-    """What tells whether a database was written in between: its first bytes with the change counter, and journals."""
+    """The state that changes with each write: the first bytes of the database, with its change counter, and its
+    journals."""
 
     status: t.Tuple[int, ...]
     header: bytes
@@ -85,7 +86,7 @@ class _State(t.NamedTuple):
 
 
 def _state(path: str) -> _State:
-    # First the journals: what is written to the database later is in them.
+    # The journals first, because later writes to the database are in them.
     write_ahead, rollback = _journal(f"{path}-wal"), _journal(f"{path}-journal")
     descriptor = files.open_regular(path)
     try:
@@ -123,8 +124,8 @@ def _journal(path: str) -> bytes:
 class _File:
     """The pages of a database.
 
-    :param size: of a page as a journal tells it; 0 if none does
-    :param pages: what journals have in the place of pages of the file
+    :param size: the page size by a journal; 0 without a journal
+    :param pages: pages of journals, which replace those of the file
     """
 
     def __init__(self, descriptor: int, size: int, pages: t.Mapping[int, bytes]) -> None:
@@ -137,7 +138,7 @@ class _File:
         self._size = size or (65536 if own == 1 else own)
         if self._size not in _SIZES:
             raise ValueError("pages of an impossible size")
-        # The end of each page may be left to extensions.
+        # The end of each page may be reserved for extensions.
         self._usable = self._size - header[20]
         if self._usable < 480:
             raise ValueError("pages without room")
@@ -166,7 +167,7 @@ class _File:
         if depth > _DEPTH_LIMIT:
             raise ValueError("pages too deep")
         page = self._page(root)
-        # The first page begins with the header of the file.
+        # The first page starts with the header of the file.
         start = 100 if root == 1 else 0
         kind, count = page[start], int.from_bytes(page[start + 3 : start + 5], "big")
         if kind not in (_INTERIOR, _LEAF):
@@ -207,7 +208,7 @@ def _page_number(page: bytes, at: int) -> int:
 
 
 def _varint(data: bytes, at: int) -> t.Tuple[int, int]:
-    """A number of one to nine bytes, and the place behind it."""
+    """A number of one to nine bytes, and the position after it."""
     value = 0
     for index in range(8):
         byte = data[at + index]
@@ -249,7 +250,7 @@ def _record(data: bytes) -> t.List[Value]:
 
 
 def _find(file: _File, table: str, columns: t.Sequence[str]) -> t.Tuple[int, t.List[int]]:
-    """The root page of a table, and the places of columns in its rows."""
+    """The root page of a table, and the positions of columns in its rows."""
     has_tables = False
     for values in file.rows(1):
         kind, name, _table, root, sql = (*values, *(None,) * 5)[:5]
@@ -261,9 +262,9 @@ def _find(file: _File, table: str, columns: t.Sequence[str]) -> t.Tuple[int, t.L
 
 
 def _columns(sql: str) -> t.List[str]:
-    """The names of all columns in CREATE TABLE, in lower case; those of constraints behind them do not matter.
+    """The names of all columns in CREATE TABLE, in lower case; constraints are ignored.
 
-    :raises ValueError: a column is computed, so that rows do not hold it
+    :raises ValueError: a column is computed, and therefore not stored in rows
     """
     names: t.List[str] = []
     depth, first = 0, False
@@ -286,7 +287,7 @@ def _columns(sql: str) -> t.List[str]:
 
 
 def _wal_pages(data: bytes) -> t.Tuple[int, t.Dict[int, bytes]]:
-    """The size of pages, and the pages that committed transactions have left in a write-ahead log."""
+    """The page size, and the pages of committed transactions in a write-ahead log."""
     pages: t.Dict[int, bytes] = {}
     if len(data) < _WAL_HEADER.size:
         return 0, pages
@@ -323,7 +324,7 @@ def _checksum(order: str, data: bytes, sums: t.Tuple[int, int]) -> t.Tuple[int, 
 
 
 def _journal_pages(data: bytes) -> t.Tuple[int, t.Dict[int, bytes]]:
-    """The size of pages, and the pages as they were before the transaction that a rollback journal belongs to."""
+    """The page size, and the pages as they were before the transaction of a rollback journal."""
     pages: t.Dict[int, bytes] = {}
     found, at = 0, 0
     while data.startswith(_JOURNAL_MAGIC, at) and len(data) - at >= _JOURNAL_HEADER.size:
@@ -333,7 +334,7 @@ def _journal_pages(data: bytes) -> t.Tuple[int, t.Dict[int, bytes]]:
         found = size
         at += sector
         if count == _ANY_NUMBER or (count == 0 and at == sector):
-            # Its writer has not come to write the number.
+            # The writer has not written the number yet.
             count = len(data)
         for _record in range(count):
             number, page = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 4 + size]

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The collection's own directory in a store: staging for layers being built, trash for data being deleted.
 
-``staging/ID/`` and ``trash/ID/`` each hold a file ``lock`` that the worker keeps locked while it
-lives: what nobody has locked is rubbish, unless a file ``suspended`` says that somebody is to go on
-with it. A short lock on the whole folder makes creating an entry with its lock one step, as seen from
-a sweep. Both folders are outside the driver's own, where garbage collection of containers/storage
-would take them for layers.
+``staging/ID/`` and ``trash/ID/`` each contain a file ``lock`` that the worker keeps locked while it
+runs. Entries that are not locked are leftovers, unless a file ``suspended`` marks them as work to be resumed.
+A short lock on the whole folder makes the creation of an entry with its lock atomic for a
+sweep. Both folders are outside the driver's folder, where containers/storage's own garbage collection
+would treat them as layers.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 @dataclass
 class Workspace:
-    """A private directory to build in. It is removed when the claim ends, unless the work is suspended.
+    """A private directory for work. It is removed when the claim ends, unless the work is suspended.
 
-    :ivar resumed: whether it holds what a suspended claim of the same key has left
-    :ivar suspended: set it to leave everything to the next claim of the same key
+    :ivar resumed: whether it contains suspended work of the same key
+    :ivar suspended: set it to leave the work to the next claim of the same key
     """
 
     id: str
@@ -57,10 +57,10 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Leftover:
-    """An entry of the collection's directory that no process works on any more.
+    """An entry of the collection's directory that no process uses any more.
 
     :ivar kind: "staging", "trash", or "records" for a half-written file of records
-    :ivar modified: when its top folder last changed, seconds since the epoch
+    :ivar modified: the last change of its top folder, seconds since the epoch
     """
 
     kind: str
@@ -69,7 +69,7 @@ class Leftover:
 
 
 class StagingArea:
-    """The folder ``userns-storage`` of a store; made when something is first put there.
+    """The folder ``userns-storage`` of a store; created on first use.
 
     :param root: its path, on the filesystem and mount of the driver's folder
     :param timeout: seconds to wait for its short lock, and for equal work by default
@@ -88,14 +88,14 @@ class StagingArea:
         destroy: t.Optional[Destroy] = None,
         fits: t.Optional[t.Callable[[str], bool]] = None,
     ) -> t.Iterator[Workspace]:
-        """An empty folder for the work named by ``key``; equal work elsewhere is waited for.
+        """An empty folder for the work of a key; waits for other processes with the same key.
 
-        Whoever has waited should look again whether the work is still needed.
+        After waiting, callers should check whether the work is still needed.
 
-        :param key: what is built: image and maps
+        :param key: the identity of the work: image and maps
         :param timeout: seconds to wait for equal work
-        :param fits: told of a folder with suspended work, whether to go on with that; else it is deleted
-        :raises LockTimeout: equal work goes on for longer than that
+        :param fits: given a folder with suspended work, returns whether to resume it; otherwise it is deleted
+        :raises LockTimeout: the other process takes longer than that
         """
         name = _named(key)
         path = os.path.join(self.root, STAGING, name)
@@ -115,7 +115,7 @@ class StagingArea:
                 if fits is not None and self._resumes(path, lock, fits):
                     workspace.resumed = True
                     break
-                # What is there now was left by a worker that died, or is no longer at its place.
+                # The entry was left by a worker that died, or was moved.
                 self._retire(path, lock, destroy)
                 continue
             break
@@ -129,13 +129,13 @@ class StagingArea:
                     self._retire(path, lock, destroy)
 
     def suspended(self, key: str) -> bool:
-        """Whether suspended work of that key is there to go on with."""
+        """Whether there is suspended work of this key."""
         return _is_suspended(os.path.join(self.root, STAGING, _named(key)))
 
     def trash(self, name: str) -> str:
-        """A new empty folder to move things into; ``discard`` it when no lock is held any more.
+        """A new empty folder for files to be deleted; call ``discard`` when no lock is held any more.
 
-        :param name: what it is for, a plain word or an ID
+        :param name: its purpose, a plain word or an ID
         """
         while True:
             entry = f"{name}-{uuid.uuid4().hex[:16]}"
@@ -146,7 +146,7 @@ class StagingArea:
                 return path
 
     def discard(self, path: str, destroy: t.Optional[Destroy] = None) -> None:
-        """Delete a folder that ``trash`` gave, with all that has been put there.
+        """Delete a folder that ``trash`` returned, with its contents.
 
         :raises StoreError: something cannot be deleted; the next sweep tries again
         """
@@ -155,11 +155,11 @@ class StagingArea:
             self._delete(path, lock, destroy)
 
     def leave(self, path: str) -> None:
-        """Give up a folder that ``trash`` gave as it is: it is for the next sweep."""
+        """Leave a folder that ``trash`` returned to the next sweep."""
         self._trash.pop(path).release()
 
     def leftovers(self) -> t.List[Leftover]:
-        """What a sweep would delete; writes nothing."""
+        """The entries that a sweep would delete; writes nothing."""
         found = []
         for kind, path in self._rubbish():
             lock = LockFile(os.path.join(path, LOCK_NAME), read_only=True)
@@ -168,7 +168,7 @@ class StagingArea:
             try:
                 missing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
                 with translate_oserror(path), missing, lock.shared(0):
-                    # Its worker may have suspended it since the folder was listed.
+                    # Its worker may have suspended it after the folder was listed.
                     if _is_suspended(path):
                         continue
             except LockTimeout:
@@ -182,11 +182,11 @@ class StagingArea:
         destroy: t.Optional[Destroy] = None,
         keep: t.Optional[t.Callable[[str], bool]] = None,
     ) -> t.List[str]:
-        """Delete entries that no process works on.
+        """Delete entries that no process uses.
 
-        :param keep: says of a path whether to leave that as well
+        :param keep: returns whether to keep a path
         :returns: the paths that were deleted
-        :raises StoreError: something cannot be deleted; everything else has been
+        :raises StoreError: something cannot be deleted; everything else was deleted
         """
         removed = []
         failure: t.Optional[StoreError] = None
@@ -205,7 +205,7 @@ class StagingArea:
         return removed
 
     def give_up_suspended(self) -> t.List[str]:
-        """Delete suspended work, which the next claim of its key begins anew.
+        """Delete suspended work, which the next claim of its key starts again.
 
         :returns: the paths that were deleted
         :raises StoreError: something cannot be deleted
@@ -218,13 +218,13 @@ class StagingArea:
                     os.unlink(os.path.join(path, SUSPENDED))
         return self.sweep(None, lambda path: os.path.basename(os.path.dirname(path)) != STAGING)
 
-    # Inside
+    # Internals
 
     def _rubbish(self) -> t.List[t.Tuple[str, str]]:
         return [(kind, path) for kind, path in self._entries() if not _is_suspended(path)]
 
     def _resumes(self, path: str, lock: LockFile, fits: t.Callable[[str], bool]) -> bool:
-        """Take over suspended work, whose lock is held: from now on it is rubbish when this process dies."""
+        """Take over suspended work, whose lock is held. If this process dies, it becomes a leftover."""
         try:
             if not (self._is_place_of(path, lock) and _is_suspended(path) and fits(path)):
                 return False
@@ -280,7 +280,7 @@ class StagingArea:
             lock.release()
 
     def _open_entry(self, kind: str, name: str) -> t.Optional[LockFile]:
-        """Make an entry with its lock held; None when there is one of that name."""
+        """Create an entry and lock it; None if it exists."""
         for folder in (self.root, os.path.join(self.root, kind)):
             self._make(folder)
         path = os.path.join(self.root, kind, name)
@@ -292,7 +292,7 @@ class StagingArea:
                 if not _is_folder(path):
                     os.unlink(path)
                 else:
-                    # One that died before it had a lock gets one now and is met as rubbish.
+                    # The entry of a process that died before it created the lock gets a lock now.
                     lock.create()
                 return None
             try:
@@ -302,7 +302,7 @@ class StagingArea:
                     os.rmdir(path)
                 raise
             try:
-                # Never waited for in here: whoever has it may be waiting for the short lock.
+                # Without waiting, because its holder may be waiting for the short lock.
                 lock.acquire(fcntl.LOCK_EX, 0)
             except LockTimeout:
                 return None
@@ -322,21 +322,21 @@ class StagingArea:
                 lock.acquire(fcntl.LOCK_EX, 0)
             except (FileNotFoundError, LockTimeout):
                 return None
-            # Its worker may have suspended it since the folder was listed.
+            # Its worker may have suspended it after the folder was listed.
             if _is_suspended(path):
                 lock.release()
                 return None
             return lock
 
     def _retire(self, path: str, lock: LockFile, destroy: t.Optional[Destroy]) -> None:
-        """Delete an entry that this process has locked, out of others' way first."""
+        """Delete an entry that this process has locked, after moving it to the trash."""
         try:
             with translate_oserror(self.root), self._settled():
                 if not self._is_place_of(path, lock):
                     lock.release()
                     return
                 if os.path.basename(os.path.dirname(path)) != TRASH:
-                    # A full disk may take no further name: then it is deleted where it is.
+                    # On a full disk a rename may fail; the entry is then deleted in place.
                     with contextlib.suppress(NoSpace):
                         path = self._move_to_trash(path)
         except BaseException:
@@ -345,9 +345,9 @@ class StagingArea:
         self._delete(path, lock, destroy)
 
     def _move_to_trash(self, path: str) -> str:
-        """Where an entry is now.
+        """Move an entry to the trash; returns its new path.
 
-        :raises NoSpace: the disk is full; it is where it was
+        :raises NoSpace: the disk is full; the entry was not moved
         """
         folder = os.path.join(self.root, TRASH)
         target = os.path.join(folder, f"{os.path.basename(path)}-{uuid.uuid4().hex[:16]}")
@@ -357,7 +357,7 @@ class StagingArea:
         return target
 
     def _is_place_of(self, path: str, lock: LockFile) -> bool:
-        """Whether the held lock is still the file at the entry's path."""
+        """Whether the locked file is still the one at the entry's path."""
         try:
             found = os.lstat(os.path.join(path, LOCK_NAME))
         except (FileNotFoundError, NotADirectoryError):
@@ -365,7 +365,7 @@ class StagingArea:
         return (found.st_dev, found.st_ino) == lock.identity
 
     def _delete(self, path: str, lock: LockFile, destroy: t.Optional[Destroy]) -> None:
-        """Delete a trash entry; its lock goes last, so that no sweep meets it half-way."""
+        """Delete a trash entry; its lock is deleted last, so that no sweep finds a partial entry without a lock."""
         try:
             with translate_oserror(path), contextlib.suppress(FileNotFoundError):
                 for name in os.listdir(path):
@@ -379,7 +379,7 @@ class StagingArea:
 
 
 def _is_folder(path: str) -> bool:
-    """Whether it is a directory, and no link to one."""
+    """Whether it is a directory and no symbolic link."""
     try:
         return stat.S_ISDIR(os.lstat(path).st_mode)
     except FileNotFoundError:
@@ -387,12 +387,12 @@ def _is_folder(path: str) -> bool:
 
 
 def _named(key: str) -> str:
-    """What the folder of the work named by a key is called."""
+    """The name of the folder for the work of a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _is_suspended(path: str) -> bool:
-    """Whether somebody may still go on with what lies there; after a reboot none can tell what is whole."""
+    """Whether suspended work can still be resumed. After a reboot it is unknown which files are complete."""
     try:
         descriptor = files.open_regular(os.path.join(path, SUSPENDED))
         try:
@@ -402,7 +402,7 @@ def _is_suspended(path: str) -> bool:
             os.close(descriptor)
     except (OSError, ValueError):
         return False
-    # A clock may have been set back.
+    # The clock may have been set back.
     return abs(age) <= _PATIENCE and text != "" and text == _boot_id()
 
 

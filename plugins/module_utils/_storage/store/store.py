@@ -42,10 +42,10 @@ from .snapshot import Snapshot
 from .staging import Leftover, StagingArea
 from .transaction import Transaction
 
-# Folder names of the drivers of containers/storage, past ones too.
+# Folder names of the drivers of containers/storage, including former drivers.
 KNOWN_DRIVERS = ("overlay", "vfs", "btrfs", "zfs", "overlay2", "aufs", "devicemapper")
 
-# Parsing more than this (bytes) is worth letting the locks go for, this many times.
+# To parse more than this (bytes) the locks are released, up to this many times.
 _MUCH = 1024 * 1024
 _RETRIES = 2
 
@@ -54,7 +54,7 @@ class Store:
     """A store that a runtime has written, as its configuration describes it.
 
     :param lock_timeout: seconds to wait for the store's locks
-    :param untested: tells why the store is only read; asked before the first change, None for never
+    :param untested: returns why the store is read-only for untested runtimes; called before the first change
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Store:
         lock_timeout: float = 60.0,
         untested: t.Optional[t.Callable[[], t.Optional[UntestedRuntime]]] = None,
     ) -> Store:
-        """The store, after a look at whether it is one. Creates nothing.
+        """Open the store after a check that it exists. Creates nothing.
 
-        :raises StoreError: nobody has written it yet, or another driver has
+        :raises StoreError: no runtime has written it yet, or only with another driver
         :raises PermissionDenied: it cannot be read
         """
         store = cls(config, lock_timeout, untested)
@@ -89,7 +89,7 @@ class Store:
             store._check()
         return store
 
-    # Where things are
+    # Paths
 
     @property
     def root(self) -> str:
@@ -98,7 +98,7 @@ class Store:
 
     @property
     def staging(self) -> StagingArea:
-        """The staging and trash of the collection's directory; always the same object."""
+        """The staging area of the collection's directory; always the same object."""
         if self._staging is None:
             self._staging = StagingArea(self.root, self.lock_timeout)
         return self._staging
@@ -109,17 +109,17 @@ class Store:
         return Reserve(self.root, self.layers_dir)
 
     def keep_reserve(self) -> None:
-        """Make the reserve files that are missing, where there is ample room for them.
+        """Create missing reserve files, if there is enough free space.
 
-        :raises StorageError: one cannot be made
+        :raises StorageError: a file cannot be created
         """
         with translate_oserror(self.config.graphroot):
             self.reserve.keep(max(file.size for file in self.record_files()))
 
     def trash_if_room(self, name: str) -> t.Optional[str]:
-        """A folder as ``trash`` gives it, for the caller to discard; None on a full disk.
+        """A folder as returned by ``trash``, which the caller discards; None on a full disk.
 
-        :raises StorageError: it cannot be made for another reason
+        :raises StorageError: it cannot be created for another reason
         """
         try:
             with translate_oserror(self.config.graphroot):
@@ -129,9 +129,9 @@ class Store:
 
     @contextlib.contextmanager
     def trash(self, name: str, destroy: t.Optional[Destroy] = None) -> t.Iterator[str]:
-        """A folder to move things into under the locks; deleted at the end, outside of them.
+        """Context manager: a folder for files that are removed under the locks; deleted at the end, without locks.
 
-        :param name: what it is for, a plain word or an ID
+        :param name: its purpose, a plain word or an ID
         :param destroy: see ``removal.remove_tree``
         :raises StoreError: something in it cannot be deleted; the next sweep tries again
         """
@@ -143,9 +143,9 @@ class Store:
             self.staging.discard(path, destroy)
 
     def leftovers(self) -> t.List[Leftover]:
-        """What killed runs of this collection have left and ``sweep`` would delete. Writes nothing.
+        """Leftovers of killed runs of this collection, which ``sweep`` would delete. Writes nothing.
 
-        :raises PermissionDenied: our folder cannot be read
+        :raises PermissionDenied: the collection's folder cannot be read
         """
         with translate_oserror(self.config.graphroot):
             found = self.staging.leftovers()
@@ -159,17 +159,17 @@ class Store:
         destroy: t.Optional[Destroy] = None,
         keep: t.Optional[t.Callable[[str], bool]] = None,
     ) -> t.List[str]:
-        """Delete what killed runs of this collection have left; live work is left alone.
+        """Delete leftovers of killed runs of this collection; running work is not affected.
 
         :param destroy: see ``removal.remove_tree``
-        :param keep: says of a path in our folder whether to leave that as well
+        :param keep: returns whether to keep a path of the collection's folder
         :returns: the paths that were deleted
-        :raises StoreError: something cannot be deleted; everything else has been
+        :raises StoreError: something cannot be deleted; everything else was deleted
         """
         with translate_oserror(self.config.graphroot):
             temporary = self._temporary_files()
             if temporary and not self.config.imagestore:
-                # Under the locks, the writer of such a file must have been killed.
+                # The locks are held, so the writer of such a file must have been killed.
                 with self.transaction(containers=True):
                     pass
             removed = [path for path in temporary if not os.path.lexists(path)]
@@ -204,9 +204,9 @@ class Store:
         return os.path.join(self._folder(base, IMAGES), image_id)
 
     def image_data_path(self, image_id: str, key: str) -> str:
-        """The file of one piece of an image's big data; it may not exist.
+        """The file of an item of an image's big data; it may not exist.
 
-        A key of other characters than [a-z0-9.] is stored under its base64, behind an equals sign.
+        A key with other characters than [a-z0-9.] is stored as an equals sign and its base64 encoding.
         """
         plain = re.fullmatch(r"[a-z0-9.]+", key)
         name = key if plain else "=" + base64.b64encode(key.encode()).decode()
@@ -227,7 +227,7 @@ class Store:
             layer_areas.append(area)
             path = os.path.join(area.directory, "layers.json")
             layers.append(RecordFile(area, path, Layer, IMAGESTORE))
-        # Another podman may use the same store as a transient one, or as a lasting one.
+        # Another podman may use the same store as a transient or a persistent store.
         for base in (run, graph) if config.transient else (graph, run):
             path = os.path.join(self._folder(base, LAYERS), "volatile-layers.json")
             layers.append(RecordFile(main, path, Layer, VOLATILE))
@@ -316,10 +316,10 @@ class Store:
     # Reading
 
     def snapshot(self) -> Snapshot:
-        """All records, from under shared locks that are held while bytes are read. Writes nothing.
+        """Read all records under shared locks, which are held while bytes are read. Writes nothing.
 
         :raises LockTimeout: a writer held a lock for longer than ``lock_timeout``
-        :raises RecordError: a file of records cannot be understood
+        :raises RecordError: a file of records cannot be parsed
         :raises PermissionDenied: a file cannot be read
         """
         with translate_oserror(self.config.graphroot):
@@ -337,7 +337,7 @@ class Store:
         The records of a damaged file are missing from the snapshot.
 
         :raises LockTimeout: as :meth:`snapshot`
-        :raises PermissionDenied: a file may not be read, of which damage is no cause
+        :raises PermissionDenied: a file may not be read, which is no damage
         """
         faults: t.Dict[str, StorageError] = {}
         deadline = time.monotonic() + self.lock_timeout
@@ -373,11 +373,11 @@ class Store:
             file.forget()
 
     def record_files(self) -> t.List[RecordFile[t.Any]]:
-        """The files of records of the store itself, as they were read last; not those of additional stores."""
+        """The files of records of the store itself, as last read; without those of additional stores."""
         return [file for file in self._all_files() if file.read_only_store is None]
 
     def data_folders(self, kind: str) -> t.List[str]:
-        """The folders in which a kind of records has its big data, tar-split files or userdata."""
+        """The folders with the big data, tar-split files or userdata of a kind of records."""
         files = [file for file in self.record_files() if file.kind == kind]
         return list(dict.fromkeys(os.path.dirname(file.path) for file in files))
 
@@ -390,7 +390,7 @@ class Store:
         return sum(file.load() for file in self._all_files())
 
     def view(self) -> Snapshot:
-        """What has been read or written last, without a look at the disk."""
+        """The records as last read or written, without reading the disk."""
         for file in self._all_files():
             file.parse()
         seen = tuple(file.generation for file in self._all_files())
@@ -409,7 +409,7 @@ class Store:
     # Writing
 
     def untested(self) -> t.Optional[UntestedRuntime]:
-        """Why this store is only read here, None if it may be written; looked for once."""
+        """Why this store is only read, None if it may be written; determined once."""
         if self._ask_untested is not None:
             self._untested, self._ask_untested = self._ask_untested(), None
         return self._untested
@@ -429,11 +429,11 @@ class Store:
     ) -> t.Iterator[Transaction]:
         """Hold the locks of layers and images exclusively, on request those of containers, and change records.
 
-        Each method of the transaction is on disk when it returns. An exception leaves what has
-        been done so far; it is always a state that runtimes take.
+        The changes of each method of the transaction are on disk when it returns. After an exception, the changes made
+        so far remain; this state is always valid for runtimes.
 
-        :param make_room: for what frees space: called, again and again, while the disk is too full to write
-            records and the reserve is used up; says whether that has made any room
+        :param make_room: called repeatedly while the disk is too full to write records and the reserve is
+            used up; returns whether it freed any space
         :raises LockTimeout: a lock stayed taken for longer than ``lock_timeout``
         :raises UnsupportedDriver: the store keeps its images in an ``imagestore``
         :raises UntestedRuntime: a program that uses the store is too new
@@ -463,9 +463,9 @@ class Store:
             transaction.end()
 
     def _take(self, containers: bool, spare: bool) -> t.Tuple[contextlib.ExitStack, float]:
-        """Take the locks with all records up to date; with the moment of the first one.
+        """Take the locks and update all records; yields the time of the first lock.
 
-        :param spare: keep what a killed run has left as room for a full disk
+        :param spare: keep leftovers of a killed run as space for a full disk
         """
         self.snapshot()
         deadline = time.monotonic() + self.lock_timeout

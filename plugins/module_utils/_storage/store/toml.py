@@ -53,9 +53,9 @@ _ESCAPES = {
 
 
 def quoted(text: str) -> str:
-    """A string as TOML writes it, on one line.
+    """A string in TOML notation, on one line.
 
-    :raises ConfigError: it holds a character that no TOML document can hold
+    :raises ConfigError: it contains a character that TOML documents cannot contain
     """
     if not _writable(text):
         raise ConfigError(
@@ -71,7 +71,7 @@ def _in_quotes(character: str) -> str:
 
 
 def key(text: str) -> str:
-    """A key as TOML writes it.
+    """A key in TOML notation.
 
     :raises ConfigError: as :func:`quoted`
     """
@@ -79,9 +79,9 @@ def key(text: str) -> str:
 
 
 def value(found: t.Any) -> str:
-    """A string, truth value, number, or list of these as TOML writes it.
+    """A string, truth value, number, or list of these in TOML notation.
 
-    :raises ConfigError: as :func:`quoted`, or it is something else
+    :raises ConfigError: as :func:`quoted`, or it has another type
     """
     if isinstance(found, str):
         return quoted(found)
@@ -109,7 +109,7 @@ def _writable(text: str) -> bool:
 
 
 class _Defined(t.Dict[str, t.Any]):
-    """A table with a note of how it came to be."""
+    """A table with a record of how it was defined."""
 
     header = False
     dotted = False
@@ -153,7 +153,7 @@ class _Reader:
             raise self.wrong("unexpected text follows at the end of the line")
 
     def blanks(self) -> None:
-        """Skip blanks, line ends and comments, as arrays allow them."""
+        """Skip blanks, line ends and comments, which arrays allow."""
         while True:
             before = self.at
             self.skip(_BLANK)
@@ -330,7 +330,7 @@ class _Reader:
         end = self.text.find("'''", self.at + 3)
         if end < 0:
             raise self.wrong("a text lacks its closing quotes")
-        # Up to two more quotes belong to the text.
+        # Up to two more quotes are part of the text.
         while self.text.startswith("'", end + 3) and end - self.text.find("'''", self.at + 3) < 2:
             end += 1
         text = self.text[self.at + 3 : end]
@@ -399,11 +399,11 @@ class _Reader:
 
 
 class _TableArray(t.List[t.Any]):
-    """An array that ``[[name]]`` may add to."""
+    """An array that ``[[name]]`` can extend."""
 
 
 def _close(table: _Defined) -> None:
-    """An inline table, with all in it, takes no more keys."""
+    """Mark an inline table and its contents as complete."""
     table.closed = True
     for value in table.values():
         if isinstance(value, _Defined):
@@ -413,7 +413,7 @@ def _close(table: _Defined) -> None:
 def loads(data: bytes, path: str) -> Table:
     """Read a TOML document.
 
-    :param path: what error messages call it
+    :param path: its name in error messages
     :raises ConfigError: it is not TOML; the message names the line
     """
     try:

@@ -36,7 +36,7 @@ if t.TYPE_CHECKING:
 
 
 class Transaction:
-    """What may be done while the store's locks are held; see ``Store.transaction``."""
+    """The changes that are possible while the store's locks are held; see ``Store.transaction``."""
 
     def __init__(
         self,
@@ -53,24 +53,24 @@ class Transaction:
 
     @property
     def snapshot(self) -> Snapshot:
-        """All records as they are now, with what this transaction has changed."""
+        """All current records, including the changes of this transaction."""
         return self._store.view()
 
     @property
     def seconds_held(self) -> float:
-        """Seconds since the first lock was taken, until the last was given back."""
+        """Seconds from the first lock taken to the last lock released."""
         return (self._ended or time.monotonic()) - self._started
 
     def end(self) -> None:
-        """Note that the locks have been given back."""
+        """Record that the locks were released."""
         self._ended = time.monotonic()
 
     # Layers
 
     def begin_layer(self, record: Raw) -> Layer:
-        """Add a layer that is not complete yet; runtimes delete it if it stays so.
+        """Add an incomplete layer; runtimes delete it if it is not completed.
 
-        :param record: the layer's fields as JSON has them
+        :param record: the layer's fields as in JSON
         :raises StoreError: the ID or a name is taken, or the parent is unknown
         :raises RecordError: a field is of a wrong type
         """
@@ -91,7 +91,7 @@ class Transaction:
         return layer
 
     def install_tar_split(self, layer_id: str, staged_path: str) -> None:
-        """Move a staged tar-split file to its place; it is durable when this returns."""
+        """Move a staged tar-split file to its final path; it is durable when this returns."""
         self._own_layer(layer_id)
         with translate_oserror(self._store.config.graphroot):
             descriptor = os.open(staged_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -104,7 +104,7 @@ class Transaction:
             sync_directory(self._store.layers_dir)
 
     def finish_layer(self, layer_id: str) -> Layer:
-        """Declare a layer complete."""
+        """Mark a layer as complete."""
 
         def complete(raw: Raw) -> None:
             flags = raw.get("flags") or {}
@@ -124,11 +124,11 @@ class Transaction:
         self._update(self._files.layers, [(layer, give_up) for layer in layers])
 
     def update_layer(self, layer_id: str, change: Change) -> Layer:
-        """Change a layer's record in the file it came from; nothing is written if nothing changes.
+        """Change a layer's record in its file; nothing is written if nothing changes.
 
-        :param change: changes the dictionary it is given, a copy
+        :param change: modifies the given copy of the dictionary
         :raises StoreError: there is no such layer
-        :raises ReadOnlyStore: it lives in an additional store
+        :raises ReadOnlyStore: it is in an additional store
         :raises RecordError: the change makes it malformed
         """
         return self.update_layers({layer_id: change})[0]
@@ -141,10 +141,10 @@ class Transaction:
     def remove_layers(self, layer_ids: t.Sequence[str], trash: t.Optional[str]) -> None:
         """Remove the records of layers, all at once, and move their tar-split files and big data to ``trash``.
 
-        The layers are marked incomplete first, so that a kill in between leaves nothing half known.
+        The layers are marked incomplete first, so that the next runtime completes the removal after a kill.
 
         :param trash: an existing directory on the store's filesystem; None to delete at once, on a full disk
-        :raises LayerInUse: other layers, images or containers still rest on one
+        :raises LayerInUse: other layers, images or containers depend on a layer
         """
         layers = [self._own_layer(item) for item in layer_ids]
         for layer in layers:
@@ -161,7 +161,7 @@ class Transaction:
                 self._write(file, [record for record in file.records if record.id not in going])
 
     def remove_layer(self, layer_id: str, trash: t.Optional[str]) -> None:
-        """The same for one layer."""
+        """The same for a single layer."""
         self.remove_layers([layer_id], trash)
 
     def _refuse_if_used(self, layer_id: str, going: t.Collection[str]) -> None:
@@ -192,7 +192,7 @@ class Transaction:
     # Images
 
     def append_mapped_layer(self, image_id: str, layer_id: str) -> Image:
-        """Enter a layer at the end of an image's ``mapped-layers``."""
+        """Append a layer to an image's ``mapped-layers``."""
         self._own_layer(layer_id)
 
         def append(raw: Raw) -> None:
@@ -203,9 +203,9 @@ class Transaction:
         return self.update_image(image_id, append)
 
     def drop_mapped_layer(self, layer_id: str) -> t.List[str]:
-        """Take an ID out of every image's ``mapped-layers``, whether such a layer exists or not.
+        """Remove an ID from every image's ``mapped-layers``, whether such a layer exists or not.
 
-        :returns: the IDs of the images that had it
+        :returns: the IDs of the images that listed it
         """
 
         def drop(raw: Raw) -> None:
@@ -232,9 +232,9 @@ class Transaction:
         return self._update(self._files.images, pairs)
 
     def save_images(self) -> t.Callable[[], None]:
-        """Keep the records of all images as they are now.
+        """Save the current records of all images.
 
-        :returns: writes them again within this transaction, where they have changed since
+        :returns: a function that restores them within this transaction, if they changed
         """
         saved = [(file, file.records) for file in self._files.images if not file.read_only_store]
 
@@ -246,10 +246,10 @@ class Transaction:
         return restore
 
     def withdraw_images(self, image_ids: t.Collection[str]) -> None:
-        """Take the records of images away, all at once in each file; their big data stays where it is.
+        """Remove the records of images, all at once in each file; their big data is kept.
 
         :raises StoreError: there is no such image
-        :raises ReadOnlyStore: it lives in an additional store
+        :raises ReadOnlyStore: it is in an additional store
         """
         paths = {self._own_image(image_id).path for image_id in image_ids}
         for file in self._files.images:
@@ -259,7 +259,7 @@ class Transaction:
     def remove_image(self, image_id: str, trash: str) -> None:
         """Remove an image's record and move its big data to ``trash``. Layers are not changed.
 
-        :raises LayerInUse: containers still name the image
+        :raises LayerInUse: containers use the image
         """
         image = self._own_image(image_id)
         containers = [item.id for item in self.snapshot.containers_of(image_id)]
@@ -278,12 +278,12 @@ class Transaction:
             _move(data, trash, f"{image_id}.image")
 
     def remove_image_data(self, image_id: str, trash: str) -> None:
-        """Put what is left of an image that has no record any more into ``trash``."""
+        """Move the remaining files of an image without a record to ``trash``."""
         if image_id not in self.snapshot.images:
             with translate_oserror(self._store.config.graphroot):
                 _move(self._store.image_data_dir(image_id), trash, f"{image_id}.image")
 
-    # Inside
+    # Internals
 
     def _own_layer(self, layer_id: str) -> Layer:
         layer = self.snapshot.layer(layer_id)
@@ -337,7 +337,7 @@ class Transaction:
                 self._write_on_full_disk(file, records)
 
     def _write_on_full_disk(self, file: RecordFile[R], records: t.List[R]) -> None:
-        """In place of a reserve file, or else with the room that another one gives back."""
+        """Overwrite a reserve file, or delete one to free space."""
         reserve = self._store.reserve
         while True:
             try:
@@ -351,7 +351,7 @@ class Transaction:
 
 
 def _move(path: str, directory: str, name: str = "") -> None:
-    """Put a file or folder aside; one that is not there is no loss."""
+    """Move a file or folder to the trash; a missing path is ignored."""
     target = os.path.join(directory, name or os.path.basename(path))
     try:
         os.rename(path, target)
@@ -365,7 +365,7 @@ def _move(path: str, directory: str, name: str = "") -> None:
 
 
 def _put_aside(path: str, trash: t.Optional[str], name: str = "") -> None:
-    """Put a file or folder into the trash, or delete it where there is none."""
+    """Move a file or folder to the trash, or delete it if there is no trash folder."""
     if trash is None:
         remove_tree(path)
     else:

@@ -39,8 +39,8 @@ REFLINK = "reflink"
 METACOPY = "metacopy"
 COPY = "copy"
 
-# On a file of an overlay layer: its data is that of the next layer below with the same path. Empty
-# is the value without a digest (Linux 4.19).
+# On a file of an overlay layer: its data is in the next layer below with the same path. An empty
+# value has no digest (Linux 4.19).
 _METACOPY_MARK = "trusted.overlay.metacopy"
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -49,18 +49,18 @@ _NAMELESS = os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# Mount options under which new files have their directory's group.
+# Mount options with which new files inherit the directory's group.
 _GROUP_OF_DIRECTORY = frozenset(("grpid", "bsdgroups"))
 
 _BLOCK = 512
-# From so many bytes on, writing at once to the disk saves more of the wait at the end than it costs; for
-# smaller files it is the other way round (measured from 16 KB to 4 MB).
+# For files from this size on (bytes), starting writeback at once saves more time at the end than it costs; for
+# smaller files it does not (measured from 16 KB to 4 MB).
 _WORTH_STARTING = 1 << 20
 
-# From so many bytes on, half a copy is worth going on with, and its progress is told.
+# For files from this size on (bytes), partial copies are resumed and progress is reported.
 _LARGE = 1 << 24
 
-# FICLONE answers this for single files that cannot share (no copy-on-write, swap files).
+# Errors of FICLONE for single files that cannot share data (no copy-on-write, swap files).
 _NOT_THIS_FILE = frozenset((errno.EINVAL, errno.ETXTBSY))
 _NOT_HERE = frozenset((errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY, errno.ENOSYS))
 
@@ -74,24 +74,24 @@ def clone(
     progress: t.Optional[Progress] = None,
     again: bool = False,
 ) -> CloneResult:
-    """Build the merged view of ``stack`` in an empty directory, owned as ``shift`` says.
+    """Build the merged view of ``stack`` in an empty directory, with owners translated by ``shift``.
 
-    Everything of the template is kept but overlay's private attributes: see the fidelity list in
-    the tests. After an error the destination holds a part of the tree and is to be removed. An
-    exception of ``progress`` itself ends the work at once, and another call may go on with it.
+    Everything of the template is kept except overlay's private attributes; see the fidelity tests.
+    After an error the destination contains a part of the tree and must be removed. An
+    exception of ``progress`` ends the work at once, and another call can resume it.
 
-    :param destination_dir: path or descriptor of an empty directory that nobody else writes to
-    :param strategy: ``REFLINK``, ``COPY``, or ``METACOPY``: files without data that show it in an
-        overlay mount with metacopy=on above the layers of ``stack``
-    :param workers: processes; None for one per processor
+    :param destination_dir: path or descriptor of an empty directory that no other process writes to
+    :param strategy: ``REFLINK``, ``COPY``, or ``METACOPY``: files without data, which have the data
+        of the layers of ``stack`` in an overlay mount with metacopy=on
+    :param workers: number of processes; None for one per processor
     :param progress: called with files and bytes done, twice a second at most
-    :param again: go on with what a call with the same arguments has left: an entry with the
-        template's mtime is whole, for that is set last
+    :param again: resume the work of an earlier call with the same arguments; an entry with the
+        template's mtime is complete, because the mtime is set last
     :raises NeedsMount: the layers cannot be read without an overlay mount
     :raises UnmappedIDs: the facts ``uids`` and ``gids`` name container IDs
     :raises TreeError: the tree cannot be read, or cannot be built here
     :raises NoSpace: the destination's filesystem or quota is full
-    :raises PermissionDenied: a file may not be read or made
+    :raises PermissionDenied: a file may not be read or created
     """
     if strategy not in (REFLINK, METACOPY, COPY):
         raise ValueError(f"strategy is {REFLINK!r}, {METACOPY!r} or {COPY!r}, not {strategy!r}")
@@ -117,9 +117,9 @@ def clone(
 
 
 def can_reflink(directory: t.Union[str, int]) -> bool:
-    """Whether files below a directory can share their data, found out by letting two do so.
+    """Test with two files whether files below a directory can share data.
 
-    :raises OSError: nothing can be written there
+    :raises OSError: the directory is not writable
     """
     node = f"/proc/self/fd/{directory}" if isinstance(directory, int) else directory
     with tempfile.TemporaryFile(dir=node) as source, tempfile.TemporaryFile(dir=node) as copy:
@@ -133,7 +133,7 @@ def can_reflink(directory: t.Union[str, int]) -> bool:
 
 
 def as_result(totals: Totals, strategy: str) -> CloneResult:
-    """A walk's totals with their names."""
+    """The totals of a walk as a result."""
     return CloneResult(
         files=totals[FILES],
         directories=totals[DIRECTORIES],
@@ -153,7 +153,7 @@ def unmapped_ids(shift: Shift) -> t.Optional[IDs]:
 
 
 def raise_unmapped(stack: LayerStack, shift: Shift, ids: IDs) -> None:
-    """Complain about IDs that a walk could not map, if there are any.
+    """Raise an error if a walk could not map IDs.
 
     :raises UnmappedIDs: facts: ``uids``, ``gids`` (container IDs) and ``foreign_uids``,
         ``foreign_gids`` (host IDs outside the template's own map)
@@ -188,7 +188,7 @@ def _enumerate(numbers: t.List[int]) -> str:
 
 
 def _prepare(root: int) -> None:
-    """Free a directory from what its parent may hand down to everything made in it."""
+    """Remove from a directory the properties that new entries would inherit."""
     for attribute in ("system.posix_acl_default", "system.posix_acl_access"):
         with contextlib.suppress(OSError):
             xattrs.remove(root, attribute)
@@ -196,7 +196,7 @@ def _prepare(root: int) -> None:
 
 
 class _Cloner(Visitor):
-    """Makes each entry as it is met; directories stay private and plain until they are whole."""
+    """Creates each entry during the walk; directories stay private, without attributes, until they are complete."""
 
     def __init__(
         self,
@@ -214,12 +214,12 @@ class _Cloner(Visitor):
         self._metacopy = strategy == METACOPY
         self._again = again
         self._read = _READ | os.O_NOATIME
-        # Whether new files get the very mode that they are made with.
+        # Whether new files get exactly the mode with which they are created.
         self._exact = False
-        # Whether the kernel is told beforehand to whom new files belong, and to whom it is.
+        # Whether new files get their owner at creation, and the current owner.
         self._owning = False
         self._owner = (-1, -1)
-        # The directory at hand: made, and its topmost source with the attributes of that.
+        # The current directory, and its topmost source with its attributes.
         self._made = -1
         self._source = -1
         self._attributes: t.List[str] = []
@@ -244,7 +244,7 @@ class _Cloner(Visitor):
     def enter(self, path: str, fd: int, attributes: t.List[str]) -> Token:
         self._made = files.open_beneath(self._root, path, _DIRECTORY)
         if self._again:
-            # It may have been whole; what is made in it now must not take after it.
+            # It may have been complete; new entries must not inherit from it.
             _prepare(self._made)
         self._source = fd
         self._attributes = attributes
@@ -300,7 +300,7 @@ class _Cloner(Visitor):
             try:
                 source = os.open(name, self._read, dir_fd=fd)
             except PermissionError:
-                # EPERM: only an owner may leave the access time alone.
+                # EPERM: only the owner may use O_NOATIME.
                 source = os.open(name, _READ, dir_fd=fd)
         else:
             source = os.open(name, _LOOK, dir_fd=fd)
@@ -332,7 +332,7 @@ class _Cloner(Visitor):
     def _made_before(self, name: str, status: os.stat_result) -> t.Optional[int]:
         """The number of bytes that an earlier call has copied of this entry; None if it is complete.
 
-        Of a large file that was being copied what there is stays, anything else that was only begun goes.
+        The partial copy of a large file is kept; any other partial entry is removed.
         """
         try:
             made = os.lstat(name, dir_fd=self._made)
@@ -350,7 +350,7 @@ class _Cloner(Visitor):
             if copied:
                 self.totals[ALLOCATED] += status.st_blocks * _BLOCK
             return None
-        # Copied from the front to the back, a file is good up to its size.
+        # Files are copied from start to end, so a partial file is valid up to its size.
         if copied and stat.S_ISREG(made.st_mode) and _LARGE < made.st_size <= status.st_size:
             return made.st_size - _LARGE
         os.unlink(name, dir_fd=self._made)
@@ -367,7 +367,7 @@ class _Cloner(Visitor):
         made = os.open(name, how, mode & 0o777, dir_fd=self._made)
         try:
             size = status.st_size
-            # A tree with IDs that cannot be mapped is only looked through for others.
+            # After an ID that cannot be mapped, the rest of the tree is only searched for others.
             if size and shift.complete:
                 allocated = status.st_blocks * _BLOCK
                 if self._metacopy:
@@ -378,12 +378,12 @@ class _Cloner(Visitor):
                     self._copy(made, source, size, allocated < size, begun)
                     if allocated > _WORTH_STARTING:
                         files.start_writing(made)
-            # Owner first: chown(2) takes capabilities and setuid away.
+            # Owner first: chown(2) removes capabilities and the setuid bit.
             if owner or begun:
                 os.fchown(made, shift.uid(status.st_uid), shift.gid(status.st_gid))
             if attributes:
                 owners.copy_attributes(made, source, attributes, shift)
-            # An inode's change has its price, and nobody else enters unfinished directories.
+            # Changes of an inode are slow, and no other process enters incomplete directories.
             if mode & 0o7000 or attributes or not self._exact:
                 os.fchmod(made, mode)
             os.utime(made, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -402,20 +402,20 @@ class _Cloner(Visitor):
             reported = there
             self.tell()
 
-        # All of it was counted when it was met.
+        # It was counted at its first name.
         self.totals[APPARENT] -= size - begun
         files.copy_data(made, source, size, sparse, begun, tell)
         tell(size)
 
     def _owner_of(self, status: os.stat_result) -> t.Optional[t.Tuple[int, int]]:
-        """Whom what is made next has to be given to; None when it will belong to them anyway."""
+        """The owner to set on the next new file; None if it will have that owner anyway."""
         owner = self._shift.uid(status.st_uid), self._shift.gid(status.st_gid)
         if self._owning and (owner == self._owner or self._become(owner)):
             return None
         return owner
 
     def _become(self, owner: t.Tuple[int, int]) -> bool:
-        """Have new files belong to ``owner``; False where that is not so, for whatever reason."""
+        """Make ``owner`` the owner of new files; false if that failed."""
         self._owner = (-1, -1)
         if -1 in owner:
             return False
@@ -425,7 +425,7 @@ class _Cloner(Visitor):
         return self._owning
 
     def _given(self, owner: t.Tuple[int, int]) -> bool:
-        """Whether a file made here does belong to ``owner``."""
+        """Whether a new file has ``owner`` as its owner."""
         try:
             made = os.open(".", _NAMELESS, 0o600, dir_fd=self._made)
         except OSError:
@@ -489,7 +489,7 @@ class _Cloner(Visitor):
         status: os.stat_result,
         owner: t.Optional[t.Tuple[int, int]],
     ) -> None:
-        """Owner, attributes, mode and times of what cannot be opened."""
+        """Set owner, attributes, mode and times of an entry that cannot be opened."""
         made, shift = self._made, self._shift
         if owner:
             os.chown(name, *owner, dir_fd=made, follow_symlinks=False)
@@ -506,7 +506,7 @@ class _Cloner(Visitor):
         )
 
     def _complete(self, source: int, attributes: t.List[str]) -> None:
-        """Owner, attributes, mode and times of the directory at hand."""
+        """Set owner, attributes, mode and times of the current directory."""
         made, shift = self._made, self._shift
         status = os.fstat(source)
         self.totals[ALLOCATED] += status.st_blocks * _BLOCK

@@ -34,10 +34,10 @@ _Inode = t.Tuple[int, int]
 
 
 class Difference(t.NamedTuple):
-    """One entry that is not as it should be.
+    """An entry that differs.
 
-    :ivar path: from the tree's root, which is "/"; printable
-    :ivar problems: what differs, each a clause
+    :ivar path: relative to the tree's root, which is "/"; printable
+    :ivar problems: the differences, each a clause
     """
 
     path: str
@@ -45,11 +45,11 @@ class Difference(t.NamedTuple):
 
 
 class Comparison(t.NamedTuple):
-    """What was found.
+    """The result of a comparison.
 
-    :ivar entries: entries of the template
-    :ivar different: entries that differ in more than their time of modification, or are in one tree only
-    :ivar times: entries that differ in their time of modification and in nothing else
+    :ivar entries: the number of entries of the template
+    :ivar different: the number of entries that differ in more than their modification time, or exist in only one tree
+    :ivar times: the number of entries that differ only in their modification time
     :ivar shown: the first few of the entries that differ
     """
 
@@ -63,8 +63,8 @@ def compare(template: int, mapped: int, shift: Shift) -> Comparison:
     """Compare two whole trees: kinds, owners, modes, sizes, devices, link texts, hard links and attributes.
 
     :param template: the root directory of the template, open
-    :param mapped: that of the mapped tree
-    :param shift: from the template's mapping to the other
+    :param mapped: the root directory of the mapped tree, open
+    :param shift: from the template's mapping to that of the mapped tree
     :raises OSError: a tree cannot be read
     """
     return _Comparing(template, mapped, shift).run()
@@ -76,7 +76,7 @@ class _Comparing:
         self.shift = shift
         self.entries = self.different = self.times = 0
         self.shown: t.List[Difference] = []
-        # Inodes of several names, each with its counterpart.
+        # Inodes with several names, each with its counterpart.
         self.forth: t.Dict[_Inode, _Inode] = {}
         self.back: t.Dict[_Inode, _Inode] = {}
 
@@ -110,7 +110,7 @@ class _Comparing:
             self.shown.append(Difference(printable(f"/{path}", _LONGEST_PATH), tuple(problems)))
 
     def _entry(self, path: str, template: int, mapped: int, name: t.Optional[str]) -> bool:
-        """Compare one entry of two open directories, or the directories themselves; whether both are directories."""
+        """Compare an entry of two open directories, or the directories themselves; returns whether both are such."""
         self.entries += 1
         wanted, found = (
             os.fstat(fd) if name is None else os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -184,7 +184,7 @@ def _kind(status: os.stat_result) -> str:
 
 
 def _attributes(fd: int, entry: t.Optional[str]) -> t.Dict[str, bytes]:
-    """The attributes that are content: no label, which the host gives, and nothing that the filesystem makes up."""
+    """The attributes that are content, without labels of the host and attributes of the filesystem."""
     found = {}
     for name in attribute_names(fd, entry):
         if not owners.is_copied(name) or name == owners.SELINUX:

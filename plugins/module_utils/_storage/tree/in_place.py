@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Change the owners in the own trees of several layers in place.
+"""Change the owners of the files of several layers in place.
 
-All that can be found out beforehand goes into a plan, which needs no lock: then each inode costs one
-system call while the store is locked. A plan can be applied backwards as well.
+A plan is made in advance, without locks, so that each inode takes a single
+system call while the store is locked. A plan can also be reverted.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
-# Names of one directory that one process takes at once.
+# The number of names of a directory that a process handles at once.
 _PART = 2048
-# Fewer calls than that are not worth a further process.
+# The minimum number of calls for a further process.
 _FEW = 512
 _LONGEST_MESSAGE = 1 << 20
 
-# An owner and a mode that a mount program shows in place of those of the file.
+# An owner and a mode that a mount program shows instead of those of the file.
 _OVERRIDES = frozenset(
     (
         "user.containers.override_stat",
@@ -52,9 +52,9 @@ Attributes = t.List[t.Tuple[str, bytes, bytes]]
 
 
 class _Special(t.NamedTuple):
-    """An entry of a directory for which a change of owner is not enough.
+    """An entry that needs more than a change of its owner.
 
-    :ivar mode: the bits to restore, or -1
+    :ivar mode: the mode bits to restore, or -1
     :ivar attributes: name, value before and value after
     """
 
@@ -67,10 +67,10 @@ class _Special(t.NamedTuple):
 
 
 class _Directory(t.NamedTuple):
-    """A directory, or a part of its names.
+    """A directory, or a part of its entries.
 
-    :ivar changed: its ctime in nanoseconds; 0 for the further parts of one
-    :ivar names: of entries, by owner before and after
+    :ivar changed: its ctime in nanoseconds; 0 for further parts of a directory
+    :ivar names: names of entries, by owner before and after
     """
 
     tree: int
@@ -85,12 +85,12 @@ class _Directory(t.NamedTuple):
 
     @property
     def calls(self) -> int:
-        """About how many system calls it takes."""
+        """The approximate number of system calls."""
         return 3 + sum(len(names) for _old, _new, names in self.names) + 6 * len(self.specials)
 
 
 class _Links:
-    """The names of one file that has several."""
+    """The names of a file with several names."""
 
     __slots__ = ("found", "path", "total", "tree")
 
@@ -100,11 +100,11 @@ class _Links:
 
 
 class Plan:
-    """What is to be done to change the owners of the trees.
+    """The changes of owners in the trees.
 
-    :ivar inodes: in all of the trees, files with several names once
-    :ivar changes: how many of them get another owner, ACL or capability
-    :ivar seconds: how long it took to read the trees
+    :ivar inodes: the number of inodes in all trees
+    :ivar changes: the number of inodes that get another owner, ACL or capability
+    :ivar seconds: the time that it took to read the trees
     """
 
     def __init__(self) -> None:
@@ -119,12 +119,12 @@ class Plan:
         backwards: bool = False,
         workers: t.Optional[int] = None,
     ) -> None:
-        """Change the owners. After an error a part of them is changed, which applying it backwards undoes.
+        """Change the owners. After an error only some of them are changed; ``backwards`` reverts them.
 
-        :param trees: opened anew or not, in the order in which they were planned
-        :param backwards: restore what was before
-        :param workers: processes; None for one per processor
-        :raises StoreChanged: a directory is no longer what was planned for
+        :param trees: the open trees, in the order of the plan
+        :param backwards: restore the previous owners
+        :param workers: number of processes; None for one per processor
+        :raises StoreChanged: a directory changed after the plan was made
         :raises StorageError: an owner cannot be changed
         """
         shares = _shares(self.directories, workers or _processors())
@@ -137,12 +137,12 @@ def _processors() -> int:
 
 
 def plan(trees: t.Sequence[OwnTree], shifts: t.Sequence[Shift]) -> Plan:
-    """Read whole trees and find out what their new owners take. Changes nothing, not even access times.
+    """Read whole trees and plan the changes of owners. Changes nothing, not even access times.
 
-    The shifts note the IDs that they cannot map; the plan is of no use then.
+    The shifts record IDs that cannot be mapped; the plan is then unusable.
 
     :param shifts: one for each tree
-    :raises UnsupportedDriver: owners are not, or not only, on the files
+    :raises UnsupportedDriver: the owners are not stored only on the files
     :raises TreeError: a tree cannot be read, contains a mount, or shares a file with something else
     """
     planner = _Planner(trees, shifts)
@@ -183,7 +183,7 @@ class _Planner:
                 )
 
     def _directory(self, number: int, path: str, fd: int, device: int) -> t.List[str]:
-        """Plan for one directory and its entries; returns its subdirectories."""
+        """Plan the changes of a directory and its entries; returns its subdirectories."""
         shift, whiteouts = self._shifts[number], self._trees[number].whiteouts
         status = os.fstat(fd)
         if status.st_dev != device:
@@ -264,7 +264,7 @@ class _Planner:
             self.plan.directories.append(_Directory(*where, 0, before, before, [], [part], []))
 
     def _met(self, number: int, path: str, name: str, status: os.stat_result) -> bool:
-        """Whether a file with several names was met before, under another of them."""
+        """Whether a file with several names was found before, under another name."""
         key = (status.st_dev, status.st_ino)
         links = self._links.get(key)
         if links is None:
@@ -283,7 +283,7 @@ class _Planner:
     def _attributes(
         self, number: int, path: str, fd: int, entry: t.Optional[str], shift: Shift
     ) -> Attributes:
-        """The attributes that hold IDs, or that a change of owner would remove."""
+        """The attributes that contain IDs, or that a change of owner would remove."""
         found: Attributes = []
         for attribute in attribute_names(fd, entry):
             if attribute in _OVERRIDES or attribute in _METACOPY:
@@ -310,7 +310,7 @@ def _moved(shift: Shift, owner: Owner) -> Owner:
 
 
 def _moved_root(shift: Shift, owner: Owner) -> Owner:
-    """As for every directory; but runtimes that mount a layer give its root directory to the root of the host."""
+    """The root directory of a layer; runtimes that mount the layer make the host's root its owner."""
     old = shift.old
     if not any(owner) and None in (old.uid.to_container(0), old.gid.to_container(0)):
         return shift.new.root
@@ -329,7 +329,7 @@ def _changes(special: _Special) -> bool:
 
 
 def _shares(directories: t.Sequence[_Directory], most: int) -> t.List[t.List[_Directory]]:
-    """The work in parts that take about as long, at most so many."""
+    """Split the work into at most this many parts of about the same size."""
     total = sum(item.calls for item in directories)
     count = max(1, min(most, total // _FEW))
     shares: t.List[t.List[_Directory]] = [[] for _number in range(count)]
@@ -343,9 +343,9 @@ def _shares(directories: t.Sequence[_Directory], most: int) -> t.List[t.List[_Di
 def _share_out(
     shares: t.Sequence[t.List[_Directory]], work: t.Callable[[t.List[_Directory]], None]
 ) -> None:
-    """Do each share in a process of its own, the first in this one.
+    """Do each share in a process of its own, the first in this process.
 
-    :raises OSError: what went wrong first
+    :raises OSError: the first error
     """
     leader = os.getpid()
     children: t.List[t.Tuple[int, int]] = []
@@ -397,10 +397,10 @@ def _serve(
     share: t.List[_Directory],
     work: t.Callable[[t.List[_Directory]], None],
 ) -> None:
-    """The whole life of a worker. It ends without a message when all is well."""
+    """Run a worker. Without an error it ends without a message."""
     namespaces.die_with_parent(leader)
     for number in termination.SIGNALS:
-        # The leader decides what becomes of the work.
+        # The leader decides how to continue.
         signal.signal(number, signal.SIG_IGN)
     try:
         work(share)
@@ -463,9 +463,9 @@ def _apply_special(parent: int, special: _Special, backwards: bool) -> None:
         if special.regular:
             os.fchown(fd, *owner)
         else:
-            # An O_PATH descriptor: the link in /proc leads to the very file.
+            # For an O_PATH descriptor, the link in /proc leads to the file itself.
             os.chown(f"/proc/self/fd/{fd}", *owner)
-        # chown(2) removes capabilities, and a changed ACL would write the bits of the group anew.
+        # chown(2) removes capabilities, and a changed ACL would change the group's mode bits.
         for attribute, old, new in special.attributes:
             xattrs.put(fd, attribute, old if backwards else new, None if special.regular else "")
         if special.mode >= 0:

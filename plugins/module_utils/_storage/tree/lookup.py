@@ -17,11 +17,11 @@ _LARGEST = 4 * 1024 * 1024
 def read_text(stack: LayerStack, path: str) -> t.Optional[str]:
     """The text of a regular file, as the container would read it.
 
-    Symbolic links are not followed. What is beyond 4 MiB is cut off.
+    Symbolic links are not followed. Text after the first 4 MiB is cut off.
 
     :param path: relative to the tree's root
-    :returns: None when there is no such file
-    :raises NeedsMount: a directory on the way, or the file itself, only the kernel can read
+    :returns: None if there is no such file
+    :raises NeedsMount: only the kernel can read a directory of the path or the file
     :raises OSError: a layer cannot be read
     """
     folder, _slash, name = path.rpartition("/")
@@ -50,7 +50,7 @@ def read_text(stack: LayerStack, path: str) -> t.Optional[str]:
 def _showing(
     stack: LayerStack, layers: t.Iterable[int], walked: str, component: str
 ) -> t.Iterator[int]:
-    """The layers, topmost first, whose directory of that name is part of the merged one."""
+    """The layers, topmost first, whose directory of that name is part of the merged directory."""
     for layer in layers:
         parent = stack.open(layer, walked)
         try:

@@ -19,29 +19,29 @@ from ..kernel.oserrors import translate_oserror
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOCK = 512
-# btrfs: what an inode takes of the leaves with its reference and two directory entries, but for its names; an extent's
-# item; the checksum of a block (bytes); files up to this size lie in the leaves (the default of max_inline).
+# btrfs, in bytes of leaves: an inode with its reference and two directory entries, without its names; an extent's
+# item; the checksum of a block. Files up to the last size are stored in leaves (the default of max_inline).
 _INODE_ITEMS = 4 * 25 + 160 + 10 + 30 + 30
 _EXTENT_ITEM = 25 + 53
 _CHECKSUM = 4
 _INLINE = 2048
-# How much larger than their items leaves usually are, and what roots and inner nodes add at the most (bytes).
+# The usual ratio of leaves to their items, and the maximum size of roots and inner nodes (bytes).
 _FILLED = 1.1
 _SLACK = 1 << 20
 
-# Where two files can share data; elsewhere all that is allocated is a file's own.
+# Filesystems on which files can share data; elsewhere all allocated bytes are exclusive.
 _SHARING = frozenset(("btrfs", "xfs", "bcachefs", "ocfs2", "zfs"))
 
 _GONE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV))
 
 
 class Parts:
-    """What deleting trees frees, in the parts that cannot simply be added up for several trees.
+    """The bytes that deleting trees frees, in parts that cannot simply be added for several trees.
 
-    :ivar own: bytes that nothing else holds, without the inodes of xfs and the metadata of btrfs
+    :ivar own: exclusive bytes, without the inodes of xfs and the metadata of btrfs
     :ivar extents: shared extents of xfs and btrfs, as pairs of position and length in bytes
-    :ivar chunks: xfs: how many inodes of each chunk of 64
-    :ivar allocated: xfs: how many inodes of these chunks are in use; without those that could not be found out
+    :ivar chunks: xfs: the number of inodes in each chunk of 64
+    :ivar allocated: xfs: the number of inodes in use in these chunks; without chunks for which it is unknown
     :ivar inode_size: bytes of an inode of xfs; 0 elsewhere
     :ivar items: bytes of all copies of btrfs's items
     :ivar snapshot: whether snapshots may share the leaves of btrfs's trees
@@ -55,7 +55,7 @@ class Parts:
         self.allocated: t.Dict[int, int] = {}
 
     def add(self, other: Parts) -> None:
-        """Take in those of another tree."""
+        """Add the parts of another tree."""
         self.own += other.own
         self.items += other.items
         self.snapshot = self.snapshot or other.snapshot
@@ -73,7 +73,7 @@ class Parts:
         return found
 
     def freed(self, staying: t.Iterable[Parts] = ()) -> t.Tuple[int, int, int]:
-        """The bytes that deleting all of it frees: most likely, at the least and at the most.
+        """The bytes that deleting everything frees: expected, minimum and maximum.
 
         :param staying: trees that are not deleted and may share data with it
         """
@@ -88,13 +88,13 @@ class Parts:
                 if position in lengths:
                     lengths[position] = max(lengths[position] - length, 0)
         most += sum(lengths.values())
-        # An extent that is marked as shared, and that only one of these files has, is shared with something else.
+        # An extent that is marked as shared, and that only one of these files has, is shared with another file.
         exclusive += sum(length for position, length in lengths.items() if holders[position] > 1)
         for chunk, number in self.chunks.items():
             size = files.XFS_CHUNK * self.inode_size
             allocated = self.allocated.get(chunk)
             if allocated is None:
-                # Given back once all its inodes are free.
+                # A chunk is freed when all its inodes are free.
                 exclusive += number * self.inode_size
                 most += size
                 least += size * (number == files.XFS_CHUNK)
@@ -103,11 +103,11 @@ class Parts:
                 most += size
                 least += size
         if self.chunks:
-            # Others make and delete inodes in the same chunks meanwhile.
+            # Other programs may create and delete inodes in the same chunks.
             least = max(least - 2 * files.XFS_CHUNK * self.inode_size, self.own)
             most += 2 * files.XFS_CHUNK * self.inode_size
         if self.items:
-            # Leaves are half full at the least; what snapshots share of them nobody tells.
+            # Leaves are at least half full; which of them snapshots share is unknown.
             exclusive += int(self.items * _FILLED)
             most += 2 * self.items + _SLACK
         if self.snapshot:
@@ -123,15 +123,15 @@ def _pairs(extents: array.array[int]) -> t.Iterator[t.Tuple[int, int]]:
 class Usage(t.NamedTuple):
     """Sizes in bytes; hard-linked files count once.
 
-    * inodes: with directories
-    * files: anything but directories
-    * apparent: what all but directories claim
-    * allocated: what all inodes have got
-    * exclusive: what deleting it frees, as near as the filesystem can say: the part of ``allocated`` that nothing else
-      shares, with the metadata that the filesystem counts; 0 if it was not asked for
-    * least, most: what deleting it frees lies between these; 0 if it was not asked for
-    * parts: what these were calculated from, to calculate them for several trees together with :func:`together`; None
-      if it was not asked for
+    * inodes: including directories
+    * files: everything but directories
+    * apparent: the apparent size of everything but directories
+    * allocated: the space allocated to all inodes
+    * exclusive: the space that deleting it frees, as precisely as the filesystem can tell: the unshared part of
+      ``allocated``, with the metadata that the filesystem counts; 0 if not requested
+    * least, most: the minimum and maximum of the space that deleting it frees; 0 if not requested
+    * parts: the base of these values, to calculate them for several trees with :func:`together`; None
+      if not requested
     """
 
     inodes: int
@@ -150,7 +150,7 @@ class Usage(t.NamedTuple):
         return self._replace(exclusive=exclusive, least=least, most=most)
 
     def plus(self, on_disk: int) -> Usage:
-        """With one more file that shares nothing, of so many bytes."""
+        """The usage with one more file of this size (bytes) that shares nothing."""
         return self._replace(
             inodes=self.inodes + 1,
             allocated=self.allocated + on_disk,
@@ -175,12 +175,12 @@ class _Node(t.NamedTuple):
 
 
 def measure(paths: t.Iterable[t.Union[str, int]], exclusive: bool = False) -> Usage:
-    """Measure separate trees together, each inode once; what vanishes meanwhile is left out.
+    """Measure several trees together, each inode once; files that disappear during the measurement are ignored.
 
     Mounts below the given paths are not entered.
 
-    :param paths: directories or files, as paths or descriptors; a missing one counts as nothing
-    :param exclusive: also find out what is shared (FIEMAP), at the price of opening every file
+    :param paths: directories or files, as paths or descriptors; missing paths are ignored
+    :param exclusive: also determine shared data (FIEMAP), which requires opening every file
     :raises StorageError: a directory cannot be read
     """
     meter = _Meter(exclusive)
@@ -192,10 +192,10 @@ def measure(paths: t.Iterable[t.Union[str, int]], exclusive: bool = False) -> Us
 
 
 def together(going: t.Iterable[Usage], staying: t.Iterable[Usage] = ()) -> Usage:
-    """What separate trees take together, and what deleting all of them frees, though they share data with each other.
+    """The space that several trees use, and that deleting all of them frees, although they share data.
 
-    :param going: measured with ``exclusive``
-    :param staying: of trees that may share data with them and are not deleted
+    :param going: usage of the trees to be deleted, measured with ``exclusive``
+    :param staying: usage of trees that may share data with them and are not deleted
     """
     total = Usage(0, 0, 0, 0, 0, parts=Parts())
     bounds = [0, 0, 0]
@@ -222,7 +222,7 @@ class _Meter:
         self._extents = False
         self._copies = 0
         self._device = 0
-        # Inodes with more than one name, and given roots.
+        # Inodes with more than one name, and the given roots.
         self._seen: t.Set[t.Tuple[int, int]] = set()
 
     def add(self, path: t.Union[str, int]) -> None:
@@ -253,7 +253,7 @@ class _Meter:
             os.close(root)
 
     def _look_at(self, root: int, filesystem: str) -> None:
-        """What else than data the filesystem counts as used."""
+        """Add the metadata that the filesystem counts as used."""
         with contextlib.suppress(OSError):
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
             opened = os.open(f"/proc/self/fd/{root}", flags)
@@ -287,7 +287,7 @@ class _Meter:
             self.parts.chunks[chunk] = self.parts.chunks.get(chunk, 0) + 1
 
     def _count_items(self, status: os.stat_result, name: str) -> None:
-        """The bytes that btrfs keeps of an entry in leaves of its trees, headers included."""
+        """Count the bytes of an entry in leaves of btrfs's trees, including headers."""
         size = _INODE_ITEMS + 3 * len(os.fsencode(name))
         if stat.S_ISREG(status.st_mode) and status.st_size:
             if status.st_size <= _INLINE:
@@ -350,7 +350,7 @@ class _Meter:
         if self._copies:
             self._count_items(status, name)
             if not stat.S_ISREG(status.st_mode) or status.st_size <= _INLINE:
-                # In the leaves.
+                # The data is in the leaves.
                 return
         if allocated and self._extents and stat.S_ISREG(status.st_mode):
             allocated -= min(allocated, self._shared(name, dir_fd))

@@ -22,12 +22,12 @@ FAMILIES = ("trusted", "user", PLAIN)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# Private attributes that move or hide content; a merge by hand would get it wrong.
+# Private attributes that move or hide content, which is not supported by the merge here.
 _BEYOND_US = ("redirect", "metacopy", "whiteout", "whiteouts")
 
 
 class NeedsMount(TreeError):
-    """Only the kernel's own overlay mount shows this stack of layers as it is."""
+    """Only the kernel's overlay mount can merge this stack of layers."""
 
 
 class LayerStack:
@@ -44,7 +44,7 @@ class LayerStack:
             raise ValueError(f"xattr_family is one of {', '.join(FAMILIES)}, not {xattr_family!r}")
         self.plain = xattr_family == PLAIN
         self._private = f"{xattr_family}.overlay."
-        # What an overlay in an overlay wrote; the outer one only passes it through.
+        # Attributes of an overlay in an overlay, which the outer overlay passes through.
         self._escaped = f"{xattr_family}.overlay.overlay."
         self.labels: t.List[str] = []
         self.fds: t.List[int] = []
@@ -74,16 +74,16 @@ class LayerStack:
         return len(self.fds)
 
     def open(self, layer: int, path: str) -> int:
-        """Open a directory of one layer, never through a symbolic link or into another mount.
+        """Open a directory of a layer without following symbolic links or entering other mounts.
 
-        :param path: relative to the layer, any length; empty for its root
-        :raises OSError:
+        :param path: relative to the layer, of any length; empty for its root
+        :raises OSError: as openat2(2)
         """
         opening = functools.partial(files.open_beneath, self.fds[layer], path)
         return files.open_unnoticed(opening, _DIRECTORY)
 
     def is_private(self, attribute: str) -> bool:
-        """Whether an attribute is overlay's own and no content of the image."""
+        """Whether an attribute is private to overlay and no content of the image."""
         if self.plain:
             return False
         return attribute.startswith(self._private) and not attribute.startswith(self._escaped)
@@ -91,7 +91,7 @@ class LayerStack:
     def content(self, attributes: t.Iterable[str]) -> t.List[str]:
         """The attributes that are content of the image.
 
-        :raises NeedsMount: one says that the content is elsewhere
+        :raises NeedsMount: an attribute moves the content elsewhere
         """
         if self.plain:
             return list(attributes)
@@ -108,10 +108,10 @@ class LayerStack:
         return result
 
     def is_opaque(self, fd: int, attributes: t.Iterable[str]) -> bool:
-        """Whether an open directory hides those of the layers beneath it.
+        """Whether an open directory hides those of the layers below.
 
         :param attributes: names of the directory's attributes
-        :raises NeedsMount: the directory holds whiteouts of a kind that is not read here
+        :raises NeedsMount: the directory contains whiteouts of an unsupported kind
         """
         opaque = f"{self._private}opaque"
         if self.plain or opaque not in attributes:
@@ -126,12 +126,12 @@ class LayerStack:
         return value == b"y"
 
     def is_whiteout(self, status: os.stat_result) -> bool:
-        """Whether an entry only says that a name is gone: a character device 0:0."""
+        """Whether an entry is a whiteout: a character device 0:0."""
         return not self.plain and stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
 def attribute_names(fd: int, entry: t.Optional[str] = None) -> t.List[str]:
-    """As ``xattrs.names``, but none where the filesystem has no attributes."""
+    """As ``xattrs.names``, but empty if the filesystem does not support attributes."""
     try:
         return xattrs.names(fd, entry)
     except OSError as error:
@@ -141,7 +141,7 @@ def attribute_names(fd: int, entry: t.Optional[str] = None) -> t.List[str]:
 
 
 def top_owners(stack: LayerStack) -> t.Iterator[t.Tuple[str, int, int]]:
-    """The root directory ("") and each name in it, with the IDs it has on disk.
+    """The root directory ("") and each name in it, with the owner IDs on disk.
 
     :raises OSError: a directory cannot be read
     """

@@ -5,7 +5,7 @@
 """Mark opaque directories of a layer for both kinds of overlay mounts.
 
 Root's runtimes mark them with ``trusted.overlay.opaque``. Overlays in a user namespace are mounted
-with ``userxattr`` and heed ``user.overlay.opaque`` alone; see the kernel's
+with ``userxattr`` and only use ``user.overlay.opaque``; see the kernel's
 Documentation/filesystems/overlayfs.rst.
 """
 
@@ -22,10 +22,10 @@ _OPAQUE = (b"y", b"x")
 
 
 def mark_for_users(layer: int) -> int:
-    """Give each opaque directory of a layer the mark that overlays of users heed.
+    """Set the mark for overlays of users on each opaque directory of a layer.
 
     :param layer: descriptor of the layer's own tree; nothing outside it is opened
-    :returns: how many directories were marked
+    :returns: the number of directories that were marked
     :raises OSError: an attribute cannot be written
     """
     marked = 0

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The files of a layer itself, as a value."""
+"""The open files of a layer itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class OwnTree(t.NamedTuple):
     """The files of a layer itself, without those of its parents.
 
     :ivar root: an open directory
-    :ivar whiteouts: whether a character device 0:0 says that a name is gone
+    :ivar whiteouts: whether character devices 0:0 are whiteouts
     """
 
     layer_id: str

@@ -17,7 +17,7 @@ from .merged import attribute_names
 CAPABILITY = "security.capability"
 SELINUX = "security.selinux"
 ACLS = frozenset(("system.posix_acl_access", "system.posix_acl_default"))
-# Attributes whose values hold IDs.
+# Attributes whose values contain IDs.
 WITH_IDS = ACLS | {CAPABILITY}
 
 # linux/posix_acl_xattr.h: a version, then entries of tag, permissions and ID, little endian.
@@ -33,18 +33,18 @@ _CAPABILITY_ROOT_AT = 20
 _ID = struct.Struct("<L")
 
 _COPIED = ("user.", "trusted.", "security.")
-# How xfs shows the very ACLs a second time, their IDs never translated.
+# xfs also shows ACLs under these names, with untranslated IDs.
 _ALIASES = frozenset(("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"))
 
-# What tells that an attribute cannot be read in this namespace or is gone again.
+# Errors for attributes that cannot be read in this namespace or were just removed.
 UNREADABLE = frozenset((errno.EOVERFLOW, errno.ENODATA))
 
 
 def translate(attribute: str, value: bytes, shift: Shift) -> bytes:
-    """The value an attribute has under the new mapping.
+    """The value of an attribute under the new mapping.
 
-    IDs that cannot be mapped are noted in ``shift`` and left alone. A capability without a root ID
-    (version 2) belongs to the host's root and is honoured in every namespace: it stays as it is.
+    IDs that cannot be mapped are recorded in ``shift`` and not changed. A capability without a root ID
+    (version 2) belongs to the host's root and is valid in every namespace, so it is not changed.
     """
     if attribute in ACLS:
         return _translate_acl(value, shift)
@@ -82,7 +82,7 @@ def _translate_capability(value: bytes, shift: Shift) -> bytes:
 
 
 def is_copied(attribute: str) -> bool:
-    """Whether an attribute belongs to a file's content, unlike what a filesystem makes up."""
+    """Whether an attribute is content of a file, unlike virtual attributes of filesystems."""
     return attribute in ACLS or (attribute.startswith(_COPIED) and attribute not in _ALIASES)
 
 
@@ -94,10 +94,10 @@ def copy_attributes(
     dst_entry: t.Optional[str] = None,
     src_entry: t.Optional[str] = None,
 ) -> None:
-    """Give a file the attributes of its source, after its owner and before its mode.
+    """Copy the attributes of a file; call this after setting its owner and before setting its mode.
 
-    :param attributes: names that the source has; the caller left out what is private to a driver
-    :param dst_entry: a name in ``dst_fd``, where the file itself cannot be opened
+    :param attributes: names of attributes, without those that are private to a driver
+    :param dst_entry: a name in ``dst_fd``, if the file itself cannot be opened
     :param src_entry: the same for ``src_fd``
     :raises OSError: with the attribute's name
     """
@@ -107,7 +107,7 @@ def copy_attributes(
         try:
             value = xattrs.get(src_fd, attribute, src_entry)
         except OSError as error:
-            # EOVERFLOW: a capability of a foreign namespace, which grants nothing in this one.
+            # EOVERFLOW: a capability of another namespace, which has no effect in this one.
             if error.errno in UNREADABLE:
                 continue
             raise
@@ -121,7 +121,7 @@ def copy_attributes(
 
 
 def _holds_no_label(error: OSError, dst_fd: int, value: bytes, dst_entry: t.Optional[str]) -> bool:
-    """Whether a label is right already, or cannot be stored there at all."""
+    """Whether a label is already correct, or cannot be stored."""
     if error.errno == errno.ENOTSUP:
         return True
     try:
@@ -133,10 +133,10 @@ def _holds_no_label(error: OSError, dst_fd: int, value: bytes, dst_entry: t.Opti
 def apply_owner(
     fd: int, status: os.stat_result, shift: Shift, entry: t.Optional[str] = None
 ) -> bool:
-    """Move a file in place to its new owner, with its ACLs, capability, setuid and setgid bits.
+    """Change the owner of a file in place, and keep its ACLs, capability, setuid and setgid bits.
 
     :param fd: the file, open for reading; or its directory, if ``entry`` names it there
-    :param status: what stat told of the file just now
+    :param status: the current result of stat for the file
     :returns: whether anything was changed; a file that needs no change is not touched
     """
     uid, gid = shift.uid(status.st_uid), shift.gid(status.st_gid)
@@ -152,9 +152,9 @@ def apply_owner(
         elif entry:
             os.chown(entry, uid, gid, dir_fd=fd, follow_symlinks=False)
         else:
-            # An O_PATH descriptor: the link in /proc leads to the very file, symbolic links too.
+            # For an O_PATH descriptor, the link in /proc leads to the file itself, even a symbolic link.
             os.chown(f"/proc/self/fd/{fd}", uid, gid)
-    # chown(2) takes these away, and a changed ACL would write the group's bits anew.
+    # chown(2) removes these bits, and a changed ACL would change the group's mode bits.
     for attribute, value in kept:
         xattrs.put(fd, attribute, value, entry)
     if moved and status.st_mode & (stat.S_ISUID | stat.S_ISGID):

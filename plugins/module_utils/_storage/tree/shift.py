@@ -44,14 +44,14 @@ def shift_in_place(
     workers: t.Optional[int] = None,
     progress: t.Optional[Progress] = None,
 ) -> CloneResult:
-    """Give a whole tree, its root included, the owners that ``shift`` says.
+    """Translate the owners of a whole tree, including its root.
 
-    Only inodes whose owner, ACL or capability changes are touched, each of them once; all times
-    but ctime stay. After an error a part of the tree has new owners: it is to be removed.
+    Only inodes whose owner, ACL or capability changes are modified, each of them once; all times
+    except ctime are kept. After an error a part of the tree has new owners and must be removed.
 
-    :param directory: path or descriptor of the tree's root; other mounts below it are refused
-    :param relink: make hard links again that a change of owner broke, as overlay without index does
-    :param workers: processes; None for one per processor
+    :param directory: path or descriptor of the tree's root; other mounts below it are an error
+    :param relink: restore hard links that a change of owner broke, as on overlay without index
+    :param workers: number of processes; None for one per processor
     :param progress: called with files and bytes seen, twice a second at most
     :returns: counts of the whole tree; ``exclusive`` is 0
     :raises UnmappedIDs: the facts ``uids`` and ``gids`` name container IDs
@@ -69,10 +69,10 @@ def shift_in_place(
 
 
 class _Shifter(Visitor):
-    """Changes each entry as its directory is listed, subdirectories too.
+    """Changes each entry when its directory is listed, including subdirectories.
 
-    So whatever a copy-up makes in a directory is made before the directory's own times are put
-    right, and nothing below disturbs them again.
+    All entries that a copy-up creates in a directory exist before the directory's times are
+    restored, so that the times are not changed again.
     """
 
     def __init__(self, stack: LayerStack, shift: Shift, relink: bool) -> None:
@@ -124,7 +124,7 @@ class _Shifter(Visitor):
             if not linked:
                 totals[FILES] += 1
                 if status.st_nlink > 1:
-                    # It may have its new owner already, through another name.
+                    # It may already have its new owner, through another name.
                     return status.st_dev, status.st_ino
             totals[INODES] += 1
             totals[APPARENT] += status.st_size
@@ -166,7 +166,7 @@ class _Shifter(Visitor):
 
 
 def _restore(fd: int, times: Token) -> None:
-    """Put a directory's times right, if they moved."""
+    """Restore a directory's times, if they changed."""
     accessed, modified = times
     if os.fstat(fd).st_mtime_ns != modified:
         os.utime(fd, ns=(accessed, modified))

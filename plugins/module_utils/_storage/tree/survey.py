@@ -37,12 +37,12 @@ def survey(
     workers: t.Optional[int] = None,
     progress: t.Optional[Progress] = None,
 ) -> CloneResult:
-    """Count what ``clone`` would make; ``exclusive`` is what a plain copy would take.
+    """Count the contents that ``clone`` would create; ``exclusive`` is the size of a plain copy.
 
-    :param shift: also look for IDs that it cannot map
+    :param shift: also search for IDs that it cannot map
     :param progress: called with files and bytes seen, twice a second at most
     :raises NeedsMount: the layers cannot be read without an overlay mount
-    :raises UnmappedIDs: as ``clone`` does
+    :raises UnmappedIDs: as ``clone``
     :raises TreeError: the tree cannot be read
     """
     walk = Walk(_Surveyor(stack, shift), workers, progress)

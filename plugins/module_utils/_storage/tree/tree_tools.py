@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The functions that make trees, as a value. Operations that only read or remove do not import them."""
+"""The functions that create trees, as a value, so that operations that only read or remove do not import them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 class CloneResult(t.NamedTuple):
     """The contents of a tree, in numbers.
 
-    * files: names of anything but directories
-    * directories: with the root
+    * files: names of everything but directories
+    * directories: including the root
     * inodes: hard-linked files once
-    * apparent: bytes that all but directories claim, each inode once
-    * exclusive: bytes of disk that the tree shares with no other, reckoned from its source
+    * apparent: apparent size in bytes of everything but directories, each inode once
+    * exclusive: bytes on disk that the tree does not share, estimated from its source
     """
 
     files: int
@@ -27,9 +27,9 @@ class CloneResult(t.NamedTuple):
 
 
 class Suspended(Exception):
-    """What a progress callback raises to have the work stop where it is, so that another call goes on.
+    """Raised by a progress callback to stop the work, so that another call can resume it.
 
-    :ivar given_up: nobody waits for it; then even work that nothing can go on with is to stop
+    :ivar given_up: nobody waits for the result, so that even work that cannot be resumed must stop
     """
 
     def __init__(self, given_up: bool = False) -> None:
@@ -39,7 +39,7 @@ class Suspended(Exception):
 
 @dataclass(frozen=True)
 class TreeTools:
-    """The functions of the same names: see ``clone``, ``survey`` and ``shift`` beside this file."""
+    """The functions of the modules ``clone``, ``survey`` and ``shift``."""
 
     clone: t.Callable[..., CloneResult]
     survey: t.Callable[..., CloneResult]

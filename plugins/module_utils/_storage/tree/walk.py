@@ -1,13 +1,13 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Walk once over the merged view of a stack of layers, with several processes.
+"""Walk over the merged view of a stack of layers with several processes.
 
-The first process hands out jobs and keeps the little that all must agree on: which directories wait
-for parts of themselves, and which hard-linked files were met. Everything else is done by workers
-that share nothing but the queue of jobs:
+The first process, the leader, distributes jobs and keeps the shared state: the directories that wait
+for parts, and the hard-linked files that were found. Everything else is done by workers
+that share only the queue of jobs:
 
-* directories: list each, deal with its entries, go on below for a while, hand back what is left
-* names: deal with some names of one directory; parts of very long ones, and hard-linked files
+* directories: list each directory, process its entries, descend for a while, return the remaining directories
+* names: process some names of a directory: parts of very long directories, and hard-linked files
 * finish: complete a directory after all of its parts
 """
 
@@ -34,7 +34,7 @@ from ..kernel.oserrors import shown, translate_oserror
 from .merged import LayerStack, attribute_names
 from .tree_tools import Suspended
 
-# Kinds of entries, as a directory's listing tells them.
+# Kinds of entries in a directory's listing.
 FILE, SYMLINK, SPECIAL = range(3)
 
 Totals = t.List[int]
@@ -45,7 +45,7 @@ Layers = t.Tuple[int, ...]
 Entry = t.Tuple[str, int]
 # Device, inode, name and kind of a file with more than one name.
 LinkedEntry = t.Tuple[int, int, str, int]
-# What a visitor wants back when a directory that had to wait is finished.
+# The data that a visitor gets back when a waiting directory is finished.
 Token = t.Tuple[int, ...]
 # Four sorted lists: unmapped UIDs and GIDs, foreign UIDs and GIDs.
 IDs = t.List[t.List[int]]
@@ -55,11 +55,11 @@ MOST_IDS = 100
 MOST_WORKERS = 8
 
 _JOB_ENTRIES = 128
-# While there is too little to do for all, jobs are to find more.
+# While there are too few jobs for all workers, jobs return directories earlier.
 _FIRST_ENTRIES = 24
 _PART = 128
 _MOST_DIRECTORIES = 16
-# Longer paths are not walked down within one job, so that what a job keeps stays small.
+# A job does not descend to longer paths, so that its state stays small.
 _LONG_PATH = 4096
 _LONGEST_MESSAGE = 1 << 17
 _PROGRESS_SECONDS = 0.5
@@ -69,57 +69,57 @@ _FRAME = struct.Struct("=L")
 _DIRECTORY_JOB, _NAMES_JOB, _FINISH_JOB = range(3)
 _PART_MESSAGE, _DONE_MESSAGE, _FAIL_MESSAGE, _TOTALS_MESSAGE = range(4)
 
-# What a worker says: (kind, ...) as below; marshalled between processes of one interpreter.
+# Messages of workers: (kind, ...) as below, marshalled between processes of the same interpreter.
 Message = t.Tuple[t.Any, ...]
 Emit = t.Callable[[Message], None]
 
 
 class Visitor(abc.ABC):
-    """What is done to each directory and entry; all methods may raise OSError.
+    """Processes each directory and entry; all methods may raise OSError.
 
-    Entries come between ``enter`` and ``leave`` of their directory. Whatever a visitor keeps about
-    one directory must be given up by ``leave``; errors end the process that walks.
+    Entries are processed between ``enter`` and ``leave`` of their directory. A visitor must release all state of
+    a directory in ``leave``; errors end the walking process.
     """
 
     def __init__(self, stack: LayerStack, label: str) -> None:
         self.stack = stack
         self.label = label
         self.totals: Totals = [0, 0, 0, 0, 0]
-        # Call it in the midst of a long entry: it takes the totals so far.
+        # To be called during long entries, with the totals so far.
         self.tell: t.Callable[[], None] = lambda: None
 
     def ids(self) -> t.Optional[IDs]:
-        """IDs met that cannot be mapped, ``MOST_IDS`` of each kind at most; None: there are none."""
+        """IDs that cannot be mapped, at most ``MOST_IDS`` of each kind; None if there are none."""
         return None
 
     @abc.abstractmethod
     def init_worker(self) -> None:
-        """Begin life in a process that does nothing else."""
+        """Initialise a worker process."""
 
     @abc.abstractmethod
     def enter(self, path: str, fd: int, attributes: t.List[str]) -> Token:
-        """Begin a directory. ``fd`` is its topmost layer's and stays open until ``leave``."""
+        """Start a directory. ``fd`` is that of its topmost layer and stays open until ``leave``."""
 
     @abc.abstractmethod
     def reenter(self, path: str) -> None:
-        """Come back to a directory for some of its entries."""
+        """Return to a directory for some of its entries."""
 
     @abc.abstractmethod
     def directory(self, fd: int, name: str) -> None:
-        """Meet a subdirectory, in the topmost layer that has it; its own ``enter`` comes later."""
+        """Process a subdirectory, in the topmost layer that has it; its ``enter`` follows later."""
 
     @abc.abstractmethod
     def entry(self, fd: int, name: str, kind: int, linked: bool) -> t.Optional[t.Tuple[int, int]]:
-        """Meet anything but a directory.
+        """Process an entry that is no directory.
 
         :param fd: the directory in the layer that provides the entry
-        :param linked: deal with it even though it has more names
-        :returns: device and inode of a file with more names that was left alone
+        :param linked: process it even if it has several names
+        :returns: device and inode of a file with several names that was not processed
         """
 
     @abc.abstractmethod
     def leave(self, whole: bool) -> None:
-        """End a directory; ``whole``: after ``enter``, and nothing of it is still to come."""
+        """End a directory; ``whole`` if it was entered with ``enter`` and no part is missing."""
 
     @abc.abstractmethod
     def finish(self, path: str, fd: int, token: Token) -> None:
@@ -127,11 +127,11 @@ class Visitor(abc.ABC):
 
     @abc.abstractmethod
     def link(self, path: str, fd: int, links: t.List[t.Tuple[str, str, str]]) -> None:
-        """Give names to files that are there: (name, path of the other, name of the other)."""
+        """Create hard links to existing files: (name, path of the other, name of the other)."""
 
 
 class _Node:
-    """A directory; paths are made when asked for, so that deep trees cost no more than flat ones."""
+    """A directory; its path is only built on demand, so that deep trees are as cheap as flat trees."""
 
     __slots__ = ("above", "layers", "name")
 
@@ -151,7 +151,7 @@ class _Node:
 
 
 class _Held:
-    """A directory that waits for parts of itself."""
+    """A directory that waits for its parts."""
 
     __slots__ = ("listed", "node", "outstanding", "token")
 
@@ -184,7 +184,7 @@ class _Job:
     def message(self, serial: int, budget: int) -> Message:
         """The parameters of a worker.
 
-        :param budget: entries after which it leaves further directories to others
+        :param budget: number of entries after which it returns further directories
         """
         if self.kind == _DIRECTORY_JOB:
             directories = [(node.path(), node.layers) for node in self.nodes]
@@ -197,7 +197,7 @@ class _Job:
 
 
 class Worker:
-    """Does jobs with one visitor, in whichever process."""
+    """Does jobs with a visitor, in any process."""
 
     def __init__(self, visitor: Visitor, sharing: int) -> None:
         self.visitor = visitor
@@ -206,13 +206,13 @@ class Worker:
         self._budget = 0
         self._at = ""
         self._name = ""
-        # Of the job at hand, in the order of the "done" message.
+        # Of the current job, in the order of the "done" message.
         self._left: t.List[t.Tuple[int, str, Layers]] = []
         self._held: t.List[t.Tuple[int, str, Layers, Token]] = []
         self._links: t.List[t.Tuple[int, str, Layers, Token, int, t.List[LinkedEntry]]] = []
 
     def execute(self, message: Message, emit: Emit) -> None:
-        """Do one job and send its result."""
+        """Do a job and send its result."""
         serial, kind = message[:2]
         self._left, self._held, self._links = [], [], []
         self.visitor.tell = lambda: emit((_TOTALS_MESSAGE, self._totals()))
@@ -243,7 +243,7 @@ class Worker:
         self, serial: int, directories: t.List[t.Tuple[str, Layers]], budget: int, emit: Emit
     ) -> None:
         self._budget = budget
-        # Index of the job's directory, and the way from there.
+        # Index of the job's directory, and the path from there.
         todo = [(index, "", layers) for index, (_path, layers) in enumerate(directories)]
         todo.reverse()
         first = len(todo)
@@ -261,7 +261,7 @@ class Worker:
     def _directory(
         self, serial: int, index: int, suffix: str, path: str, layers: Layers, emit: Emit
     ) -> t.List[t.Tuple[int, str, Layers]]:
-        """Deal with one directory; returns its subdirectories."""
+        """Process a directory; returns its subdirectories."""
         stack, visitor = self.stack, self.visitor
         self._at, self._name = path, ""
         children: t.Dict[str, t.List[int]] = {}
@@ -277,7 +277,7 @@ class Worker:
                     attributes = attribute_names(fd)
                     content = stack.content(attributes)
                     opaque = stack.is_opaque(fd, attributes)
-                    # The kernel merges the roots of layers even where one is opaque.
+                    # The kernel merges the roots of layers even if one is opaque.
                     last = position + 1 == len(layers) or (opaque and path != "")
                     if position == 0:
                         token = visitor.enter(path, fd, content)
@@ -332,10 +332,10 @@ class Worker:
         children: t.Dict[str, t.List[int]],
         closed: t.Set[str],
     ) -> t.Iterator[Entry]:
-        """The entries that a layer adds to a directory, but for subdirectories.
+        """The entries that a layer adds to a directory, without subdirectories.
 
-        :param children: subdirectories found so far with the layers they consist of
-        :param closed: names that nothing of lower layers can add to
+        :param children: subdirectories found so far, with the layers of which they consist
+        :param closed: names that hide those of lower layers
         """
         stack, visitor = self.stack, self.visitor
         with os.scandir(fd) as entries:
@@ -362,7 +362,7 @@ class Worker:
                     try:
                         status = os.lstat(name, dir_fd=fd)
                     except FileNotFoundError:
-                        # A mounted overlay lists some whiteouts, though nothing can be found there.
+                        # A mounted overlay lists some whiteouts, which do not exist there.
                         continue
                     if stack.is_whiteout(status):
                         closed.add(name)
@@ -418,10 +418,10 @@ class _Process(t.NamedTuple):
 
 
 class Walk:
-    """Leads a visitor through all of its stack.
+    """Runs a visitor over a whole stack.
 
-    :param workers: processes; None for one per processor that may be used
-    :param progress: told now and then of files and bytes done so far
+    :param workers: number of processes; None for one per usable processor
+    :param progress: called from time to time with files and bytes done so far
     """
 
     def __init__(
@@ -441,7 +441,7 @@ class Walk:
         self._running: t.Dict[int, _Job] = {}
         self._serials = itertools.count()
         self._held: t.Dict[t.Tuple[int, int, str], _Held] = {}
-        # By layer, device and inode: the one name under which a file was dealt with.
+        # By layer, device and inode: the name under which a file was processed.
         self._first: t.Dict[t.Tuple[int, int, int], t.Tuple[_Node, str]] = {}
         self._links: t.Dict[_Node, t.List[t.Tuple[str, _Node, str]]] = {}
         self._processes: t.List[_Process] = []
@@ -450,7 +450,7 @@ class Walk:
     def run(self) -> Totals:
         """Walk, and return the visitor's totals.
 
-        :raises StorageError: the first thing that went wrong; no worker is left behind
+        :raises StorageError: the first error; all workers have ended
         """
         with translate_oserror(kind=TreeError):
             try:
@@ -462,19 +462,19 @@ class Walk:
             finally:
                 self._stop_workers()
         with contextlib.suppress(Suspended):
-            # It is too late to stop.
+            # The work is done.
             self._tell(last=True)
         return self.totals
 
     @property
     def ids(self) -> IDs:
-        """All IDs that workers found unmapped, see ``Visitor.ids``."""
+        """All unmapped IDs that workers found, see ``Visitor.ids``."""
         return [sorted(numbers)[:MOST_IDS] for numbers in self._ids]
 
     def _loop(self) -> None:
         while self._pending or self._running:
             if not self._processes:
-                # From here on there is work for two.
+                # Now there is work for two processes.
                 if self._count > 1 and len(self._pending) > 1:
                     self._start_workers()
                 else:
@@ -487,7 +487,7 @@ class Walk:
                 self._receive()
 
     def _next(self) -> _Job:
-        """Take the youngest job, so that a tree is finished branch by branch; join small ones."""
+        """Take the newest job, so that a tree is finished branch by branch; small jobs are joined."""
         job = self._pending.pop()
         if job.kind == _DIRECTORY_JOB and self._processes:
             most = min(_MOST_DIRECTORIES, len(self._pending) // (2 * len(self._processes)))
@@ -507,7 +507,7 @@ class Walk:
         self._own.execute(job.message(serial, self._budget()), self._hear)
 
     def _send(self, job: _Job) -> bool:
-        """Give a job to whichever worker is free first; False if the queue is full."""
+        """Queue a job for the next free worker; false if the queue is full."""
         serial = next(self._serials)
         data = marshal.dumps(job.message(serial, self._budget()))
         if len(data) > _LONGEST_MESSAGE or self._jobs is None:
@@ -529,7 +529,7 @@ class Walk:
         return True
 
     def _split_or_do(self, job: _Job) -> None:
-        """What is too long for a message is sent in pieces, or done here."""
+        """Send a job that is too long for a message in pieces, or do it in this process."""
         if len(job.nodes) > 1:
             for node in job.nodes:
                 self._send(_Job(_DIRECTORY_JOB, [node]))
@@ -537,13 +537,13 @@ class Walk:
             self._do(job)
 
     def _receive(self) -> None:
-        """Wait for workers and hear what they say."""
+        """Wait for messages of workers and process them."""
         poll = select.poll()
         by_fd = {}
         for process in self._processes:
             poll.register(process.results, select.POLLIN)
             by_fd[process.results] = process
-        # Whoever watches may want to end it, though a large file keeps the workers silent.
+        # The caller may stop the walk even while workers are silent because of a large file.
         ready = poll.poll(_PROGRESS_SECONDS * 1000 if self._progress else None)
         if not ready:
             self._tell()
@@ -567,7 +567,7 @@ class Walk:
             del buffer[:start]
 
     def _raise_lost(self, process: t.Optional[_Process] = None) -> t.NoReturn:
-        """Say that a worker ended before its work did."""
+        """Raise an error about a worker that ended early."""
         reason = "ended"
         if process is not None:
             self._processes.remove(process)
@@ -633,7 +633,7 @@ class Walk:
             self._pending.append(_Job(_FINISH_JOB, [held.node], held))
 
     def _meet_links(self, held: _Held, layer: int, entries: t.List[LinkedEntry]) -> None:
-        """Let the first name of a file be dealt with and note the others."""
+        """Process the first name of a file, and record the others."""
         firsts = []
         for device, inode, name, kind in entries:
             key = (layer, device, inode)
@@ -649,7 +649,7 @@ class Walk:
             self._pending.append(_Job(_NAMES_JOB, [held.node], held, layer, part, True))
 
     def _link(self) -> None:
-        """Link, after all files are there."""
+        """Create the hard links after all files exist."""
         stack, visitor = self._visitor.stack, self._visitor
         for node, links in self._links.items():
             path = node.path()
@@ -692,7 +692,7 @@ class Walk:
                 self._processes.append(_Process(pid, results, bytearray()))
 
     def _stop_workers(self) -> None:
-        """End the workers; those still at work have nothing to finish."""
+        """End the workers; the work of busy workers is dropped."""
         if self._jobs is not None:
             self._jobs.close()
             self._jobs = None
@@ -706,10 +706,10 @@ class Walk:
 
 
 def _serve(worker: Worker, leader: int, jobs: socket.socket, result_fd: int) -> None:
-    """A worker's life: jobs come until the leader closes the queue, or dies."""
+    """Run a worker: process jobs until the leader closes the queue or dies."""
     namespaces.die_with_parent(leader)
     for number in termination.SIGNALS:
-        # The leader decides what becomes of the work, and takes the workers with it when it goes.
+        # The leader handles signals, and ends the workers when it ends.
         signal.signal(number, signal.SIG_IGN)
     worker.visitor.totals = [0, 0, 0, 0, 0]
     worker.visitor.init_worker()

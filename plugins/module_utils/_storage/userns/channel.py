@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Messages from the process inside a namespace: JSON in ASCII, each kind with its own form.
+"""Messages from the process inside a namespace: JSON in ASCII, with a form for each kind of message.
 
-A message is a header (kind, length in bytes), then JSON. Bytes of a path that are not UTF-8 travel as U+DC80 to
-U+DCFF, as ``os.fsdecode`` makes them; the sender replaces any other surrogate, the receiver refuses it. Nothing that
-is received names a class or a function of this process: errors are made from the fixed table ``ERRORS``.
+A message is a header (kind, length in bytes), then JSON. Bytes of a path that are not UTF-8 are encoded as U+DC80 to
+U+DCFF, as by ``os.fsdecode``; the sender replaces any other surrogate, and the receiver refuses it. Received data never
+selects a class or a function of this process: errors are created from the fixed table ``ERRORS``.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from .shapes import (
 )
 
 RESULT, ERROR, PROGRESS = b"R", b"E", b"P"
-# The child is in its new namespace and waits for the ID maps; or may not have a namespace.
+# The child is in its new namespace and waits for the ID maps; or it may not create a namespace.
 ENTERED, FORBIDDEN = b"U", b"F"
 
 _HEADER = struct.Struct(">cI")
-# A store of 30,000 layers needs a third of each. Together they bound the memory that a message takes, to about
-# 400 MB whatever it holds.
+# A store with 30,000 layers needs a third of each. Together they limit the memory of any message to about
+# 400 MB.
 SIZE_LIMIT = 64 * 1024 * 1024
 _COMMAS_LIMIT = 3_000_000
 _BRACKETS_LIMIT = 600_000
@@ -66,7 +66,7 @@ ERRORS: t.Mapping[str, t.Type[StorageError]] = {
 
 _USERS = Items(Record({"id": text, "name": text}, {"kind": text}))
 _IDS = Items(whole)
-# Details of errors. They become fields of the module's result, so each has its form.
+# Details of errors. They become fields of the module's result, so each has a defined form.
 FACTS: t.Mapping[str, Check] = {
     "candidates": Items(Record({"id": text, "names": Items(text)})),
     "command": Items(text),
@@ -132,7 +132,7 @@ _FORMS: t.Mapping[bytes, Check] = {
 
 
 class BadMessage(Exception):
-    """What was sent is no message, or none of the form that its kind has."""
+    """The data is no message, or has another form than its kind requires."""
 
 
 class Silence(Exception):
@@ -143,7 +143,7 @@ class Silence(Exception):
 
 
 def encode(value: t.Any) -> bytes:
-    """A value as JSON.
+    """Encode a value as JSON.
 
     :raises BadMessage: it is not plain data, or larger than the receiver accepts
     """
@@ -173,7 +173,7 @@ def _encodable(value: t.Any) -> t.Any:
 
 
 def error_message(error: StorageError) -> t.Dict[str, t.Any]:
-    """An error as data; facts that are of no known form are left out."""
+    """An error as data, without facts of an unknown form."""
     kind = next(item.__name__ for item in type(error).__mro__ if item.__name__ in ERRORS)
     facts = {}
     for name, value in error.facts.items():
@@ -215,16 +215,16 @@ def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> t.Dict[str, t.Any]:
 
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object,
-    # Older Pythons take ever longer to convert ever longer numbers; newer ones refuse by themselves.
+    # Old Python versions take quadratic time for long numbers; newer versions refuse them.
     parse_int=None if hasattr(sys, "get_int_max_str_digits") else _integer,
     parse_constant=_constant,
 )
 
 
 def decode(data: bytes, check: t.Optional[Check] = None) -> t.Any:
-    """The value of a message's JSON.
+    """Decode the JSON of a message.
 
-    :param check: the form it must have
+    :param check: the required form
     :raises BadMessage: it is no JSON, larger than allowed, or of another form
     """
     _check_limits(data)
@@ -247,7 +247,7 @@ def _check_limits(data: bytes) -> None:
 
 
 def decode_message(kind: bytes, data: bytes) -> t.Dict[str, t.Any]:
-    """The value of any message but a result.
+    """Decode any message except a result.
 
     :raises BadMessage: the kind is unknown, or the message is of another form
     """
@@ -259,7 +259,7 @@ def decode_message(kind: bytes, data: bytes) -> t.Dict[str, t.Any]:
 
 
 def rebuilt_error(message: t.Mapping[str, t.Any]) -> StorageError:
-    """The error that an error message tells of; only a fault of this collection carries a trace."""
+    """The error in an error message; only bugs of this collection have a traceback."""
     kind = ERRORS[message["kind"]]
     facts = dict(message["facts"])
     if kind is not errors.InternalError:
@@ -281,7 +281,7 @@ class Sender:
         """Send a message.
 
         :raises BadMessage: as :func:`encode`
-        :raises OSError: nobody receives it
+        :raises OSError: the receiver is gone
         """
         data = encode(value)
         with self._lock:
@@ -295,12 +295,12 @@ class Sender:
 
 
 class Limits(t.NamedTuple):
-    """How long a process may be waited for, in seconds; 0 for any time.
+    """The maximum times to wait for a process, in seconds; 0 for no limit.
 
-    :param silence: without any message: it is stopped, or the host is
-    :param stall: while it waits for something, such as a filesystem of the user that does not answer
-    :param total: altogether, whatever it says
-    :param ending: once it was told to end
+    :param silence: without any message, because the process or the host is stopped
+    :param stall: without progress, such as on a filesystem of the user that does not respond
+    :param total: in total
+    :param ending: after it was told to end
     """
 
     silence: float = 60.0
@@ -311,14 +311,14 @@ class Limits(t.NamedTuple):
 
 DEFAULT_LIMITS = Limits()
 UNLIMITED = Limits(0.0, 0.0, 0.0, 0.0)
-# A message may be due at any moment; how often to look whether this process itself was told to end.
+# The interval at which to check whether this process was told to end.
 _LOOK = 1.0
 
 
 class Receiver:
-    """The parent's end: reads no more than is allowed, and waits no longer.
+    """The parent's end, which enforces the limits.
 
-    :ivar step: what the child said that it was doing last
+    :ivar step: the last step that the child reported
     """
 
     def __init__(self, descriptor: int, limits: Limits) -> None:
@@ -327,21 +327,21 @@ class Receiver:
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
         self._data = bytearray()
-        # Seconds of waiting so far, and when each thing happened by that clock.
+        # The time waited so far (seconds), and the times of events by that clock.
         self._time = self._started = self._heard = self._moved = 0.0
         self._looked = time.monotonic()
         self._end_requested: t.Optional[float] = None
         self.step = ""
 
     def note_end_requested(self) -> None:
-        """Note that the child was asked to end."""
+        """Record that the child was told to end."""
         if self._end_requested is None:
             self._end_requested = self._time
 
     def messages(self) -> t.Iterator[t.Tuple[bytes, bytes]]:
-        """All messages but those of progress, until the child closes its end.
+        """All messages except those of progress, until the child closes its end.
 
-        :raises BadMessage: a message is larger than allowed, or one of progress is malformed
+        :raises BadMessage: a message is larger than allowed, or a progress message is malformed
         :raises Silence: a limit was reached
         """
         while True:
@@ -380,7 +380,7 @@ class Receiver:
         while not ready:
             ready = self._poll.poll(_LOOK * 1000)
             now = time.monotonic()
-            # Time in which this process itself did not run, as after Ctrl-Z, is nobody's silence.
+            # Time in which this process was stopped, as after Ctrl-Z, does not count.
             self._time += min(now - self._looked, 2 * _LOOK)
             self._looked = now
             self._check_time(bool(ready))

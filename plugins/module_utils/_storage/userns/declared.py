@@ -11,12 +11,12 @@ from .shapes import Check, plain
 F = t.TypeVar("F", bound=t.Callable[..., t.Any])
 
 _FORMS: t.Dict[t.Tuple[str, str], Check] = {}
-# Of functions without a declaration, such as those of tests.
+# For functions without a declaration, such as those of tests.
 _ANY = plain(8)
 
 
 def returns(form: Check) -> t.Callable[[F], F]:
-    """Declare what a function returns. Nothing else is accepted from the process that runs it."""
+    """Declare the form of a function's result. The process that runs it can return nothing else."""
 
     def declare(function: F) -> F:
         _FORMS[(function.__module__, function.__qualname__)] = form
@@ -26,7 +26,7 @@ def returns(form: Check) -> t.Callable[[F], F]:
 
 
 def form_of(function: t.Callable[..., t.Any]) -> Check:
-    """The declared form of a function's result; any plain data where none is declared."""
+    """The declared form of a function's result; any plain data without a declaration."""
     return _FORMS.get((function.__module__, function.__qualname__), _ANY)
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Enter namespaces: a forked child creates them, its parent maps the IDs and waits for the result."""
+"""Enter namespaces: a forked child creates them, and its parent maps the IDs and waits for the result."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .work import work
 if t.TYPE_CHECKING:
     from ..idmap.ranges import IDMap
 
-# A user cannot import from root's folders any more, and this codec is a module of its own.
+# Imported now, because the user may not be able to read root's folders, and the codec is a separate module.
 codecs.lookup("ascii")
 
-# Bytes of memory that work in a user's store may have where root waits for it; 10,000 layers need a tenth of it.
+# The memory limit in bytes for work in a user's store for which root waits; 10,000 layers need a tenth of it.
 MEMORY_LIMIT = 2 * 1024**3
 
 
@@ -47,7 +47,7 @@ class Forbidden(Exception):
 
 
 def explain(account: Account, error: Forbidden) -> NamespaceError:
-    """The error for a user who may not have a user namespace."""
+    """The error for a user who may not create a user namespace."""
     if error.errno == errno.ENOSPC:
         return NamespaceError(
             f"user {account.name}",
@@ -74,12 +74,12 @@ def run_in_child(
 ) -> t.Any:
     """Run a function in a child process with a mount namespace and, for an account, a user namespace.
 
-    :param namespace: false for a child of root that only becomes the account
-    :param limits: how long root waits for a user's process; everybody waits for their own as long as it takes
-    :raises StorageError: the function's own
-    :raises Forbidden: the user may not have a user namespace
-    :raises NamespaceError: it cannot be had for another reason
-    :raises WorkerError: the child died, was silent for too long, or sent what it may not send
+    :param namespace: false for a child of root that only takes the account's IDs
+    :param limits: how long root waits for a user's process; users wait for their own processes without limit
+    :raises StorageError: the function's own error
+    :raises Forbidden: the user may not create a user namespace
+    :raises NamespaceError: it cannot be created for another reason
+    :raises WorkerError: the child died, did not respond, or sent invalid data
     """
     maps: t.Optional[t.Tuple[IDMap, IDMap]] = None
     watched = account is not None and os.geteuid() == 0
@@ -118,7 +118,7 @@ def run_in_child(
     def map_ids(_message: t.Dict[str, t.Any]) -> None:
         if account is not None and maps is not None:
             _map_ids(pid, account, maps)
-            # One who does not wait for it is found out otherwise.
+            # The return value shows whether it was waited for.
             with contextlib.suppress(BrokenPipeError):
                 os.write(downstream, b"\n")
 
@@ -132,7 +132,7 @@ def run_in_child(
                 return outcome(receiver, function, owner, handlers)
             except Ended:
                 pass
-        # Its end of the pipe is closed; but it need not have ended.
+        # Its end of the pipe is closed, but it may still run.
         status = wait_for_end(pid)
         alive = status is None
         raise death(owner, -signal.SIGKILL if status is None else status, receiver.step)
@@ -148,7 +148,7 @@ def run_in_child(
         os.close(upstream)
         os.close(downstream)
         if alive:
-            # After its last message a child has nothing to lose.
+            # After its last message the child has no more work.
             killed(pid)
 
 
@@ -194,9 +194,9 @@ def _map_ids(pid: int, account: Account, maps: t.Tuple[IDMap, IDMap]) -> None:
 
 
 def become(account: Account, parent: int) -> None:
-    """Have this child of root take an account's IDs, groups and environment for good.
+    """Permanently take an account's IDs, groups and environment in this child of root.
 
-    :param parent: the PID of the process that forked it, with which it ends
+    :param parent: the PID of the process that forked it, with whose end it ends
     """
     _default_signals()
     _set_groups(account)
@@ -214,12 +214,12 @@ def _default_signals() -> None:
 
 
 def _set_groups(account: Account) -> None:
-    """Root takes the user's groups, as far as they are the user's: later they cannot be had."""
+    """Set the user's groups as root, because that is not possible later."""
     os.setgroups(os.getgrouplist(account.name, account.gid))
 
 
 def _environment_of(account: Account) -> t.Dict[str, str]:
-    """The environment, looked at with the user's rights, for its variables may name paths of the user."""
+    """The environment, checked with the user's permissions, because its variables may name paths of the user."""
     if os.geteuid() != 0:
         return environment(os.environ, account, True)
     os.setegid(account.gid)
@@ -237,7 +237,7 @@ def _set_environment(environ: t.Mapping[str, str]) -> None:
 
 
 def _enter(sender: Sender, gate: int, account: t.Optional[Account], parent: int) -> bool:
-    """Take the child into its namespaces; false when that failed and was reported."""
+    """Enter the child's namespaces; false if that failed and was reported."""
     _default_signals()
     namespaces.die_with_parent(parent)
     step = "unshare"
@@ -247,7 +247,7 @@ def _enter(sender: Sender, gate: int, account: t.Optional[Account], parent: int)
         else:
             if os.geteuid() == 0:
                 _set_groups(account)
-            # Before the namespace, in which owners have other numbers.
+            # Before the namespace is entered, in which owners have other numbers.
             environ = _environment_of(account)
             namespaces.die_with_parent(parent)
             _set_environment(environ)
@@ -260,7 +260,7 @@ def _enter(sender: Sender, gate: int, account: t.Optional[Account], parent: int)
             os.setresuid(0, 0, 0)
         step = "mounting in the new namespace"
         namespaces.isolate_mounts()
-        # Each change of credentials has undone it.
+        # Each change of credentials cancels it.
         namespaces.die_with_parent(parent)
     except OSError as error:
         sender.send(FORBIDDEN, {"errno": error.errno or 0, "step": step})

@@ -10,10 +10,10 @@ import typing as t
 
 from ..store.config import Account
 
-# Variables with a path are taken over only when that path belongs to the account.
+# Variables with a path are only used if the path belongs to the account.
 _PATH_VARIABLES = ("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 _FILE_VARIABLES = ("CONTAINERS_STORAGE_CONF", "CONTAINERS_STORAGE_CONF_OVERRIDE", "CONTAINERS_CONF")
-# The rest of root's environment that means the same to another account.
+# The other variables of root that have the same meaning for another account.
 _NEUTRAL = (
     *("PATH", "TZ", "LANG", "LANGUAGE", "STORAGE_DRIVER", "STORAGE_OPTS"),
     *("_CONTAINERS_OVERLAY_DISABLE_IDMAP", "_TEST_FORCE_SUPPORT_SHIFTING"),
@@ -23,8 +23,8 @@ _NEUTRAL = (
 def environment(environ: t.Mapping[str, str], account: Account, own: bool) -> t.Dict[str, str]:
     """The variables for a process that works as an account.
 
-    :param environ: of the process that asked for the work
-    :param own: whether that process was the account's own; otherwise only what is neutral stays
+    :param environ: of the calling process
+    :param own: whether the calling process belongs to the account; otherwise only neutral variables are kept
     """
     if own:
         result = dict(environ)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Enter namespaces with ``podman unshare``, where only podman may create them (AppArmor profiles of Ubuntu)."""
+"""Enter namespaces with ``podman unshare``, if only podman may create them (AppArmor profiles of Ubuntu)."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def run_through_podman(
     account: Account,
     reason: str,
 ) -> t.Any:
-    """Run a function in the namespace that podman makes for the user who runs this.
+    """Run a function in the namespace that podman creates for the current user.
 
-    :param function: found by its name in the other process
-    :param reason: why no namespace could be made without podman
-    :raises StorageError: the function's own
-    :raises NamespaceError: podman cannot make one either
+    :param function: imported by its name in the other process
+    :param reason: why no namespace could be created without podman
+    :raises StorageError: the function's own error
+    :raises NamespaceError: podman cannot create a namespace either
     """
     podman = find_program("podman")
     if podman is None:
@@ -85,7 +85,7 @@ def run_through_podman(
 
 
 class _NoAnswer(Exception):
-    """The program ended without having sent a message."""
+    """The program ended without a message."""
 
 
 def _converse(
@@ -103,7 +103,7 @@ def _converse(
         "arguments": as_data(arguments),
     }
     try:
-        # Closing flushes once more, so a program that never read ends here in either case.
+        # Closing flushes, so a program that never reads is also detected here.
         with sink:
             sink.write(json.dumps((sys.path, __name__)).encode("ascii") + b"\n")
             sink.write(json.dumps(call).encode("ascii"))
@@ -111,7 +111,7 @@ def _converse(
         raise _NoAnswer from None
     entered: t.List[int] = []
     with source, contextlib.ExitStack() as undo:
-        # All of it belongs to the user who runs this.
+        # Everything belongs to the user who runs this.
         receiver = Receiver(source.fileno(), UNLIMITED)
 
         def enter(message: t.Dict[str, t.Any]) -> None:
@@ -129,9 +129,9 @@ def _converse(
 
 
 def serve(source: t.IO[bytes]) -> None:
-    """What runs inside ``podman unshare``: read the call from stdin, answer on stdout.
+    """Run inside ``podman unshare``: read the call from stdin, and write the result to stdout.
 
-    :param source: stdin, from which the first line has been read
+    :param source: stdin, of which the first line was read
     """
     namespaces.die_with_parent(os.getppid())
     sender = Sender(os.dup(1))

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Encode the arguments of a function as data, and decode them with the types that the function declares.
 
-For the program that runs inside ``podman unshare``, which shares no memory with its parent.
+For the program inside ``podman unshare``, which shares no memory with its parent.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def as_data(value: t.Any) -> t.Any:
 
 
 def from_data(function: t.Callable[..., t.Any], arguments: t.Any) -> t.List[t.Any]:
-    """Arguments from data, each of the type that the function declares for it.
+    """Convert data to arguments of the types that the function declares.
 
-    :raises InternalError: they do not fit
+    :raises InternalError: the types do not match
     """
     types = t.get_type_hints(function)
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -69,7 +69,7 @@ def _value(kind: t.Any, data: t.Any, where: str) -> t.Any:
 
 
 def _either(kinds: t.Sequence[t.Any], data: t.Any, where: str) -> t.Any:
-    """Data of the first of several kinds that it fits."""
+    """Convert data to the first matching type."""
     for kind in kinds[:-1]:
         with contextlib.suppress(InternalError):
             return _value(kind, data, where)
@@ -77,7 +77,7 @@ def _either(kinds: t.Sequence[t.Any], data: t.Any, where: str) -> t.Any:
 
 
 def _is_of(data: t.Any, kind: t.Any) -> bool:
-    """Whether data is of a plain kind; a boolean is no number."""
+    """Whether data has a plain type; a boolean is no number."""
     return isinstance(data, kind) and isinstance(data, bool) == (kind is bool)
 
 

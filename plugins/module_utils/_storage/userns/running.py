@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Run a function inside a user's namespace, or as root in a mount namespace of its own.
 
-The function runs in a child process that sees the store with the IDs with which the store's owner sees it. Only data
-of the declared form comes back, through a pipe: see ``channel`` for the messages and ``declared`` for the forms.
+The function runs in a child process with the ID mapping of the store's owner. Only data
+of the declared form is returned, through a pipe: see ``channel`` for the messages and ``declared`` for the forms.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Limits", "environment", "returns", "run", "run_as", "waiting_for_loc
 
 
 def waiting_for_locks(seconds: float) -> Limits:
-    """Limits for a function that may wait so long for a lock, in which it makes no progress."""
+    """Limits for a function that may wait this long (seconds) for a lock without progress."""
     limits = Limits()
     return limits._replace(stall=limits.stall + seconds)
 
@@ -37,28 +37,28 @@ def run(
     account: t.Optional[Account] = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> t.Any:
-    """Run a function in a child process that owns its mounts and, for a user's store, its IDs.
+    """Run a function in a child process with its own mount namespace and, for a user's store, user namespace.
 
     Root without an account, or with that of root, gets a mount namespace. Root with another account gets that user's
-    namespace, mapped by root, and has become that user before the function starts. A user gets the own namespace
-    through newuidmap and newgidmap or, where the host forbids that, through ``podman unshare``.
+    namespace, mapped by root, and takes the user's IDs before the function starts. A user gets a namespace
+    through newuidmap and newgidmap or, if the host forbids that, through ``podman unshare``.
 
-    :param function: a function of a module (for ``podman unshare`` it is found by its name). It must have imported all
-        it needs: root's copy of this library may be out of a user's reach.
+    :param function: a function of a module (imported by name for ``podman unshare``). It must have imported everything
+        it needs, because the user may not be able to read root's copy of this library.
     :param arguments: dataclasses and plain data
-    :param account: whose store it is; None is the caller
+    :param account: the owner of the store; None for the caller
     :param limits: how long root waits for a process in a user's store
     :returns: the function's result: plain data of the form that the function declares
-    :raises StorageError: the function's own error, class and fields kept
+    :raises StorageError: the function's own error, with its class and fields
     :raises InternalError: any other exception of the function
-    :raises WorkerError: the child died, was silent for too long, or sent what it may not send
-    :raises NamespaceError: the namespace cannot be had
+    :raises WorkerError: the child died, did not respond, or sent invalid data
+    :raises NamespaceError: the namespace cannot be created
     """
     own = os.geteuid()
     if account is None and own != 0:
         account = caller(own)
     if account is not None and account.uid == namespace_owner():
-        # Inside podman unshare this process is the user's root already.
+        # Inside podman unshare this process already is the user's root.
         account = None
     if account is None or (account.uid == 0 and own == 0):
         return run_in_child(function, arguments, None, limits)
@@ -84,12 +84,12 @@ def run_as(
 ) -> t.Any:
     """Run a function as a user without the user's namespace: for files below a home, and programs of the user.
 
-    Root's child takes the user's IDs and groups for good before the function starts. The caller's own work, which is
-    that without an account too, is done in this process.
+    Root's child permanently takes the user's IDs and groups before the function starts. Without an account, or for the
+    caller's own account, the function runs in this process.
 
     :raises StorageError: the function's own error; for another user it names that user
-    :raises WorkerError: the child died, was silent for too long, or sent what it may not send
-    :raises NamespaceError: it is somebody else's, and this does not run as root
+    :raises WorkerError: the child died, did not respond, or sent invalid data
+    :raises NamespaceError: it is another user's account, and this process does not run as root
     """
     own = os.geteuid()
     if account is None or account.uid in (own, namespace_owner()):
@@ -112,7 +112,7 @@ def run_as(
 def caller(uid: int) -> Account:
     """The account of a UID.
 
-    :raises NamespaceError: there is none
+    :raises NamespaceError: there is no such account
     """
     try:
         entry = pwd.getpwuid(uid)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The forms that data from a less privileged process must have.
 
-A check takes a value as JSON gives it and returns what is wrong with it, or an empty string.
+A check returns the fault of a JSON value, or an empty string.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ Check = t.Callable[[t.Any], str]
 
 # Characters.
 TEXT_LIMIT = 1024 * 1024
-# Sums of sizes that a hostile store records exceed 64 bits, but not this.
+# Sums of sizes in a hostile store may exceed 64 bits, but not this number.
 _NUMBER_LIMIT = 10**30
 _TABLE_LIMIT = 100_000
 
-# Surrogates that stand for no byte of a path; os.fsdecode makes U+DC80 to U+DCFF only.
+# Surrogates that represent no byte of a path; os.fsdecode only uses U+DC80 to U+DCFF.
 ODD_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-# Ansible reads objects with such keys as something other than data.
+# Ansible interprets objects with such keys as other than data.
 _RESERVED = re.compile("_?_ansible")
 
 
 def text(value: t.Any) -> str:
-    """A string without surrogates that stand for no byte, of limited length."""
+    """A string of limited length, without surrogates that represent no byte."""
     if not isinstance(value, str):
         return "is not a string"
     if len(value) > TEXT_LIMIT:
@@ -37,7 +37,7 @@ def text(value: t.Any) -> str:
 
 
 def word(pattern: str) -> Check:
-    """A string that matches a pattern as a whole."""
+    """A string that fully matches a pattern."""
     compiled = re.compile(pattern)
 
     def check(value: t.Any) -> str:
@@ -71,7 +71,7 @@ def whole(value: t.Any) -> str:
 
 
 def small(value: t.Any) -> str:
-    """A whole number that the C type int holds, and not a negative one: a PID or an errno."""
+    """A non-negative number in the range of the C type int: a PID or an errno."""
     return whole(value) or ("" if 0 <= value < 2**31 else "is no number of that kind")
 
 
@@ -88,30 +88,30 @@ def nothing(value: t.Any) -> str:
 
 
 class Maybe:
-    """None, or what another form accepts.
+    """None, or a value of another form.
 
-    :ivar form: that other form
+    :ivar form: the other form
     """
 
     def __init__(self, form: Check) -> None:
         self.form = form
 
     def __call__(self, value: t.Any) -> str:
-        """What is wrong with a value, or an empty string."""
+        """The fault of a value, or an empty string."""
         return "" if value is None else self.form(value)
 
 
 class Either:
-    """What any of some forms accepts.
+    """A value of any of several forms.
 
-    :ivar forms: these forms
+    :ivar forms: the forms
     """
 
     def __init__(self, *forms: Check) -> None:
         self.forms = forms
 
     def __call__(self, value: t.Any) -> str:
-        """What is wrong with a value, for the last of the forms; or an empty string."""
+        """The fault of a value for the last of the forms, or an empty string."""
         wrong = ""
         for form in self.forms:
             wrong = form(value)
@@ -121,7 +121,7 @@ class Either:
 
 
 class Items:
-    """A list; the limits of a message bound its length.
+    """A list; its length is only limited by the limits of a message.
 
     :ivar entry: the form of its entries
     """
@@ -130,7 +130,7 @@ class Items:
         self.entry = entry
 
     def __call__(self, value: t.Any) -> str:
-        """What is wrong with a value, or an empty string."""
+        """The fault of a value, or an empty string."""
         if not isinstance(value, list):
             return "is not a list"
         check = self.entry
@@ -142,7 +142,7 @@ class Items:
 
 
 class Record:
-    """An object with exactly some fields.
+    """An object with exactly these fields.
 
     :ivar fields: the form of each
     :ivar optional: fields that may be missing
@@ -156,7 +156,7 @@ class Record:
         self._required = len(self.fields) - len(self.optional)
 
     def __call__(self, value: t.Any) -> str:
-        """What is wrong with a value, or an empty string."""
+        """The fault of a value, or an empty string."""
         if not isinstance(value, dict):
             return "is not an object"
         fields, optional, found = self.fields, self.optional, 0
@@ -175,7 +175,7 @@ class Record:
 
 
 def table(check: Check) -> Check:
-    """An object with any keys, such as names of images, and entries of one form."""
+    """An object with any keys, such as names of images, and values of one form."""
 
     def checked(value: t.Any) -> str:
         if not isinstance(value, dict):
@@ -199,7 +199,7 @@ scalar = Either(nothing, flag, whole, real, text)
 def plain(depth: int) -> Check:
     """Plain data of any form.
 
-    :param depth: how deep lists and objects may be nested
+    :param depth: the maximum nesting of lists and objects
     """
     check: Check = scalar
     for _level in range(depth):

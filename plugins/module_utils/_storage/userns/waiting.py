@@ -25,7 +25,7 @@ from .channel import (
 )
 from .declared import form_of
 
-# A killed process that waits for a device or a server cannot end; nobody has to wait with it.
+# A killed process that waits for a device or a server cannot end; it is not waited for.
 _LAST_WAIT = 5.0
 
 
@@ -41,10 +41,10 @@ def outcome(
 ) -> t.Any:
     """The result of the function that a child runs.
 
-    :param owner: whose store it is, for messages
-    :param handlers: for messages that are neither a result nor an error
-    :raises StorageError: the function's own
-    :raises WorkerError: the child was silent for too long, or sent what it may not send
+    :param owner: the owner of the store, for messages
+    :param handlers: handlers of messages that are neither a result nor an error
+    :raises StorageError: the function's own error
+    :raises WorkerError: the child did not respond, or sent invalid data
     :raises Ended: it ended without a result
     """
     try:
@@ -74,7 +74,7 @@ def outcome(
 
 
 def death(owner: str, status: int, step: str) -> WorkerError:
-    """How a child ended, in words.
+    """A description of how a child ended.
 
     :param status: its exit status; negative for a signal's number
     """
@@ -93,7 +93,7 @@ def death(owner: str, status: int, step: str) -> WorkerError:
 
 
 def wait_for_end(pid: int) -> t.Optional[int]:
-    """The exit status of a child that has ended or is about to, negative for a signal; None if it goes on."""
+    """The exit status of a child that has ended or is about to end, negative for a signal; None if it still runs."""
     until = time.monotonic() + _LAST_WAIT
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -105,7 +105,7 @@ def wait_for_end(pid: int) -> t.Optional[int]:
 
 
 def killed(pid: int) -> None:
-    """Kill a child and wait until it is gone, unless the kernel cannot end it."""
+    """Kill a child and wait for its end, unless the kernel cannot end it."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     wait_for_end(pid)
@@ -113,7 +113,7 @@ def killed(pid: int) -> None:
 
 @contextlib.contextmanager
 def signals_passed_on(pid: int, receiver: Receiver) -> t.Iterator[None]:
-    """Pass signals that tell this process to end on to a child, and obey them once it has ended."""
+    """Forward signals that request the end of this process to a child, and end after the child has ended."""
     received: t.List[int] = []
 
     def pass_on(number: int, _frame: t.Any) -> None:
@@ -145,7 +145,7 @@ def terminated_when_unread(pid: int) -> t.Iterator[None]:
         while not ended.is_set():
             if termination.stdout_closed(patience=0.5):
                 with contextlib.suppress(ProcessLookupError):
-                    # A hangup is ignored below nohup.
+                    # nohup ignores hangups.
                     os.kill(pid, signal.SIGTERM)
                 return
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the userns.storage contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The child process: run the function, send its result or error, and send signs of progress meanwhile."""
+"""The child process: run the function, send its result or error, and send progress messages."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _unsendable(why: str) -> StorageError:
 
 
 def unexpected(error: BaseException) -> InternalError:
-    """The error of the library for an exception that no code expects."""
+    """The error of the library for an unexpected exception."""
     return InternalError(
         "the work in the store",
         f"failed unexpectedly with {type(error).__name__}: {error}",
@@ -77,8 +77,8 @@ def unexpected(error: BaseException) -> InternalError:
 def _heartbeat(sender: Sender) -> t.Iterator[None]:
     """Send messages of progress from a separate thread.
 
-    It beats while the work waits for something, too, but then says that nothing moved: what the work and the
-    processes that it has started have used of the processors since the last beat.
+    Messages are also sent while the work waits. They contain the CPU time that the work and its
+    child processes have used since the last message, so that the parent can detect a stall.
     """
     ended = threading.Event()
     clock = time.pthread_getcpuclockid(threading.get_ident())
@@ -89,7 +89,7 @@ def _heartbeat(sender: Sender) -> t.Iterator[None]:
         while not ended.wait(_BEAT):
             step = steps.current()
             now = (time.clock_gettime(clock), _children_seconds(main), step)
-            # An end that nobody reads any more ends this process by a signal, or the work notices.
+            # If nobody reads the pipe, a signal ends this process, or the work detects it.
             with contextlib.suppress(BadMessage, OSError):
                 sender.send(PROGRESS, {"moved": now != before, "step": step})
             before = now
@@ -104,7 +104,7 @@ def _heartbeat(sender: Sender) -> t.Iterator[None]:
 
 
 def _children_seconds(main: int) -> t.List[str]:
-    """What the processes that the main thread has started have used of the processors, in clock ticks."""
+    """The CPU time of the child processes of the main thread, in clock ticks."""
     used = []
     with contextlib.suppress(OSError, ValueError):
         with open(f"/proc/self/task/{main}/children", encoding="ascii") as stream:
