@@ -9,7 +9,7 @@ import threading
 import time
 import typing as t
 
-from support.beside import Rounds
+from support.podman_load import Rounds
 
 if t.TYPE_CHECKING:
     from benchmarks.soak import Place

@@ -9,9 +9,9 @@ import threading
 import typing as t
 
 import pytest
-from support.beside import Rounds
 from support.images import Image
 from support.lab import Lab
+from support.podman_load import Rounds
 from support.stores import Store
 
 MakeStore = t.Callable[..., Store]

@@ -32,7 +32,7 @@ def options(text: str) -> t.List[str]:
 
 @pytest.fixture(scope="session")
 def big_image(lab: Lab) -> Image:
-    """The image of E01 (test_open_cases.py lists the cases): 20 MB, 5 MB and 3 bytes in three layers."""
+    """The image of E01 (test_podman_issues.py lists the cases): 20 MB, 5 MB and 3 bytes in three layers."""
     body = os.urandom(20 * MIB)
     return images.build(
         lab.folder(),
