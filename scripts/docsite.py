@@ -4,8 +4,8 @@
 
 """Builds the site of guides, plugins and roles, without a network: docsite.py COLLECTION FOLDER.
 
-The page to begin with is FOLDER/build/html/index.html. antsibull-docs writes the pages of plugins and takes the guides
-along, Sphinx makes HTML of them. The Markdown of docs/, which has its place in the repository, comes along as well.
+The start page is FOLDER/build/html/index.html. antsibull-docs writes the pages of plugins and includes the guides, and
+Sphinx converts them to HTML. The Markdown files of docs/ are included as well.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 NAME = "userns.storage"
 REPOSITORY = "https://github.com/userns/userns.storage"
 
-# Pages of Ansible's own documentation that ours refer to, as an inventory that would otherwise be fetched.
+# Pages of Ansible's own documentation that the guides refer to, instead of an inventory from the network.
 ANSIBLE = "https://docs.ansible.com/projects/ansible/devel/"
 LABELS = {
     "action_plugins": ("plugins/action.html", "Action plugins"),
@@ -69,7 +69,7 @@ REFERENCE = """
 
 def main(collection: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    # antsibull-docs refuses folders that others may write to.
+    # antsibull-docs refuses folders that other users can write to.
     folder.mkdir(parents=True, mode=0o755)
     words = ["--use-current", "--squash-hierarchy", "--fail-on-error"]
     titles = ["--project", NAME, "--title", NAME, "--sphinx-theme", "furo"]
@@ -118,7 +118,7 @@ def run(folder: Path, *command: str) -> None:
 
 
 def inventory() -> bytes:
-    """Where Ansible's documentation has these labels, in the format of Sphinx, version 2."""
+    """The locations of these labels in Ansible's documentation, in Sphinx's format, version 2."""
     head = "# Sphinx inventory version 2\n# Project: Ansible\n# Version: devel\n"
     head += "# The remainder of this file is compressed using zlib.\n"
     lines = [f"{label} std:label -1 {page} {title}\n" for label, (page, title) in LABELS.items()]
@@ -126,13 +126,13 @@ def inventory() -> bytes:
 
 
 def without_contents(text: str) -> str:
-    """The theme has the headings of a page at its side, and dislikes a list of them within, unless it is told."""
+    """Mark tables of contents for the theme, which shows the headings of a page at its side and otherwise warns."""
     blocks = re.compile(r"^\.\. contents::\n((?: +:[^\n]*\n)+)", flags=re.MULTILINE)
     return blocks.sub(lambda match: match[0] if ":class:" in match[1] else "", text)
 
 
 def with_short_names(index: str) -> str:
-    """What stands at the side of every page: the guides by their titles, all else by its name, in groups."""
+    """The navigation at the side of every page: the guides by their titles, everything else by name, in groups."""
     for kind in ("module", "filter", "role"):
         words = rf"(\.\. toctree::\n)((?: +:[^\n]*\n)+\n(?: +\w+_{kind}\n)+)"
         match = re.search(words, index)
@@ -147,7 +147,7 @@ def with_short_names(index: str) -> str:
 
 
 def bring_markdown(docs: Path, rst: Path) -> None:
-    """Put the Markdown beside the guides, its pictures too, and lead links to it there and not to the repository."""
+    """Copy the Markdown files and their images beside the guides, and redirect links to them from the repository."""
     names = sorted(path.name for path in docs.glob("*.md"))
     guides = rst / "docsite"
     for path in [*docs.glob("*.md"), *docs.glob("*.svg")]:

@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Runs nox sessions, two at a time, each with its log, and adds up what they tested.
+"""Runs nox sessions, two at a time, each with a log, and adds up the numbers of tests.
 
-``sessions.py [SESSION...]`` runs these, or all; one alone shows all it says.
+``sessions.py [SESSION...]`` runs the named sessions, or all; a single session writes to the terminal.
 ``sessions.py demo|bench [ARGUMENT...]`` passes its arguments on.
 """
 
@@ -26,19 +26,19 @@ import workshop
 LOGS = workshop.WORK / "logs"
 RESULTS = workshop.WORK / "results"
 LANES = 2
-# A session that works writes to its log; one that writes nothing for so long (seconds) hangs. What it takes as a
-# whole is no fault: a machine may be slow.
+# A session that writes nothing to its log for this time (seconds) hangs. Its total time is not limited, because a
+# machine may be slow.
 SILENCE_LIMIT = 90 * 60
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """One or more sessions of nox that a person asks for by one name.
+    """One or more sessions of nox under one name.
 
     :param needs: kinds of Debian packages
-    :param folder: without it there is no work
-    :param alone: measures time or room, or has lanes of its own, so nothing else may run
-    :param parts: the names nox knows, where they are others
+    :param folder: the folder of its tests; without it there is nothing to run
+    :param alone: it measures time or disk space, or uses several processes itself, so that no other session may run
+    :param parts: the names of its nox sessions, if they differ
     """
 
     name: str
@@ -52,7 +52,7 @@ class Session:
         return (workshop.ROOT / self.folder).exists()
 
 
-# The long ones first, so that two lanes end together; what measures time or room comes last, alone.
+# The long sessions first, so that both lanes end together; sessions that must run alone come last.
 TESTS = (
     Session("fleet", ("peers", "browser"), "tests/fleet"),
     Session("faults", ("peers",), "tests/faults"),
@@ -72,7 +72,7 @@ TESTS = (
     Session("extra-checks"),
     Session("interop", ("peers",), "tests/interop", alone=True),
 )
-# Run only when named: hours.
+# Run only when named, because they take hours.
 LONG = (Session("generations", ("peers",), "tests/interop", alone=True),)
 SHOWS = (Session("demo", ("peers",)), Session("bench", ("peers",)))
 
@@ -121,7 +121,7 @@ def choose(names: list[str]) -> list[Session]:
 
 
 def prepare(sessions: t.Sequence[Session]) -> dict[str, str]:
-    """Install what the sessions need; the environment they run in."""
+    """Install the requirements of the sessions; returns their environment."""
     workshop.need("base", *{kind for session in sessions for kind in session.needs})
     tools = workshop.environment("tools")
     return {
@@ -172,7 +172,8 @@ def many(sessions: list[Session], environment: dict[str, str]) -> int:
 
 
 def next_of(waiting: list[Session], running: list[Running]) -> t.Optional[Session]:
-    """The first that may run beside those that do: two of one folder change the machine alike."""
+    """The first session that may run beside the running ones: two sessions of a folder change the machine in the
+    same way."""
     taken = {item.session.folder for item in running} - {"."}
     return next((session for session in waiting if session.folder not in taken), None)
 
@@ -193,7 +194,7 @@ def start(session: Session, environment: dict[str, str]) -> Running:
 
 
 def stop(running: Running) -> None:
-    """End a session with all it started."""
+    """Stop a session with all its processes."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(running.process.pid, number)
@@ -208,7 +209,7 @@ def stop(running: Running) -> None:
 def count(
     session: Session, code: int, seconds: float, log: t.Optional[Path] = None
 ) -> tuple[int, int]:
-    """Tests passed and failed, which a session of nox leaves in a file; else it is one test itself."""
+    """The numbers of passed and failed tests from the file of a session; a session without a file counts as a test."""
     passed = failed = 0
     for part in session.parts or (session.name,):
         file = RESULTS / f"{part}.json"

@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Builds the collection's tarball, the same bytes from the same files, and prints its path: build [FOLDER].
+"""Builds the collection's tarball reproducibly, and prints its path: build [FOLDER].
 
-ansible-galaxy packs it. What differs from one of its runs to the next, the order of names and the times of files and of
-the archive itself, is put right afterwards: all times are SOURCE_DATE_EPOCH, or that of the last commit.
+ansible-galaxy packs it. Afterwards the names are sorted, and all times of files and of the archive are set to
+SOURCE_DATE_EPOCH, or to the time of the last commit.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def last_commit() -> str:
 
 
 def build(tree: Path, folder: Path, galaxy: Path, epoch: int) -> Path:
-    """Pack the collection in a folder into a tarball in another one.
+    """Pack the collection in a folder to a tarball in another folder.
 
-    :param epoch: the time of everything in it, seconds since 1970
-    :returns: the tarball
+    :param epoch: the time of all entries, in seconds since 1970
+    :returns: the path of the tarball
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -55,7 +55,7 @@ def build(tree: Path, folder: Path, galaxy: Path, epoch: int) -> Path:
 
 
 def normal(packed: bytes, epoch: int) -> bytes:
-    """The same archive with names in order and one time for all."""
+    """The archive with sorted names and the same time for all entries."""
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         members = {member.name: member for member in archive}
         texts = {

@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the project's commands need: programs, Pythons, virtual environments, a copy of the collection.
+"""The requirements of the project's commands: programs, Pythons, virtual environments, a copy of the collection.
 
-Standard library only, for it runs before anything is installed.
+Uses only the standard library, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMESPACE, NAME = "userns", "storage"
 WORK = ROOT / ".nox"
 
-# The cache of this checkout alone is named after its path.
+# The cache of a checkout is named after its path.
 _CHECKOUT = hashlib.sha256(os.fsencode(ROOT)).hexdigest()[:12]
 _CACHE_HOME = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
 CACHE = Path(os.environ.get("USERNS_STORAGE_CACHE") or f"{_CACHE_HOME}/userns-storage").expanduser()
-# Not inside the checkout: ansible-test would take that git repository for the collection's.
+# Not inside the checkout, because ansible-test would use that git repository as the collection's.
 TREES = CACHE / "trees" / _CHECKOUT
 
-# Debian's packages, by what needs them.
+# Debian's packages, by purpose.
 PACKAGES = {
     "base": ("git", "python3-venv"),
     "browser": ("chromium", "chromium-driver", "fonts-dejavu-core"),
@@ -71,13 +71,13 @@ PACKAGES = {
     ),
 }
 
-# The interpreter that a system of the future or of the past may call python3 is no reason to try it.
+# Other versions are not tried, even if the system's python3 is such a version.
 _PYTHONS = tuple(f"3.{minor}" for minor in range(9, 15))
 _FORGET_AFTER = 14 * 86400
 
 
 class SetupError(Exception):
-    """What stops a command, in words for the person who typed it."""
+    """An error that stops a command, with a message for its user."""
 
 
 # Programs
@@ -128,7 +128,7 @@ def _installed(package: str) -> bool:
 
 
 def pythons() -> dict[str, Path]:
-    """Interpreters at hand that really run, by version ("3.11"); the one running this comes first."""
+    """The available interpreters that work, by version ("3.11"); the running interpreter comes first."""
     own = f"{sys.version_info[0]}.{sys.version_info[1]}"
     found = {own: Path(getattr(sys, "_base_executable", None) or sys.executable)}
     pyenv = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser() / "versions"
@@ -147,13 +147,13 @@ def pythons() -> dict[str, Path]:
 def _runs(python: Path) -> bool:
     if not os.access(python, os.X_OK):
         return False
-    # Debian's python3 without python3-venv makes no environment.
+    # Without python3-venv, Debian's python3 cannot create environments.
     command = [str(python), "-c", "import ensurepip, venv"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def clean_path(*first: Path) -> str:
-    """PATH with these folders first and without shims, which name Pythons that then do not run."""
+    """PATH with these folders first and without shims, whose Pythons may not run."""
     folders = [str(folder) for folder in first]
     for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
         if folder and "shims" not in Path(folder).parts and folder not in folders:
@@ -173,7 +173,7 @@ def clean_path(*first: Path) -> str:
 def environment(
     name: str, *extra: str, requirements: t.Optional[str] = None, python: t.Optional[Path] = None
 ) -> Path:
-    """A virtual environment of the cache, made when it is not there yet.
+    """A virtual environment of the cache, created on first use.
 
     :param extra: more requirements, as pip takes them
     :param requirements: a file of tests/requirements/, without its suffix
@@ -206,7 +206,7 @@ def environment(
 
 
 def bundled(*names: str) -> Path:
-    """Collections such as "awx.awx" out of the package `ansible`, as a folder for ANSIBLE_COLLECTIONS_PATH."""
+    """Collections such as "awx.awx" from the package `ansible`, as a folder for ANSIBLE_COLLECTIONS_PATH."""
     file = ROOT / "tests/requirements/collections.txt"
     folder = CACHE / "collections" / hashlib.sha256(file.read_bytes()).hexdigest()[:12]
     with _lock(CACHE / "collections.lock"):
@@ -229,7 +229,7 @@ def bundled(*names: str) -> Path:
 
 
 def npm_package(name: str, version: str) -> Path:
-    """The folder of a package of npm's registry, unpacked in the cache and not installed."""
+    """The folder of a package from npm's registry, unpacked in the cache without an installation."""
     folder = CACHE / "npm" / f"{name}-{version}"
     with _lock(CACHE / "npm.lock"):
         if not folder.exists():
@@ -263,7 +263,7 @@ def _requirements(file: Path) -> list[Path]:
 
 
 def _forget(folder: Path, pattern: str, stamp: str, keep: Path) -> None:
-    """Remove what nobody has used for long: the stamp in it is old, or was never set."""
+    """Remove folders that have not been used for a long time, by the stamp in them."""
     for old in folder.glob(pattern):
         used = old / stamp if (old / stamp).exists() else old
         if old != keep and time.time() - used.stat().st_mtime > _FORGET_AFTER:
@@ -283,9 +283,9 @@ def _lock(path: Path) -> t.Iterator[None]:
 
 @contextlib.contextmanager
 def collection_tree(session: str) -> t.Iterator[Path]:
-    """A copy of the work tree as .../ansible_collections/userns/storage, kept for this caller alone.
+    """A copy of the work tree as .../ansible_collections/userns/storage, for this caller only.
 
-    Files keep their times, so that caches made of an earlier copy hold.
+    Files keep their times, so that caches of an earlier copy remain valid.
     """
     base = TREES / session
     with _lock(TREES / f".{session}.lock"):
@@ -307,7 +307,7 @@ def collection_tree(session: str) -> t.Iterator[Path]:
 
 
 def tracked() -> set[Path]:
-    """What git tracks or would track, as it lies in the work tree, relative to it."""
+    """The files in the work tree that git tracks or would track, relative to it."""
     command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "-co", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     if done.returncode != 0:

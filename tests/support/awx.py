@@ -3,10 +3,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A stand-in for the interface of an AWX 24 controller. It is no controller.
 
-It answers what the modules of awx.awx ask, in the form that AWX's own documentation of its interface describes:
-lists with ``count``, ``next`` and ``results``, objects with ``url`` and ``related``, 201 for what is new, 204 for
-associations. It keeps what it is given, refuses what AWX 24.6.1 was seen to refuse of job templates, surveys, answers
-and schedules, and records each request. What it does not know it answers with 404.
+It answers the requests of the modules of awx.awx in the format that AWX's documentation of its interface describes:
+lists with ``count``, ``next`` and ``results``, objects with ``url`` and ``related``, 201 for new objects, 204 for
+associations. It stores objects, refuses the job templates, surveys, answers and schedules that AWX 24.6.1 refuses, and
+records each request. Unknown requests are answered with 404.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Json = t.Dict[str, t.Any]
 
 TOKEN = "stand-in"
 
-# Collections, and what cannot be left out of a new object.
+# Collections, with the required fields of new objects.
 _REQUIRED: t.Dict[str, t.Tuple[str, ...]] = {
     "organizations": ("name",),
     "execution_environments": ("name", "image"),
@@ -47,23 +47,23 @@ _TYPES = {
     "multiplechoice": str,
     "multiselect": str,
 }
-# A project's file is offered as a playbook if a line of it looks like this, and not from these folders.
+# A file of a project is listed as a playbook if one of its lines matches, except in these folders.
 _PLAYBOOK = re.compile(r"^\s*-?\s*(hosts|(ansible\.builtin\.)?import_playbook)\s*:", re.MULTILINE)
 _NO_PLAYBOOKS = frozenset({"roles", "tasks", "group_vars", "host_vars"})
 _RRULE = re.compile(
     r"DTSTART(?:;TZID=(?P<zone>[\w/+-]+))?:\d{8}T\d{6}(?P<utc>Z?) RRULE:(?P<rule>\S+)"
 )
 _TEXTS = ("text", "textarea", "password")
-# The states of a project whose update has come to an end.
+# The states of a project after an update.
 _DONE = ("successful", "failed")
 
 
 class Refused(Exception):
-    """What the stand-in answers with 400."""
+    """An error that is answered with 400."""
 
 
 def offered_playbooks(project: pathlib.Path) -> t.List[str]:
-    """The files of a project that a controller offers as playbooks."""
+    """The files of a project that a controller lists as playbooks."""
     return sorted(
         str(file.relative_to(project))
         for file in project.rglob("*.y*ml")
@@ -155,12 +155,12 @@ _Dumper.add_representer(
 
 
 def extravars(variables: Json) -> str:
-    """Extra variables in the form in which AWX hands answers to a job."""
+    """Extra variables in the form in which AWX passes answers to a job."""
     return yaml.dump(variables, Dumper=_Dumper, allow_unicode=True)
 
 
 def check_rrule(rrule: str) -> None:
-    """Refuse a rule of a schedule that a controller would refuse."""
+    """Refuse the recurrence rule of a schedule that a controller would refuse."""
     found = _RRULE.fullmatch(rrule)
     if not found:
         raise Refused(f"rrule: {rrule} parsing failed validation")
@@ -178,7 +178,7 @@ def check_rrule(rrule: str) -> None:
 
 
 class StandIn:
-    """The stand-in, listening on loopback while it is a context.
+    """The stand-in, which listens on loopback inside a with block.
 
     Attributes: url; requests, a list of (method, path, body); objects, what it keeps; failing_updates, how many of the
     next updates of projects fail, as they do where the source cannot be reached; galaxy_reachable, for each update
@@ -186,7 +186,7 @@ class StandIn:
     """
 
     def __init__(self, project: pathlib.Path) -> None:
-        """:param project: the folder that every project is a checkout of"""
+        """:param project: the folder of which every project is a checkout"""
         self.project = project
         self.failing_updates = 0
         self.galaxy_reachable = True
@@ -257,7 +257,7 @@ class StandIn:
         return self.shown(kind, number)
 
     def _update_project(self, number: int) -> Json:
-        """Start an update of a project. It is over when it has been asked for once."""
+        """Start an update of a project. It ends after its first query."""
         fails = self.failing_updates > 0
         self.failing_updates -= fails
         wants_galaxy = (self.project / "collections/requirements.yml").exists()
@@ -279,7 +279,7 @@ class StandIn:
         return update
 
     def _proceed(self, update: Json) -> None:
-        """Let an update that was pending come to its end."""
+        """End a pending update."""
         if update["status"] == "pending":
             update["status"] = _DONE[update["failed"]]
             update.update(finished="2026-01-01T00:00:00Z", event_processing_finished=True)
@@ -307,7 +307,7 @@ class StandIn:
         return found
 
     def named(self, kind: str, name: str) -> Json:
-        """The one object of that name."""
+        """The object of that name."""
         (found,) = (item for item in self.objects[kind].values() if item["name"] == name)
         return found
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A Debian root in which systemd really runs, as PID 1 of namespaces of its own."""
+"""A Debian root with a running systemd as PID 1 of its own namespaces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .hosts import Host
 from .machines import Machine
 from .waiting import LIMIT, wait_until
 
-# What would reach beyond the namespaces, or hide the laboratory's folder.
+# Units that would affect the machine outside the namespaces, or hide the laboratory's folder.
 _MASKED = (
     *("dev-hugepages.mount", "dev-mqueue.mount", "proc-sys-fs-binfmt_misc.automount", "tmp.mount"),
     *("sys-fs-fuse-connections.mount", "sys-kernel-config.mount", "sys-kernel-debug.mount"),
@@ -26,7 +26,7 @@ _MASKED = (
     *("systemd-udevd-kernel.socket",),
 )
 
-# A control group to be the whole tree of the new namespace.
+# A control group that is the whole tree of the new namespace.
 _ENTER = """\
 set -e
 mount -t cgroup2 none /sys/fs/cgroup
@@ -58,7 +58,7 @@ exec env -i container=lab PATH=/usr/sbin:/usr/bin /usr/lib/systemd/systemd --uni
 """
 
 
-# A user's manager without the login manager, which would need D-Bus.
+# A user's manager without the login manager, which would require D-Bus.
 _DROP_INS = {
     "user-runtime-dir@.service": """\
 [Service]
@@ -74,7 +74,7 @@ Environment=XDG_RUNTIME_DIR=/run/user/%i
 
 
 class Booted(Machine):
-    """A host as it is once systemd runs in it, as long as the object lives."""
+    """A host with a running systemd, as long as the object exists."""
 
     def __init__(self, host: Host) -> None:
         self.name = host.name
@@ -110,7 +110,7 @@ class Booted(Machine):
         self.root = f"/proc/{pids[0]}/root"
 
     def close(self) -> None:
-        """End it with all that runs in it."""
+        """Stop it with all its processes."""
         self._process.kill()
         self._process.wait()
         script = (

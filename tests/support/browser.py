@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A headless Chromium, driven by chromedriver in the words of WebDriver."""
+"""A headless Chromium, controlled by chromedriver with the WebDriver protocol."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Browser:
                 self.base = f"http://127.0.0.1:{match.group(1)}"
                 break
         options = {"args": [*_ARGUMENTS, f"--user-data-dir={folder}"]}
-        # What the page complains of, refused requests among it.
+        # Console messages of the page, including refused requests.
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         try:
             answer = self._call("/session", {"capabilities": {"alwaysMatch": wanted}})
@@ -97,15 +97,15 @@ class Browser:
         self._call("/url", {"url": page.as_uri()})
 
     def run(self, script: str, *arguments: t.Any) -> t.Any:
-        """The value that a script's `return` gives."""
+        """Run a script; returns the value of its `return`."""
         return self._call("/execute/sync", {"script": script, "args": list(arguments)})
 
     def complaints(self) -> t.List[str]:
-        """What the page's console has said since the last time."""
+        """The messages of the page's console since the last call."""
         return [entry["message"] for entry in self._call("/se/log", {"type": "browser"})]
 
     def picture(self, target: pathlib.Path, whole: bool = False) -> None:
-        """Save the window, or the page from top to bottom, as PNG."""
+        """Save the window, or the whole page, as PNG."""
         options: t.Dict[str, t.Any] = {"format": "png"}
         if whole:
             width, height = self.run(

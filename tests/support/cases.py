@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One store, one image, one user namespace, and our modules called on them as one way of use has it."""
+"""A store, an image and a user namespace, and calls of our modules for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .images import Entry, Image
 from .modules import run_module, start_module
 from .stores import Json, Store
 
-# Ways of use: kind of store, and whether the modules run as the store's own user.
+# The kinds of use: the kind of store, and whether the modules run as the store's own user.
 SETUPS: t.Dict[str, t.Tuple[str, bool]] = {
     "vfs": ("vfs", False),
     "overlay-forced": ("overlay-forced", False),
@@ -29,7 +29,7 @@ ROOTFUL_MAP = "0:100000:65536"
 
 @dataclasses.dataclass
 class Case:
-    """A store with an image, and the user namespace that its containers are to have."""
+    """A store with an image, and the user namespace of its containers."""
 
     store: Store
     image: Image
@@ -80,7 +80,7 @@ class Case:
         }
 
     def layer_template(self, *, options: t.Optional[Json] = None, **args: t.Any) -> Json:
-        """layer_template for the case's image and namespace, `args` added or put in their place."""
+        """layer_template for the case's image and namespace, with `args` added or replaced."""
         asked: Json = {"images": [self.image.name], **args}
         if not {"userns", "uidmap", "gidmap"}.intersection(args):
             asked.update(self.wanted)
@@ -95,7 +95,7 @@ class Case:
         return self.store.create(self.image.name, *self.podman_args, *args)
 
     def shell(self, script: str) -> str:
-        """podman really starts a container with the namespace, as its root, and runs a script."""
+        """Start a container with the namespace as its root, and run a script."""
         return self.store.shell(self.image.name, script, [*self.podman_args, "--user=0"])
 
     def template(self) -> str:
@@ -112,7 +112,7 @@ class Case:
         self.store.podman("system", "df", "-v")
 
     def assert_tree(self, layer_id: str) -> None:
-        """A mapped layer holds just what the image's layers describe, with the map applied.
+        """Check that a mapped layer contains exactly the content of the image's layers, with the map applied.
 
         Owners, modes, contents, link texts and counts, extended attributes; mtimes to the nanosecond
         as the template has them.
@@ -131,7 +131,7 @@ class Case:
                 assert (info.st_uid, info.st_gid) == wanted, path
                 assert stat.S_IFMT(info.st_mode) == stat.S_IFMT(origin.st_mode), path
                 if path == ".":
-                    # The overlay driver gives the root directory a mode of its own choice.
+                    # The overlay driver sets its own mode on the root directory.
                     assert oct(info.st_mode) == oct(origin.st_mode)
                     continue
                 assert info.st_mtime_ns == origin.st_mtime_ns, path
@@ -143,7 +143,7 @@ class Case:
 
 
 def names_below(tree: pathlib.Path) -> t.Set[str]:
-    """All paths of a tree, relative to it, and "." for itself."""
+    """All paths of a tree, relative to it, and "." for the tree itself."""
     return {"."} | {
         os.path.relpath(os.path.join(parent, name), tree)
         for parent, folders, files in os.walk(tree)
@@ -168,7 +168,7 @@ def _assert_content(path: pathlib.Path, entry: Entry) -> None:
             if key in os.listxattr(path, follow_symlinks=False)
         )
         wanted = dict(entry.xattrs)
-        # A user namespace's own capabilities carry its root's ID behind the same sets.
+        # Capabilities of a user namespace have its root's ID after the same sets.
         assert {key: _sets(key, value) for key, value in found.items()} == {
             key: _sets(key, value) for key, value in wanted.items()
         }, path

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The conversion of images as a program of its own, called as a module is."""
+"""The conversion of images as a program with the interface of a module."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A conversion in place that is stopped at the calls with which it changes the filesystem, and what must hold then."""
+"""A conversion in place that is stopped at the system calls that change the filesystem, and the checks afterwards."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Tree = t.Dict[str, t.Tuple[t.Any, ...]]
 
 
 class Conversions:
-    """A store with an image to convert and another one, put back as it was after each stop."""
+    """A store with an image to convert and another image, which is restored after each stop."""
 
     def __init__(self, lab: Lab, store: Store, machines: t.Sequence[Machine]) -> None:
         self.store, self.machines = store, machines
         self.image, other = tiny_image(lab), tiny_image(lab, OTHER_IMAGE)
         for image in (self.image, other):
             store.load(image)
-        # podman's own first steps in a store are taken before it is kept.
+        # podman initialises the store before it is saved.
         store.podman("rm", store.create(OTHER_IMAGE))
         self.modules = Modules(lab)
-        # In a user's namespace there are 65,536 IDs.
+        # A user's namespace has 65,536 IDs.
         self.map = "0:1:2000" if store.user else MAP
         self.asked = words(store, [self.image.name], [self.map])
         self.before = {name: self._trees(name) for name in (self.image.name, OTHER_IMAGE)}
@@ -45,7 +45,7 @@ class Conversions:
         self.seen: t.Dict[str, int] = {}
 
     def run(self, at: int = 0, what: str = "") -> Run:
-        """Convert, and stop at a point."""
+        """Start a conversion and stop it at a point."""
         below = str(self.store.graphroot)
         return self.modules.run(CONVERSION, self.asked, below=below, at=at, what=what)
 
@@ -55,10 +55,10 @@ class Conversions:
         self._copy(self.store.graphroot, self._saved / name)
 
     def restore(self, name: str = "before") -> None:
-        """Put a copy of the store in its place."""
+        """Restore the store from its copy."""
         for entry in os.scandir(self.store.graphroot):
             if entry.is_dir(follow_symlinks=False):
-                # It may be a mount of podman's.
+                # It may be a mount of podman.
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:
                 os.unlink(entry.path)
@@ -71,7 +71,8 @@ class Conversions:
             subprocess.run(["cp", "-a", f"{source}/.", str(target)], check=True)
 
     def kill_everywhere(self, most: int = 0) -> int:
-        """Kill the conversion at each such call, or at so many of them from the first to the last, and look."""
+        """Kill the conversion at each such call, or at this many of them from the first to the last, and check the
+        store."""
         points = self.run().points
         self.restore()
         chosen = list(spread(points, most)) if most else list(range(1, points + 1))
@@ -79,16 +80,16 @@ class Conversions:
             assert self.run(at, KILL).at is not None
             self.look(may_be_lost=True)
             self.restore()
-        # It is lost for as short as that takes, and not at the first call or the last.
+        # The image is lost only between the first and the last calls.
         assert set(self.seen) == {"old", "lost", "new"}
         return len(chosen)
 
-    # What must hold
+    # Checks
 
     def look(self, may_be_lost: bool) -> None:
-        """Each podman can use the store, and finds each image whole, in the old or the new form.
+        """Check that each podman can use the store, and that each image is complete, in the old or the new form.
 
-        :param may_be_lost: whether the image may be gone; then a pull brings it back
+        :param may_be_lost: whether the image may be lost; a pull must then restore it
         """
         form = ""
         self._save("left")
@@ -109,7 +110,8 @@ class Conversions:
         self._told(machine)
 
     def incomplete_layers(self, graphroot: pathlib.Path) -> int:
-        """How many layers of a copy of the store are marked as incomplete; the others are as their records say."""
+        """The number of layers of a copy of the store that are marked as incomplete; the other layers must match
+        their records."""
         driver = self.store.driver
         records = json.loads((graphroot / f"{driver}-layers/layers.json").read_text())
         trees = {**self.before[self.image.name], **self.before[OTHER_IMAGE]}
@@ -192,7 +194,7 @@ def _tree(root: pathlib.Path, container_id: t.Callable[[int], int]) -> Tree:
                 continue
             owner = (container_id(status.st_uid), container_id(status.st_gid))
             if folder == str(root) and name == "." and not status.st_uid:
-                # A runtime that mounts a layer gives its root directory to the root of the host.
+                # A runtime that mounts a layer changes the owner of its root directory to the host's root.
                 owner = (0, 0)
             values = [
                 (key, os.getxattr(path, key, follow_symlinks=False))

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Converting images in place by calling the operation itself, in a process of the machine whose store it is."""
+"""Convert images in place by calling the operation in a process of the machine of the store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PROGRAM = (pathlib.Path(__file__).parent / "conversion_main.py").read_text()
 
 
 def texts(record: Json, key: str) -> t.List[str]:
-    """A map of a record as options have it."""
+    """A map of a record in the form of options."""
     return [
         f"{item['container_id']}:{item['host_id']}:{item['size']}" for item in record.get(key) or ()
     ]
@@ -30,7 +30,7 @@ def words(
 ) -> Json:
     """The arguments of the program that converts images by their names or IDs.
 
-    :param gidmap: as uidmap where it is not given
+    :param gidmap: the same as uidmap if not given
     """
     ids = [name if len(name) == 64 else store.image(name)["id"] for name in images]
     gids = list(uidmap if gidmap is None else gidmap)

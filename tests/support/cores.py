@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Lines of ansible-core besides the one that runs the tests, in environments of the cache."""
+"""Versions of ansible-core other than that of the tests, in environments of the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import types
 
 from .lab import COLLECTION
 
-# Which Pythons a line runs on; the first line that a Python at hand runs stands for its name.
+# The Pythons of each version; the first version that an available Python can run is used for the name.
 _LINES = {
     "oldest": {"2.16": ("3.10", "3.11", "3.12"), "2.18": ("3.13",)},
     "newest": {
@@ -28,7 +28,7 @@ def workshop() -> types.ModuleType:
     if spec is None or spec.loader is None:
         raise RuntimeError("scripts/workshop.py cannot be loaded")
     module = importlib.util.module_from_spec(spec)
-    # Its dataclasses and annotations look it up.
+    # Its dataclasses and annotations need it.
     sys.modules["workshop"] = module
     spec.loader.exec_module(module)
     return module

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The readers of fuzz.py fed by atheris, which sees what code its input reaches and so gets deeper.
+"""Fuzz the readers of fuzz.py with atheris, which is guided by the code that its inputs reach.
 
-A process of its own feeds them, for libFuzzer ends its process. The first byte of each input says
-which of the readers gets the rest.
+A separate process runs them, because libFuzzer ends its process. The first byte of each input
+selects the reader for the rest.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import typing as t
 
 @dataclasses.dataclass(frozen=True)
 class Fed:
-    """What came of it. ``inputs`` is how many there were; ``trouble`` what one did not stand, or ""."""
+    """The result: the number of ``inputs``; the error of a failing input in ``trouble``, or ""."""
 
     inputs: int
     trouble: str
 
 
 def available() -> bool:
-    """Whether this Python has atheris: it comes as wheels only, see tests/requirements/tools.txt."""
+    """Whether this Python has atheris, which is only available as wheels, see tests/requirements/tools.txt."""
     return importlib.util.find_spec("atheris") is not None
 
 
 def feed(names: t.Sequence[str], seed: int, limit: str) -> Fed:
-    """Feed readers with what the same seed always comes to, if only the number of inputs is limited.
+    """Run readers with inputs that only depend on the seed if the number of inputs is limited.
 
     :param limit: libFuzzer's option: ``-runs=NUMBER`` or ``-max_total_time=SECONDS``
     """

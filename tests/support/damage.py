@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Stores written by hand as podman leaves them, and damage of any kind to their records."""
+"""Hand-made stores in the format of podman, and damage of any kind to their records."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def id_map(start: int) -> t.List[Json]:
 
 
 class HandMadeStore:
-    """Two images on one base; of the first, two mapped layers, one of them below container `db`; a container on the
-    second image; one unused image on the same base. What is on disk is as podman leaves it.
+    """Three images on the same base: the first with two mapped layers, one of which container `db` uses; the second
+    with a container; the third is unused. The files are as written by podman.
 
-    :param make_folder: makes a layer's folder; a subvolume on btrfs
+    :param make_folder: creates a layer's folder; a subvolume on btrfs
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class HandMadeStore:
             (self.home / "l").mkdir()
         self.lowers: t.Dict[str, t.List[str]] = {}
         self.now: t.Dict[str, t.List[Json]] = {kind: [] for kind in KINDS}
-        # Each file as it was before each later change.
+        # Each version of each file before a change.
         self.versions: t.Dict[str, t.List[bytes]] = {kind: [] for kind in KINDS}
         for kind in KINDS:
             (self.graphroot / f"{driver}-{kind}").mkdir()
@@ -88,7 +88,7 @@ class HandMadeStore:
         self._database(["db", "web"])
 
     def save(self, kind: str) -> None:
-        """As runtimes do: the token of the lock, then the file; both long ago."""
+        """Write a file as runtimes do: the token of the lock, then the file, with old timestamps."""
         path = self.path(kind)
         if path.exists():
             self.versions[kind].append(path.read_bytes())
@@ -213,11 +213,11 @@ class HandMadeStore:
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """One thing that happened to one file.
+    """Damage to a file.
 
     :param kind: of the records in it
     :param how: "truncated", "flipped", "zeroed", "entry", "key", "type", "text", "gone", "older", "swapped" or "moved"
-    :param where: a number from 0 to 1 that chooses the place
+    :param where: a number from 0 to 1 that selects the position
     """
 
     kind: str
@@ -232,7 +232,7 @@ class Damage:
         if new is None:
             path.unlink(missing_ok=True)
         elif self.how == "flipped":
-            # Nobody wrote the file.
+            # The file was never written.
             before = path.stat() if path.exists() else None
             path.write_bytes(new)
             if before:
@@ -253,13 +253,13 @@ class Damage:
         return data[:at] + bytes([data[at] ^ self.value]) + data[at + 1 :]
 
     def _zeroed(self, _store: HandMadeStore, data: bytes) -> bytes:
-        """A block that was never written; with a true value all behind it is lost as well."""
+        """A block that was never written; with a true value, everything after it is lost as well."""
         block = self._index(len(data) // _BLOCK + 1) * _BLOCK
         zeros = bytes(len(data[block : block + _BLOCK]))
         return data[:block] + (b"" if self.value else zeros + data[block + _BLOCK :])
 
     def _moved(self, store: HandMadeStore, data: bytes) -> bytes:
-        """A record that was in the file of volatile ones, which holds something else now; None: it is gone."""
+        """A record that was in the file of volatile records, which has other content now; None if it was removed."""
 
         def change(found: t.List[Json]) -> None:
             record = found.pop(self._index(len(found)))

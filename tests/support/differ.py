@@ -11,16 +11,16 @@ import stat
 import struct
 import typing as t
 
-# Container ID, host ID, count; no range at all means that IDs stay as they are.
+# Container ID, host ID, count; without ranges IDs are unchanged.
 Ranges = t.Sequence[t.Tuple[int, int, int]]
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _PRIVATE = ("trusted.overlay.", "user.overlay.")
-# How xfs shows ACLs a second time.
+# The names under which xfs shows ACLs a second time.
 _ALIASES = ("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT")
 _ACL = ("system.posix_acl_access", "system.posix_acl_default")
 _CAPABILITY = "security.capability"
-# Allocation may differ by what a filesystem does at the edges of extents.
+# The allocation may differ slightly at the edges of extents.
 _SLACK = 128 * 1024
 
 _KINDS = {
@@ -35,14 +35,14 @@ _KINDS = {
 
 
 class IDs(t.NamedTuple):
-    """Both ID maps of one side."""
+    """Both ID maps of a tree."""
 
     uid: Ranges = ()
     gid: Ranges = ()
 
 
 def to_container(ranges: Ranges, host_id: int) -> int:
-    """The container ID behind a host ID."""
+    """The container ID of a host ID."""
     if not ranges:
         return host_id
     for container, host, count in ranges:
@@ -52,7 +52,7 @@ def to_container(ranges: Ranges, host_id: int) -> int:
 
 
 def to_host(ranges: Ranges, container_id: int) -> int:
-    """The host ID behind a container ID."""
+    """The host ID of a container ID."""
     if not ranges:
         return container_id
     for container, host, count in ranges:
@@ -70,13 +70,13 @@ def differences(
     most: int = 50,
     own_root: t.Optional[int] = None,
 ) -> t.List[str]:
-    """What differs, each with the path; an empty list for a faithful copy.
+    """The differences, each with its path; empty for an exact copy.
 
-    :param template: the template's tree, best a mount of it by the kernel
+    :param template: the template's tree, preferably a mount by the kernel
     :param old: the template's maps
     :param new: the mapped tree's maps
-    :param ignore: aspects left out: "owner", "mtime", "directory mtime", "acl", "sparse" ...
-    :param most: findings after which the search ends
+    :param ignore: aspects to ignore: "owner", "mtime", "directory mtime", "acl", "sparse" ...
+    :param most: the maximum number of differences
     :param own_root: host UID of the root of the namespace that both trees belong to: capabilities of
         that root are honoured in all namespaces below, so they stay as they are
     """
@@ -106,11 +106,11 @@ class _Differ:
         self.most = most
         self.found: t.List[str] = []
         self._path: t.List[bytes] = []
-        # Hard links of each side: by device and inode, the visible names.
+        # Hard links of each tree: by device and inode, the visible names.
         self._links: t.Tuple[t.Dict[t.Any, t.Set[bytes]], ...] = ({}, {})
 
     def walk(self, template: int, mapped: int) -> None:
-        """Depth first with two descriptors per side, up again by ".."."""
+        """Walk depth first with two descriptors per tree, and return through ".."."""
         fds = [os.dup(template), os.dup(mapped)]
         try:
             self._attributes(fds, b".", [os.fstat(fd) for fd in fds])
@@ -139,7 +139,7 @@ class _Differ:
             os.close(fd)
 
     def _directory(self, fds: t.List[int]) -> t.List[bytes]:
-        """Compare all entries; returns the subdirectories that both have."""
+        """Compare all entries; returns the subdirectories in both trees."""
         listings = [_listing(fd) for fd in fds]
         for name in sorted(listings[0].keys() - listings[1].keys()):
             self._say(name, "is missing")
@@ -210,7 +210,7 @@ class _Differ:
                 return value
             root = to_host(self.new.uid, to_container(self.old.uid, root))
             if not root:
-                # The kernel shows what belongs to the root who asks without the root's ID.
+                # The kernel shows capabilities of the calling root without the root's ID.
                 return value[:3] + b"\2" + value[4:20]
             return value[:20] + struct.pack("<I", root)
         return value
@@ -250,7 +250,7 @@ class _Differ:
 
 
 def _listing(fd: int) -> t.Dict[bytes, os.stat_result]:
-    """All entries that can be looked up; overlay lists some whiteouts that it does not have."""
+    """All entries that exist; overlay lists some whiteouts that do not exist."""
     found = {}
     for name in map(os.fsencode, os.listdir(fd)):
         try:

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Where podman, buildah and this collection look for the store, given some files and variables.
+"""Compare the store that podman, buildah and this collection use with given files and variables.
 
 Runs inside a machine, as root: ``python3 -m support.discovery`` with rows as JSON on standard input. Each row gets a
-mount namespace with an empty /etc/containers, /usr/share/containers, home and so on; then the collection is asked, the
-real program, and the collection again, which now finds what the program has written.
+mount namespace with an empty /etc/containers, /usr/share/containers, home and so on. Then the collection, the
+real program, and the collection again determine the store; the last time with the files of the program.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def compare(
 ) -> t.List[Json]:
     """Run rows on a machine.
 
-    :param rows: ``files``, ``environment`` and ``rootless`` of each, ``modes`` of files and the option ``runtime``
-        where they matter; BASE, HOME and UID stand for those of the machine
+    :param rows: ``files``, ``environment`` and ``rootless`` of each, optionally ``modes`` of files and the option
+        ``runtime``; BASE, HOME and UID stand for those of the machine
     :param tree: the folder of ansible_collections, as the machine sees it
     :returns: for each row ``theirs`` (graphroot, runroot, driver, options, image_stores, or error), ``before`` and
         ``after``: the same of this collection
@@ -64,7 +64,7 @@ def compare(
 
 
 def filled(value: t.Any, base: str, user: Json) -> t.Any:
-    """BASE, HOME and UID replaced, save in names of variables: $UID, ${HOME}, XDG_CONFIG_HOME."""
+    """Replace BASE, HOME and UID, except in names of variables: $UID, ${HOME}, XDG_CONFIG_HOME."""
     if isinstance(value, dict):
         return {filled(key, base, user): filled(one, base, user) for key, one in value.items()}
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def _prepare(row: Json, base: str, user: Json) -> None:
 
 
 def _readable_controllers() -> None:
-    """podman info reads the controllers of its cgroup, which a user may not be allowed to."""
+    """Make the controllers of the cgroup readable for podman info of a user."""
     own = pathlib.Path("/proc/self/cgroup").read_text().splitlines()[-1].partition("::")[2]
     first, *rest = [part for part in own.split("/") if part]
     folder = pathlib.Path("/sys/fs/cgroup", first)
@@ -143,13 +143,13 @@ def _theirs(program: str, environ: t.Mapping[str, str]) -> Json:
         }
     options: t.Dict[str, str] = {}
     stores: t.List[str] = []
-    # The driver's own options count above the common ones of the same name.
+    # The driver's own options override common options of the same name.
     for key, value in sorted((told["graphOptions"] or {}).items(), key=lambda item: "." in item[0]):
         prefix, _dot, rest = key.lower().rpartition(".")
         if prefix not in ("", told["graphDriverName"], f"{told['graphDriverName']}2"):
             continue
         if rest.endswith("additionalimagestores"):
-            # Of several stores the older key tells only the last.
+            # With several stores, the older key contains only the last.
             stores = [part for text in value for part in text.split(",")]
         elif rest.endswith("imagestore"):
             stores = stores or value.split(",")
@@ -210,14 +210,14 @@ def _run(row: Json, base: str, user: Json) -> Json:
     program = row.get("program", "podman")
     if row["rootless"]:
         _become(user)
-    # As at a login: the variables that name the user's folders are the machine's own.
+    # As at a login, with the machine's own variables for the user's folders.
     os.environ.clear()
     os.environ.update(environ)
     before = _ours(row, program, environ, user)
     theirs = _theirs(program, environ)
     after = _ours(row, program, environ, user)
     if row["rootless"]:
-        # The process that keeps podman's namespace.
+        # podman's pause process.
         pause = pathlib.Path(f"/run/user/{user['uid']}/libpod/tmp/pause.pid")
         with contextlib.suppress(OSError, ValueError):
             os.kill(int(pause.read_text()), signal.SIGKILL)

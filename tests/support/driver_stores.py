@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Drivers opened on stores of real runtimes, in the child process in which operations open them."""
+"""Open drivers on stores of real runtimes in the child process of operations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if t.TYPE_CHECKING:
 
 
 class Place(t.NamedTuple):
-    """What a child needs to know of a store."""
+    """The description of a store for a child process."""
 
     driver: str
     graphroot: str
@@ -44,7 +44,7 @@ class Place(t.NamedTuple):
 
 
 def place_of(store: Store) -> Place:
-    """What a child needs to know of a store."""
+    """The description of a store for a child process."""
     return Place(
         store.driver,
         str(store.graphroot),
@@ -66,9 +66,9 @@ def inside(store: Store, function: t.Callable[..., t.Any], *arguments: t.Any) ->
 def opened(
     place: Place, make: t.Callable[[str, DriverHome], Driver] = open_driver
 ) -> t.Iterator[Driver]:
-    """The driver of a store, in the view that operations make for it.
+    """The driver of a store, in the view of operations.
 
-    :param make: makes the driver from its name in storage.conf
+    :param make: creates the driver from its name in storage.conf
     """
     with contextlib.ExitStack() as undo:
         view = undo.enter_context(view_of(place.graphroot, place.driver))
@@ -85,7 +85,7 @@ def opened(
 
 
 def staging_folder(place: Place, name: str) -> str:
-    """A new folder for a layer that is to be made."""
+    """A new folder for a layer to be built."""
     path = os.path.join(place.graphroot, "userns-storage", "staging", name)
     os.makedirs(path, mode=0o700)
     return path

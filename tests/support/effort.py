@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Counting what work costs: the same on every machine, however busy it is. Seconds are scripts/bench's matter."""
+"""Count the work of an action, which is the same on every machine. scripts/bench measures times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typing as t
 
 
 def calls(action: t.Callable[[], t.Any]) -> int:
-    """How many functions, of Python and of C, are called while ``action`` runs in this thread."""
+    """The number of Python and C functions that ``action`` calls in this thread."""
     counted = 0
 
     def note(_frame: t.Any, event: str, _argument: t.Any) -> None:

@@ -1,17 +1,17 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The examples of the documentation: read out of the texts, and carried out one after the other as a reader would.
+"""Read the examples of the documentation, and run them one after the other as a reader would.
 
-A block of YAML is a playbook, tasks, or the content of a file; a block for the console is commands. In front of a
-block may stand a comment that no page shows, ``.. example: WORDS`` or ``<!-- example: WORDS -->``:
+A block of YAML is a playbook, tasks, or the content of a file; a block for the console contains commands. A hidden
+comment before a block may have the form ``.. example: WORDS`` or ``<!-- example: WORDS -->``:
 
 ``file NAME``
-    Saved under that name and left to a command; in rst the caption says so.
+    It is saved under that name for later commands; in rst the caption contains the name.
 ``not run, REASON``
-    Its syntax is checked, no more.
+    Only its syntax is checked.
 ``fails``
-    One of its tasks, or its last command, fails, as the text says.
+    One of its tasks, or its last command, fails, as described in the text.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .registry import Registry
 from .stores import Store
 
 Json = t.Dict[str, t.Any]
-# Whose stores the examples speak of, besides root's.
+# The users whose stores the examples use, besides root.
 PEOPLE = ("alice", "bob", "runner")
 IMAGES = (
     "registry.example.org/toolbox:latest",
@@ -56,14 +56,13 @@ IMAGES = (
 )
 _LOCAL = "ansible_connection=local ansible_python_interpreter=/usr/bin/python3"
 _INVENTORIES = {
-    # No packages: those are there, and apt would ask its mirrors. mitogen calls sudo even for root. The driver is that
-    # of root's store here.
+    # Without packages, which are installed. mitogen calls sudo even for root. The driver is that of root's store here.
     "hosts.ini": f"ws1.example.org {_LOCAL} ansible_become_method=ansible.builtin.su prepare_install=false "
     "prepare_additional_store_driver=vfs\n",
     "elsewhere.ini": f"web.example.org {_LOCAL} ansible_become_method=ansible.builtin.su\n",
 }
 _ONLY = "-i hosts.ini -i elsewhere.ini --limit ws1.example.org"
-# What an example may read.
+# Files that examples read.
 _UNIT = "[Container]\nImage=docker.io/library/nginx:1.29\nUserNS=auto:size=65536\n"
 _ROLE = "argument_specs: {main: {options: {web_port: {type: int}}}}\n"
 _FILES = {
@@ -75,17 +74,17 @@ _RUN = ("tasks", "playbook", "console")
 _ROOTS = ("README.md", "awx/README.md", "docs/*.md", "docs/**/*.rst", "roles/*/README.md")
 _PLUGINS = ("plugins/modules/*.py", "plugins/filter/*.py")
 _LANGUAGES = ("yaml", "console")
-# alice@ws1$ is the user of that name, root@ws1# is root there, $ or nothing is where Ansible is started.
+# alice@ws1$ is the user of that name, root@ws1# is root on the host; $ or no prompt is the controller.
 _PROMPT = re.compile(r"^(?:(?P<user>\w+)@\w+)?[$#] (?P<command>.*)$")
 _KEYWORDS = {"name", "register", "vars", "loop", "when", "become", "become_user", "async", "poll"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One example.
+    """An example.
 
-    :param document: the file that it stands in, relative to the collection
-    :param note: the words of the comment in front of it
+    :param document: the file that contains it, relative to the collection
+    :param note: the text of the comment before it
     """
 
     document: str
@@ -99,27 +98,27 @@ class Block:
 
     @property
     def file(self) -> str:
-        """The name that the reader saves it under; empty for none."""
+        """The name under which the reader saves it; empty for none."""
         return self.note[5:] if self.note.startswith("file ") else ""
 
     @property
     def skipped(self) -> str:
-        """Why it is not run; empty if it is."""
+        """Why it is not run; empty if it is run."""
         return self.note[9:] if self.note.startswith("not run, ") else ""
 
     @property
     def fails(self) -> bool:
-        """Whether it says of itself that it ends with an error."""
+        """Whether it is expected to end with an error."""
         return self.note == "fails"
 
     @property
     def data(self) -> t.Any:
-        """What the YAML says."""
+        """The parsed YAML."""
         return yaml.safe_load(self.text)
 
     @property
     def kind(self) -> str:
-        """One of console, text, playbook, tasks, data."""
+        """The kind: console, text, playbook, tasks or data."""
         if self.language != "yaml":
             return self.language if self.language in _LANGUAGES else "text"
         data = self.data
@@ -134,8 +133,8 @@ class Block:
         return "data"
 
     def commands(self) -> t.List[t.Tuple[str, str]]:
-        """Who types what: user ("" where Ansible is started) and command. Lines without a prompt are what it says,
-        or commands where no line has one."""
+        """The users ("" on the controller) and their commands. Lines without a prompt are output,
+        or commands if no line has a prompt."""
         lines = self._lines()
         found = [match for match in map(_PROMPT.match, lines) if match]
         if not found:
@@ -166,7 +165,7 @@ def module_of(task: t.Mapping[str, t.Any]) -> str:
 
 
 def blocks() -> t.List[Block]:
-    """All of the documentation, and the EXAMPLES of the plugins."""
+    """All examples of the documentation, and the EXAMPLES of the plugins."""
     found: t.List[Block] = []
     for pattern in (*_ROOTS, *_PLUGINS):
         for path in sorted(COLLECTION.glob(pattern)):
@@ -228,10 +227,10 @@ def _plugin(document: str, text: str) -> t.Iterator[Block]:
 
 
 class Reader(abc.ABC):
-    """Carries out the examples of documents in their order."""
+    """Runs the examples of documents in order."""
 
     def run(self, document: t.Sequence[Block]) -> t.List[Block]:
-        """Carry out the blocks of one document; returns those that were."""
+        """Run the blocks of a document; returns the blocks that were run."""
         self._begin()
         for block in document:
             if block.skipped:
@@ -251,33 +250,33 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def _begin(self) -> None:
-        """What comes in front of a document."""
+        """Prepare for a document."""
 
     @abc.abstractmethod
     def _end(self) -> None:
-        """What comes behind it."""
+        """Finish a document."""
 
     @abc.abstractmethod
     def _save(self, block: Block) -> None:
-        """Save a block under the name that it gives."""
+        """Save a block under its name."""
 
     @abc.abstractmethod
     def _tasks(self, block: Block) -> None:
-        """Carry out tasks."""
+        """Run tasks."""
 
     @abc.abstractmethod
     def _playbook(self, block: Block) -> None:
-        """Run a playbook that has no name."""
+        """Run a playbook without a name."""
 
     @abc.abstractmethod
     def _type(self, block: Block, user: str, command: str, fails: bool) -> None:
-        """Have one command carried out, by a user of the host or, if that is empty, where Ansible is started."""
+        """Run a command as a user of the host or, if the user is empty, on the controller."""
 
 
 class World(Reader):
-    """A machine as the examples take it for granted: people with stores, images in them, files, an inventory.
+    """The machine that the examples require: users with stores and images, files, an inventory.
 
-    All of it lies in the laboratory, root's own store and the registries too.
+    Everything is in the laboratory, including root's own store and the registries.
     """
 
     def __init__(self, lab: Lab) -> None:
@@ -292,19 +291,19 @@ class World(Reader):
             self.people[name] = user
             self.stores[name] = Store(lab, "rootless-overlay", user=user)
             lab.on_close(self.stores[name].close)
-        # Root's store is the one that programs find by themselves.
+        # Root's store is the default store of programs.
         etc = pathlib.Path("/etc/containers")
         etc.mkdir(exist_ok=True)
         shutil.copy(self.stores["root"].storage_conf, etc / "storage.conf")
         shutil.copy(self.stores["root"].containers_conf, etc / "containers.conf")
-        # As on a host whose root uses automatic namespaces.
+        # As on a host on which root uses automatic namespaces.
         for file in ("/etc/subuid", "/etc/subgid"):
             with open(file, "a", encoding="utf-8") as ranges:
                 ranges.write("containers:1000000000:1048576\n")
         registry = Registry(self.image, ("docker.io", "registry.example.org"))
         registry.configure(etc)
         lab.on_close(registry.close)
-        # Not in the laboratory's /var, for an overlay takes no ID-mapped mounts.
+        # Not in the laboratory's /var, which is an overlay and does not support idmapped mounts.
         shared = pathlib.Path("/var/lib/userns-storage")
         shared.mkdir()
         mounts.mount("--bind", str(lab.folder()), str(shared))
@@ -315,12 +314,12 @@ class World(Reader):
             ["skopeo", "copy", "-q", self.image.source, "oci-archive:/srv/images/app-1.tar"]
         )
         self.folder = lab.folder()
-        # What waits to be carried out by one ansible-playbook: playbooks, and steps for one more.
+        # The playbooks, and steps of a further playbook, for the next call of ansible-playbook.
         self.playbooks: t.List[str] = []
         self.steps: t.List[Json] = []
 
     def _begin(self) -> None:
-        """As if nobody had run any example yet: a new folder, no containers, all images."""
+        """Restore the initial state: a new folder, no containers, all images."""
         self.folder = self.lab.folder()
         self.playbooks, self.steps = [], []
         for store in self.stores.values():
@@ -345,7 +344,7 @@ class World(Reader):
         (self.folder / self.playbooks[-1]).write_text(block.text)
 
     def _save(self, block: Block) -> None:
-        # The machine here is the one host.
+        # The inventory of the laboratory is used instead.
         if block.file in _INVENTORIES:
             return
         path = self.folder / block.file
@@ -353,10 +352,10 @@ class World(Reader):
         path.write_text(block.text)
 
     def _type(self, block: Block, user: str, command: str, fails: bool) -> None:
-        """Have one command carried out: in a playbook with what comes before and behind where that can be."""
+        """Run a command, if possible in a playbook together with adjacent examples."""
         name = f"{block}: {command}"
         if user:
-            # In a file, for Ansible would take podman's templates for its own.
+            # In a file, because Ansible would evaluate podman's templates.
             script = self.folder / f"{len(self.playbooks)}-{len(self.steps)}.sh"
             script.write_text(command)
             words = self.lab.machine.command(
@@ -377,7 +376,7 @@ class World(Reader):
             self._end()
             self._ansible(command, str(block))
             return
-        # A program of its own for each would take most of the time.
+        # A separate process for each command would take most of the time.
         known = argparse.ArgumentParser()
         known.add_argument("pattern", choices=["all"])
         for short, long in (("-i", "--inventory"), ("-m", "--module"), ("-a", "--args")):
@@ -415,9 +414,9 @@ class World(Reader):
             "ANSIBLE_COLLECTIONS_PATH": str(self.lab.tree),
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_DEPRECATION_WARNINGS": "false",
-            # No example needs facts that it does not ask for; they take a second each time.
+            # Examples gather facts themselves if they need them, which takes a second each time.
             "ANSIBLE_GATHERING": "explicit",
-            # Modules start in a fraction of the time.
+            # Modules start faster with mitogen.
             **_mitogen(),
         }
         done = self.lab.machine.run(
@@ -438,7 +437,7 @@ def _mitogen() -> t.Dict[str, str]:
 def check_syntax(
     found: t.Sequence[Block], folder: pathlib.Path, environ: t.Mapping[str, str]
 ) -> None:
-    """Have ansible-playbook read all playbooks and tasks at once, those too that are not run."""
+    """Check the syntax of all playbooks and tasks, including those that are not run."""
     names = []
     for number, block in enumerate(found):
         if block.kind not in ("playbook", "tasks"):
@@ -446,7 +445,7 @@ def check_syntax(
         plays = block.data
         if block.kind == "tasks":
             plays = [{"hosts": "all", "gather_facts": False, "tasks": plays}]
-        # A playbook may import another that the reader has, too.
+        # A playbook may import another playbook of the reader.
         plays = [
             play for play in plays if "hosts" in play or "." not in play.get("import_playbook", ".")
         ]

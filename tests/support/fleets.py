@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Fleets that do not exist: what the role report would have gathered of so many hosts, in the modules' own form."""
+"""Artificial fleets: the data that the role report would collect from this many hosts, in the format of the modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _USERS = ("root", "alice", "runner")
 
 
 def hostvars(count: int, seed: int = 1) -> t.Dict[str, Json]:
-    """Variables of `count` hosts; of every 25 one cannot be reached, one fails and one knows half."""
+    """Variables of `count` hosts; of every 25, one is unreachable, one fails and one has incomplete data."""
     dice = random.Random(seed)
     found: t.Dict[str, Json] = {}
     for number in range(count):

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Hosts on which nothing of ours has run, and readers who follow a guide on them, over SSH."""
+"""Hosts without any previous installation, and readers who follow a guide on them over SSH."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .lab import Lab
 from .machines import Account, Result
 from .registry import Registry
 
-# Whose accounts an administrator has made already; useradd gives the first of them UID 1000.
+# The existing accounts; useradd assigns UID 1000 to the first of them.
 PEOPLE = ("alice", "bob", "runner")
 HOST = "ws1.example.org"
-# Who logs in from the controller; the other way to be root is sudo.
+# The login user of the controller; users other than root use sudo.
 _LOGINS = {"bookworm": "root", "trixie": "admin"}
-# Their content lies on the laboratory's disk: an overlay in memory can hold no overlay store, and takes no mounts with
-# other IDs.
+# Directories on the laboratory's disk, because an overlay in memory supports neither overlay stores nor idmapped
+# mounts.
 _ON_DISK = ("/home", "/srv", "/var/lib/containers", "/var/lib/userns-storage")
 
 
 class FreshHost(examples.Reader):
-    """A bare Debian with an SSH server and three accounts, and the folder of somebody who follows a guide on it.
+    """A bare Debian with an SSH server and three accounts, and the folder of a reader who follows a guide.
 
-    :param image: what the registries have under every name
+    :param image: the image that the registries have under every name
     """
 
     def __init__(self, lab: Lab, suite: str, image: Image) -> None:
@@ -42,7 +42,7 @@ class FreshHost(examples.Reader):
         for path in _ON_DISK:
             self.machine.run(["mkdir", "-p", path])
             self.machine.run(["mount", "--bind", str(lab.folder()), path])
-        # What the laboratory cannot do, such as cgroups, and its registries in place of the Internet's.
+        # Settings for the laboratory, which lacks cgroups, and its registries instead of those of the Internet.
         settings = pathlib.Path(self.machine.root, "etc/containers")
         (settings / "containers.conf.d").mkdir(parents=True)
         (settings / "containers.conf.d/lab.conf").write_text(stores.CONTAINERS_CONF)
@@ -61,12 +61,12 @@ class FreshHost(examples.Reader):
         lab.on_close(self.sshd.close)
 
     def close(self) -> None:
-        """End the host."""
+        """Stop the host."""
         self.sshd.close()
         self.machine.close()
 
     def drivers(self) -> t.Set[str]:
-        """The drivers of all stores on the host: of root, and of the users."""
+        """The drivers of all stores on the host, of root and of the users."""
         root = pathlib.Path(self.machine.root)
         places = (
             "var/lib/containers/storage/*-layers",
@@ -75,7 +75,7 @@ class FreshHost(examples.Reader):
         return {path.name.rpartition("-")[0] for place in places for path in root.glob(place)}
 
     def _begin(self) -> None:
-        """As the guide First steps has it: an inventory, and a host that answers under its name."""
+        """Create the inventory of the guide First steps, and make the host reachable under its name."""
         (block,) = (
             item
             for item in examples.blocks()
@@ -106,7 +106,7 @@ class FreshHost(examples.Reader):
         path.write_text(block.text)
 
     def _tasks(self, block: examples.Block) -> None:
-        """In a play for all hosts, as administrators have one."""
+        """Run tasks in a play for all hosts."""
         play = {"hosts": "all", "become": True, "tasks": block.data}
         (self.folder / "tasks.json").write_text(json.dumps([play]))
         self._succeeds(block, self._ansible("ansible-playbook -i hosts.ini tasks.json"))
@@ -125,7 +125,7 @@ class FreshHost(examples.Reader):
             assert line in done.stdout.splitlines(), f"{block}: {command}: {done.stdout}"
 
     def _as_user(self, user: str, command: str) -> Result:
-        """Typed by somebody who has logged in."""
+        """Run a command as a user who is logged in."""
         number = int(self.machine.run(["id", "-u", user]).stdout)
         folder = f"/run/user/{number}"
         self.machine.run(["install", "-d", "-m", "0700", "-o", user, "-g", user, folder])

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Filling a filesystem to its last byte or inode."""
+"""Fill a filesystem to its last byte or inode."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _FULL = (28, 122)
 
 
 def fill_bytes(folder: pathlib.Path) -> None:
-    """Write files in a folder until not a single block is to be had, after everything has been synced."""
+    """Write files in a folder until no block is free, after everything was synced."""
     for number in range(6):
         descriptor = os.open(folder / f"fill-{number}", os.O_WRONLY | os.O_CREAT, 0o600)
         try:
             end = 0
             with contextlib.suppress(OSError):
-                # Nothing of that is written to the disk, whose image stays small.
+                # The data is not written to the disk, so that its image stays small.
                 for size in (1 << 24, 1 << 20, 1 << 16):
                     with contextlib.suppress(OSError):
                         while True:
@@ -46,7 +46,7 @@ def fill_bytes(folder: pathlib.Path) -> None:
 
 
 def fill_inodes(folder: pathlib.Path) -> None:
-    """Make empty files in a folder until there is no inode left."""
+    """Create empty files in a folder until no inode is free."""
     for _round in range(2):
         inner = folder / f"inodes-{_round}"
         try:

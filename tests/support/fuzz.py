@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What reads things that others wrote, each as a function of bytes: a result, or an error of ours, and nothing else."""
+"""The readers of untrusted data as functions of bytes, which return a result or raise an error of this collection."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _CONTEXTS = tuple(
 
 
 def store_records(data: bytes, _folder: pathlib.Path) -> None:
-    """The three files of records, apart by a line of its own, and all that is asked of them."""
+    """The three files of records, separated by a line, and all queries on them."""
     parts = [*data.split(b"\n#\n"), b"", b"", b""]
     layers = records.parse(parts[0], records.Layer, "layers.json")
     images = records.parse(parts[1], records.Image, "images.json")
@@ -120,7 +120,7 @@ def grammar(data: bytes, _folder: pathlib.Path) -> None:
 
 
 def attributes(data: bytes, _folder: pathlib.Path) -> None:
-    """POSIX ACLs and capabilities of a stranger's files."""
+    """POSIX ACLs and capabilities of untrusted files."""
     shift = Shift(
         Mapping(IDMap.parse(["0:0:65536"]), IDMap.parse(["0:0:65536"])),
         Mapping(IDMap.parse(["0:100000:65536"]), IDMap.parse(["0:100000:65536"])),
@@ -131,7 +131,7 @@ def attributes(data: bytes, _folder: pathlib.Path) -> None:
 
 
 def databases(data: bytes, folder: pathlib.Path) -> None:
-    """podman's database and our ledger, as a user could have written them."""
+    """podman's database and the ledger, as written by a user."""
     (folder / "libpod").mkdir(exist_ok=True)
     for name in ("libpod/bolt_state.db", "db.sql", "ledger.json"):
         (folder / name).write_bytes(data)
@@ -141,7 +141,7 @@ def databases(data: bytes, folder: pathlib.Path) -> None:
             with contextlib.suppress(StorageError):
                 libpod_db.recorded(str(folder), str(folder), False)
         (folder / name).unlink()
-    # Chance does not come by the checksum of bolt's first page.
+    # Random data does not match the checksum of bolt's first page.
     (folder / "libpod/bolt_state.db").write_bytes(_first_page() + data)
     libpod_db.recorded(str(folder), str(folder), False)
     (folder / "libpod/bolt_state.db").unlink()
@@ -151,14 +151,14 @@ _PAGE = 1024
 
 
 def _first_page() -> bytes:
-    """Of a bolt file whose next page is the root."""
+    """The first page of a bolt file whose next page is the root."""
     meta = struct.pack("<IIIIQQQQQ", 0xED0CDAED, 2, _PAGE, 0, 1, 0, 0, 2, 1)
     page = struct.pack("<QHHI", 0, 4, 0, 0) + meta + struct.pack("<Q", libpod_db._fnv(meta))
     return page.ljust(_PAGE, b"\0")
 
 
 def _leaf(kind: int, key: bytes, value: bytes) -> bytes:
-    """A page of bolt with one entry."""
+    """A page of bolt with a single entry."""
     entry = struct.pack("<IIII", kind, 16, len(key), len(value))
     return struct.pack("<QHHI", 1, 2, 1, 0) + entry + key + value
 
@@ -181,7 +181,7 @@ def answers(data: bytes, _folder: pathlib.Path) -> None:
 
 
 def policies(data: bytes, _folder: pathlib.Path) -> None:
-    """Ages, moments and sizes."""
+    """Ages, times and sizes."""
     text = data.decode("utf-8", "surrogateescape")
     for read in (
         lambda: gc_policy.moment("option", text, 1e9),
@@ -193,7 +193,7 @@ def policies(data: bytes, _folder: pathlib.Path) -> None:
 
 
 def units(data: bytes, _folder: pathlib.Path) -> None:
-    """Units of systemd and manifests of Kubernetes, alone and beside a pod's."""
+    """Units of systemd and manifests of Kubernetes, alone and with a pod."""
     text = data.decode("utf-8", "surrogateescape")
     for given in (text, {"a.container": text, "b.pod": "[Pod]\nUserNS=auto\n", "c.yaml": text}):
         with contextlib.suppress(AnsibleFilterError):
@@ -201,7 +201,7 @@ def units(data: bytes, _folder: pathlib.Path) -> None:
 
 
 def words(data: bytes, _folder: pathlib.Path) -> None:
-    """What people type into surveys, and settings for a storage.conf."""
+    """Answers of surveys, and settings for a storage.conf."""
     text = data.decode("utf-8", "surrogateescape")
     for read_words in (
         mappings.mappings,
@@ -220,7 +220,7 @@ READERS: t.Mapping[str, t.Callable[[bytes, pathlib.Path], None]] = {
 }
 
 _ID, _OTHER = "a" * 64, "b" * 64
-# What readers are meant for, to begin with.
+# Valid inputs of the readers, as seeds.
 SEEDS: t.Mapping[str, t.Sequence[bytes]] = {
     "store_records": [
         b"\n#\n".join(
@@ -274,9 +274,9 @@ SEEDS: t.Mapping[str, t.Sequence[bytes]] = {
 
 
 def read(name: str, data: bytes, folder: pathlib.Path) -> None:
-    """Have one reader read; an error of ours is as good as a result, if it can be told.
+    """Run a reader; an error of this collection is valid if its message can be formatted.
 
-    :raises Exception: anything else is a fault
+    :raises Exception: any other exception is a bug
     """
     try:
         READERS[name](data, folder)

@@ -37,9 +37,9 @@ apt-get -q -y install --no-install-recommends {" ".join(_PACKAGES)}
 apt-get clean
 """
 _TAR_OPTIONS = ("--xattrs", "--numeric-owner")
-# Hosts before anything of ours: one as a minimal installation leaves it, one as a cloud image is.
+# Additional packages of bare hosts: one is a minimal installation, the other similar to a cloud image.
 _BARE = {"bookworm": "", "trixie": "python3-apt sudo"}
-# The lists of packages are gone, as on an image that is months old; what the role prepare installs is there to be read.
+# The package lists are removed, as on an old image; the packages that the role prepare installs are in apt's cache.
 _INSTALL_BARE = """\
 set -e
 export DEBIAN_FRONTEND=noninteractive
@@ -49,7 +49,7 @@ apt-get clean
 apt-get -q -y install --download-only python3-apt podman skopeo uidmap containers-storage
 rm -r /var/lib/apt/lists/*
 """
-# Experimental holds single packages for sid, so its root is sid's with these replaced.
+# Experimental only has single packages for sid, so its root is that of sid with these packages replaced.
 _BASES = {"experimental": "sid"}
 _UPGRADE = """\
 set -e
@@ -63,7 +63,7 @@ apt-get clean
 
 @contextlib.contextmanager
 def _building(target: pathlib.Path) -> t.Iterator[pathlib.Path]:
-    """A scratch name beside `target` that becomes it in the end; one builder at a time."""
+    """A temporary name beside `target`, which is renamed to it at the end; one builder at a time."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -84,7 +84,7 @@ def _quietly(words: t.Sequence[str], **options: t.Any) -> None:
 
 
 def minbase(suite: str = "trixie") -> pathlib.Path:
-    """The tar archive of a debootstrap minbase root (200 MB), made when the cache lacks it."""
+    """The tar archive of a debootstrap minbase root (200 MB), created on first use."""
     target = cache_dir() / "images" / f"{suite}-minbase.tar"
     if not target.exists():
         with _building(target) as part:
@@ -102,7 +102,7 @@ def minbase(suite: str = "trixie") -> pathlib.Path:
 
 
 def _unpack(suite: str, root: pathlib.Path) -> None:
-    """Make a minbase root on which services do not start."""
+    """Create a minbase root on which services do not start."""
     root.mkdir()
     _quietly(["tar", "-C", str(root), *_TAR_OPTIONS, "-xpf", str(minbase(suite))])
     policy = root / "usr/sbin/policy-rc.d"
@@ -111,7 +111,7 @@ def _unpack(suite: str, root: pathlib.Path) -> None:
 
 
 def root(suite: str) -> pathlib.Path:
-    """The cached root of a Debian release with podman and its kin, made when the cache lacks it."""
+    """The cached root of a Debian release with podman and related programs, created on first use."""
     target = cache_dir() / "roots" / suite
     if not target.exists():
         with _building(target) as part:
@@ -128,7 +128,7 @@ def root(suite: str) -> pathlib.Path:
 def bare(suite: str) -> pathlib.Path:
     """The cached root of a Debian release with Python, an SSH server and little more.
 
-    The packages that the role prepare installs are downloaded already.
+    The packages that the role prepare installs are already downloaded.
     """
     target = cache_dir() / "roots" / f"{suite}-bare"
     if not target.exists():
@@ -168,7 +168,7 @@ def debian_image(lab: Lab, suite: str = "trixie") -> images.Image:
         (target / "blobs/sha256" / layer["digest"].partition(":")[2]).stat().st_size
         for layer in _manifest(target)["layers"]
     )
-    # Bound into the laboratory: users and hosts of it do not see the cache.
+    # Bind-mounted, because users and hosts of the laboratory cannot access the cache.
     shown = lab.folder() / "oci"
     shown.mkdir()
     mounts.mount("--bind", str(target), str(shown))
@@ -183,13 +183,13 @@ def _manifest(layout: pathlib.Path) -> t.Dict[str, t.Any]:
 
 
 class Host(Machine):
-    """A Debian root as a machine of its own, as long as the object lives.
+    """A Debian root as a separate machine, as long as the object exists.
 
     It shares with the laboratory the kernel, the network, the PIDs and the laboratory's folder, at
-    the same path: a store made inside can be worked on from outside and the other way round. Its
-    own are the mount namespace and the root, an overlay over the cached root, which stays as it is.
+    the same path, so that stores inside can be used from outside and vice versa. It has its own mount
+    namespace and root, an overlay over the cached root, which is not changed.
 
-    :param lower: the cached root, by default the one with podman
+    :param lower: the cached root, by default the root with podman
     """
 
     def __init__(self, lab: Lab, suite: str, lower: t.Optional[pathlib.Path] = None) -> None:
@@ -215,7 +215,7 @@ class Host(Machine):
         self.root = f"/proc/{self.pid}/root"
 
     def close(self) -> None:
-        """End the host with all that runs on it; its mounts vanish with its last process."""
+        """Stop the host with all its processes; its mounts disappear with the last process."""
         if self._holder.returncode is not None:
             return
         own = os.stat(self.root)
@@ -228,9 +228,9 @@ class Host(Machine):
 
 
 def of_release(lab: Lab, release: str, host: t.Callable[[str], Host]) -> Machine:
-    """A machine of that release: the laboratory itself for bookworm where it is one, else a host.
+    """A machine of that release: the laboratory itself if it is bookworm, otherwise a host.
 
-    :param host: gives the running host of a suite
+    :param host: returns the running host of a suite
     """
     if release == "bookworm" and lab.machine.version("podman")[:2] == (4, 3):
         return lab.machine
@@ -238,7 +238,7 @@ def of_release(lab: Lab, release: str, host: t.Callable[[str], Host]) -> Machine
 
 
 class Sshd:
-    """An sshd of a machine on a loopback port, with keys of its own.
+    """An sshd of a machine on a loopback port, with its own keys.
 
     `inventory` is a line for Ansible; `user` names who may log in (root, and any user of the machine
     whose keys `authorise` has written).
@@ -298,7 +298,7 @@ class Sshd:
         }
 
     def close(self) -> None:
-        """End it with all its sessions."""
+        """Stop it with all its sessions."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         self._process.wait(LIMIT)
@@ -306,12 +306,12 @@ class Sshd:
 
 
 def _hold(lower: str, shared: str) -> None:
-    """Become the host's first process: build its mounts, say so, wait until the laboratory ends."""
+    """Become the host's first process: create its mounts, report that, and wait until the laboratory ends."""
     mounts.prctl(mounts.PR_SET_PDEATHSIG, signal.SIGKILL)
-    # What the laboratory mounts later below its folder shows up here too, but not the other way.
+    # Later mounts of the laboratory below its folder propagate here, but not in the other direction.
     mounts.unshare_mounts("slave")
     base = tempfile.mkdtemp(prefix="host", dir="/run")
-    # The writable side lies in memory, apart from the stores: those must not lie on an overlay.
+    # The upper directory is in memory, except for the stores, which must not be on an overlay.
     mounts.mount("-t", "tmpfs", "-o", "mode=0755", "host", base)
     for name in ("upper", "work", "root"):
         os.mkdir(f"{base}/{name}")
@@ -334,7 +334,7 @@ def _hold(lower: str, shared: str) -> None:
     os.rmdir("/.old")
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    # The laboratory holds the other end of this pipe for as long as it lives.
+    # The laboratory keeps the other end of this pipe open.
     sys.stdin.read()
 
 
