@@ -15,7 +15,14 @@ import pytest
 if t.TYPE_CHECKING:
     from support.cases import Case
     from support.images import Image
+    from support.lab import Lab
     from support.stores import Store
+
+
+@pytest.fixture
+def tmp_path(lab: Lab) -> pathlib.Path:
+    """A folder that the machine under test has at the same path."""
+    return lab.folder()
 
 
 @pytest.fixture

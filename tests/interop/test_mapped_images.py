@@ -235,10 +235,10 @@ def test_what_leaves_the_store_is_that_of_an_unmapped_image(
 
 
 @pytest.fixture
-def registry() -> t.Iterator[Receiver]:
+def registry(lab: Lab) -> t.Iterator[Receiver]:
     """A registry without TLS that the programs of the laboratory, whose /etc is its own, trust."""
     receiver = Receiver()
-    trusted = pathlib.Path("/etc/containers/registries.conf.d/mapped-images.conf")
+    trusted = lab.machine.path("/etc/containers/registries.conf.d/mapped-images.conf")
     trusted.parent.mkdir(parents=True, exist_ok=True)
     trusted.write_text(f'[[registry]]\nlocation = "{receiver.address}"\ninsecure = true\n')
     yield receiver

@@ -61,6 +61,13 @@ def state(case: Case) -> Json:
     }
 
 
+def other_form(case: Case) -> Json:
+    """Options with which maps are predicted in another form than the case's podman writes."""
+    if case.store.machine.version("podman") < (4, 7):
+        return UNTESTED
+    return {"runtime": "podman 4.3.1", "check_with_runtime": "always"}
+
+
 def only(result: Json) -> Json:
     (entry,) = result["layers"]
     return t.cast(Json, entry)
@@ -121,6 +128,7 @@ def test_podman_does_not_take_the_layer(
 ) -> None:
     case = make_case(kind, machine=machines(name))
     wanted = ["0:1:1000", "1000:1001:64000"] if kind != "vfs" else ADJACENT
+    args = other_form(case) if name == "local" else args
     before = state(case)
     refusal = case.layer_template(uidmap=wanted, options={"fails": True}, **args)
     assert "podman did not use it for a container with this mapping" in refusal["msg"]
@@ -136,14 +144,15 @@ def test_what_a_killed_task_has_left_goes_with_the_next(make_case: MakeCase) -> 
     """Its container, and the layer that nobody has checked."""
     case = make_case("vfs")
     before = state(case)
-    case.layer_template(uidmap=ADJACENT, runtime="podman 99.0", allow_untested_runtime=True)
+    runtime = other_form(case)["runtime"]
+    case.layer_template(uidmap=ADJACENT, runtime=runtime, allow_untested_runtime=True)
     (unchecked,) = case.mapped()
     dead = "userns-storage-check-4194304-1-0123abcd"
     start = pathlib.Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
     live = f"userns-storage-check-{os.getpid()}-{start}-0123abcd"
     for name in (dead, live, "userns-storage-check"):
         case.store.create(case.image.name, "--name", name)
-    refusal = case.layer_template(uidmap=ADJACENT, options={"fails": True}, **UNTESTED)
+    refusal = case.layer_template(uidmap=ADJACENT, options={"fails": True}, **other_form(case))
     assert "it was removed again" in refusal["msg"]
     assert refusal["changed"], "a layer that was there is gone"
     assert unchecked not in case.store.layer_ids()

@@ -24,7 +24,8 @@ def test_gathering_costs_the_same_for_each_layer(
     strace = ("strace", "-f", "-qq", "-o", str(trace))
     counted = []
     for count in (10, 80):
-        store = make_store("overlay-forced")
+        # Other releases have no strace, and it does not matter who has created the empty store.
+        store = make_store("overlay-forced", machine=lab.local)
         store.podman("images")
         large_store.populate(store, count)
         found = large_store.gather(lab, store, before=strace, count_calls=True)

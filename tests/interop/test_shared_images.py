@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import typing as t
 
 import pytest
@@ -223,9 +222,11 @@ def test_only_what_is_named_can_be_read(
     user, other = make_user(), make_user()
     make_store("rootless-overlay", user=user)
     done = setup.share(user, images=[setup.image.name])
-    folder = pathlib.Path(done["users"][0]["store"])
+    folder = done["users"][0]["store"]
     shown = {layer["id"] for layer in setup.store.layers()} & {
-        path.name for path in folder.glob("m/*/*") if os.path.isdir(path / "diff")
+        path.name
+        for path in setup.machine.path(folder).glob("m/*/*")
+        if os.path.isdir(path / "diff")
     }
     (chain,) = [
         image["layer"] for image in setup.store.images() if setup.image.name in image["names"]

@@ -9,6 +9,7 @@ import pathlib
 import typing as t
 
 import pytest
+from support import hosts
 
 Json = t.Dict[str, t.Any]
 STORE = "{{.Store.GraphDriverName}} {{.Store.GraphRoot}} {{.Store.GraphOptions}}"
@@ -82,7 +83,7 @@ def older(
     lab: t.Any, host: t.Any, make_user: t.Any, run_module: t.Any, request: t.Any
 ) -> t.Iterator[Site]:
     """A host whose podman reads one file."""
-    machine = lab.machine if request.param == "bookworm" else host(request.param)
+    machine = hosts.of_release(lab, request.param, host)
     site = Site(lab, machine, run_module, make_user(machine))
     yield site
     site.close()

@@ -141,6 +141,8 @@ class FreshHost(examples.Reader):
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_SSH_ARGS": f"-F {self.folder}/ssh_config",
             "ANSIBLE_REMOTE_USER": self.login,
+            # A connection less for each task.
+            "ANSIBLE_PIPELINING": "true",
         }
         return self.lab.machine.run(
             ["bash", "-c", command], env=environ, cwd=str(self.folder), check=False

@@ -332,6 +332,8 @@ def _hold(lower: str, shared: str) -> None:
     os.chdir("/")
     mounts.detach("/.old")
     os.rmdir("/.old")
+    # As under systemd: what is unmounted here goes away in the namespaces of users' runtimes, too.
+    mounts.mount("--make-rshared", "/")
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     # The laboratory keeps the other end of this pipe open.

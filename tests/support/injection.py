@@ -24,6 +24,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import typing as t
 
 from .waiting import LIMIT
@@ -91,6 +92,8 @@ _SETOPTIONS, _GETEVENTMSG, _SYSCALL_INFO = 0x4200, 0x4201, 0x420E
 _OPTIONS = 0x2 | 0x4 | 0x8 | 0x10 | 0x80 | 0x100000
 _EVENT_FORKS, _EVENT_EXEC, _EVENT_SECCOMP = (1, 2, 3), 4, 7
 _WALL = 0x40000000
+# pause or ppoll, and rt_sigtimedwait, with which podman's pause process waits.
+_PAUSES = ("73 ", "137 ") if os.uname().machine == "aarch64" else ("34 ", "128 ")
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.ptrace.restype = ctypes.c_long
@@ -337,6 +340,7 @@ class _Tracer:
         self.calls: t.List[t.List[t.Any]] = []
         self.known: t.Set[int] = set()
         self.foreign: t.Set[int] = set()
+        self.living: t.Set[int] = set()
 
     def run(self) -> Json:
         reading, writing = os.pipe()
@@ -345,12 +349,13 @@ class _Tracer:
             _child(self.asked, writing)
         os.close(writing)
         self.known.add(pid)
+        self.living.add(pid)
         os.waitpid(pid, _WALL)
         _ptrace(_SETOPTIONS, pid, 0, _OPTIONS)
         _ptrace(_CONT, pid)
         while True:
             try:
-                stopped, status = os.waitpid(-1, _WALL)
+                stopped, status = self._next()
             except ChildProcessError:
                 break
             if os.WIFSTOPPED(status):
@@ -358,6 +363,7 @@ class _Tracer:
                     _ptrace(_CONT, stopped, 0, self._stopped(stopped, status))
             else:
                 self.known.discard(stopped)
+                self.living.discard(stopped)
         output = b""
         while True:
             piece = os.read(reading, 65536)
@@ -372,6 +378,19 @@ class _Tracer:
             "output": output.decode("utf-8", "replace"),
         }
 
+    def _next(self) -> t.Tuple[int, int]:
+        """The next event. podman's pause process, which never ends itself, is killed after all other processes."""
+        while self.living and self.living <= self.foreign:
+            pid, status = os.waitpid(-1, _WALL | os.WNOHANG)
+            if pid:
+                return pid, status
+            for item in self.living:
+                with contextlib.suppress(OSError):
+                    if pathlib.Path(f"/proc/{item}/syscall").read_text().startswith(_PAUSES):
+                        os.kill(item, signal.SIGKILL)
+            time.sleep(0.02)
+        return os.waitpid(-1, _WALL)
+
     def _stopped(self, pid: int, status: int) -> int:
         """Look at a stop; the signal to go on with."""
         number, event = os.WSTOPSIG(status), status >> 16
@@ -381,6 +400,7 @@ class _Tracer:
         if event in _EVENT_FORKS:
             message = ctypes.c_ulong()
             _ptrace(_GETEVENTMSG, pid, 0, ctypes.addressof(message))
+            self.living.add(message.value)
             if pid in self.foreign:
                 self.foreign.add(message.value)
             return 0

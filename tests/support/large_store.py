@@ -159,6 +159,6 @@ def gather(
         }
     )
     words = [*before, "/usr/bin/python3", "-c", _GATHER, place, *(["count"] if count_calls else [])]
-    done = lab.machine.run(words, env={"PYTHONPATH": str(lab.tree)})
+    done = store.machine.run(words, env={"PYTHONPATH": str(lab.tree)})
     found: Json = json.loads(done.stdout)
     return found
