@@ -29,6 +29,11 @@ def only(found: t.Sequence[t.Any]) -> t.Any:
     return item
 
 
+def reads_drop_ins(store: Store) -> bool:
+    """Whether the store's podman reads storage.conf.d."""
+    return store.machine.version("podman") >= (5, 8)
+
+
 def in_an_image_of_a_host(store: Store, folder: pathlib.Path) -> None:
     """What a build of a host's image does with the store that it contains: an archive, and files of it elsewhere."""
     archive = folder.with_suffix(".tar")
@@ -215,6 +220,14 @@ class TestConfigurationOfCrio:
         for word, place in (("BIND", bind), ("LINK", link), ("HERE", store.graphroot)):
             text = text.replace(word, str(place))
         etc(path, text)
+        if path == _DROP_IN and kind != "additional" and reads_drop_ins(store):
+            # The runtime itself reads it, so that the store cannot be used until it is corrected.
+            for module in ("image_layers_info", "layer_gc"):
+                options = POLICY if module == "layer_gc" else {}
+                failed = run_module(module, {**self.named(store), **options}, fails=True)
+                assert f"/etc/{path}" in failed["msg"]
+            assert store.mapped_layers(small_image.name) == [layer]
+            return
         self.assert_kept(run_module, store, layer, kind)
 
     @pytest.mark.parametrize(

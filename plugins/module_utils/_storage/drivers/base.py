@@ -67,14 +67,26 @@ class Strategy(t.NamedTuple):
 
 
 @dataclass(frozen=True)
+class ShortNames:
+    """How the runtimes of a host use the short names of layers of the overlay driver.
+
+    :param needed: whether a runtime only finds layers by them
+    :param restored: whether all runtimes restore lost names from the files ``link``
+    """
+
+    needed: bool = True
+    restored: bool = True
+
+
+@dataclass(frozen=True)
 class DriverHome:
     """The location of a driver's data.
 
     :param options: the driver's own options, prefix stripped, keys in lower case
     :param view: the graphroot to work through, see :func:`.view.view_of`
     :param image_stores: graphroots of the image store and of read-only ones, where layers may lie too
-    :param needs_short_names: whether the runtimes of this host need the names in ``l/`` of overlay; asked only
-        where one is missing
+    :param short_names: how the runtimes of this host use the names in ``l/`` of overlay; called only if a name is
+        missing
     :param tree_tools: the functions that create trees; None for a driver that only reads and removes layers
     :param read_only: whether nothing at all may be written, as in check mode
     """
@@ -85,7 +97,7 @@ class DriverHome:
     rootless: bool
     view: str
     image_stores: t.Tuple[str, ...] = ()
-    needs_short_names: t.Callable[[], bool] = lambda: True
+    short_names: t.Callable[[], ShortNames] = ShortNames
     tree_tools: t.Optional[TreeTools] = None
     read_only: bool = False
 

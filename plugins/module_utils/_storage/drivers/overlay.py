@@ -97,13 +97,13 @@ class OverlayDriver(Driver):
                 found = f"l/{link}, the short name of layer {layer_id[:12]}, is missing"
             # Runtimes that read lower-layers do not need short names and do not restore them. Others restore those
             # that a link file names.
-            if found and ((named is None and lost) or self.home.needs_short_names()):
+            if found and ((named is None and lost) or self.home.short_names().needed):
                 return found
             if named is None:
                 for item in links:
                     if (
                         self._resolve(item, use_link_files=False) is None
-                        and not self.home.needs_short_names()
+                        and not self.home.short_names().restored
                     ):
                         return f"lower of layer {layer_id[:12]} names {item}, which is missing"
             if named is not None:

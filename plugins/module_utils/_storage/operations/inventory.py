@@ -260,7 +260,7 @@ class _Taker:
         mapped = list(dict.fromkeys(image.mapped_layers))
         found = ImageState(
             image=image,
-            chain=[self._state(item) for item in chain],
+            chain=[self._own_state(item) for item in chain],
             mapped=[self._mapped_state(layer, template) for layer in mapped],
             problem=problem,
         )
@@ -358,6 +358,23 @@ class _Taker:
 
     def _is_there(self, layer: Layer) -> bool:
         return bool(layer.read_only_store) or self.present is None or layer.id in self.present
+
+    def _own_state(self, layer_id: str) -> LayerState:
+        """Examine an image's own layer."""
+        known = layer_id in self.states
+        state = self._state(layer_id)
+        if known or state.layer is None or state.layer.read_only_store:
+            return state
+        if self.measure != NONE and state.status == OK:
+            try:
+                damage = self.driver.damage(layer_id)
+                if damage is not None:
+                    state.status, state.problem = DAMAGED, damage
+            except UntestedRuntime as error:
+                state.status, state.problem = NEWER, str(error)
+            except StorageError as error:
+                state.status, state.problem = DAMAGED, str(error)
+        return state
 
     def _mapped_state(self, layer_id: str, template: t.Sequence[Layer]) -> LayerState:
         """Examine a mapped layer, in more detail than other layers, because runtimes do not check it."""

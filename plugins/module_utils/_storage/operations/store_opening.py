@@ -12,7 +12,7 @@ import shutil
 import typing as t
 from dataclasses import dataclass, field
 
-from ..drivers.base import Driver, DriverHome
+from ..drivers.base import Driver, DriverHome, ShortNames
 from ..drivers.registry import open_driver
 from ..drivers.view import view_of
 from ..errors import ConfigError, PermissionDenied, StorageError, StoreError
@@ -162,14 +162,15 @@ def configured(request: StoreRequest) -> StoreConfig:
     )
 
 
-def _need_short_names() -> bool:
-    """Whether a runtime of this host reads layers by their short names; true if no runtime is known."""
+def _short_names() -> ShortNames:
+    """How the runtimes of this host use short names; as old runtimes if none is known."""
     installed = [name for name, program in PROGRAMS.items() if shutil.which(program)]
     try:
         known = [item for item in map(detect, installed) if item is not None]
     except (StorageError, OSError):
-        return True
-    return not known or not all(item.capabilities.reads_lower_layers for item in known)
+        known = []
+    new = {item.capabilities.reads_lower_layers for item in known}
+    return ShortNames(needed=False in new, restored=True not in new) if new else ShortNames()
 
 
 @contextlib.contextmanager
@@ -206,7 +207,7 @@ def opened(
             image_stores=tuple(filter(None, (config.imagestore, *config.additional_image_stores))),
             tree_tools=tree_tools,
             read_only=read_only,
-            needs_short_names=functools.lru_cache(maxsize=None)(_need_short_names),
+            short_names=functools.lru_cache(maxsize=None)(_short_names),
         )
         yield OpenStore(
             config,

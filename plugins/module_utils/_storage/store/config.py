@@ -150,6 +150,14 @@ def discover(
     return replace(found, user=account.name) if account and rootless else found
 
 
+def _is_same(path: str, other: str) -> bool:
+    """Whether two paths name the same directory, also through a link or a bind mount."""
+    try:
+        return path == other or os.path.samefile(path, other)
+    except OSError:
+        return False
+
+
 class _Discovery:
     def __init__(self, overrides: StoreOverrides, caller: Caller, can: Capabilities) -> None:
         self.overrides = overrides
@@ -166,7 +174,7 @@ class _Discovery:
         if can.keeps_database:
             self._merge_database(settings)
         graphroot = settings.graphroot
-        if settings.imagestore and settings.imagestore == graphroot:
+        if settings.imagestore and _is_same(settings.imagestore, graphroot):
             if settings.sources["graphroot"] == OPTION:
                 raise ConfigError(
                     f"graphroot {graphroot}",

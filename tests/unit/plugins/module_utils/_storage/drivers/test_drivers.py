@@ -15,6 +15,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.drivers im
 from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.base import (
     Driver,
     DriverHome,
+    ShortNames,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.drivers.overlay import (
     OverlayDriver,
@@ -117,17 +118,21 @@ def lead_elsewhere(link: pathlib.Path) -> None:
     link.symlink_to("/etc")
 
 
-@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(
+    "names",
+    [ShortNames(True, True), ShortNames(True, False), ShortNames(False, False)],
+    ids=["old", "old and new", "new"],
+)
 def test_lost_short_names_that_a_runtime_recreates(
-    driver: OverlayDriver, store: pathlib.Path, old: bool
+    driver: OverlayDriver, store: pathlib.Path, names: ShortNames
 ) -> None:
-    driver = OverlayDriver(dataclasses.replace(driver.home, needs_short_names=lambda: old))
+    driver = OverlayDriver(dataclasses.replace(driver.home, short_names=lambda: names))
     for link in (store / "overlay/l").iterdir():
         link.unlink()
     if (store / "overlay" / TOP / "lower-layers").exists():
         (store / "overlay" / TOP / "lower-layers").unlink()
-    # Newer runtimes do not make them anew for layers that need them.
-    assert ("names l/AAA" in (driver.damage(TOP, [BASE]) or "")) is not old
+    # Newer runtimes do not restore them for layers that need them, even if an older one beside them would.
+    assert ("names l/AAA" in (driver.damage(TOP, [BASE]) or "")) is not names.restored
     assert driver.resting([TOP]) == {TOP: [BASE]}
 
 
