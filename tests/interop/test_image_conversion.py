@@ -336,7 +336,10 @@ def test_a_copy_that_is_whole_stays(
     store = make_store("overlay-forced", small_image)
     plain = store.shell(small_image.name, OWNERS)
     words = {"image": small_image.name, "uidmap": [OTHER_MAP], "gidmap": [OTHER_MAP]}
-    (made,) = run_module("layer_template", {**store.module_args(), **words})["layers"]
+    environ = store.module_environ()
+    (made,) = run_module("layer_template", {**store.module_args(), **words}, environ=environ)[
+        "layers"
+    ]
     done = convert(store, [small_image.name], [MAP])
     assert done["removed_layers"] == []
     assert store.mapped_layers(small_image.name) == [made["layer_id"]]

@@ -37,7 +37,7 @@ class MapItem:
 
     container_id: int
     host_id: int
-    size: int | None = None
+    size: t.Optional[int] = None
     parent: bool = False  # "@": host_id is an ID of the host, not of the runtime's namespace
     extends: bool = False  # "+": overrides earlier entries
     uid: bool = True
@@ -57,11 +57,11 @@ class Userns:
     """A value of ``--userns``."""
 
     kind: str
-    uid: int | None = None
-    gid: int | None = None
-    size: int | None = None
-    uid_items: tuple[tuple[MapItem, ...], ...] = ()
-    gid_items: tuple[tuple[MapItem, ...], ...] = ()
+    uid: t.Optional[int] = None
+    gid: t.Optional[int] = None
+    size: t.Optional[int] = None
+    uid_items: t.Tuple[t.Tuple[MapItem, ...], ...] = ()
+    gid_items: t.Tuple[t.Tuple[MapItem, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Request:
     """
 
     kind: str
-    userns: Userns | None = None
-    uid_items: tuple[MapItem, ...] = ()
-    gid_items: tuple[MapItem, ...] = ()
+    userns: t.Optional[Userns] = None
+    uid_items: t.Tuple[MapItem, ...] = ()
+    gid_items: t.Tuple[MapItem, ...] = ()
     subuidname: str = ""
     subgidname: str = ""
 
@@ -92,11 +92,11 @@ class Request:
 
 
 def parse_request(
-    userns: str | None = None,
+    userns: t.Optional[str] = None,
     uidmap: t.Iterable[str] = (),
     gidmap: t.Iterable[str] = (),
-    subuidname: str | None = None,
-    subgidname: str | None = None,
+    subuidname: t.Optional[str] = None,
+    subgidname: t.Optional[str] = None,
 ) -> Request:
     """Parse the options together, as podman's command line does.
 
@@ -141,7 +141,7 @@ def parse_userns(text: str) -> Userns:
             "Prepare the image for the mapping of the container whose namespace it joins.",
         )
     if kind == "keep-id":
-        numbers: dict[str, int] = {}
+        numbers: t.Dict[str, int] = {}
         for key, value in _options(subject, rest if colon else None):
             if key not in ("uid", "gid", "size"):
                 raise MapError(subject, f"keep-id has no option {key!r}", _KINDS_HELP)
@@ -149,7 +149,7 @@ def parse_userns(text: str) -> Userns:
         return Userns(kind, numbers.get("uid"), numbers.get("gid"), numbers.get("size"))
     if kind == "auto":
         size = None
-        extra: dict[str, list[tuple[MapItem, ...]]] = {"uidmapping": [], "gidmapping": []}
+        extra: t.Dict[str, t.List[t.Tuple[MapItem, ...]]] = {"uidmapping": [], "gidmapping": []}
         for key, value in _options(subject, rest if colon else None):
             if key == "size":
                 size = _number(subject, key, value)
@@ -171,7 +171,7 @@ def parse_userns(text: str) -> Userns:
     raise MapError(subject, "is not a user namespace mode of podman", _KINDS_HELP)
 
 
-def parse_map_flags(items: t.Iterable[str]) -> tuple[MapItem, ...]:
+def parse_map_flags(items: t.Iterable[str]) -> t.Tuple[MapItem, ...]:
     """Parse values of ``--uidmap`` or ``--gidmap``.
 
     As on the command line a value may hold several entries, joined by commas, or by colons where
@@ -193,7 +193,7 @@ def parse_map_flags(items: t.Iterable[str]) -> tuple[MapItem, ...]:
     return tuple(result)
 
 
-def _item(text: str, fields: list[str]) -> MapItem:
+def _item(text: str, fields: t.List[str]) -> MapItem:
     subject = f"map entry {text!r}"
     inside = _FLAGS_AND_ID.fullmatch(fields[0])
     outside = _HOST.fullmatch(fields[1])
@@ -220,7 +220,7 @@ def _item(text: str, fields: list[str]) -> MapItem:
     return item
 
 
-def _options(subject: str, text: str | None) -> t.Iterator[tuple[str, str]]:
+def _options(subject: str, text: t.Optional[str]) -> t.Iterator[t.Tuple[str, str]]:
     if text is None:
         return
     for option in text.split(","):
@@ -244,7 +244,7 @@ def _number(subject: str, name: str, text: str) -> int:
 _WHOLE_HOST = Mapping(EVERYTHING, EVERYTHING)
 
 
-def _no_names(name: str, kind: str) -> tuple[SubIDRange, ...]:
+def _no_names(name: str, kind: str) -> t.Tuple[SubIDRange, ...]:
     raise MapError(
         f"sub{kind}name {name}", "cannot be looked up in this context", "Use plain maps instead."
     )
@@ -277,10 +277,10 @@ class UsernsContext:
     # buildah requires a UID map with a GID map.
     gid_map_alone: bool = True
     # keep-id, nomap and auto are values of podman; buildah and CRI-O support some of them.
-    kinds: frozenset[str] = frozenset(("host", "keep-id", "nomap", "auto"))
+    kinds: t.FrozenSet[str] = frozenset(("host", "keep-id", "nomap", "auto"))
     program: str = "podman"
     # Subordinate ranges of an owner named by subuidname ("uid") or subgidname ("gid").
-    named_ranges: t.Callable[[str, str], tuple[SubIDRange, ...]] = _no_names
+    named_ranges: t.Callable[[str, str], t.Tuple[SubIDRange, ...]] = _no_names
 
 
 def resolve(userns: Userns, context: UsernsContext) -> Mapping:
@@ -332,7 +332,7 @@ def resolve_maps(
     if not context.map_flags:
         for item in (*uid_items, *gid_items):
             _plain_only(item, context)
-    named: list[tuple[IDRange, ...]] = [(), ()]
+    named: t.List[t.Tuple[IDRange, ...]] = [(), ()]
     if subuidname:
         named = [
             _named(context.named_ranges(subuidname, "uid")),
@@ -371,9 +371,9 @@ def resolve_auto_extras(userns: Userns, context: UsernsContext) -> Mapping:
         ("UID", userns.uid_items, context.available.uid),
         ("GID", userns.gid_items, context.available.gid),
     ):
-        ranges: list[IDRange] = []
+        ranges: t.List[IDRange] = []
         for items in options:
-            pieces: list[IDRange] = []
+            pieces: t.List[IDRange] = []
             for item in items:
                 if not context.auto_parent_ids:
                     _plain_only(item, context)
@@ -453,7 +453,7 @@ def _nomap(context: UsernsContext) -> Mapping:
     return Mapping(*maps)
 
 
-def _subordinate(have: IDMap) -> list[int]:
+def _subordinate(have: IDMap) -> t.List[int]:
     """Sizes of the subordinate ranges in a namespace's own map: all but the user's own ID."""
     return [entry.size for entry in have.ranges if entry.container_id]
 
@@ -481,7 +481,7 @@ def _plain_only(item: MapItem, context: UsernsContext) -> None:
     raise MapError(f"map entry {item}", cause, "Write it as CONTAINER_ID:HOST_ID:COUNT.")
 
 
-def _named(ranges: t.Iterable[SubIDRange]) -> tuple[IDRange, ...]:
+def _named(ranges: t.Iterable[SubIDRange]) -> t.Tuple[IDRange, ...]:
     entries = []
     position = 0
     for start, size in sorted(ranges):
@@ -490,10 +490,10 @@ def _named(ranges: t.Iterable[SubIDRange]) -> tuple[IDRange, ...]:
     return tuple(entries)
 
 
-def _typed(kind: str, items: t.Sequence[MapItem], context: UsernsContext) -> list[IDRange]:
+def _typed(kind: str, items: t.Sequence[MapItem], context: UsernsContext) -> t.List[IDRange]:
     """The UID or the GID map, from the entries that apply to it."""
     have = context.available.uid if kind == "uid" else context.available.gid
-    result: list[IDRange] = []
+    result: t.List[IDRange] = []
     fill = False
     for item in items:
         if not (item.uid if kind == "uid" else item.gid):
@@ -528,7 +528,7 @@ def _pieces(kind: str, item: MapItem, have: IDMap, context: UsernsContext) -> t.
     yield from inner.ranges
 
 
-def _cut(ranges: t.Iterable[IDRange], piece: IDRange) -> list[IDRange]:
+def _cut(ranges: t.Iterable[IDRange], piece: IDRange) -> t.List[IDRange]:
     """The ranges without the IDs that another range maps, on both sides."""
     result = []
     for entry in ranges:
@@ -555,7 +555,7 @@ def _part(entry: IDRange, low: int, high: int) -> IDRange:
     return IDRange(entry.container_id + low, entry.host_id + low, high - low)
 
 
-def _free(ranges: t.Iterable[IDRange], have: IDMap) -> list[tuple[int, int]]:
+def _free(ranges: t.Iterable[IDRange], have: IDMap) -> t.List[t.Tuple[int, int]]:
     """(start, end) spans of the namespace's IDs that no range uses yet, lowest first."""
     used = sorted((entry.host_id, entry.host_id + entry.size) for entry in ranges)
     result = []
@@ -573,9 +573,9 @@ def _free(ranges: t.Iterable[IDRange], have: IDMap) -> list[tuple[int, int]]:
     return result
 
 
-def _fill(ranges: t.Iterable[IDRange], free: t.Sequence[tuple[int, int]]) -> list[IDRange]:
+def _fill(ranges: t.Iterable[IDRange], free: t.Sequence[t.Tuple[int, int]]) -> t.List[IDRange]:
     """The ranges, with free IDs in order in the gaps between and behind them."""
-    result: list[IDRange] = []
+    result: t.List[IDRange] = []
     spans = list(free)
     position = 0
     for entry in sorted(ranges):
@@ -594,7 +594,7 @@ def _fill(ranges: t.Iterable[IDRange], free: t.Sequence[tuple[int, int]]) -> lis
     return result
 
 
-def _merge(ranges: t.Sequence[IDRange]) -> list[IDRange]:
+def _merge(ranges: t.Sequence[IDRange]) -> t.List[IDRange]:
     """The ranges in container order, adjacent ones merged."""
     return list(IDMap(tuple(ranges)).normal().ranges)
 

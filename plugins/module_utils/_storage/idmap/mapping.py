@@ -49,7 +49,7 @@ class Mapping:
         return self.uid.contiguous and self.gid.contiguous
 
     @property
-    def root(self) -> tuple[int, int]:
+    def root(self) -> t.Tuple[int, int]:
         """Host UID and GID of the container's root.
 
         :raises MapError: a map does not contain root
@@ -86,12 +86,12 @@ class Shift:
         self.old = old
         self.new = new
         self.overflow = overflow
-        self.unmapped_uids: set[int] = set()
-        self.unmapped_gids: set[int] = set()
-        self.foreign_uids: set[int] = set()
-        self.foreign_gids: set[int] = set()
-        self._uids: dict[int, int] = {}
-        self._gids: dict[int, int] = {}
+        self.unmapped_uids: t.Set[int] = set()
+        self.unmapped_gids: t.Set[int] = set()
+        self.foreign_uids: t.Set[int] = set()
+        self.foreign_gids: t.Set[int] = set()
+        self._uids: t.Dict[int, int] = {}
+        self._gids: t.Dict[int, int] = {}
 
     def uid(self, host_id: int) -> int:
         """The new host UID of a file that host UID ``host_id`` owns, -1 if it has none."""
@@ -124,7 +124,7 @@ class Shift:
         )
 
     def _translate(
-        self, host_id: int, old: IDMap, new: IDMap, unmapped: set[int], foreign: set[int]
+        self, host_id: int, old: IDMap, new: IDMap, unmapped: t.Set[int], foreign: t.Set[int]
     ) -> int:
         container_id = old.to_container(host_id)
         if container_id is not None:

@@ -32,9 +32,9 @@ class IDRange(t.NamedTuple):
         return f"{self.container_id}:{self.host_id}:{self.size}"
 
 
-def _touching(spans: t.Iterable[tuple[int, int]]) -> bool:
+def _touching(spans: t.Iterable[t.Tuple[int, int]]) -> bool:
     """Whether each of the (start, size) spans begins where the previous one ends."""
-    end: int | None = None
+    end: t.Optional[int] = None
     for start, size in spans:
         if end is not None and start != end:
             return False
@@ -42,7 +42,7 @@ def _touching(spans: t.Iterable[tuple[int, int]]) -> bool:
     return True
 
 
-def overlapping(ranges: t.Iterable[IDRange]) -> tuple[IDRange, IDRange, str] | None:
+def overlapping(ranges: t.Iterable[IDRange]) -> t.Optional[t.Tuple[IDRange, IDRange, str]]:
     """The first two ranges that share an ID, and on which side ("container" or "host")."""
     filled = [entry for entry in ranges if entry.size]
     for index, side in ((0, "container"), (1, "host")):
@@ -57,12 +57,12 @@ def overlapping(ranges: t.Iterable[IDRange]) -> tuple[IDRange, IDRange, str] | N
 class IDMap:
     """An ordered ID map. A map without ranges is the identity: every ID is stored unchanged."""
 
-    ranges: tuple[IDRange, ...] = ()
+    ranges: t.Tuple[IDRange, ...] = ()
 
     # Creating and formatting
 
     @classmethod
-    def of(cls, *ranges: tuple[int, int, int]) -> IDMap:
+    def of(cls, *ranges: t.Tuple[int, int, int]) -> IDMap:
         """A map of (container ID, host ID, size) triples, unchecked."""
         return cls(tuple(IDRange(*entry) for entry in ranges))
 
@@ -137,11 +137,11 @@ class IDMap:
             ranges.append(IDRange(*numbers))
         return cls(tuple(ranges))
 
-    def to_record(self) -> list[dict[str, int]]:
+    def to_record(self) -> t.List[t.Dict[str, int]]:
         """The list for JSON records (omit the key if it is empty)."""
         return [entry._asdict() for entry in self.ranges]
 
-    def to_strings(self) -> list[str]:
+    def to_strings(self) -> t.List[str]:
         """``C:H:N`` per range, as on podman's command line and in ``/proc/PID/uid_map``."""
         return [str(entry) for entry in self.ranges]
 
@@ -150,7 +150,7 @@ class IDMap:
 
     # Queries
 
-    def to_host(self, container_id: int) -> int | None:
+    def to_host(self, container_id: int) -> t.Optional[int]:
         """The host ID of a container ID; None if it is not mapped."""
         if not self.ranges:
             return container_id
@@ -159,7 +159,7 @@ class IDMap:
                 return host + container_id - start
         return None
 
-    def to_container(self, host_id: int) -> int | None:
+    def to_container(self, host_id: int) -> t.Optional[int]:
         """The container ID of a host ID; None if it is not mapped."""
         if not self.ranges:
             return host_id
@@ -168,7 +168,7 @@ class IDMap:
                 return start + host_id - host
         return None
 
-    def missing(self, ids: t.Iterable[int]) -> list[int]:
+    def missing(self, ids: t.Iterable[int]) -> t.List[int]:
         """The unmapped IDs among these container IDs, sorted, without duplicates."""
         return sorted(identifier for identifier in set(ids) if self.to_host(identifier) is None)
 
@@ -180,7 +180,7 @@ class IDMap:
         """
         return self.contiguity()[0]
 
-    def contiguity(self) -> tuple[bool, IDMap]:
+    def contiguity(self) -> t.Tuple[bool, IDMap]:
         """``contiguous``, and the list in the order in which the runtime's check leaves it.
 
         The check sorts by host ID first, and then by container ID if the ranges are adjacent. Sorting a
@@ -193,7 +193,7 @@ class IDMap:
         return _touching((entry.container_id, entry.size) for entry in both.ranges), both
 
     @property
-    def root(self) -> int | None:
+    def root(self) -> t.Optional[int]:
         """The host ID of the container's root; None if it is not mapped.
 
         A single range of size 1 counts as root, regardless of its container ID (GetRootUIDGID).
@@ -233,7 +233,7 @@ class IDMap:
 
         A map of empty ranges becomes ``NOTHING``, because a map without ranges is the identity.
         """
-        merged: list[IDRange] = []
+        merged: t.List[IDRange] = []
         for entry in sorted(self.ranges):
             if not entry.size:
                 continue

@@ -49,8 +49,8 @@ class SubIDRange(t.NamedTuple):
 class SubIDs:
     """A user's subordinate UIDs and GIDs, in the order of the source."""
 
-    uid: tuple[SubIDRange, ...] = ()
-    gid: tuple[SubIDRange, ...] = ()
+    uid: t.Tuple[SubIDRange, ...] = ()
+    gid: t.Tuple[SubIDRange, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Sources:
     nsswitch: str = "/etc/nsswitch.conf"
     passwd: str = "/etc/passwd"
     # The program that queries libsubid; empty if only the files are used.
-    getsubids: tuple[str, ...] = ("getsubids",)
+    getsubids: t.Tuple[str, ...] = ("getsubids",)
     login_defs: str = "/etc/login.defs"
     # The dialect of the files; None for that of this host's shadow.
-    dialect: subid_file.Dialect | None = None
+    dialect: t.Optional[subid_file.Dialect] = None
     # The program that lists accounts of services other than files.
-    getent: tuple[str, ...] = ("getent",)
+    getent: t.Tuple[str, ...] = ("getent",)
 
     @property
     def reading(self) -> subid_file.Dialect:
@@ -80,7 +80,7 @@ class Sources:
 
 
 def subordinate_ids(
-    name: str, uid: int | None, required: bool = True, sources: Sources = Sources()
+    name: str, uid: t.Optional[int], required: bool = True, sources: Sources = Sources()
 ) -> SubIDs:
     """The subordinate IDs of a user, from entries under the name or under the UID.
 
@@ -97,11 +97,11 @@ def subordinate_ids(
 
 def ranges_of(
     name: str,
-    uid: int | None,
+    uid: t.Optional[int],
     kind: str,
     required: bool = True,
     sources: Sources = Sources(),
-) -> tuple[SubIDRange, ...]:
+) -> t.Tuple[SubIDRange, ...]:
     """One kind ("uid" or "gid") of a user's subordinate IDs.
 
     :raises NamespaceError: as ``subordinate_ids``
@@ -128,8 +128,8 @@ def ranges_of(
 
 
 def own_ranges(
-    content: bytes, path: str, name: str, uid: int | None, dialect: subid_file.Dialect
-) -> tuple[SubIDRange, ...]:
+    content: bytes, path: str, name: str, uid: t.Optional[int], dialect: subid_file.Dialect
+) -> t.Tuple[SubIDRange, ...]:
     """A user's ranges in the content of a file, as shadow reads it; lines that shadow does not read are ignored.
 
     :param path: the file, for messages
@@ -153,7 +153,7 @@ def own_ranges(
     return tuple(found)
 
 
-def _is_of(owner: str, name: str, uid: int | None, dialect: subid_file.Dialect) -> bool:
+def _is_of(owner: str, name: str, uid: t.Optional[int], dialect: subid_file.Dialect) -> bool:
     """Whether an entry of that owner belongs to a user."""
     if owner == name or (uid is not None and owner == str(uid)):
         return True
@@ -170,8 +170,8 @@ def _is_of(owner: str, name: str, uid: int | None, dialect: subid_file.Dialect) 
 
 
 def unread(
-    content: bytes, name: str, uid: int | None, dialect: subid_file.Dialect
-) -> list[tuple[int, str]]:
+    content: bytes, name: str, uid: t.Optional[int], dialect: subid_file.Dialect
+) -> t.List[t.Tuple[int, str]]:
     """Number and text of lines that look like entries of a user, but that shadow ignores."""
     found = []
     for number, raw in enumerate(content.split(b"\n"), 1):
@@ -195,7 +195,7 @@ def why_not_read(path: str, content: bytes, dialect: subid_file.Dialect) -> str:
     return ""
 
 
-def everybodys_ranges(kind: str, sources: Sources = Sources()) -> tuple[SubIDRange, ...]:
+def everybodys_ranges(kind: str, sources: Sources = Sources()) -> t.Tuple[SubIDRange, ...]:
     """One kind ("uid" or "gid") of the subordinate IDs of all users: all entries that any version of shadow reads in
     the file, and all lines that look like entries.
 
@@ -204,13 +204,13 @@ def everybodys_ranges(kind: str, sources: Sources = Sources()) -> tuple[SubIDRan
     return tuple(SubIDRange(start, size) for _owner, start, size in claims(kind, sources))
 
 
-def claims(kind: str, sources: Sources = Sources()) -> list[subid_file.Line]:
+def claims(kind: str, sources: Sources = Sources()) -> t.List[subid_file.Line]:
     """As :func:`everybodys_ranges`, with the owners as written, cut off at the last ID.
 
     :raises NamespaceError: the file cannot be read
     """
     content = read_file(sources.path(kind))
-    found: dict[subid_file.Line, None] = {}
+    found: t.Dict[subid_file.Line, None] = {}
     pieces = dict.fromkeys(re.split(rb"[\n\0]", content))
     for dialect in subid_file.DIALECTS:
         with contextlib.suppress(subid_file.NotRead):
@@ -303,11 +303,11 @@ def free_range(
     return SubIDRange(start, count)
 
 
-def bounds(kinds: t.Iterable[str], sources: Sources = Sources()) -> tuple[int, int]:
+def bounds(kinds: t.Iterable[str], sources: Sources = Sources()) -> t.Tuple[int, int]:
     """The first and the last subordinate ID that useradd assigns for these kinds ("uid", "gid"), by
     SUB_UID_MIN, SUB_UID_MAX, SUB_GID_MIN and SUB_GID_MAX of login.defs(5).
     """
-    given: dict[str, int] = {}
+    given: t.Dict[str, int] = {}
     for line in _lines(sources.login_defs):
         words = line.replace('"', " ").split()
         if len(words) > 1:
@@ -321,14 +321,14 @@ def bounds(kinds: t.Iterable[str], sources: Sources = Sources()) -> tuple[int, i
     )
 
 
-def accounts(path: str, columns: t.Sequence[int]) -> list[SubIDRange]:
+def accounts(path: str, columns: t.Sequence[int]) -> t.List[SubIDRange]:
     """The IDs in columns of passwd(5) or group(5), each as a range of size 1."""
     return _numbers(_lines(path), columns)
 
 
 def nss_accounts(
     database: str, columns: t.Sequence[int], sources: Sources = Sources()
-) -> list[SubIDRange]:
+) -> t.List[SubIDRange]:
     """As :func:`accounts`, from NSS if accounts are not only in files.
 
     Many services list no accounts, such as sssd without ``enumerate``. After a timeout, the list is incomplete.
@@ -363,7 +363,7 @@ def _other_services(path: str, database: str) -> bool:
     return False
 
 
-def _numbers(lines: t.Iterable[str], columns: t.Sequence[int]) -> list[SubIDRange]:
+def _numbers(lines: t.Iterable[str], columns: t.Sequence[int]) -> t.List[SubIDRange]:
     found = []
     for line in lines:
         fields = line.split(":")
@@ -405,11 +405,11 @@ def read_file(path: str) -> bytes:
     return content
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: str) -> t.List[str]:
     return read_file(path).decode("utf-8", "surrogateescape").split("\n")
 
 
-def _ask_nss(name: str, kind: str, service: str, sources: Sources) -> tuple[SubIDRange, ...]:
+def _ask_nss(name: str, kind: str, service: str, sources: Sources) -> t.Tuple[SubIDRange, ...]:
     subject = f"subordinate {kind.upper()}s of {name}"
     try:
         answer = _getsubids(name, kind, sources)
@@ -458,7 +458,7 @@ def _getsubids(name: str, kind: str, sources: Sources) -> str:
 
 
 def _nothing(
-    name: str, uid: int | None, kind: str, service: str, sources: Sources
+    name: str, uid: t.Optional[int], kind: str, service: str, sources: Sources
 ) -> NamespaceError:
     subject = f"user {name}"
     if service:

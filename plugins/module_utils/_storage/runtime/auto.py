@@ -37,15 +37,15 @@ class ImageIDs:
     """
 
     highest: int = -1
-    passwd: str | None = None
-    group: str | None = None
-    started_group: str | None = None
+    passwd: t.Optional[str] = None
+    group: t.Optional[str] = None
+    started_group: t.Optional[str] = None
 
 
 def image_ids(
     id_sets: t.Iterable[t.Iterable[int]],
-    read_file: t.Callable[[str], str | None],
-    started_group: str | None = None,
+    read_file: t.Callable[[str], t.Optional[str]],
+    started_group: t.Optional[str] = None,
 ) -> ImageIDs:
     """Collect them from an image.
 
@@ -60,7 +60,7 @@ def namespace_size(
     runtime: Runtime,
     limits: AutoUserns,
     image: ImageIDs,
-    size: int | None = None,
+    size: t.Optional[int] = None,
     user: str = "",
 ) -> int:
     """The number of IDs in the namespace.
@@ -114,7 +114,7 @@ def accounts_size(can: Capabilities, image: ImageIDs) -> int:
     return size
 
 
-def available_ids(rootless: bool, subids: SubIDs) -> tuple[list[Span], list[Span]]:
+def available_ids(rootless: bool, subids: SubIDs) -> t.Tuple[t.List[Span], t.List[Span]]:
     """(start, end) spans of the UIDs and of the GIDs that are available to containers.
 
     :param subids: those of the rootless user, or of ``AutoUserns.owner`` for root
@@ -131,7 +131,7 @@ def available_ids(rootless: bool, subids: SubIDs) -> tuple[list[Span], list[Span
 
 def allocate(
     size: int,
-    available: tuple[t.Sequence[Span], t.Sequence[Span]],
+    available: t.Tuple[t.Sequence[Span], t.Sequence[Span]],
     used: t.Iterable[Mapping],
     extra: Mapping = UNMAPPED,
 ) -> Mapping:
@@ -183,11 +183,11 @@ def allocate(
 def slots(
     count: int,
     size: int,
-    available: tuple[t.Sequence[Span], t.Sequence[Span]],
+    available: t.Tuple[t.Sequence[Span], t.Sequence[Span]],
     used: t.Iterable[Mapping],
     held: t.Iterable[Mapping] = (),
     extra: Mapping = UNMAPPED,
-) -> list[Mapping]:
+) -> t.List[Mapping]:
     """The maps of the first ``count`` simultaneous containers of an image.
 
     Existing containers of the image with a map of this size occupy slots,
@@ -198,7 +198,7 @@ def slots(
     :raises MapError: too few IDs are free
     """
     taken = list(used)
-    result: list[Mapping] = []
+    result: t.List[Mapping] = []
     for item in held:
         alike = (
             item.uid.size == size and item.gid.size == size and item.uid.ranges and item.gid.ranges
@@ -226,7 +226,7 @@ def _fewer(fit: int) -> str:
     return f"Set slots to {fit}, " if fit else ""
 
 
-def _from(mapping: Mapping, available: tuple[t.Sequence[Span], t.Sequence[Span]]) -> bool:
+def _from(mapping: Mapping, available: t.Tuple[t.Sequence[Span], t.Sequence[Span]]) -> bool:
     """Whether a map starts with IDs that are available to automatic namespaces."""
     return all(
         any(low <= idmap.ranges[0].host_id < high for low, high in spans)
@@ -234,7 +234,7 @@ def _from(mapping: Mapping, available: tuple[t.Sequence[Span], t.Sequence[Span]]
     )
 
 
-def _numbers(user: str) -> list[int]:
+def _numbers(user: str) -> t.List[int]:
     numbers = (_whole(part) for part in user.split(":") if part.isascii() and part.isdigit())
     return [number for number in numbers if number < 2**32]
 
@@ -245,7 +245,9 @@ def _whole(digits: str) -> int:
     return min(int(significant), _INT64_MAX) if len(significant) < 20 else _INT64_MAX
 
 
-def _accounts(text: str | None, fields: tuple[int, ...]) -> list[tuple[str, list[int]]]:
+def _accounts(
+    text: t.Optional[str], fields: t.Tuple[int, ...]
+) -> t.List[t.Tuple[str, t.List[int]]]:
     """Name and IDs of each line; invalid numbers count as 0, as in Go's parser."""
     result = []
     for line in (text or "").split("\n"):
@@ -264,9 +266,9 @@ def _atoi(text: str) -> int:
     return sign * _whole(digits)
 
 
-def _union(spans: t.Iterable[Span]) -> list[Span]:
+def _union(spans: t.Iterable[Span]) -> t.List[Span]:
     """The sorted spans, with overlapping and adjacent spans merged."""
-    result: list[Span] = []
+    result: t.List[Span] = []
     for low, high in sorted(spans):
         if low >= high:
             continue
@@ -277,7 +279,7 @@ def _union(spans: t.Iterable[Span]) -> list[Span]:
     return result
 
 
-def _without(spans: t.Sequence[Span], holes: t.Iterable[Span]) -> list[Span]:
+def _without(spans: t.Sequence[Span], holes: t.Iterable[Span]) -> t.List[Span]:
     """The rest of sorted, disjoint spans after the removal of others."""
     busy = _union(holes)
     result = []
@@ -297,7 +299,7 @@ def _count(spans: t.Iterable[Span]) -> int:
     return sum(high - low for low, high in spans)
 
 
-def _zip(inside: t.Sequence[Span], outside: t.Sequence[Span]) -> list[IDRange]:
+def _zip(inside: t.Sequence[Span], outside: t.Sequence[Span]) -> t.List[IDRange]:
     """Map container IDs to host IDs in order, split at the gaps of either."""
     result = []
     hosts = list(outside)

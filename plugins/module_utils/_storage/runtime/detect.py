@@ -74,8 +74,8 @@ def runtime(name: str, version: str, path: str = "") -> Runtime:
 
 
 def detect(
-    preferred: str | None = None, version_cache: t.MutableMapping[str, str] | None = None
-) -> Runtime | None:
+    preferred: t.Optional[str] = None, version_cache: t.Optional[t.MutableMapping[str, str]] = None
+) -> t.Optional[Runtime]:
     """The runtime of this host: the preferred program, or the first of podman, buildah and CRI-O.
 
     :param preferred: a program's name or path, optionally followed by a version ("podman 5.4.2"),
@@ -113,7 +113,7 @@ def find_program(name: str) -> str:
     return shutil.which(PROGRAMS[name], path=_search_path()) or ""
 
 
-def installed() -> t.Iterator[tuple[str, Capabilities, FoundVersion]]:
+def installed() -> t.Iterator[t.Tuple[str, Capabilities, FoundVersion]]:
     """The programs of this host that use stores, without running them if possible.
 
     :returns: name, capabilities by the version of containers/storage (without podman's own), and that version
@@ -137,7 +137,7 @@ def _search_path() -> str:
     return os.pathsep.join((given, "/usr/local/bin", "/usr/bin", "/usr/sbin"))
 
 
-def _ask(name: str, path: str, version_cache: t.MutableMapping[str, str] | None) -> Runtime:
+def _ask(name: str, path: str, version_cache: t.Optional[t.MutableMapping[str, str]]) -> Runtime:
     found = runtime(name, _remembered(version_cache, "", path, lambda: _version(name, path)), path)
     executable = path if _is_executable(path) else _wrapped(found)
     if not executable:
@@ -161,7 +161,10 @@ def _ask(name: str, path: str, version_cache: t.MutableMapping[str, str] | None)
 
 
 def _remembered(
-    version_cache: t.MutableMapping[str, str] | None, kind: str, path: str, ask: t.Callable[[], str]
+    version_cache: t.Optional[t.MutableMapping[str, str]],
+    kind: str,
+    path: str,
+    ask: t.Callable[[], str],
 ) -> str:
     """A cached answer about a file, which is valid as long as the file does not change."""
     identity = _identity(path) if version_cache is not None else ""

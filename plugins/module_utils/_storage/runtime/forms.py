@@ -16,13 +16,13 @@ from .detect import Runtime
 _WHOLE_HOST = Mapping(EVERYTHING, EVERYTHING)
 
 
-def named_ranges(name: str, kind: str) -> tuple[SubIDRange, ...]:
+def named_ranges(name: str, kind: str) -> t.Tuple[SubIDRange, ...]:
     """The ranges of an owner named by ``subuidname`` ("uid") or ``subgidname`` ("gid").
 
     :raises NamespaceError: there are none in the files or NSS
     """
     try:
-        uid: int | None = pwd.getpwnam(name).pw_uid
+        uid: t.Optional[int] = pwd.getpwnam(name).pw_uid
     except KeyError:
         uid = None
     return ranges_of(name, uid, kind)
@@ -34,7 +34,7 @@ def context(
     uid: int,
     gid: int,
     available: Mapping = _WHOLE_HOST,
-    names: t.Callable[[str, str], tuple[SubIDRange, ...]] = named_ranges,
+    names: t.Callable[[str, str], t.Tuple[SubIDRange, ...]] = named_ranges,
 ) -> UsernsContext:
     """The context for a version of a runtime, a user and a namespace.
 

@@ -56,8 +56,8 @@ def shifting(
     mapping: Mapping,
     runtime: Runtime,
     environ: t.Mapping[str, str],
-    probe: Probe | None = None,
-    kernel: str | None = None,
+    probe: t.Optional[Probe] = None,
+    kernel: t.Optional[str] = None,
 ) -> Shifting:
     """Say whether a runtime shifts IDs for a mapping in a store.
 
@@ -197,8 +197,8 @@ def _asked_for_contiguity(mapping: Mapping, runtime: Runtime, why: str) -> Shift
 
 
 def _native(
-    graphroot: str, runroot: str, probe: Probe | None, kernel: str | None
-) -> tuple[bool, str]:
+    graphroot: str, runroot: str, probe: t.Optional[Probe], kernel: t.Optional[str]
+) -> t.Tuple[bool, str]:
     """Whether the kernel shifts IDs for root on this filesystem, and the reason."""
     remembered = _remembered(runroot, "idmapped-lower-dir")
     if remembered:
@@ -240,7 +240,7 @@ def _no_copy(why: str, runtime: Runtime) -> str:
     return f"{why}: {runtime} needs no copy for this map"
 
 
-def _remembered(runroot: str, feature: str) -> bool | None:
+def _remembered(runroot: str, feature: str) -> t.Optional[bool]:
     """The result of a runtime's own test of a feature; None if it was not run."""
     for answer in (True, False):
         if os.path.exists(_feature_file(runroot, feature, answer)):
