@@ -16,7 +16,8 @@ if t.TYPE_CHECKING:
     from .lab import Lab
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_JOB = '        """Do one job and send its result."""\n'
+# The first statement of a job.
+_JOB = "        serial, kind = message[:2]\n"
 
 _SLICE = ("plugins/plugin_utils/_slices.py", "SHORTEST = 10\n", "SHORTEST = {}\n")
 _CHANGES = (
