@@ -269,6 +269,7 @@ def test_users_who_cannot_be_served_do_not_stop_the_others(
     assert actions == {good.name: "shared", bare.name: "refused", vfs.name: "refused"}
     assert "subordinate" in done["msg"]
     assert "vfs" in done["msg"]
+    assert f"runuser -l {vfs.name} -s /bin/sh -c 'podman system reset'" in done["msg"]
     assert len(setup.mounts()) == 2
 
 

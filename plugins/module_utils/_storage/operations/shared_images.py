@@ -202,8 +202,9 @@ class _UserWork:
                 f"user {self.account.name}",
                 f"has a store of driver {user.driver} in {user.graphroot}, and images can be shared "
                 "with stores of overlay only",
-                "Keep the images that are needed (podman save), remove the store (podman system "
-                'reset) and set driver = "overlay" in storage.conf.',
+                "Save the images that are needed, remove the user's store with all its containers and images, and "
+                f'set driver = "overlay" in storage.conf: '
+                f"{user_command(self.account.name, 'podman system reset')}",
             )
         if user.mount_program:
             raise UnsupportedDriver(

@@ -138,12 +138,15 @@ def _apply(request: ConfRequest) -> t.Dict[str, t.Any]:
     wanted = dict(request.settings)
     driver = str(wanted.get("driver", "") or (written[0] if written else config.driver))
     if written and driver not in written:
+        reset = "podman system reset"
+        if request.account:
+            reset = user_command(user, reset)
         raise StoreError(
             f"the store of {user}",
             f"was written by the driver {' and '.join(written)}, and with {driver} in storage.conf "
             "its images would be inaccessible",
-            "Save them (podman save) and remove the store (podman system reset), or remove the "
-            "driver from the settings.",
+            "Remove the driver from the settings; or save the images that are needed, and remove the store with all "
+            f"its containers and images: {reset}",
             drivers=written,
         )
     if request.metacopy and request.account is None and driver == "overlay" and _has_metacopy():
