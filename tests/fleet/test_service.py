@@ -168,7 +168,11 @@ def test_it_keeps_itself_ready(
         "prune_schedule": "daily",
     }
     inventory = {"all": {"hosts": {"host": variables}}}
-    play(both, inventory)
+    done = play(both, inventory)
+    for place in site.places:
+        unit = place.service.replace(".service", ".path")
+        file = f"{place.graphroot}/{place.driver}-images/images.json"
+        assert f"{place.owner}: {unit} watches {file} and creates the layers of" in done.output
     assert play(both, inventory).recap("host")["changed"] == 0
     first = {place.owner: place.mapped() for place in site.places}
     assert [len(layers) for layers in first.values()] == [1, 1]
