@@ -282,6 +282,7 @@ class World(Reader):
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self.image = images.build(lab.folder(), images.small_layers(), "localhost/small:1")
+        self.image_id = images.image_id(images.small_layers())
         self.people: t.Dict[str, Account] = {}
         self.stores: t.Dict[str, Store] = {"root": Store(lab, "vfs")}
         lab.on_close(self.stores["root"].close)
@@ -319,12 +320,15 @@ class World(Reader):
         self.steps: t.List[Json] = []
 
     def _begin(self) -> None:
-        """Restore the initial state: a new folder, no containers, all images."""
+        """Restore the initial state: a new folder, no containers, all images and no others."""
         self.folder = self.lab.folder()
         self.playbooks, self.steps = [], []
         for store in self.stores.values():
             if store.containers():
                 store.podman("rm", "--all", "--force")
+            for image in store.images():
+                if image["id"] != self.image_id:
+                    store.podman("rmi", "--force", image["id"])
             names = {name for image in store.images() for name in image.get("names") or ()}
             missing = [name for name in IMAGES if name not in names]
             if missing:
