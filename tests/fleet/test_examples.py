@@ -30,8 +30,10 @@ OURS = "userns.storage."
 
 
 @pytest.fixture(scope="module")
-def world(lab: t.Any) -> examples.World:
-    return examples.World(lab)
+def world(lab: t.Any) -> t.Iterator[examples.World]:
+    made = examples.World(lab)
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize("document", list(DOCUMENTS))

@@ -70,6 +70,7 @@ _FILES = {
     "quadlets/web.container": _UNIT,
     "roles/web/meta/argument_specs.yml": _ROLE,
 }
+_SETTINGS = ("storage.conf", "containers.conf", "registries.conf")
 _RUN = ("tasks", "playbook", "console")
 _ROOTS = ("README.md", "awx/README.md", "docs/*.md", "docs/**/*.rst", "roles/*/README.md")
 _PLUGINS = ("plugins/modules/*.py", "plugins/filter/*.py")
@@ -295,6 +296,10 @@ class World(Reader):
         # Root's store is the default store of programs.
         etc = pathlib.Path("/etc/containers")
         etc.mkdir(exist_ok=True)
+        self._before = {
+            path: path.read_bytes() if path.exists() else None
+            for path in (etc / name for name in _SETTINGS)
+        }
         shutil.copy(self.stores["root"].storage_conf, etc / "storage.conf")
         shutil.copy(self.stores["root"].containers_conf, etc / "containers.conf")
         # As on a host on which root uses automatic namespaces.
@@ -318,6 +323,14 @@ class World(Reader):
         # The playbooks, and steps of a further playbook, for the next call of ansible-playbook.
         self.playbooks: t.List[str] = []
         self.steps: t.List[Json] = []
+
+    def close(self) -> None:
+        """Restore the settings of the laboratory's programs, which other tests use, too."""
+        for path, content in self._before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
 
     def _begin(self) -> None:
         """Restore the initial state: a new folder, no containers, all images and no others."""
