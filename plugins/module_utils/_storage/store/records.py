@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 import typing as t
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -20,6 +19,7 @@ from ..errors import RecordError
 from ..idmap.mapping import UNMAPPED, Mapping
 from ..idmap.ranges import IDENTITY, IDMap
 from .fields import CONTAINER, DEPTH_LIMIT, IMAGE, LAYER, TIME, Fields, Raw, all_good, first_fault
+from .json_numbers import PARSE_INT, refuse_constant
 
 LAYERS = "layers"
 IMAGES = "images"
@@ -31,7 +31,6 @@ IMAGESTORE = "imagestore"
 
 # Larger than any real store, small enough to be read into memory (bytes).
 SIZE_LIMIT = 256 * 1024 * 1024
-_DIGITS_LIMIT = 400
 
 _HINT = "Restore the file from a backup. `contradictions` of userns.storage.image_layers_info lists all damage."
 
@@ -60,16 +59,6 @@ class _Number(float):
         return self
 
 
-def _integer(literal: str) -> int:
-    if len(literal) > _DIGITS_LIMIT:
-        raise ValueError(f"a number of {len(literal)} digits")
-    return int(literal)
-
-
-def _constant(literal: str) -> t.NoReturn:
-    raise ValueError(f"{literal}, which is not a JSON number")
-
-
 def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> Raw:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -81,17 +70,14 @@ def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> Raw:
     return result
 
 
-# Old Python versions take quadratic time for long numbers; newer versions refuse them.
-_PARSE_INT = None if hasattr(sys, "get_int_max_str_digits") else _integer
-
 # If a field occurs twice, the last one is used, as in Go.
-_READER = json.JSONDecoder(parse_float=_Number, parse_int=_PARSE_INT, parse_constant=_constant)
+_READER = json.JSONDecoder(parse_float=_Number, parse_int=PARSE_INT, parse_constant=refuse_constant)
 # Refuses such a field, because it could not be written back unchanged.
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object,
     parse_float=_Number,
-    parse_int=_PARSE_INT,
-    parse_constant=_constant,
+    parse_int=PARSE_INT,
+    parse_constant=refuse_constant,
 )
 
 

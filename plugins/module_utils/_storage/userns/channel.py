@@ -13,7 +13,6 @@ import json
 import os
 import select
 import struct
-import sys
 import threading
 import time
 import typing as t
@@ -21,6 +20,7 @@ import typing as t
 from .. import errors
 from ..errors import StorageError
 from ..kernel import gc_pause
+from ..store.json_numbers import PARSE_INT, refuse_constant
 from .shapes import (
     ODD_SURROGATES,
     Check,
@@ -47,7 +47,6 @@ _HEADER = struct.Struct(">cI")
 SIZE_LIMIT = 64 * 1024 * 1024
 _COMMAS_LIMIT = 3_000_000
 _BRACKETS_LIMIT = 600_000
-_DIGITS_LIMIT = 400
 _PIECE = 1 << 20
 
 # Kinds of errors, by name.
@@ -196,16 +195,6 @@ def error_message(error: StorageError) -> t.Dict[str, t.Any]:
 # Decoding
 
 
-def _integer(literal: str) -> int:
-    if len(literal) > _DIGITS_LIMIT:
-        raise ValueError(f"a number of {len(literal)} digits")
-    return int(literal)
-
-
-def _constant(literal: str) -> t.NoReturn:
-    raise ValueError(f"{literal}, which is not a JSON number")
-
-
 def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> t.Dict[str, t.Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -215,9 +204,8 @@ def _object(pairs: t.List[t.Tuple[str, t.Any]]) -> t.Dict[str, t.Any]:
 
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object,
-    # Old Python versions take quadratic time for long numbers; newer versions refuse them.
-    parse_int=None if hasattr(sys, "get_int_max_str_digits") else _integer,
-    parse_constant=_constant,
+    parse_int=PARSE_INT,
+    parse_constant=refuse_constant,
 )
 
 
