@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from .errors import ConfigError, StoreError
 from .kernel import namespaces
-from .printable import command
+from .printable import command, user_command
 from .store.config import Account
 from .userns import running as userns
 from .userns.shapes import Record, text, whole
@@ -43,6 +43,16 @@ class Finished:
     stdout: str
     digest: str
     stderr: str
+
+
+def typed(account: t.Optional[Account], line: str) -> str:
+    """The command line with which the user of this process runs a command line as ``account``.
+
+    :param account: None for the user of this process
+    """
+    if account is None or os.geteuid() == account.uid:
+        return line
+    return user_command(account.name, line)
 
 
 def execute(

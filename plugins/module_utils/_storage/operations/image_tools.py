@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from .. import as_user
 from ..errors import ConfigError, StorageError, StoreError, StoreUnwritten
-from ..printable import command, user_command
+from ..printable import command
 from ..store import toml
 from ..store.conf_values import canonical
 from ..store.config import StoreConfig
@@ -281,7 +281,6 @@ class Tools:
 
     def _by_hand(self, words: t.Sequence[str]) -> str:
         """The command line for an administrator, with all options of the store."""
-        account = self.store.account
         place = f"{self.driver}@{self.graphroot}+{self.runroot}"
         full: t.List[str] = []
         # The program asks for the password, or uses the login of its user.
@@ -293,16 +292,10 @@ class Tools:
         if full[0] == "podman" and full[1] != "unshare":
             where = ("--root", self.graphroot, "--runroot", self.runroot)
             full[1:1] = [*where, "--storage-driver", self.driver]
-        line = command(*full)
-        if account is not None and os.geteuid() != account.uid:
-            return user_command(account.name, line)
-        return line
+        return as_user.typed(self.store.account, command(*full))
 
     def _login_hint(self, source: str) -> str:
-        login = command("podman", "login", _registry(source))
-        account = self.store.account
-        if account is not None and os.geteuid() != account.uid:
-            login = user_command(account.name, login)
+        login = as_user.typed(self.store.account, command("podman", "login", _registry(source)))
         return f"Set username and password, or authfile, or log in on the host: {login}"
 
     def _login(self, source: str) -> t.List[str]:

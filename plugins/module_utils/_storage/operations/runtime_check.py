@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from .. import as_user
 from ..errors import ConfigError, StorageError, StoreError, UntestedRuntime
-from ..printable import command, user_command
+from ..printable import command
 from ..store.records import Layer
 from ..userns import running as userns
 from ..userns.shapes import Items, Record, text
@@ -300,10 +300,7 @@ def _remove_container(podman: _Podman, name: str) -> None:
 
 
 def _by_hand(podman: _Podman, words: t.Sequence[str]) -> str:
-    account, line = podman.store.account, command(*podman.words(*words))
-    if account is not None and os.geteuid() != account.uid:
-        return user_command(account.name, line)
-    return line
+    return as_user.typed(podman.store.account, command(*podman.words(*words)))
 
 
 def _last(done: as_user.Finished) -> str:
