@@ -7,6 +7,7 @@ Nothing is changed. Damage is described together with the rest of the store.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import typing as t
@@ -204,6 +205,17 @@ def choose(snapshot: Snapshot, references: t.Sequence[str]) -> t.List[Image]:
     ]
 
 
+@contextlib.contextmanager
+def _errors_described(state: LayerState) -> t.Iterator[None]:
+    """Turn errors of the examination of a layer into its status."""
+    try:
+        yield
+    except UntestedRuntime as error:
+        state.status, state.problem = NEWER, str(error)
+    except StorageError as error:
+        state.status, state.problem = DAMAGED, str(error)
+
+
 class _Taker:
     def __init__(
         self,
@@ -366,14 +378,10 @@ class _Taker:
         if known or state.layer is None or state.layer.read_only_store:
             return state
         if self.measure != NONE and state.status == OK:
-            try:
+            with _errors_described(state):
                 damage = self.driver.damage(layer_id)
                 if damage is not None:
                     state.status, state.problem = DAMAGED, damage
-            except UntestedRuntime as error:
-                state.status, state.problem = NEWER, str(error)
-            except StorageError as error:
-                state.status, state.problem = DAMAGED, str(error)
         return state
 
     def _mapped_state(self, layer_id: str, template: t.Sequence[Layer]) -> LayerState:
@@ -392,7 +400,7 @@ class _Taker:
             self._verify(state, state.layer, template)
         if self.measure == NONE or state.status != OK or state.layer.read_only_store:
             return state
-        try:
+        with _errors_described(state):
             state.dependencies = tuple(self.driver.dependencies(layer_id))
             damage = self.driver.damage(layer_id)
             if damage is not None:
@@ -404,10 +412,6 @@ class _Taker:
             elif owners.outside:
                 state.status, state.problem = FOREIGN_ROOT, owners.outside
                 state.wrong = owners.wrong
-        except UntestedRuntime as error:
-            state.status, state.problem = NEWER, str(error)
-        except StorageError as error:
-            state.status, state.problem = DAMAGED, str(error)
         return state
 
     def _verify(self, state: LayerState, layer: Layer, template: t.Sequence[Layer]) -> None:
