@@ -29,11 +29,6 @@ def only(found: t.Sequence[t.Any]) -> t.Any:
     return item
 
 
-def reads_drop_ins(store: Store) -> bool:
-    """Whether the store's podman reads storage.conf.d."""
-    return store.machine.version("podman") >= (5, 8)
-
-
 def in_an_image_of_a_host(store: Store, folder: pathlib.Path) -> None:
     """What a build of a host's image does with the store that it contains: an archive, and files of it elsewhere."""
     archive = folder.with_suffix(".tar")
@@ -220,7 +215,7 @@ class TestConfigurationOfCrio:
         for word, place in (("BIND", bind), ("LINK", link), ("HERE", store.graphroot)):
             text = text.replace(word, str(place))
         etc(path, text)
-        if path == _DROP_IN and kind != "additional" and reads_drop_ins(store):
+        if path == _DROP_IN and kind != "additional" and store.has_merging_loader:
             # The runtime itself reads it, so that the store cannot be used until it is corrected.
             for module in ("image_layers_info", "layer_gc"):
                 options = POLICY if module == "layer_gc" else {}

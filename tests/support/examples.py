@@ -45,6 +45,8 @@ from .stores import Store
 Json = t.Dict[str, t.Any]
 # The users whose stores the examples use, besides root.
 PEOPLE = ("alice", "bob", "runner")
+# The registries from which they pull.
+REGISTRIES = ("docker.io", "registry.example.org")
 IMAGES = (
     "registry.example.org/toolbox:latest",
     "registry.example.org/builder:latest",
@@ -228,7 +230,13 @@ def _plugin(document: str, text: str) -> t.Iterator[Block]:
 
 
 class Reader(abc.ABC):
-    """Runs the examples of documents in order."""
+    """Runs the examples of documents in order.
+
+    :ivar folder: the reader's folder on the controller
+    """
+
+    lab: Lab
+    folder: pathlib.Path
 
     def run(self, document: t.Sequence[Block]) -> t.List[Block]:
         """Run the blocks of a document; returns the blocks that were run."""
@@ -249,6 +257,16 @@ class Reader(abc.ABC):
         self._end()
         return [block for block in document if not block.skipped and block.kind in _RUN]
 
+    def _environ(self) -> t.Dict[str, str]:
+        """The environment of Ansible's programs on the controller."""
+        own = str(pathlib.Path(sys.executable).parent)
+        return {
+            "PATH": f"{own}:{os.environ['PATH']}",
+            "HOME": str(self.folder),
+            "ANSIBLE_COLLECTIONS_PATH": str(self.lab.tree),
+            "ANSIBLE_NOCOLOR": "1",
+        }
+
     @abc.abstractmethod
     def _begin(self) -> None:
         """Prepare for a document."""
@@ -257,9 +275,11 @@ class Reader(abc.ABC):
     def _end(self) -> None:
         """Finish a document."""
 
-    @abc.abstractmethod
     def _save(self, block: Block) -> None:
         """Save a block under its name."""
+        path = self.folder / block.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text)
 
     @abc.abstractmethod
     def _tasks(self, block: Block) -> None:
@@ -306,7 +326,7 @@ class World(Reader):
         for file in ("/etc/subuid", "/etc/subgid"):
             with open(file, "a", encoding="utf-8") as ranges:
                 ranges.write("containers:1000000000:1048576\n")
-        registry = Registry(self.image, ("docker.io", "registry.example.org"))
+        registry = Registry(self.image, REGISTRIES)
         registry.configure(etc)
         lab.on_close(registry.close)
         # Not in the laboratory's /var, which is an overlay and does not support idmapped mounts.
@@ -362,11 +382,8 @@ class World(Reader):
 
     def _save(self, block: Block) -> None:
         # The inventory of the laboratory is used instead.
-        if block.file in _INVENTORIES:
-            return
-        path = self.folder / block.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(block.text)
+        if block.file not in _INVENTORIES:
+            super()._save(block)
 
     def _type(self, block: Block, user: str, command: str, fails: bool) -> None:
         """Run a command, if possible in a playbook together with adjacent examples."""
@@ -424,12 +441,8 @@ class World(Reader):
             self._ansible(f"ansible-playbook {_ONLY} {names}", names)
 
     def _ansible(self, command: str, where: str) -> None:
-        own = str(pathlib.Path(sys.executable).parent)
         environ = {
-            "PATH": f"{own}:{os.environ['PATH']}",
-            "HOME": str(self.folder),
-            "ANSIBLE_COLLECTIONS_PATH": str(self.lab.tree),
-            "ANSIBLE_NOCOLOR": "1",
+            **self._environ(),
             "ANSIBLE_DEPRECATION_WARNINGS": "false",
             # Examples gather facts themselves if they need them, which takes a second each time.
             "ANSIBLE_GATHERING": "explicit",

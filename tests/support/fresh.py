@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import re
-import sys
 import typing as t
 
 from . import examples, hosts, stores
@@ -18,8 +16,6 @@ from .lab import Lab
 from .machines import Account, Result
 from .registry import Registry
 
-# The existing accounts; useradd assigns UID 1000 to the first of them.
-PEOPLE = ("alice", "bob", "runner")
 HOST = "ws1.example.org"
 # The login user of the controller; users other than root use sudo.
 _LOGINS = {"bookworm": "root", "trixie": "admin"}
@@ -46,11 +42,12 @@ class FreshHost(examples.Reader):
         settings = pathlib.Path(self.machine.root, "etc/containers")
         (settings / "containers.conf.d").mkdir(parents=True)
         (settings / "containers.conf.d/lab.conf").write_text(stores.CONTAINERS_CONF)
-        registry = Registry(image, ("docker.io", "registry.example.org"))
+        registry = Registry(image, examples.REGISTRIES)
         lab.on_close(registry.close)
         (settings / "registries.conf.d").mkdir()
         registry.configure(settings / "registries.conf.d")
-        for name in PEOPLE:
+        # The first of them gets UID 1000.
+        for name in examples.PEOPLE:
             self.machine.run(["useradd", "-m", "-s", "/bin/bash", name])
         self.login = _LOGINS[suite]
         if self.login != "root":
@@ -100,11 +97,6 @@ class FreshHost(examples.Reader):
     def _end(self) -> None:
         pass
 
-    def _save(self, block: examples.Block) -> None:
-        path = self.folder / block.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(block.text)
-
     def _tasks(self, block: examples.Block) -> None:
         """Run tasks in a play for all hosts."""
         play = {"hosts": "all", "become": True, "tasks": block.data}
@@ -133,12 +125,8 @@ class FreshHost(examples.Reader):
         return self.machine.run(["bash", "-c", command], account=account, check=False)
 
     def _ansible(self, command: str) -> Result:
-        own = str(pathlib.Path(sys.executable).parent)
         environ = {
-            "PATH": f"{own}:{os.environ['PATH']}",
-            "HOME": str(self.folder),
-            "ANSIBLE_COLLECTIONS_PATH": str(self.lab.tree),
-            "ANSIBLE_NOCOLOR": "1",
+            **self._environ(),
             "ANSIBLE_SSH_ARGS": f"-F {self.folder}/ssh_config",
             "ANSIBLE_REMOTE_USER": self.login,
             # A connection less for each task.

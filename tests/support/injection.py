@@ -295,6 +295,14 @@ class _Memory:
         return os.path.normpath(os.path.join(base, name))
 
 
+def _call_of(pid: int) -> t.Tuple[int, t.List[int]]:
+    """The number and the arguments of the call that the seccomp filter has stopped."""
+    buffer = ctypes.create_string_buffer(88)
+    _ptrace(_SYSCALL_INFO, pid, len(buffer), ctypes.addressof(buffer))
+    number, *args = struct.unpack_from("<7Q", buffer, 24)
+    return number, args
+
+
 def _changes(pid: int, name: str, args: t.Sequence[int]) -> bool:
     """Whether a call would change anything."""
     if name in ("open", "openat", "openat2"):
@@ -415,9 +423,7 @@ class _Tracer:
     def _called(self, pid: int) -> None:
         if pid in self.foreign:
             return
-        buffer = ctypes.create_string_buffer(88)
-        _ptrace(_SYSCALL_INFO, pid, len(buffer), ctypes.addressof(buffer))
-        number, *args = struct.unpack_from("<7Q", buffer, 24)
+        number, args = _call_of(pid)
         name = _NAMES[number]
         changes = _changes(pid, name, args)
         if not changes and not (self.asked["opens"] and name.startswith("open")):

@@ -207,9 +207,7 @@ class _Tracer:
         return number
 
     def _called(self, pid: int) -> None:
-        buffer = ctypes.create_string_buffer(88)
-        injection._ptrace(injection._SYSCALL_INFO, pid, len(buffer), ctypes.addressof(buffer))
-        number, *args = struct.unpack_from("<7Q", buffer, 24)
+        number, args = injection._call_of(pid)
         name = _NAMES[number]
         for path in self._paths(pid, name, args):
             # Links are followed only where somebody else than root can have put one.

@@ -274,6 +274,11 @@ class Store:
         """`podman ARGS` on this store."""
         return self.tool("podman", *args, **options)
 
+    @property
+    def has_merging_loader(self) -> bool:
+        """Whether the machine's podman has containers/storage 1.63 or later, which reads drop-ins and lower-layers."""
+        return self.machine.version("podman") >= (5, 8)
+
     def assert_image_is_not_listed(self, name: str) -> None:
         """What `podman images` does with an image whose record names a layer that is not there."""
         listed = self.podman("images", check=False)
