@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What each runtime does, and that no other module has a version threshold of its own."""
+"""Tests of the capabilities of each runtime, and that no other module contains version thresholds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.capabiliti
 PLUGINS = Path(__file__).resolve().parents[5] / "plugins"
 
 
-def numbers(node: ast.AST) -> bool:
-    """Whether an expression is a tuple of two or more whole numbers, as versions are written."""
+def is_version(node: ast.AST) -> bool:
+    """Return whether an expression is a tuple of two or more integers, the form of versions."""
     return (
         isinstance(node, ast.Tuple)
         and len(node.elts) > 1
@@ -36,20 +36,20 @@ def numbers(node: ast.AST) -> bool:
 
 
 def thresholds(source: str) -> t.List[int]:
-    """The lines in which something is compared with such a tuple, directly or by the name of a constant."""
+    """Return the lines that compare a value with such a tuple, directly or through a constant."""
     tree = ast.parse(source)
     names = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and numbers(node.value):
+        if isinstance(node, ast.Assign) and is_version(node.value):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        if isinstance(node, ast.AnnAssign) and node.value is not None and numbers(node.value):
+        if isinstance(node, ast.AnnAssign) and node.value is not None and is_version(node.value):
             names |= {node.target.id} if isinstance(node.target, ast.Name) else set()
     return [
         node.lineno
         for node in ast.walk(tree)
         if isinstance(node, ast.Compare)
         for operand in (node.left, *node.comparators)
-        if numbers(operand) or (isinstance(operand, ast.Name) and operand.id in names)
+        if is_version(operand) or (isinstance(operand, ast.Name) and operand.id in names)
     ]
 
 
@@ -63,11 +63,11 @@ def thresholds(source: str) -> t.List[int]:
         ("from .capabilities import KERNEL\nx = can.map_flags and a == ('a', 1)", []),
     ],
 )
-def test_the_search_for_thresholds(source: str, lines: t.List[int]) -> None:
+def test_thresholds_in_source_are_found(source: str, lines: t.List[int]) -> None:
     assert thresholds(source) == lines
 
 
-def test_thresholds_are_in_the_table_alone() -> None:
+def test_only_capabilities_contain_thresholds() -> None:
     found = {
         f"{path.relative_to(PLUGINS)}:{line}"
         for path in PLUGINS.rglob("*.py")
@@ -77,7 +77,7 @@ def test_thresholds_are_in_the_table_alone() -> None:
     assert found == set()
 
 
-def test_every_capability_has_its_version() -> None:
+def test_every_capability_has_a_version() -> None:
     never = capabilities("buildah", (0,), (0,))
     always = capabilities("podman", (99,), (99, 0))
     differing = {
@@ -101,7 +101,7 @@ def test_every_capability_has_its_version() -> None:
         ("sqlite_first", (5, 8, 0), (1, 62, 0)),
     ],
 )
-def test_one_step_below_lacks_it(
+def test_previous_release_lacks_capability(
     field: str, podman: t.Tuple[int, ...], storage: t.Tuple[int, ...]
 ) -> None:
     assert getattr(capabilities("podman", podman, storage), field)
@@ -109,23 +109,23 @@ def test_one_step_below_lacks_it(
     assert not getattr(below, field)
 
 
-def test_buildah_has_nothing_of_podmans_own() -> None:
+def test_buildah_lacks_capabilities_of_podman() -> None:
     found = capabilities("buildah", (99,), (1, 64))
     assert not any(getattr(found, field) for field in table._PODMAN_SINCE)
 
 
-def test_the_ceiling() -> None:
+def test_versions_above_newest_tested_release_are_untested() -> None:
     assert capabilities("podman", (6, 1, 2), (1, 64, 1)).tested
     assert not capabilities("podman", (6, 2), (1, 65, 0)).tested
     assert not capabilities("podman", (7,), (2, 0)).tested
 
 
 @pytest.mark.parametrize("name", sorted(table._RELEASES))
-def test_releases_only_rise(name: str) -> None:
+def test_releases_are_in_ascending_order(name: str) -> None:
     rows = table._RELEASES[name]
     for (start, storage), (later, newer) in zip(rows, rows[1:]):
         assert start < later
-        # A patch release may have a newer one than the line after its own.
+        # A patch release may contain a newer containers/storage than the first release of the next line.
         if len(start) == 2 or start[:2] == later[:2]:
             assert storage <= newer
     newest, storage = rows[-1]
@@ -134,7 +134,7 @@ def test_releases_only_rise(name: str) -> None:
     assert released_storage(name, (0, 1)) == (0,)
 
 
-def test_the_loader_in_the_executable_corrects_the_table() -> None:
+def test_loader_in_executable_corrects_version_of_table() -> None:
     assert loader_agrees((1, 62, 0), True) == (1, 63)
     assert loader_agrees((1, 64, 0), True) == (1, 64, 0)
     assert loader_agrees((1, 64, 0), False) == (1, 62)

@@ -22,9 +22,8 @@ import pytest
 PREFIX = "ansible_collections.userns.storage.plugins.module_utils._storage"
 LIBRARY = Path(__file__).resolve().parents[5] / "plugins/module_utils/_storage"
 
-# Packages and single modules with the packages, or modules of packages, that they may import. The layers from the
-# lowest: kernel, capabilities, printable and errors; idmap; tree and store; drivers, runtime and userns; operations;
-# service.
+# The packages, or modules of packages, that each package or single module may import. The layers, lowest first:
+# kernel, capabilities, printable and errors; idmap; tree and store; drivers, runtime and userns; operations; service.
 LOWEST = {"printable", "errors", "capabilities", "kernel"}
 FIRST = LOWEST | {"idmap"}
 SECOND = FIRST | {"tree", "store"}
@@ -51,13 +50,13 @@ MODULES = sorted(LIBRARY.rglob("*.py"))
 
 
 def package_of(path: Path) -> str:
-    """The package or single module of the library that a file belongs to; empty for the library's own __init__."""
+    """Return the package or single module of the library that contains a file; empty for the library's own __init__."""
     first = path.relative_to(LIBRARY).parts[0]
     return "" if first == "__init__.py" else first.removesuffix(".py")
 
 
 def parse(path: Path) -> ast.Module:
-    """The file's syntax tree, as Python 3.9 reads it."""
+    """Return the syntax tree of a file, parsed with the grammar of Python 3.9."""
     # Python 3.11 reports an error of its parser if a garbage collection runs at this moment.
     gc.disable()
     try:
@@ -67,7 +66,7 @@ def parse(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> t.Iterator[tuple[int, str]]:
-    """All imports of a file, also inside functions: line and absolute dotted name."""
+    """Yield the line and the absolute name of each import in a file, including imports in functions."""
     package = [*PREFIX.split("."), *path.relative_to(LIBRARY).parts[:-1]]
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
@@ -80,8 +79,8 @@ def imports(path: Path) -> t.Iterator[tuple[int, str]]:
                 yield node.lineno, f"{source}.{name.name}"
 
 
-def standard(top: str) -> bool:
-    """Whether a package is part of the standard library. Python 3.9 has no list of its modules."""
+def is_standard(top: str) -> bool:
+    """Return whether a package is part of the standard library. Python 3.9 has no list of its modules."""
     names = getattr(sys, "stdlib_module_names", None)
     if names is not None:
         return top in names
@@ -93,20 +92,20 @@ def standard(top: str) -> bool:
     )
 
 
-def complaint(path: Path, name: str) -> str:
-    """What is wrong with importing that name there; empty if nothing is."""
+def import_problem(path: Path, name: str) -> str:
+    """Return why a file may not import a name; empty if it may."""
     if not f"{name}.".startswith(f"{PREFIX}."):
         top = name.partition(".")[0]
-        return "" if standard(top) else "is not of the standard library"
+        return "" if is_standard(top) else "is not part of the standard library"
     inside = name[len(PREFIX) + 1 :].split(".")
-    here, there, module = package_of(path), inside[0], ".".join(inside[:2])
-    if not here:
-        return "the library's own __init__ imports nothing"
-    if there not in MAY_IMPORT:
+    importer, imported, module = package_of(path), inside[0], ".".join(inside[:2])
+    if not importer:
+        return "the library's own __init__ may not import anything"
+    if imported not in MAY_IMPORT:
         return "is not listed in MAY_IMPORT"
-    if there == here or {there, module} & MAY_IMPORT[here]:
+    if imported == importer or {imported, module} & MAY_IMPORT[importer]:
         return ""
-    return f"{here} may not import {there}"
+    return f"{importer} may not import {imported}"
 
 
 def test_library_is_found() -> None:
@@ -130,14 +129,14 @@ def test_imports_only_from_lower_layers(path: Path) -> None:
     found = [
         f"line {line}: {name}: {problem}"
         for line, name in imports(path)
-        for problem in [complaint(path, name)]
+        for problem in [import_problem(path, name)]
         if problem
     ]
     assert found == []
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "wrong"),
+    ("file", "name", "forbidden"),
     [
         ("store/store.py", f"{PREFIX}.kernel.files", False),
         ("store/store.py", f"{PREFIX}.tree.clone", True),
@@ -155,5 +154,5 @@ def test_imports_only_from_lower_layers(path: Path) -> None:
         ("__init__.py", f"{PREFIX}.errors", True),
     ],
 )
-def test_allowed_and_forbidden_imports(file: str, name: str, wrong: bool) -> None:
-    assert bool(complaint(LIBRARY / file, name)) is wrong
+def test_allowed_and_forbidden_imports(file: str, name: str, forbidden: bool) -> None:
+    assert bool(import_problem(LIBRARY / file, name)) is forbidden

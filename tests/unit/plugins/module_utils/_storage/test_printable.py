@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Escape sequences in messages."""
+"""Tests of escape sequences in messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from ansible_collections.userns.storage.plugins.module_utils._storage import printable
 
 
-def test_the_escape_sequences_are_those_of_python() -> None:
+def test_escape_sequences_match_python() -> None:
     for number in (*range(0x2100), *range(0xD7F0, 0xDC80), *range(0xDD00, 0x110000, 37)):
         character = chr(number)
         if not character.isprintable():
@@ -20,8 +20,8 @@ def test_the_escape_sequences_are_those_of_python() -> None:
     assert printable.printable("\udc80\udcff") == "\\x80\\xff"
 
 
-def test_escaping_needs_no_file_of_the_interpreter() -> None:
-    """A process in a user's namespace may not be able to read one then."""
+def test_escaping_imports_no_modules() -> None:
+    """A process in a user's namespace may not be able to read the files of the interpreter."""
     code = (
         "import importlib.util, sys\n"
         "spec = importlib.util.spec_from_file_location('printable', sys.argv[1])\n"
@@ -32,6 +32,6 @@ def test_escaping_needs_no_file_of_the_interpreter() -> None:
         "module.printable(text), module.without_controls(text), module.command(text)\n"
         "print(sorted(set(sys.modules) - before))\n"
     )
-    words = [sys.executable, "-c", code, printable.__file__]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    assert done.stdout == "[]\n"
+    command = [sys.executable, "-c", code, printable.__file__]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert result.stdout == "[]\n"

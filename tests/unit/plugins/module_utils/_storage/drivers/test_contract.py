@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The page about the architecture lists what a driver must define, and all that any driver overrides."""
+"""Tests that docs/architecture.md lists the members that a driver must define and those that drivers override."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ SECTION = (
 )
 
 
-def listed(after: str) -> t.Set[str]:
-    """The names in the first column of the table after a sentence."""
+def documented_names(after: str) -> t.Set[str]:
+    """Return the names in the first column of the table after a sentence."""
     rows = SECTION.partition(after)[2].strip().partition("\n\n")[0].splitlines()[2:]
     return {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
 
 
-def test_the_page_lists_what_a_driver_must_define() -> None:
-    # Declared without a value.
+def test_required_members_are_documented() -> None:
+    # These members are declared without a value.
     variables = {name for name in ("name", "folders") if not hasattr(Driver, name)}
-    assert listed("must define:\n") == {*Driver.__abstractmethods__, *variables}
+    assert documented_names("must define:\n") == {*Driver.__abstractmethods__, *variables}
 
 
-def test_the_page_lists_what_drivers_override() -> None:
-    hooks = listed("with the default:\n")
+def test_overridable_methods_are_documented() -> None:
+    hooks = documented_names("with the default:\n")
     assert hooks <= {*vars(Driver)}
     inherited = {name for name in vars(Driver) if not name.startswith("__")}
-    required = listed("must define:\n")
+    required = documented_names("must define:\n")
     overridden = {name for driver in REGISTRY.values() for name in vars(driver)} & inherited
-    # Values, not methods.
+    # The table lists methods only.
     overridden -= {"_read_on_use", "_unread_flags", "_abc_impl"}
     assert overridden - required == hooks
 
 
 @pytest.mark.parametrize("path", re.findall(r"`((?:tests|plugins|roles|docs)/[\w/.]+)`", SECTION))
-def test_the_files_that_it_names_exist(path: str) -> None:
+def test_documented_files_exist(path: str) -> None:
     assert (ROOT / path.replace("NAME", "vfs")).is_file()

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Drivers on folders made by hand: what they find, what they refuse, and in which order they move."""
+"""Tests of the drivers on hand-made directories: damage, unsupported stores, and the order of file operations."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ SAME = Shift(Mapping(), Mapping())
 
 
 def home(tmp_path: pathlib.Path, **options: str) -> DriverHome:
-    place = str(tmp_path)
-    return DriverHome(place, str(tmp_path / "run"), options, False, place, tree_tools=TREE_TOOLS)
+    path = str(tmp_path)
+    return DriverHome(path, str(tmp_path / "run"), options, False, path, tree_tools=TREE_TOOLS)
 
 
 def short(layer_id: str) -> str:
@@ -57,7 +57,7 @@ def short(layer_id: str) -> str:
 
 
 def layer(store: pathlib.Path, layer_id: str, *lowers: str) -> pathlib.Path:
-    """An overlay layer as containers/storage 1.43 writes it."""
+    """Create an overlay layer in the form that containers/storage 1.43 writes."""
     folder = store / "overlay" / layer_id
     for name in ("diff", "work"):
         (folder / name).mkdir(parents=True)
@@ -71,7 +71,7 @@ def layer(store: pathlib.Path, layer_id: str, *lowers: str) -> pathlib.Path:
 
 @pytest.fixture
 def store(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Two layers, one on the other, with a file each."""
+    """Create a layer and its child, with one file each."""
     for layer_id, lowers in ((BASE, ()), (TOP, (BASE,))):
         (layer(tmp_path, layer_id, *lowers) / "diff" / layer_id[0]).write_text("x" * 10)
     return tmp_path
@@ -83,16 +83,16 @@ def driver(store: pathlib.Path) -> OverlayDriver:
 
 
 def staged(driver: Driver, store: pathlib.Path, layer_id: str = MINE) -> pathlib.Path:
-    into = store / "staging"
-    into.mkdir()
-    driver.stage([TOP, BASE], SAME, "auto", str(into), layer_id)
-    return into
+    staging = store / "staging"
+    staging.mkdir()
+    driver.stage([TOP, BASE], SAME, "auto", str(staging), layer_id)
+    return staging
 
 
-# What a layer is made of
+# Structure of layers
 
 
-def test_an_intact_layer(driver: OverlayDriver) -> None:
+def test_intact_layer_has_no_damage(driver: OverlayDriver) -> None:
     assert driver.exists(TOP)
     assert driver.damage(TOP, [BASE]) is None
     assert driver.dependencies(TOP) == [BASE]
@@ -100,7 +100,7 @@ def test_an_intact_layer(driver: OverlayDriver) -> None:
     assert driver.links() == {short(BASE): BASE, short(TOP): TOP}
 
 
-def test_a_layer_that_is_not_there(driver: OverlayDriver) -> None:
+def test_missing_layer_is_reported(driver: OverlayDriver) -> None:
     assert not driver.exists(MINE)
     assert "missing" in (driver.damage(MINE) or "")
     with pytest.raises(StoreError, match="Pull or load"):
@@ -113,7 +113,7 @@ def remove_diff(folder: pathlib.Path) -> None:
     (folder / "diff").rmdir()
 
 
-def lead_elsewhere(link: pathlib.Path) -> None:
+def redirect_link(link: pathlib.Path) -> None:
     link.unlink()
     link.symlink_to("/etc")
 
@@ -123,7 +123,7 @@ def lead_elsewhere(link: pathlib.Path) -> None:
     [ShortNames(True, True), ShortNames(True, False), ShortNames(False, False)],
     ids=["old", "old and new", "new"],
 )
-def test_lost_short_names_that_a_runtime_recreates(
+def test_lost_short_names_are_damage_unless_runtime_restores_them(
     driver: OverlayDriver, store: pathlib.Path, names: ShortNames
 ) -> None:
     driver = OverlayDriver(dataclasses.replace(driver.home, short_names=lambda: names))
@@ -131,19 +131,19 @@ def test_lost_short_names_that_a_runtime_recreates(
         link.unlink()
     if (store / "overlay" / TOP / "lower-layers").exists():
         (store / "overlay" / TOP / "lower-layers").unlink()
-    # Newer runtimes do not restore them for layers that need them, even if an older one beside them would.
+    # Newer runtimes do not restore short names that layers need, even if an older runtime on the same host does.
     assert ("names l/AAA" in (driver.damage(TOP, [BASE]) or "")) is not names.restored
     assert driver.resting([TOP]) == {TOP: [BASE]}
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("change", "message"),
     [
         (lambda g: remove_diff(g / TOP), "diff of layer"),
         (lambda g: (g / TOP / "link").unlink(), "link of layer"),
         (lambda g: (g / TOP / "link").write_text("../../../etc/passwd"), "26 letters"),
-        (lambda g: lead_elsewhere(g / "l" / short(TOP)), "short name"),
-        (lambda g: lead_elsewhere(g / "l" / short(BASE)), "names l/AAA"),
+        (lambda g: redirect_link(g / "l" / short(TOP)), "short name"),
+        (lambda g: redirect_link(g / "l" / short(BASE)), "names l/AAA"),
         (
             lambda g: [(g / item).unlink() for item in (f"l/{short(BASE)}", f"{BASE}/link")],
             "names l/AAA",
@@ -153,18 +153,18 @@ def test_lost_short_names_that_a_runtime_recreates(
         (lambda g: (g / TOP / "lower-layers").write_text(OTHER), "contradict"),
     ],
 )
-def test_damage(
+def test_damage_is_reported(
     driver: OverlayDriver,
     store: pathlib.Path,
-    harm: t.Callable[[pathlib.Path], t.Any],
-    words: str,
+    change: t.Callable[[pathlib.Path], t.Any],
+    message: str,
 ) -> None:
-    harm(store / "overlay")
-    assert words in (driver.damage(TOP, [BASE]) or "")
+    change(store / "overlay")
+    assert message in (driver.damage(TOP, [BASE]) or "")
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda g: (g / TOP / "blobs").mkdir(), "has blobs, which"),
         (lambda g: (g / TOP / "lower.v2").write_text("x"), "has lower.v2, which"),
@@ -173,22 +173,22 @@ def test_damage(
         (lambda g: (g / TOP / "lower-layers").write_text(f"sha256:{BASE}"), "in lower-layers"),
     ],
 )
-def test_a_form_of_a_newer_version(
+def test_form_of_newer_version_is_refused(
     driver: OverlayDriver,
     store: pathlib.Path,
     change: t.Callable[[pathlib.Path], t.Any],
-    words: str,
+    message: str,
 ) -> None:
-    """It is not called damaged, and nothing is made from it."""
+    """The layer is not reported as damaged, and no layer is created from it."""
     change(store / "overlay")
-    for ask in (
+    for check in (
         lambda: driver.damage(TOP, [BASE]),
         lambda: driver.damage(TOP),
         lambda: driver.strategies([TOP, BASE]),
     ):
         with pytest.raises(UntestedRuntime) as caught:
-            ask()
-        assert words in str(caught.value)
+            check()
+        assert message in str(caught.value)
         assert "newer than this version of the collection knows" in str(caught.value)
         assert "pull" not in str(caught.value).lower()
 
@@ -196,7 +196,7 @@ def test_a_form_of_a_newer_version(
 @pytest.mark.parametrize(
     "name", ["diff1", "diff12", "work", "merged", "merged.1", "mapped", "empty", ".nfs0001"]
 )
-def test_what_known_versions_put_there(
+def test_entries_of_known_versions_are_accepted(
     driver: OverlayDriver, store: pathlib.Path, name: str
 ) -> None:
     (store / "overlay" / TOP / name).mkdir(exist_ok=True)
@@ -204,19 +204,21 @@ def test_what_known_versions_put_there(
     assert driver.strategies([TOP, BASE])
 
 
-def test_where_the_owners_of_files_are_recorded(driver: OverlayDriver, store: pathlib.Path) -> None:
-    me = os.getuid(), os.getgid()
-    # As an overlay mount shows it: what lies on top, then what it rests on.
-    assert driver.top_owners([TOP, BASE]) == [("", *me), ("b", *me), ("a", *me)]
+def test_top_owners_are_read_only_if_files_have_them(
+    driver: OverlayDriver, store: pathlib.Path
+) -> None:
+    owner = os.getuid(), os.getgid()
+    # The order is that of an overlay mount: the top layer, then the layers below.
+    assert driver.top_owners([TOP, BASE]) == [("", *owner), ("b", *owner), ("a", *owner)]
     assert OverlayDriver(home(store, force_mask="700")).top_owners([TOP, BASE]) == []
     for name in ("composefs-data", "additionallayer"):
-        mark = store / "overlay" / BASE / name
-        mark.mkdir()
+        marker = store / "overlay" / BASE / name
+        marker.mkdir()
         assert driver.top_owners([TOP, BASE]) == []
-        mark.rmdir()
+        marker.rmdir()
 
 
-def test_a_layer_of_a_read_only_store(tmp_path: pathlib.Path) -> None:
+def test_parent_in_additional_image_store_is_found(tmp_path: pathlib.Path) -> None:
     shared, own = tmp_path / "shared", tmp_path / "own"
     layer(shared, BASE)
     layer(own, TOP, BASE)
@@ -230,43 +232,46 @@ def test_a_layer_of_a_read_only_store(tmp_path: pathlib.Path) -> None:
 
 
 @given(st.text(max_size=63) | st.text("0123456789abcdef", min_size=65, max_size=66))
-def test_only_ids_are_taken_for_ids(name: str) -> None:
+def test_invalid_layer_ids_are_rejected(name: str) -> None:
     driver = VfsDriver(DriverHome("/nowhere", "/nowhere", {}, False, "/nowhere"))
     for call in (driver.exists, driver.damage, driver.measure):
         with pytest.raises(StorageError):
             call(name)
 
 
-# Making
+# Creation
 
 
-def test_a_layer_is_staged_and_committed(driver: OverlayDriver, store: pathlib.Path) -> None:
-    way, found = driver.predict([TOP, BASE], SAME)
+def test_layer_is_staged_and_committed(driver: OverlayDriver, store: pathlib.Path) -> None:
+    strategy, found = driver.predict([TOP, BASE], SAME)
     before = sorted(store.rglob("*"))
-    into = staged(driver, store)
-    made = into / "layer"
+    staging = staged(driver, store)
+    staged_layer = staging / "layer"
     assert sorted(store.rglob("*"))[: len(before)] != []
     assert found.files == 2
-    assert way.name in ("copy", "reflink")
-    assert {path.name for path in (made / "diff").iterdir()} == {"a", "b"}
-    assert (made / "lower").read_text() == f"l/{short(TOP)}:l/{short(BASE)}"
-    assert (made / "lower-layers").read_text() == f"{TOP}:{BASE}"
-    link = (made / "link").read_text()
+    assert strategy.name in ("copy", "reflink")
+    assert {path.name for path in (staged_layer / "diff").iterdir()} == {"a", "b"}
+    assert (staged_layer / "lower").read_text() == f"l/{short(TOP)}:l/{short(BASE)}"
+    assert (staged_layer / "lower-layers").read_text() == f"{TOP}:{BASE}"
+    link = (staged_layer / "link").read_text()
     assert overlay._LINK.fullmatch(link)
     assert not driver.exists(MINE)
-    driver.commit(str(into), MINE)
+    driver.commit(str(staging), MINE)
     assert driver.damage(MINE, [TOP, BASE]) is None
     assert os.readlink(store / "overlay" / "l" / link) == f"../{MINE}/diff"
     assert driver.dependencies(MINE) == [TOP, BASE]
-    assert not made.exists()
+    assert not staged_layer.exists()
     assert driver.measure(MINE).apparent >= 20
 
 
-def test_modes_of_a_staged_layer(driver: OverlayDriver, store: pathlib.Path) -> None:
+def test_staged_layer_has_expected_modes(driver: OverlayDriver, store: pathlib.Path) -> None:
     (store / "overlay" / TOP / "diff").chmod(0o555)
     os.utime(store / "overlay" / TOP / "diff", ns=(1, 123456789))
-    made = staged(driver, store) / "layer"
-    modes = {item.name: oct(item.stat().st_mode & 0o7777) for item in [made, *made.iterdir()]}
+    staged_layer = staged(driver, store) / "layer"
+    modes = {
+        item.name: oct(item.stat().st_mode & 0o7777)
+        for item in [staged_layer, *staged_layer.iterdir()]
+    }
     assert modes == {
         "layer": "0o700",
         "diff": "0o555",
@@ -276,29 +281,31 @@ def test_modes_of_a_staged_layer(driver: OverlayDriver, store: pathlib.Path) -> 
         "lower": "0o644",
         "lower-layers": "0o644",
     }
-    assert (made / "diff").stat().st_mtime_ns == 123456789
+    assert (staged_layer / "diff").stat().st_mtime_ns == 123456789
 
 
-def test_numbered_diffs_and_lost_names(driver: OverlayDriver, store: pathlib.Path) -> None:
-    """A template that a runtime has mapped, whose parent's short name is gone."""
+def test_layer_is_staged_from_numbered_diff_and_lost_short_name(
+    driver: OverlayDriver, store: pathlib.Path
+) -> None:
+    """The runtime has mapped the template, and the short name of the template's parent is missing."""
     top = store / "overlay" / TOP
     (top / "diff").rename(top / "diff1")
     (top / "diff").mkdir()
     (store / "overlay" / "l" / short(BASE)).unlink()
-    made = staged(driver, store) / "layer"
-    assert {path.name for path in (made / "diff").iterdir()} == {"a", "b"}
-    assert (made / "lower-layers").read_text() == f"{TOP}:{BASE}"
+    staged_layer = staged(driver, store) / "layer"
+    assert {path.name for path in (staged_layer / "diff").iterdir()} == {"a", "b"}
+    assert (staged_layer / "lower-layers").read_text() == f"{TOP}:{BASE}"
 
 
-def test_the_drivers_chain_is_longer_than_the_records(
+def test_chain_on_disk_may_be_longer_than_in_records(
     driver: OverlayDriver, store: pathlib.Path
 ) -> None:
     layer(store, OTHER, TOP, BASE)
-    into = store / "staging"
-    into.mkdir()
-    driver.stage([OTHER, BASE], SAME, "copy", str(into), MINE)
-    assert (into / "layer" / "lower-layers").read_text() == f"{OTHER}:{TOP}:{BASE}"
-    assert {path.name for path in (into / "layer" / "diff").iterdir()} == {"a", "b"}
+    staging = store / "staging"
+    staging.mkdir()
+    driver.stage([OTHER, BASE], SAME, "copy", str(staging), MINE)
+    assert (staging / "layer" / "lower-layers").read_text() == f"{OTHER}:{TOP}:{BASE}"
+    assert {path.name for path in (staging / "layer" / "diff").iterdir()} == {"a", "b"}
 
 
 def test_prediction_writes_nothing(driver: OverlayDriver, store: pathlib.Path) -> None:
@@ -307,7 +314,7 @@ def test_prediction_writes_nothing(driver: OverlayDriver, store: pathlib.Path) -
     assert {path: path.lstat().st_ctime_ns for path in [store, *store.rglob("*")]} == before
 
 
-def test_a_strategy_that_is_not_to_be_had(driver: OverlayDriver, store: pathlib.Path) -> None:
+def test_unsupported_strategy_is_rejected(driver: OverlayDriver, store: pathlib.Path) -> None:
     with pytest.raises(UnsupportedDriver, match=r"Use auto, or one of: .*copy"):
         driver.predict([TOP, BASE], SAME, "snapshot")
 
@@ -318,58 +325,60 @@ def test_a_strategy_that_is_not_to_be_had(driver: OverlayDriver, store: pathlib.
         ("nodev,metacopy=on", ["nodev,metacopy=on)-true"], "metacopy"),
         # No runtime has tried these options since the last boot.
         ("nodev,metacopy=on", [], "copy"),
-        # A runtime read other options than were read here.
+        # A runtime used other options than the driver has read.
         ("nodev,metacopy=on", ["nodev,metacopy=off)-false"], "copy"),
         ("nodev,metacopy=on", ["nodev,metacopy=on)-true", "nodev,metacopy=off)-false"], "copy"),
         ("nodev,metacopy=on", ["nodev)-true"], "copy"),
         ("metacopy=on,metacopy=off", ["metacopy=on,metacopy=off)-true"], "copy"),
         ("metacopy=off", ["metacopy=off)-true"], "copy"),
         ("metacopy=on", ["metacopy=on)-false"], "copy"),
-        # The kernel's default.
+        # The default of the kernel.
         ("", [")-true"], "metacopy"),
         ("nodev", ["nodev)-false"], "copy"),
     ],
 )
-def test_metacopy_where_a_runtime_has_mounted_with_it(
+def test_metacopy_is_offered_only_if_runtime_has_used_it(
     store: pathlib.Path, mountopt: str, notes: t.List[str], first: str
 ) -> None:
     folder = store / "run" / "overlay"
     folder.mkdir(parents=True)
     for note in notes:
         (folder / f"metacopy({note}").write_text("")
-    ways = OverlayDriver(home(store, mountopt=mountopt)).strategies([TOP, BASE])
-    assert ("metacopy" in [way.name for way in ways]) == (first == "metacopy")
-    assert ways[-1].name == "copy"
-    assert all(way.reason for way in ways)
+    strategies_found = OverlayDriver(home(store, mountopt=mountopt)).strategies([TOP, BASE])
+    assert ("metacopy" in [strategy.name for strategy in strategies_found]) == (first == "metacopy")
+    assert strategies_found[-1].name == "copy"
+    assert all(strategy.reason for strategy in strategies_found)
 
 
-def test_no_metacopy_without_root(store: pathlib.Path) -> None:
-    own = home(store, mountopt="metacopy=on")
+def test_metacopy_is_not_offered_in_rootless_store(store: pathlib.Path) -> None:
+    rootful = home(store, mountopt="metacopy=on")
     (store / "run" / "overlay").mkdir(parents=True)
     (store / "run" / "overlay" / "metacopy(metacopy=on)-true").write_text("")
-    assert "metacopy" in [way.name for way in OverlayDriver(own).strategies([TOP])]
-    rootless = dataclasses.replace(own, rootless=True)
-    assert "metacopy" not in [way.name for way in OverlayDriver(rootless).strategies([TOP])]
+    assert "metacopy" in [strategy.name for strategy in OverlayDriver(rootful).strategies([TOP])]
+    rootless = dataclasses.replace(rootful, rootless=True)
+    assert "metacopy" not in [
+        strategy.name for strategy in OverlayDriver(rootless).strategies([TOP])
+    ]
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("change", "message"),
     [
         (lambda g: (g / ".has-mount-program").write_text("true"), "mount program"),
         (lambda g: (g / BASE / "composefs-data").mkdir(), "composefs"),
         (lambda g: (g / TOP / "additionallayer").write_text("/x"), "additional layer store"),
     ],
 )
-def test_refusals(
+def test_unsupported_stores_are_refused(
     driver: OverlayDriver,
     store: pathlib.Path,
-    harm: t.Callable[[pathlib.Path], t.Any],
-    words: str,
+    change: t.Callable[[pathlib.Path], t.Any],
+    message: str,
 ) -> None:
     (store / "overlay" / ".has-mount-program").write_text("false")
     driver.predict([TOP, BASE], SAME)
-    harm(store / "overlay")
-    with pytest.raises(UnsupportedDriver, match=words):
+    change(store / "overlay")
+    with pytest.raises(UnsupportedDriver, match=message):
         driver.predict([TOP, BASE], SAME)
     assert driver.measure(TOP).files
 
@@ -377,7 +386,7 @@ def test_refusals(
 @pytest.mark.parametrize(
     "lower", ["l/../../etc", "/etc", "l/" + "a" * 26, "l/AAAAAAAAAAAAAAAAAAAAAAAAAA:", "x" * 70000]
 )
-def test_a_lower_that_leads_elsewhere(
+def test_lower_file_with_invalid_paths_is_refused(
     driver: OverlayDriver, store: pathlib.Path, lower: str
 ) -> None:
     (store / "overlay" / TOP / "lower").write_text(lower)
@@ -386,7 +395,9 @@ def test_a_lower_that_leads_elsewhere(
 
 
 @pytest.mark.parametrize("name", ["diff", "lower", "link", ""])
-def test_links_are_not_followed(driver: OverlayDriver, store: pathlib.Path, name: str) -> None:
+def test_symbolic_links_are_not_followed(
+    driver: OverlayDriver, store: pathlib.Path, name: str
+) -> None:
     victim = store / "overlay" / TOP / name
     moved = store / "moved"
     victim.rename(moved)
@@ -395,7 +406,7 @@ def test_links_are_not_followed(driver: OverlayDriver, store: pathlib.Path, name
         staged(driver, store)
 
 
-def test_a_short_name_that_leads_elsewhere(driver: OverlayDriver, store: pathlib.Path) -> None:
+def test_redirected_short_name_is_reported(driver: OverlayDriver, store: pathlib.Path) -> None:
     link = store / "overlay" / "l" / short(BASE)
     link.unlink()
     link.symlink_to("/etc")
@@ -403,56 +414,58 @@ def test_a_short_name_that_leads_elsewhere(driver: OverlayDriver, store: pathlib
     assert driver.links()[short(BASE)] == ""
 
 
-def test_commit_does_not_replace_a_layer(driver: OverlayDriver, store: pathlib.Path) -> None:
-    into = staged(driver, store)
+def test_commit_does_not_replace_existing_layer(driver: OverlayDriver, store: pathlib.Path) -> None:
+    staging = staged(driver, store)
     links = driver.links()
     with pytest.raises(StoreError):
-        driver.commit(str(into), TOP)
+        driver.commit(str(staging), TOP)
     assert driver.links() == links
-    assert (into / "layer" / "diff").is_dir()
+    assert (staging / "layer" / "diff").is_dir()
 
 
-# The order of moves
+# Order of file operations
 
 
-def moves(monkeypatch: pytest.MonkeyPatch) -> t.List[str]:
-    done: t.List[str] = []
+def record_operations(monkeypatch: pytest.MonkeyPatch) -> t.List[str]:
+    operations: t.List[str] = []
     for name in ("rename", "symlink", "unlink", "fsync"):
         real = getattr(os, name)
 
-        def tell(*arguments: t.Any, _name: str = name, _real: t.Any = real, **named: t.Any) -> None:
-            done.append(_name)
+        def record(
+            *arguments: t.Any, _name: str = name, _real: t.Any = real, **named: t.Any
+        ) -> None:
+            operations.append(_name)
             _real(*arguments, **named)
 
-        monkeypatch.setattr(os, name, tell)
-    return done
+        monkeypatch.setattr(os, name, record)
+    return operations
 
 
-def test_the_directory_comes_before_its_short_name(
+def test_commit_creates_directory_before_short_name(
     driver: OverlayDriver, store: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    into = staged(driver, store)
-    done = moves(monkeypatch)
-    driver.commit(str(into), MINE)
-    # Durable before the record says that the layer is there.
-    assert done == ["rename", "symlink", "fsync", "fsync"]
+    staging = staged(driver, store)
+    operations = record_operations(monkeypatch)
+    driver.commit(str(staging), MINE)
+    # The layer is durable before a record lists it.
+    assert operations == ["rename", "symlink", "fsync", "fsync"]
 
 
-def test_the_short_name_goes_before_its_directory(
+def test_detach_removes_short_name_before_directory(
     driver: OverlayDriver, store: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver.commit(str(staged(driver, store)), MINE)
     trash = store / "trash"
     trash.mkdir()
-    done = moves(monkeypatch)
+    operations = record_operations(monkeypatch)
     driver.detach(MINE, str(trash))
-    assert done == ["unlink", "rename", "fsync"]
+    assert operations == ["unlink", "rename", "fsync"]
     assert (trash / MINE / "diff").is_dir()
     assert set(driver.links().values()) == {BASE, TOP}
     driver.detach(MINE, str(trash))
 
 
-def test_only_the_own_short_name_is_taken_away(driver: OverlayDriver, store: pathlib.Path) -> None:
+def test_detach_keeps_short_name_of_other_layer(driver: OverlayDriver, store: pathlib.Path) -> None:
     (store / "overlay" / TOP / "link").write_text(short(BASE))
     trash = store / "trash"
     trash.mkdir()
@@ -463,7 +476,7 @@ def test_only_the_own_short_name_is_taken_away(driver: OverlayDriver, store: pat
 # Orphans
 
 
-def test_orphans(driver: OverlayDriver, store: pathlib.Path) -> None:
+def test_orphans_are_found_and_dropped(driver: OverlayDriver, store: pathlib.Path) -> None:
     folder = store / "overlay"
     layer(store, OTHER)
     (folder / "l" / ("Z" * 26)).symlink_to(f"../{MINE}/diff")
@@ -485,23 +498,23 @@ def test_orphans(driver: OverlayDriver, store: pathlib.Path) -> None:
     assert (folder / "l" / ("Y" * 26)).is_symlink()
 
 
-# vfs, the generic one
+# vfs, the generic driver
 
 
-def test_vfs(tmp_path: pathlib.Path) -> None:
+def test_vfs_layer_is_staged_committed_and_detached(tmp_path: pathlib.Path) -> None:
     tree = tmp_path / "vfs" / "dir" / TOP
     tree.mkdir(parents=True)
     (tree / "file").write_text("content")
     tree.chmod(0o711)
     driver = open_driver("vfs", home(tmp_path))
-    into = tmp_path / "staging"
-    into.mkdir()
-    made = driver.stage([TOP, BASE], SAME, "auto", str(into), MINE)
-    driver.commit(str(into), MINE)
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    usage = driver.stage([TOP, BASE], SAME, "auto", str(staging), MINE)
+    driver.commit(str(staging), MINE)
     new = tmp_path / "vfs" / "dir" / MINE
     assert (new / "file").read_text() == "content"
     assert new.stat().st_mode & 0o777 == 0o711
-    assert (made.files, made.apparent, made.inodes) == (1, 7, 2)
+    assert (usage.files, usage.apparent, usage.inodes) == (1, 7, 2)
     assert driver.damage(MINE) is None
     assert (driver.dependencies(MINE), driver.dependents(TOP), driver.links()) == ([], [], {})
     assert [orphan.name for orphan in driver.orphans({TOP})] == [MINE]
@@ -514,13 +527,13 @@ def test_vfs(tmp_path: pathlib.Path) -> None:
     assert (trash / MINE / "file").exists()
 
 
-def test_a_template_that_is_missing(tmp_path: pathlib.Path) -> None:
+def test_missing_template_is_reported(tmp_path: pathlib.Path) -> None:
     (tmp_path / "vfs" / "dir").mkdir(parents=True)
     with pytest.raises(StoreError, match="has no directory"):
         open_driver("vfs", home(tmp_path)).predict([TOP], SAME)
 
 
-def test_a_folder_that_is_missing(tmp_path: pathlib.Path) -> None:
+def test_missing_driver_directory_is_reported(tmp_path: pathlib.Path) -> None:
     for name in REGISTRY:
         with pytest.raises(StoreError, match="no such file or directory"):
             open_driver(name, home(tmp_path)).exists(TOP)
@@ -529,7 +542,7 @@ def test_a_folder_that_is_missing(tmp_path: pathlib.Path) -> None:
 # Names, errors, views
 
 
-def test_registry(tmp_path: pathlib.Path) -> None:
+def test_registry_resolves_names_and_rejects_unknown_drivers(tmp_path: pathlib.Path) -> None:
     assert isinstance(open_driver("overlay2", home(tmp_path)), OverlayDriver)
     assert {name: kind.name for name, kind in REGISTRY.items()} == {name: name for name in REGISTRY}
     for name in ("zfs", "devicemapper", ""):
@@ -537,14 +550,16 @@ def test_registry(tmp_path: pathlib.Path) -> None:
             open_driver(name, home(tmp_path))
 
 
-def test_a_view_without_a_namespace(store: pathlib.Path) -> None:
+def test_view_without_namespace_is_real_path(store: pathlib.Path) -> None:
     with view_of(str(store), "overlay") as path:
         assert path == os.path.realpath(store)
     with view_of(str(store), "vfs") as path:
         assert path == os.path.realpath(store)
 
 
-def test_views_that_cannot_be(store: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_view_of_missing_or_linked_directory_is_refused(
+    store: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     with pytest.raises(StoreError), view_of(str(store / "none"), "overlay"):
         pass
     (store / "vfs").symlink_to(store / "overlay")
@@ -552,7 +567,7 @@ def test_views_that_cannot_be(store: pathlib.Path, tmp_path: pathlib.Path) -> No
         pass
 
 
-def test_a_driver_opened_to_look_makes_nothing(store: pathlib.Path) -> None:
+def test_driver_without_tree_tools_cannot_create_layers(store: pathlib.Path) -> None:
     driver = OverlayDriver(dataclasses.replace(home(store), tree_tools=None))
     assert driver.damage(TOP, [BASE]) is None
     with pytest.raises(InternalError, match="for reading and removal only"):

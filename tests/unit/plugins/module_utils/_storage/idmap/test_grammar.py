@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""podman's grammar: what is read, what is refused, and which maps come of it."""
+"""Tests of podman's grammar for user namespaces: parsing, rejected values, and the resulting maps."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ OLD = dataclasses.replace(
     program="podman 4.3.1",
 )
 OLD_ROOT = dataclasses.replace(OLD, rootless=False, uid=0, gid=0, available=ROOT.available)
-ALONE = dataclasses.replace(USER, available=namespace_mapping(1500, 1600, SubIDs()))
-TWO = dataclasses.replace(
+NO_SUBIDS = dataclasses.replace(USER, available=namespace_mapping(1500, 1600, SubIDs()))
+TWO_RANGES = dataclasses.replace(
     USER,
     available=namespace_mapping(1500, 1600, SubIDs((SubIDRange(9000, 10), *RANGES), RANGES)),
 )
 
 
 def maps(context: UsernsContext, **options: t.Any) -> tuple[str, str]:
-    """Both maps of a request as strings."""
+    """Return both maps of a request as strings."""
     mapping = parse_request(**options).resolve(context)
     return str(mapping.uid), str(mapping.gid)
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
+    ("text", "item"),
     [
         ("0:1:2", MapItem(0, 1, 2)),
         ("0:1", MapItem(0, 1)),
@@ -76,11 +76,11 @@ def maps(context: UsernsContext, **options: t.Any) -> tuple[str, str]:
         ("ug5:1", MapItem(5, 1, flagged=True)),
     ],
 )
-def test_entries_are_read(text: str, parts: MapItem) -> None:
-    assert parse_map_flags([text]) == (parts,)
+def test_entries_are_parsed(text: str, item: MapItem) -> None:
+    assert parse_map_flags([text]) == (item,)
 
 
-def test_one_value_may_hold_several_entries() -> None:
+def test_value_with_several_entries_is_parsed() -> None:
     assert parse_map_flags(["0:1:2:+2:5:1,u9:9", ""]) == (
         MapItem(0, 1, 2),
         MapItem(2, 5, 1, extends=True, flagged=True),
@@ -95,7 +95,7 @@ def test_one_value_may_hold_several_entries() -> None:
         "0:1:2:3:4", "0:5:4294967295", "4294967296:0", "٣:0:1", "@0:1:1",
     ],
 )  # fmt: skip
-def test_malformed_entries_are_named(text: str) -> None:
+def test_malformed_entry_is_named_in_error(text: str) -> None:
     with pytest.raises(MapError) as caught:
         parse_map_flags([text])
     assert repr(text) in str(caught.value)
@@ -111,14 +111,14 @@ def test_malformed_entries_are_named(text: str) -> None:
         "container:abc", "KEEP-ID",
     ],
 )  # fmt: skip
-def test_other_values_of_userns_are_refused(text: str) -> None:
+def test_invalid_userns_is_rejected(text: str) -> None:
     with pytest.raises(MapError) as caught:
         parse_userns(text)
     assert text.rpartition("=")[2] in caught.value.subject
     assert caught.value.hint
 
 
-def test_userns_is_read() -> None:
+def test_userns_is_parsed() -> None:
     keep = parse_userns("keep-id:uid=200,gid=210,size=5000")
     assert (keep.kind, keep.uid, keep.gid, keep.size) == ("keep-id", 200, 210, 5000)
     auto = parse_userns("auto:size=9,uidmapping=0:1:2,gidmapping=3:@4,uidmapping=5:6:7")
@@ -138,7 +138,7 @@ def test_userns_is_read() -> None:
         ({"subuidname": "alice"}, "maps"),
     ],
 )
-def test_requests(options: dict[str, t.Any], kind: str) -> None:
+def test_request_has_expected_kind(options: dict[str, t.Any], kind: str) -> None:
     assert parse_request(**options).kind == kind
 
 
@@ -150,12 +150,12 @@ def test_requests(options: dict[str, t.Any], kind: str) -> None:
         {"userns": "private"},
     ],
 )
-def test_requests_that_contradict_themselves(options: dict[str, t.Any]) -> None:
+def test_contradictory_request_is_rejected(options: dict[str, t.Any]) -> None:
     with pytest.raises(MapError):
         parse_request(**options)
 
 
-# Forms, as podman of that version writes them (tests/interop/test_matrix.py asks the real ones).
+# The maps have the form that podman of that version records. tests/interop/test_matrix.py checks the same with podman.
 
 
 @pytest.mark.parametrize(
@@ -167,16 +167,18 @@ def test_requests_that_contradict_themselves(options: dict[str, t.Any]) -> None:
         (USER, "keep-id:uid=70000", "0:1:65536,70000:0:1", "0:1:1600,1600:0:1,1601:1601:63936"),
         (USER, "keep-id:size=1550", "0:1:1500,1500:0:1,1501:1501:49", "0:1:1549,1600:0:1"),
         (USER, "keep-id:size=0", "0:1:1500,1500:0:1,1501:1501:64036", "0:1:1600,1600:0:1,1601:1601:63936"),
-        (ALONE, "keep-id", "1500:0:1", "1600:0:1"),
-        (TWO, "keep-id", "0:1:1500,1500:0:1,1501:1501:64046", "0:1:1600,1600:0:1,1601:1601:63936"),
+        (NO_SUBIDS, "keep-id", "1500:0:1", "1600:0:1"),
+        (TWO_RANGES, "keep-id", "0:1:1500,1500:0:1,1501:1501:64046", "0:1:1600,1600:0:1,1601:1601:63936"),
         (USER, "nomap", "0:1:65536", "0:1:65536"),
-        (TWO, "nomap", "0:1:10,10:11:65536", "0:1:65536"),
+        (TWO_RANGES, "nomap", "0:1:10,10:11:65536", "0:1:65536"),
         (USER, "host", "identity", "identity"),
         (ROOT, "keep-id", "0:0:4294967295", "0:0:4294967295"),
         (ROOT, "keep-id:uid=7", "0:0:4294967295", "0:0:4294967295"),
     ],
 )  # fmt: skip
-def test_userns_maps(context: UsernsContext, userns: str, uid: str, gid: str) -> None:
+def test_userns_resolves_to_expected_maps(
+    context: UsernsContext, userns: str, uid: str, gid: str
+) -> None:
     assert maps(context, userns=userns) == (uid, gid)
 
 
@@ -201,21 +203,23 @@ def test_userns_maps(context: UsernsContext, userns: str, uid: str, gid: str) ->
         (USER, {"uidmap": ["u+5:@1500"]}, "0:1:5,5:0:1,6:6:65531", "0:0:1,1:1:65536"),
         (USER, {"uidmap": ["0:1:5", "+9:20:1"]}, "0:1:5,9:20:1", "0:1:5,9:20:1"),
         (USER, {"uidmap": ["0:@100005:3"]}, "0:6:3", "0:6:3"),
-        (TWO, {"uidmap": ["u0:@9009:1", "u1:@100000:2"]}, "0:10:3", "0:0:1,1:1:65536"),
+        (TWO_RANGES, {"uidmap": ["u0:@9009:1", "u1:@100000:2"]}, "0:10:3", "0:0:1,1:1:65536"),
     ],
 )  # fmt: skip
-def test_typed_maps(context: UsernsContext, options: t.Any, uid: str, gid: str) -> None:
+def test_map_options_resolve_to_expected_maps(
+    context: UsernsContext, options: t.Any, uid: str, gid: str
+) -> None:
     assert maps(context, **options) == (uid, gid)
 
 
 @pytest.mark.parametrize(
-    ("context", "options", "words"),
+    ("context", "options", "message"),
     [
         (OLD_ROOT, {"userns": "keep-id"}, "podman 4.3.1 supports it only in rootless mode"),
         (ROOT, {"userns": "keep-id:size=5"}, "supports its option size only in rootless mode"),
         (OLD, {"userns": "keep-id:size=5"}, "podman 5.4"),
-        (dataclasses.replace(OLD, available=ALONE.available), {"userns": "keep-id"}, "needs subordinate IDs"),
-        (ALONE, {"userns": "nomap"}, "needs subordinate IDs"),
+        (dataclasses.replace(OLD, available=NO_SUBIDS.available), {"userns": "keep-id"}, "needs subordinate IDs"),
+        (NO_SUBIDS, {"userns": "nomap"}, "needs subordinate IDs"),
         (ROOT, {"userns": "nomap"}, "only in rootless mode"),
         (ROOT, {"userns": "auto"}, "depends on the image"),
         (OLD, {"uidmap": ["+0:1:1"]}, "podman 4.3.1 does not support flags in maps"),
@@ -232,13 +236,15 @@ def test_typed_maps(context: UsernsContext, options: t.Any, uid: str, gid: str) 
         (dataclasses.replace(ROOT, gid_map_alone=False), {"gidmap": ["0:1:1"]}, "also requires a UID map"),
     ],
 )  # fmt: skip
-def test_what_a_runtime_refuses(context: UsernsContext, options: t.Any, words: str) -> None:
-    with pytest.raises(MapError, match=words) as caught:
+def test_unsupported_request_is_rejected(
+    context: UsernsContext, options: t.Any, message: str
+) -> None:
+    with pytest.raises(MapError, match=message) as caught:
         maps(context, **options)
     assert caught.value.hint
 
 
-def test_named_ranges_come_first_and_unmerged() -> None:
+def test_named_ranges_come_first_and_are_not_merged() -> None:
     def names(name: str, kind: str) -> tuple[SubIDRange, ...]:
         return {
             ("al", "uid"): (SubIDRange(500, 5), SubIDRange(100, 5)),
@@ -256,7 +262,7 @@ def test_named_ranges_come_first_and_unmerged() -> None:
     )
 
 
-def test_extras_of_auto() -> None:
+def test_extras_of_auto_are_resolved() -> None:
     def extras(text: str, context: UsernsContext) -> Mapping:
         return resolve_auto_extras(parse_userns(text), context)
 
@@ -288,7 +294,7 @@ ITEMS = st.lists(
 
 
 @given(ITEMS)
-def test_plus_takes_ids_from_what_stands_before(items: list[str]) -> None:
+def test_plus_entry_takes_ids_from_earlier_entries(items: list[str]) -> None:
     model: dict[int, int] | None = {}
     for text in items:
         item = parse_map_flags([text])[0]
@@ -301,51 +307,49 @@ def test_plus_takes_ids_from_what_stands_before(items: list[str]) -> None:
             break
         model.update(piece)
     if model is None:
-        # What overlaps is refused, unless a later entry cuts out the clash.
+        # An overlap is rejected, unless a later entry removes it.
         if not any(text.startswith("+") for text in items):
             with pytest.raises(MapError, match="overlap"):
                 maps(ROOT, uidmap=items)
         return
-    one = parse_request(uidmap=items).resolve(ROOT).uid
-    assert {c + n: h + n for c, h, size in one.ranges for n in range(size)} == model
-    assert one == one.normal()
+    idmap = parse_request(uidmap=items).resolve(ROOT).uid
+    assert {c + n: h + n for c, h, size in idmap.ranges for n in range(size)} == model
+    assert idmap == idmap.normal()
 
 
 @given(st.integers(0, 30), st.integers(0, 20), st.integers(1, 10))
-def test_a_leading_plus_fills_the_map_of_a_user(container: int, host: int, size: int) -> None:
+def test_leading_plus_entry_fills_map_of_user(container: int, host: int, size: int) -> None:
     available = namespace_mapping(
         1500, 1500, SubIDs((SubIDRange(7000, 40),), (SubIDRange(7000, 40),))
     )
     context = dataclasses.replace(USER, available=available)
-    one = parse_request(uidmap=[f"+{container}:{host}:{size}"]).resolve(context).uid
-    hosts = [h + n for _c, h, count in one.ranges for n in range(count)]
+    idmap = parse_request(uidmap=[f"+{container}:{host}:{size}"]).resolve(context).uid
+    hosts = [h + n for _c, h, count in idmap.ranges for n in range(count)]
     assert sorted(hosts) == list(range(41))
-    assert [one.to_host(container + n) for n in range(size)] == list(range(host, host + size))
-    # All other IDs stand in their order, and no container ID below the last one is left out
-    # unless the IDs were all used up.
-    others = [c for c in range(container) if one.to_host(c) is not None]
+    assert [idmap.to_host(container + n) for n in range(size)] == list(range(host, host + size))
+    # All other IDs keep their order, and no container ID below the highest is skipped unless all
+    # IDs are used up.
+    others = [c for c in range(container) if idmap.to_host(c) is not None]
     assert others == list(range(min(container, 41 - size)))
     free = [h for h in range(41) if not host <= h < host + size]
-    rest = [one.to_host(c) for c in range(100) if not container <= c < container + size]
+    rest = [idmap.to_host(c) for c in range(100) if not container <= c < container + size]
     assert [h for h in rest if h is not None] == free
 
 
 @given(st.integers(0, 70000), st.integers(0, 70000), st.one_of(st.none(), st.integers(1, 70000)))
-def test_keep_id_keeps_the_user_and_maps_nothing_twice(
-    uid: int, gid: int, size: int | None
-) -> None:
+def test_keep_id_maps_user_and_no_id_twice(uid: int, gid: int, size: int | None) -> None:
     text = f"keep-id:uid={uid},gid={gid}" + (f",size={size}" if size else "")
     mapping = parse_request(userns=text).resolve(USER)
-    for one, kept in ((mapping.uid, uid), (mapping.gid, gid)):
-        # Where the size leaves no other ID, podman's map begins with an empty range.
-        one.normal().validate()
-        assert one.to_host(kept) == 0
-        assert one.size == min(65536, 70000 if size is None else size - 1) + 1
-        assert EVERYTHING.compose(one).size == one.size
+    for idmap, kept in ((mapping.uid, uid), (mapping.gid, gid)):
+        # If the size leaves no other ID, podman's map begins with an empty range.
+        idmap.normal().validate()
+        assert idmap.to_host(kept) == 0
+        assert idmap.size == min(65536, 70000 if size is None else size - 1) + 1
+        assert EVERYTHING.compose(idmap).size == idmap.size
 
 
 @given(st.text(alphabet="0123456789:+ug@,= -abx", max_size=24))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_parsed_or_rejected(text: str) -> None:
     for context in (ROOT, USER, OLD):
         for options in ({"userns": text}, {"uidmap": [text]}):
             try:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Pairs of maps, and what a shift from one pair to another does to owners."""
+"""Tests of pairs of ID maps, and of the translation of owners from one pair to another."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ KEEP = Mapping(IDMap.of((0, 1, 9), (9, 0, 1)), IDMap.of((0, 1, 5), (5, 0, 1), (6
 HIGH = Mapping(IDMap.of((0, 1000, 10)), IDMap.of((0, 2000, 10)))
 
 
-def test_form_and_meaning() -> None:
-    turned = Mapping(IDMap.of((9, 0, 1), (0, 1, 9)), KEEP.gid)
-    assert not turned.same_form(KEEP)
-    assert turned.same_meaning(KEEP)
+def test_form_and_meaning_are_compared_separately() -> None:
+    reordered = Mapping(IDMap.of((9, 0, 1), (0, 1, 9)), KEEP.gid)
+    assert not reordered.same_form(KEEP)
+    assert reordered.same_meaning(KEEP)
     assert UNMAPPED.same_form(Mapping())
     assert UNMAPPED.identity
     assert not Mapping(EVERYTHING, IDENTITY).identity
@@ -34,7 +34,7 @@ def test_form_and_meaning() -> None:
     assert str(HIGH) == "uid 0:1000:10 gid 0:2000:10"
 
 
-def test_root() -> None:
+def test_root_is_host_id_of_container_root() -> None:
     assert KEEP.root == (1, 1)
     assert HIGH.root == (1000, 2000)
     assert UNMAPPED.root == (0, 0)
@@ -42,7 +42,7 @@ def test_root() -> None:
         _root = Mapping(IDENTITY, IDMap.of((1, 5, 3))).root
 
 
-def test_owners_move_from_map_to_map() -> None:
+def test_shift_translates_owners_between_maps() -> None:
     shift = Shift(HIGH, KEEP)
     assert [shift.uid(1000 + n) for n in range(10)] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
     assert [shift.gid(2000 + n) for n in range(10)] == [1, 2, 3, 4, 5, 0, 6, 7, 8, 9]
@@ -51,7 +51,7 @@ def test_owners_move_from_map_to_map() -> None:
     assert [back.uid(shift.uid(item)) for item in range(1000, 1010)] == list(range(1000, 1010))
 
 
-def test_what_does_not_fit_is_noted() -> None:
+def test_ids_outside_maps_are_recorded() -> None:
     shift = Shift(HIGH, Mapping(IDMap.of((0, 1, 2)), IDENTITY))
     assert shift.uid(1005) == -1
     assert shift.uid(5) == -1
@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_noted() -> None:
     assert not shift.complete
 
 
-def test_what_does_not_fit_can_overflow() -> None:
+def test_ids_outside_maps_become_overflow_id_on_request() -> None:
     shift = Shift(HIGH, Mapping(IDMap.of((0, 1, 2)), IDENTITY), overflow=True)
     assert shift.uid(1005) == 65534
     assert shift.uid(5) == 65534

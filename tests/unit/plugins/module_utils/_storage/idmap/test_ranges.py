@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The algebra of ID maps, against a model that is a plain dict, and the reading of strings and records."""
+"""Tests of the operations on ID maps, with a dict as the model, and of parsing strings and records."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = 60
 
 @st.composite
 def maps(draw: st.DrawFn, empty_ranges: bool = False) -> IDMap:
-    """Maps of some ranges that overlap on neither side, in any order, over few IDs."""
+    """Maps with a few small ranges in any order that do not overlap on either side."""
     sizes = draw(st.lists(st.integers(0 if empty_ranges else 1, 8), min_size=1, max_size=6))
     sides = []
     for _side in ("container", "host"):
@@ -44,12 +44,12 @@ def maps(draw: st.DrawFn, empty_ranges: bool = False) -> IDMap:
 
 
 def model(idmap: IDMap) -> dict[int, int]:
-    """What a map does, ID by ID."""
+    """Return the host ID for each container ID of a map."""
     return {c + n: h + n for c, h, size in idmap.ranges for n in range(size)}
 
 
 @given(maps(empty_ranges=True))
-def test_lookups_agree_with_the_model(idmap: IDMap) -> None:
+def test_lookups_match_model(idmap: IDMap) -> None:
     forth = model(idmap)
     back = {host: container for container, host in forth.items()}
     for number in range(SMALL):
@@ -60,13 +60,13 @@ def test_lookups_agree_with_the_model(idmap: IDMap) -> None:
 
 
 @given(maps(empty_ranges=True))
-def test_the_normal_form_means_the_same_and_is_unique(idmap: IDMap) -> None:
+def test_normal_form_keeps_meaning_and_is_unique(idmap: IDMap) -> None:
     normal = idmap.normal()
     assert model(normal) == model(idmap)
     assert normal.normal() == normal
     assert normal.same_meaning(idmap)
     assert idmap.sorted_by_host().normal() == normal
-    # No range can be merged with the next, none is empty.
+    # No range is empty or can be merged with the next.
     if model(idmap):
         assert all(entry.size for entry in normal.ranges)
     else:
@@ -77,14 +77,16 @@ def test_the_normal_form_means_the_same_and_is_unique(idmap: IDMap) -> None:
 
 
 @given(maps(), maps())
-def test_meaning_is_what_the_model_compares(idmap: IDMap, other: IDMap) -> None:
+def test_same_meaning_matches_model(idmap: IDMap, other: IDMap) -> None:
     assert idmap.same_meaning(other) == (model(idmap) == model(other))
 
 
 @given(maps(), maps())
-def test_composition(outer: IDMap, inner: IDMap) -> None:
+def test_composition_matches_model(outer: IDMap, inner: IDMap) -> None:
     first, second = model(inner), model(outer)
-    expected = {one: second[middle] for one, middle in first.items() if middle in second}
+    expected = {
+        container: second[middle] for container, middle in first.items() if middle in second
+    }
     result = outer.compose(inner)
     assert model(result) == expected
     assert bool(expected) == (result != NOTHING)
@@ -98,11 +100,11 @@ def test_composition_is_associative(idmap: IDMap, two: IDMap, three: IDMap) -> N
 
 
 @given(maps())
-def test_inverse(idmap: IDMap) -> None:
+def test_inverse_swaps_sides(idmap: IDMap) -> None:
     assert idmap.invert().invert() == idmap
     assert model(idmap.invert()) == {host: container for container, host in model(idmap).items()}
-    circle = idmap.invert().compose(idmap)
-    assert model(circle) == {container: container for container in model(idmap)}
+    round_trip = idmap.invert().compose(idmap)
+    assert model(round_trip) == {container: container for container in model(idmap)}
 
 
 @given(maps())
@@ -126,7 +128,7 @@ def test_valid_maps_are_accepted(idmap: IDMap) -> None:
 
 
 @given(maps(), st.data())
-def test_shared_ids_are_found(idmap: IDMap, data: st.DataObject) -> None:
+def test_overlap_is_rejected(idmap: IDMap, data: st.DataObject) -> None:
     entry = data.draw(st.sampled_from(idmap.ranges))
     inside = data.draw(st.integers(0, entry.size - 1))
     clash = IDRange(entry.container_id + inside, 5000, 1)
@@ -139,27 +141,27 @@ def test_shared_ids_are_found(idmap: IDMap, data: st.DataObject) -> None:
 
 @given(maps())
 def test_contiguous_maps_have_no_gap_on_either_side(idmap: IDMap) -> None:
-    def solid(ids: t.Collection[int]) -> bool:
+    def has_no_gap(ids: t.Collection[int]) -> bool:
         return max(ids) - min(ids) + 1 == len(ids)
 
     forth = model(idmap)
-    assert idmap.contiguous == (solid(forth.keys()) and solid(forth.values()))
+    assert idmap.contiguous == (has_no_gap(forth.keys()) and has_no_gap(forth.values()))
 
 
-def test_the_question_leaves_the_list_as_it_sorted_it() -> None:
-    gap_outside = IDMap.of((0, 300, 5), (5, 100, 5))
-    assert gap_outside.contiguity() == (False, IDMap.of((5, 100, 5), (0, 300, 5)))
-    gap_inside = IDMap.of((70000, 0, 1), (0, 1, 65536))
-    assert gap_inside.contiguity() == (False, IDMap.of((0, 1, 65536), (70000, 0, 1)))
-    solid = IDMap.of((1000, 0, 1), (0, 1, 1000))
-    assert solid.contiguity() == (True, IDMap.of((0, 1, 1000), (1000, 0, 1)))
-    # keep-id of root in old versions: the empty range ends up behind.
+def test_contiguity_check_returns_sorted_map() -> None:
+    host_gap = IDMap.of((0, 300, 5), (5, 100, 5))
+    assert host_gap.contiguity() == (False, IDMap.of((5, 100, 5), (0, 300, 5)))
+    container_gap = IDMap.of((70000, 0, 1), (0, 1, 65536))
+    assert container_gap.contiguity() == (False, IDMap.of((0, 1, 65536), (70000, 0, 1)))
+    no_gap = IDMap.of((1000, 0, 1), (0, 1, 1000))
+    assert no_gap.contiguity() == (True, IDMap.of((0, 1, 1000), (1000, 0, 1)))
+    # keep-id of root in old versions begins with an empty range, which the sort moves.
     empty_first = IDMap.of((0, 1, 0), (0, 0, 1), (1, 1, 9))
     assert empty_first.contiguity() == (False, IDMap.of((0, 0, 1), (0, 1, 0), (1, 1, 9)))
 
 
 @pytest.mark.parametrize(
-    ("items", "words"),
+    ("items", "message"),
     [
         (["0:1"], "is not CONTAINER_ID:HOST_ID:COUNT"),
         (["0:1:x"], "is not CONTAINER_ID:HOST_ID:COUNT"),
@@ -173,14 +175,14 @@ def test_the_question_leaves_the_list_as_it_sorted_it() -> None:
         (["0:0:10", "10:9:1"], "overlap in their host IDs"),
     ],
 )
-def test_bad_strings_are_named(items: list[str], words: str) -> None:
-    with pytest.raises(MapError, match=words) as caught:
+def test_invalid_string_is_named_in_error(items: list[str], message: str) -> None:
+    with pytest.raises(MapError, match=message) as caught:
         IDMap.parse(items)
     assert items[-1] in str(caught.value)
     assert caught.value.hint
 
 
-def test_the_whole_host_is_a_map_and_no_identity() -> None:
+def test_map_of_all_ids_is_not_identity() -> None:
     whole = IDMap.parse(["0:0:4294967295"])
     assert whole == EVERYTHING
     assert whole != IDENTITY
@@ -200,12 +202,12 @@ def test_the_whole_host_is_a_map_and_no_identity() -> None:
         [{"container_id": 0, "host_id": -1, "size": 1}],
     ],
 )
-def test_bad_records_are_named(record: object) -> None:
+def test_invalid_record_is_named_in_error(record: object) -> None:
     with pytest.raises(RecordError, match="layer abc uidmap"):
         IDMap.from_record(record, "layer abc uidmap")
 
 
-def test_absent_records_are_the_identity() -> None:
+def test_absent_record_means_identity() -> None:
     assert IDMap.from_record(None) == IDENTITY
     assert IDMap.from_record([]) == IDENTITY
     assert IDENTITY.to_record() == []
@@ -215,7 +217,7 @@ def test_absent_records_are_the_identity() -> None:
     assert str(IDENTITY) == "identity"
 
 
-def test_root() -> None:
+def test_root_is_host_id_of_container_root_or_single_id() -> None:
     assert IDMap.of((0, 1000, 5)).root == 1000
     assert IDMap.of((5, 1000, 5)).root is None
     assert IDMap.of((5, 1000, 1)).root == 1000

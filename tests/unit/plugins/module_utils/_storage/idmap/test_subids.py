@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Subordinate IDs from files and from getsubids, and the lines proposed when there are none."""
+"""Tests of reading subordinate IDs from files and getsubids, and of the lines proposed if there are none."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subi
 from hypothesis import given
 from hypothesis import strategies as st
 
-Make = t.Callable[..., Sources]
+SourcesFactory = t.Callable[..., Sources]
 
 
 @pytest.fixture
-def files(tmp_path: pathlib.Path) -> Make:
-    """Sources of given texts; getsubids is a shell script, or is not installed."""
+def files(tmp_path: pathlib.Path) -> SourcesFactory:
+    """Create sources with the given texts; getsubids is a shell script, or not installed."""
 
     def make(
         subuid: str = "", subgid: str = "", nsswitch: str = "", passwd: str = "", script: str = ""
@@ -53,55 +53,55 @@ def files(tmp_path: pathlib.Path) -> Make:
     return make
 
 
-def test_entries_under_name_and_number(files: Make) -> None:
+def test_entries_by_name_and_uid_are_found(files: SourcesFactory) -> None:
     sources = files("alice:100000:5\n# no\n\nbob:1:1\n1500:200000:7\nalice:50000:3\n", "1500:9:9\n")
     found = subordinate_ids("alice", 1500, sources=sources)
     assert found.uid == ((100000, 5), (200000, 7), (50000, 3))
     assert found.gid == ((9, 9),)
 
 
-def test_the_namespace_of_a_user(files: Make) -> None:
+def test_namespace_maps_user_and_sorted_ranges(files: SourcesFactory) -> None:
     sources = files("alice:100000:5\nalice:50000:3\n", "alice:7000:10\n")
     mapping = namespace_mapping(1500, 1600, subordinate_ids("alice", 1500, sources=sources))
     assert mapping.uid == IDMap.of((0, 1500, 1), (1, 50000, 3), (4, 100000, 5))
     assert mapping.gid == IDMap.of((0, 1600, 1), (1, 7000, 10))
 
 
-def test_ranges_must_not_overlap() -> None:
-    twice = (SubIDRange(100, 10), SubIDRange(105, 10))
+def test_overlapping_ranges_are_rejected() -> None:
+    overlapping = (SubIDRange(100, 10), SubIDRange(105, 10))
     with pytest.raises(NamespaceError, match=r"overlap in their host IDs.*/etc/subuid"):
-        namespace_mapping(1500, 1500, SubIDs(twice, ()))
+        namespace_mapping(1500, 1500, SubIDs(overlapping, ()))
     with pytest.raises(NamespaceError, match=r"overlap in their host IDs.*/etc/subgid"):
         namespace_mapping(1500, 105, SubIDs((), (SubIDRange(100, 10),)))
 
 
-def test_a_missing_range_is_proposed(files: Make) -> None:
+def test_missing_range_is_proposed(files: SourcesFactory) -> None:
     sources = files(
         "bob:100000:65536\nal:300000:5\n", "carol:165536:65536\n", passwd="x:x:231073:5:::\n"
     )
     with pytest.raises(NamespaceError) as caught:
         subordinate_ids("alice", 1500, sources=sources)
     error = caught.value
-    # 231072 would hold an account's ID, 296608 a stranger's range.
+    # The range from 231072 would contain the ID of an account, the next one the range of another user.
     assert error.facts["line"] == "alice:362144:65536"
     assert error.facts["file"] == sources.subuid
     assert f"Add the line alice:362144:65536 to {sources.subuid}" in str(error)
     assert "usermod --add-subuids 362144-427679 alice" in str(error)
 
 
-def test_the_file_that_lacks_the_range_is_named(files: Make) -> None:
+def test_file_without_range_is_named_in_error(files: SourcesFactory) -> None:
     sources = files("alice:100000:65536\n", "")
     with pytest.raises(NamespaceError, match=r"subordinate GIDs.*--add-subgids") as caught:
         subordinate_ids("alice", 1500, sources=sources)
     assert caught.value.facts["file"] == sources.subgid
 
 
-def test_none_may_be_enough(files: Make) -> None:
+def test_ranges_may_be_optional(files: SourcesFactory) -> None:
     assert subordinate_ids("alice", 1500, False, files()) == SubIDs()
     assert namespace_mapping(1500, 1500, SubIDs()).uid == IDMap.of((0, 1500, 1))
 
 
-def test_files_may_be_absent() -> None:
+def test_missing_files_are_treated_as_empty() -> None:
     sources = Sources("/nonexistent/a", "/nonexistent/b", "/nonexistent/c", "/nonexistent/d")
     assert propose("alice", sources) == (100000, 65536)
 
@@ -120,17 +120,17 @@ def test_files_may_be_absent() -> None:
         "alice:٣:5",
     ],
 )
-def test_own_lines_that_shadow_does_not_read_are_named(files: Make, line: str) -> None:
+def test_own_line_that_shadow_ignores_is_named_in_error(files: SourcesFactory, line: str) -> None:
     sources = files(f"bob:zzz\n{line}\n")
     with pytest.raises(NamespaceError, match=r"do not read line 2.*Correct it"):
         subordinate_ids("alice", 1500, sources=sources)
-    # It is still nobody else's.
+    # The range stays reserved.
     if "100000" in line:
         assert propose("bob", sources).start == 165536
 
 
 @pytest.mark.parametrize("line", ["alice:4294967290:65536", "alice:4294967295:1"])
-def test_own_lines_beyond_the_last_id_are_errors(files: Make, line: str) -> None:
+def test_own_line_beyond_last_id_is_rejected(files: SourcesFactory, line: str) -> None:
     with pytest.raises(NamespaceError, match=f"{line}: exceeds the last ID"):
         ranges_of("alice", 1500, "uid", sources=files(f"{line}\n"))
 
@@ -150,20 +150,22 @@ def test_own_lines_beyond_the_last_id_are_errors(files: Make, line: str) -> None
         ("alice:9:1\x85alice:7:1\u2028\n", (), ()),
     ],
 )
-def test_versions_of_shadow(files: Make, text: str, old: t.Any, new: t.Any) -> None:
+def test_lines_are_read_like_each_version_of_shadow(
+    files: SourcesFactory, text: str, old: t.Any, new: t.Any
+) -> None:
     sources = files(text)
     for dialect, found in ((SHADOW_4_13, old), (SHADOW_4_20, new)):
         sources = dataclasses.replace(sources, dialect=dialect)
         assert ranges_of("alice", 1500, "uid", False, sources) == found
 
 
-def test_files_that_shadow_does_not_read_at_all(files: Make) -> None:
+def test_file_that_shadow_ignores_is_reported(files: SourcesFactory) -> None:
     sources = dataclasses.replace(files("alice:100000:5"), dialect=SHADOW_4_20)
     with pytest.raises(NamespaceError, match=r"ignore .*because it does not end in a newline"):
         ranges_of("alice", 1500, "uid", sources=sources)
 
 
-def test_lines_of_strangers_are_not(files: Make) -> None:
+def test_invalid_lines_of_other_users_are_ignored(files: SourcesFactory) -> None:
     sources = files("bob:zzz\n\udcff:5\n".encode("utf-8", "surrogateescape").decode("latin-1"))
     pathlib.Path(sources.subuid).write_bytes(b"bob:zzz\n\xff\xfe:5\nalice:100000:10\n")
     assert ranges_of("alice", 1500, "uid", sources=sources) == ((100000, 10),)
@@ -180,11 +182,11 @@ def test_lines_of_strangers_are_not(files: Make) -> None:
         ("subid:\tldap files\n", "ldap"),
     ],
 )
-def test_nsswitch(files: Make, text: str, service: str) -> None:
+def test_nss_service_is_read_from_nsswitch(files: SourcesFactory, text: str, service: str) -> None:
     assert nss_service(files(nsswitch=text).nsswitch) == service
 
 
-def test_nss_is_queried(files: Make) -> None:
+def test_nss_service_is_queried(files: SourcesFactory) -> None:
     script = (
         'case "$1" in -g) echo "0: $2 700000 9";; *) echo "0: $1 500000 5"; echo "1: $1 9 1";; esac'
     )
@@ -193,20 +195,20 @@ def test_nss_is_queried(files: Make) -> None:
     assert found == SubIDs(((500000, 5), (9, 1)), ((700000, 9),))
 
 
-def test_nss_without_ranges(files: Make) -> None:
+def test_nss_service_without_ranges_is_reported(files: SourcesFactory) -> None:
     sources = files("alice:1:1\n", nsswitch="subid: sss\n", script="echo Error >&2; exit 1")
     with pytest.raises(NamespaceError, match=r"NSS service sss.*ipa subid-generate --owner=alice"):
         subordinate_ids("alice", 1500, sources=sources)
 
 
-def test_nss_without_getsubids(files: Make) -> None:
+def test_missing_getsubids_is_reported(files: SourcesFactory) -> None:
     with pytest.raises(
         NamespaceError, match=r"getsubids, which queries it, is not installed.*package uidmap"
     ):
         subordinate_ids("alice", 1500, sources=files(nsswitch="subid: sss\n"))
 
 
-def test_names_without_account(files: Make) -> None:
+def test_name_without_account_is_reported(files: SourcesFactory) -> None:
     sources = files("ghost:100000:5\n", "ghost:100000:5\n", script="exit 1")
     with pytest.raises(NamespaceError, match=r"no account.*useradd --system.* ghost"):
         ranges_of("ghost", None, "uid", sources=sources)
@@ -216,12 +218,12 @@ def test_names_without_account(files: Make) -> None:
     assert ranges_of("ghost", None, "uid", sources=older) == ((100000, 5),)
 
 
-def test_without_getsubids_the_files_are_believed(files: Make) -> None:
+def test_files_are_trusted_without_getsubids(files: SourcesFactory) -> None:
     assert ranges_of("ghost", None, "uid", sources=files("ghost:9:5\n")) == ((9, 5),)
 
 
 @given(st.lists(st.tuples(st.integers(0, 900_000), st.integers(1, 200_000)), max_size=12))
-def test_proposals_overlap_nothing(taken: list[tuple[int, int]]) -> None:
+def test_proposed_range_is_free(taken: list[tuple[int, int]]) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ Maker = t.Callable[[str], int]
 
 @pytest.fixture
 def opened(tmp_path: pathlib.Path) -> t.Iterator[Maker]:
-    """Makes empty files, open for reading and writing."""
+    """Create empty files, open for reading and writing."""
     fds: t.List[int] = []
 
     def make(name: str) -> int:
@@ -38,19 +38,19 @@ def content(fd: int) -> bytes:
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 14, (1 << 14) + 1, 3 << 18])
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS, errno.EINVAL])
-def test_copy_data(
+@pytest.mark.parametrize("error_number", [None, errno.EXDEV, errno.ENOSYS, errno.EINVAL])
+def test_copy_data_copies_content(
     opened: Maker,
     monkeypatch: pytest.MonkeyPatch,
     size: int,
     sparse: bool,
-    refusal: t.Optional[int],
+    error_number: t.Optional[int],
 ) -> None:
-    def refuse(*_arguments: t.Any) -> int:
-        raise OSError(refusal, "no")
+    def fail(*_arguments: t.Any) -> int:
+        raise OSError(error_number, "no")
 
-    if refusal is not None:
-        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    if error_number is not None:
+        monkeypatch.setattr(os, "copy_file_range", fail, raising=False)
     data = os.urandom(size)
     source, target = opened("source"), opened("target")
     os.write(source, data)
@@ -70,7 +70,7 @@ def test_copy_data_keeps_holes(opened: Maker) -> None:
     assert os.pread(target, 6, 0) == b"begin\0"
 
 
-def test_copy_data_of_nothing_but_a_hole(opened: Maker) -> None:
+def test_copy_data_allocates_no_blocks_for_hole(opened: Maker) -> None:
     source, target = opened("source"), opened("target")
     os.ftruncate(source, 1 << 30)
     files.copy_data(target, source, 1 << 30)
@@ -78,7 +78,7 @@ def test_copy_data_of_nothing_but_a_hole(opened: Maker) -> None:
     assert os.fstat(target).st_blocks == 0
 
 
-def test_copy_data_says_what_went_wrong(opened: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_data_raises_other_errors(opened: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_arguments: t.Any) -> int:
         raise OSError(errno.ENOSPC, "full")
 
@@ -89,13 +89,15 @@ def test_copy_data_says_what_went_wrong(opened: Maker, monkeypatch: pytest.Monke
         files.copy_data(target, source, 1 << 15, False)
 
 
-def test_shared_extents(opened: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_extents_are_read_in_several_calls(
+    opened: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extents = [(number << 20, 4096, 0x2000 if number % 3 == 0 else 0) for number in range(300)]
 
     def fiemap(_fd: int, request: int, buffer: t.Any, _mutate: bool) -> int:
         assert request == 0xC020660B
-        start, _length, _flags, _mapped, room, _reserved = struct.unpack_from("=QQLLLL", buffer)
-        answer = [extent for extent in extents if extent[0] >= start][:room]
+        start, _length, _flags, _mapped, capacity, _reserved = struct.unpack_from("=QQLLLL", buffer)
+        answer = [extent for extent in extents if extent[0] >= start][:capacity]
         struct.pack_into("=L", buffer, 20, len(answer))
         for index, (logical, length, flags) in enumerate(answer):
             if logical == extents[-1][0]:
@@ -122,7 +124,7 @@ def test_shared_extents(opened: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_filesystem_type() -> None:
+def test_filesystem_type_of_path_and_descriptor() -> None:
     assert files.filesystem_type("/proc") == "proc"
     fd = os.open("/proc", os.O_RDONLY)
     try:
@@ -131,17 +133,17 @@ def test_filesystem_type() -> None:
         os.close(fd)
 
 
-def test_syncfs(opened: Maker) -> None:
+def test_syncfs_succeeds(opened: Maker) -> None:
     files.syncfs(opened("file"))
 
 
 @pytest.fixture(params=["openat2", "stepwise"])
-def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _open_beneath_method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "stepwise":
         monkeypatch.setattr(files, "_openat2_works", False)
 
 
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_open_beneath_method")
 class TestOpenBeneath:
     def open(self, root: pathlib.Path, path: str) -> int:
         fd = os.open(root, os.O_RDONLY)
@@ -150,19 +152,19 @@ class TestOpenBeneath:
         finally:
             os.close(fd)
 
-    def test_file(self, tmp_path: pathlib.Path) -> None:
+    def test_file_is_opened(self, tmp_path: pathlib.Path) -> None:
         (tmp_path / "a" / "b").mkdir(parents=True)
         (tmp_path / "a" / "b" / "c").write_text("found")
         fd = self.open(tmp_path, "a/b/c")
         assert content(fd) == b"found"
         os.close(fd)
 
-    def test_root_itself(self, tmp_path: pathlib.Path) -> None:
+    def test_empty_path_opens_root(self, tmp_path: pathlib.Path) -> None:
         fd = self.open(tmp_path, "")
         assert os.fstat(fd).st_ino == tmp_path.stat().st_ino
         os.close(fd)
 
-    def test_longer_than_path_max(self, tmp_path: pathlib.Path) -> None:
+    def test_path_longer_than_path_max_is_opened(self, tmp_path: pathlib.Path) -> None:
         name = "n" * 255
         fd = os.open(tmp_path, os.O_RDONLY)
         for _level in range(40):
@@ -184,12 +186,12 @@ class TestOpenBeneath:
         with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
             self.open(tmp_path, path)
 
-    def test_missing(self, tmp_path: pathlib.Path) -> None:
+    def test_missing_file_raises_error(self, tmp_path: pathlib.Path) -> None:
         with pytest.raises(FileNotFoundError):
             self.open(tmp_path, "no/such")
 
 
-def test_a_link_to_the_null_device_is_an_empty_file_on_request(
+def test_link_to_null_device_is_read_as_empty_file_on_request(
     tmp_path: pathlib.Path,
 ) -> None:
     hidden, endless = tmp_path / "hidden", tmp_path / "endless"
@@ -200,7 +202,7 @@ def test_a_link_to_the_null_device_is_an_empty_file_on_request(
         with pytest.raises(OSError, match="not a regular file") as caught:
             files.read_regular(str(path), 10, follow=True, null=null)
         assert caught.value.errno == errno.EINVAL
-    # A link is followed only where that is asked for.
+    # Links are followed only on request.
     with pytest.raises(OSError, match="symbolic links") as caught:
         files.read_regular(str(hidden), 10, null=True)
     assert caught.value.errno == errno.ELOOP

@@ -16,12 +16,12 @@ Calls = t.List[t.Tuple[t.Any, ...]]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """What the C library is asked for; attributes are not to be had on every filesystem."""
-    made: Calls = []
+    """Record the calls instead of making them, because not all filesystems support attributes."""
+    recorded: Calls = []
 
     def record(name: str, answer: t.Any) -> None:
         def call(*arguments: t.Any, follow_symlinks: bool = True) -> t.Any:
-            made.append((name, *arguments, follow_symlinks))
+            recorded.append((name, *arguments, follow_symlinks))
             return answer
 
         monkeypatch.setattr(os, name, call)
@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     record("getxattr", b"value")
     record("setxattr", None)
     record("removexattr", None)
-    return made
+    return recorded
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         ("", "/proc/self/fd/7", True),
     ],
 )
-def test_targets(
+def test_calls_use_descriptor_or_path_in_proc(
     calls: Calls, entry: t.Optional[str], target: t.Union[int, str], follow: bool
 ) -> None:
     assert xattrs.names(7, entry) == ["user.a"]

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Messages name the commands of the program whose store or containers they are about.
+"""Tests that messages name the commands of the program to which the store or the containers belong.
 
 CRI-O cannot be installed here. The records have the form in which CRI-O 1.36 writes them.
 """
@@ -69,25 +69,25 @@ WEB = crio("d" * 64, "k8s_web_web_default_2b5e_0")
 DB = podman("e" * 64, "db")
 
 
-def test_who_created_a_container() -> None:
+def test_creator_of_container_is_detected() -> None:
     assert (INFRA.from_crio, INFRA.is_pod) == (True, True)
     assert (WEB.from_crio, WEB.is_pod) == (True, False)
     assert (DB.from_crio, DB.is_pod) == (False, False)
     assert record(Container, id="f" * 64, metadata='{"pod-id": 1}').from_crio is False
 
 
-def test_hints_for_containers_that_keep_a_layer() -> None:
+def test_removal_hint_names_program_of_containers() -> None:
     assert "podman" not in removal_hint([INFRA, WEB])
-    for word in ("crictl pods", "crictl ps --all", "crictl rmp --force"):
-        assert word in removal_hint([WEB])
+    for command in ("crictl pods", "crictl ps --all", "crictl rmp --force"):
+        assert command in removal_hint([WEB])
     assert "crictl" not in removal_hint([DB])
     assert "crictl" in removal_hint([DB, WEB])
     assert "podman ps --all --external" in removal_hint([DB, WEB])
-    # Layers without containers.
+    # No container uses the layer.
     assert "podman" in removal_hint([])
 
 
-def test_a_layer_in_use_names_the_program_of_its_containers() -> None:
+def test_error_for_layer_in_use_names_program_of_containers() -> None:
     snapshot = Snapshot(
         {LAYER: record(Layer, id=LAYER), "9" * 64: record(Layer, id="9" * 64, parent=LAYER)},
         {},
@@ -100,7 +100,7 @@ def test_a_layer_in_use_names_the_program_of_its_containers() -> None:
 
 
 @pytest.mark.parametrize(("runtime", "program"), [("cri-o", "crictl"), ("", "podman")])
-def test_an_image_that_is_not_there(runtime: str, program: str) -> None:
+def test_error_for_missing_image_names_program_of_store(runtime: str, program: str) -> None:
     with pytest.raises(ImageUnknown) as caught:
         Snapshot(runtime=runtime).resolve_image("docker.io/library/nginx:1")
     assert f"`{program} images`" in caught.value.hint
@@ -112,26 +112,26 @@ def test_an_image_that_is_not_there(runtime: str, program: str) -> None:
     assert ("crio check" in damaged.value.hint) is bool(runtime)
 
 
-def test_commands_for_a_damaged_store() -> None:
+def test_commands_for_damaged_store_use_program_of_store() -> None:
     commands: t.Dict[str, Commands] = {"": Commands(), "cri-o": Commands(runtime="cri-o")}
-    told = {
+    texts = {
         runtime: [
-            made.remove_image("c" * 64),
-            made.remove_everything("/var/lib/it's"),
-            made.write_once(),
+            store_commands.remove_image("c" * 64),
+            store_commands.remove_everything("/var/lib/it's"),
+            store_commands.write_once(),
         ]
-        for runtime, made in commands.items()
+        for runtime, store_commands in commands.items()
     }
-    assert not any("podman" in text for text in told["cri-o"])
-    assert not any("crictl" in text for text in told[""])
-    assert told["cri-o"][0] == "crictl rmi cccccccccccc"
-    assert told[""][0] == "podman rmi --force cccccccccccc"
-    assert told["cri-o"][1].startswith("systemctl stop crio && rm -r ")
-    # A container is removed by the program that created it, whosever the store is.
-    for made in commands.values():
-        assert made.remove_container(INFRA) == "crictl rmp --force aaaaaaaaaaaa"
-        assert made.remove_container(WEB) == "crictl rm --force dddddddddddd"
-        assert made.remove_container(DB) == "podman rm --force eeeeeeeeeeee"
+    assert not any("podman" in text for text in texts["cri-o"])
+    assert not any("crictl" in text for text in texts[""])
+    assert texts["cri-o"][0] == "crictl rmi cccccccccccc"
+    assert texts[""][0] == "podman rmi --force cccccccccccc"
+    assert texts["cri-o"][1].startswith("systemctl stop crio && rm -r ")
+    # The program that created a container removes it, whatever the runtime of the store is.
+    for store_commands in commands.values():
+        assert store_commands.remove_container(INFRA) == "crictl rmp --force aaaaaaaaaaaa"
+        assert store_commands.remove_container(WEB) == "crictl rm --force dddddddddddd"
+        assert store_commands.remove_container(DB) == "podman rm --force eeeeeeeeeeee"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_commands_for_a_damaged_store() -> None:
         ("buildah", "shifts_any_map", (1, 41)),
     ],
 )
-def test_advice_names_a_release_of_the_same_program(
+def test_first_release_is_of_same_program(
     program: str, field: str, version: t.Tuple[int, ...]
 ) -> None:
     assert first_release(program, field) == version

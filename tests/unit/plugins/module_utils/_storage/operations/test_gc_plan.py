@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The plan: what is protected never goes, and a stricter policy never removes less."""
+"""Tests of the garbage collection plan: protected layers are kept, a stricter policy does not remove fewer layers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HOUR, DAY, WEEK = 3600.0, 86400.0, 604800.0
 DISK = Disk(total=10_000, free=4_000, total_inodes=1_000, free_inodes=600)
 LONG_AGO = NOW - 52 * WEEK
 
-moments = st.floats(0, 60 * WEEK).map(lambda age: NOW - age)
+times = st.floats(0, 60 * WEEK).map(lambda age: NOW - age)
 IMAGES = (("a" * 64, "quay.io/org/app:1"), ("b" * 64, "localhost/base:latest"), ("c" * 64, ""))
 MAPS = ("0:100000:65536", "0:1:1000", "0:200000:65536")
 
@@ -56,11 +56,11 @@ def candidates(draw: st.DrawFn) -> t.List[Candidate]:
                 image_names=(name,) if name else (),
                 uidmap=(mapping,),
                 gidmap=(mapping,),
-                created=draw(st.none() | moments | st.floats(1, 14 * 52 * WEEK).map(NOW.__add__)),
-                last_used=draw(st.none() | moments),
+                created=draw(st.none() | times | st.floats(1, 14 * 52 * WEEK).map(NOW.__add__)),
+                last_used=draw(st.none() | times),
                 idle=draw(st.none() | st.floats(0, 60 * WEEK)),
                 lease=draw(
-                    st.none() | moments | st.floats(1, 60 * WEEK).map(lambda more: NOW + more)
+                    st.none() | times | st.floats(1, 60 * WEEK).map(lambda more: NOW + more)
                 ),
                 users=draw(st.sampled_from(((), (), ("container web",)))),
                 dependents=draw(st.sampled_from(((), (), (), ("layer 1234",)))),
@@ -78,7 +78,7 @@ def candidates(draw: st.DrawFn) -> t.List[Candidate]:
 amounts = st.integers(0, 12_000).map(Amount) | st.floats(0, 100).map(
     lambda share: Amount(percent=share)
 )
-# For each field of a policy; limits come on their own.
+# A strategy for each field of a policy; limited_policies adds the limits.
 FIELDS: t.Mapping[str, st.SearchStrategy[t.Any]] = {
     "images": st.sampled_from(((), ("*app*",), ("a*", "base"))),
     "keep_images": st.sampled_from(((), (), ("*base*",), ("cccccccccccc",))),
@@ -89,7 +89,7 @@ FIELDS: t.Mapping[str, st.SearchStrategy[t.Any]] = {
     "duplicates": st.booleans(),
     "unusable_maps": st.booleans(),
     "unused_for": st.none() | st.floats(0, 30 * WEEK),
-    "created_before": st.none() | moments,
+    "created_before": st.none() | times,
     "max_copies_per_image": st.none() | st.integers(0, 5),
     "max_used_space": st.none() | amounts,
     "reserved_space": st.none(),
@@ -119,7 +119,7 @@ disks = st.builds(
 watches = st.builds(
     Watch,
     seconds=st.floats(0, 60 * WEEK),
-    since=st.none() | moments,
+    since=st.none() | times,
     doubt=st.sampled_from(("", "", "", "the clock of this host was set forward by 14 days")),
     remarks=st.sampled_from(((), ("unused_for does not count a gap",))),
 )
@@ -131,7 +131,7 @@ def removed(result: Plan) -> t.Set[str]:
 
 
 def old(number: int, **fields: t.Any) -> Candidate:
-    """A layer that nothing protects and that nobody has seen for a year."""
+    """Return a layer without protection that was not seen for a year."""
     fields.setdefault("image_ids", ("a" * 64,))
     fields.setdefault("created", LONG_AGO)
     fields.setdefault("size", 100)
@@ -153,14 +153,14 @@ def decide(layers: t.Sequence[Candidate], policy: Policy, **options: t.Any) -> P
     )
 
 
-class TestWhatMayNeverHappen:
+class TestInvariants:
     @given(layers=candidates(), policy=limited_policies, disk=disks, watched=watches)
-    def test_nothing_protected_is_ever_removed(
+    def test_protected_layers_are_never_removed(
         self, layers: t.List[Candidate], policy: Policy, disk: Disk, watched: Watch
     ) -> None:
-        gone = removed(plan(layers, (), policy, disk, watched, NOW))
+        removed_ids = removed(plan(layers, (), policy, disk, watched, NOW))
         for layer in layers:
-            if layer.layer_id not in gone:
+            if layer.layer_id not in removed_ids:
                 continue
             assert not layer.users
             assert not layer.dependents
@@ -171,23 +171,23 @@ class TestWhatMayNeverHappen:
             assert max(layer.idle or 0.0, known) >= policy.min_age
             assert layer.ours or not policy.ours_only
             assert not policy.shared or layer.layer_id in policy.layers
-            app, base, nameless = (layer.image_ids[0][0] == letter for letter in "abc")
+            app, base, unnamed = (layer.image_ids[0][0] == letter for letter in "abc")
             assert not (base and policy.keep_images == ("*base*",))
-            assert not (nameless and policy.keep_images == ("cccccccccccc",))
+            assert not (unnamed and policy.keep_images == ("cccccccccccc",))
             assert not (layer.uidmap == ("0:1:1000",) and policy.keep_mappings)
             assert app or policy.images != ("*app*",)
             assert app or base or not policy.images
 
     @given(layers=candidates(), policy=limited_policies, disk=disks, watched=watches)
-    def test_each_layer_has_one_decision_with_words(
+    def test_each_layer_has_one_decision_with_reason(
         self, layers: t.List[Candidate], policy: Policy, disk: Disk, watched: Watch
     ) -> None:
         result = plan(layers, (), policy, disk, watched, NOW)
-        every = result.removals + result.kept
-        assert sorted(layer.layer_id for layer in every) == [layer.layer_id for layer in layers]
+        decisions = result.removals + result.kept
+        assert sorted(layer.layer_id for layer in decisions) == [layer.layer_id for layer in layers]
         assert all(removal.remove for removal in result.removals)
         assert not any(item.remove for item in result.kept)
-        assert all(layer.rule and layer.reason for layer in every)
+        assert all(layer.rule and layer.reason for layer in decisions)
         assert all(removal.wanted_by for removal in result.removals)
 
     @given(
@@ -197,7 +197,7 @@ class TestWhatMayNeverHappen:
         watched=watches,
         seed=st.integers(0, 1000),
     )
-    def test_the_same_input_in_any_order_is_the_same_plan(
+    def test_plan_does_not_depend_on_order_of_layers(
         self,
         layers: t.List[Candidate],
         policy: Policy,
@@ -212,7 +212,7 @@ class TestWhatMayNeverHappen:
         )
 
     @given(layers=candidates(), disk=disks, watched=watches)
-    def test_without_a_rule_nothing_goes(
+    def test_policy_without_rules_removes_no_layers(
         self, layers: t.List[Candidate], disk: Disk, watched: Watch
     ) -> None:
         result = plan(layers, (), Policy(min_age=0), disk, watched, NOW)
@@ -221,11 +221,11 @@ class TestWhatMayNeverHappen:
         assert result.target_met
 
     @given(layers=candidates(), policy=policies, disk=disks, watched=watches)
-    def test_what_is_left_after_a_run_stays_in_the_next(
+    def test_next_run_removes_no_further_layers(
         self, layers: t.List[Candidate], policy: Policy, disk: Disk, watched: Watch
     ) -> None:
         first = plan(layers, (), policy, disk, watched, NOW)
-        gone = removed(first)
+        removed_ids = removed(first)
         freed = sum(removal.size for removal in first.removals)
         freed_inodes = sum(removal.inodes for removal in first.removals)
         after = replace(
@@ -233,19 +233,19 @@ class TestWhatMayNeverHappen:
             free=min(disk.free + freed, disk.total),
             free_inodes=min(disk.free_inodes + freed_inodes, disk.total_inodes),
         )
-        rest = [layer for layer in layers if layer.layer_id not in gone]
-        again = plan(rest, (), policy, after, watched, NOW)
-        # A space rule that could not be met, and so took all it could, has nothing left to take.
-        assert removed(again) == set()
+        rest = [layer for layer in layers if layer.layer_id not in removed_ids]
+        second = plan(rest, (), policy, after, watched, NOW)
+        # A space rule that could not be met has already removed all that it may remove.
+        assert removed(second) == set()
 
 
-def test_policies_have_every_option() -> None:
+def test_strategies_cover_all_options_of_policy() -> None:
     """A new rule needs a strategy in ``FIELDS``, and a stricter value in ``stricter``."""
     assert {*FIELDS} == {option.field for option in gc_policy.OPTIONS.values()}
 
 
 def stricter(draw: st.DrawFn, policy: Policy) -> Policy:
-    """The policy with more, or stricter, rules; protections and limits as they are."""
+    """Return the policy with more or stricter rules, and with the same protections and limits."""
 
     def lower(value: t.Optional[float], least: float = 0.0) -> t.Optional[float]:
         if value is None:
@@ -275,7 +275,7 @@ def stricter(draw: st.DrawFn, policy: Policy) -> Policy:
         duplicates=policy.duplicates or draw(st.booleans()),
         unusable_maps=policy.unusable_maps or draw(st.booleans()),
         unused_for=lower(policy.unused_for),
-        created_before=draw(st.floats(created, NOW)) if created else draw(st.none() | moments),
+        created_before=draw(st.floats(created, NOW)) if created else draw(st.none() | times),
         max_copies_per_image=(
             draw(st.none() | st.integers(0, 5)) if most is None else draw(st.integers(0, most))
         ),
@@ -286,7 +286,7 @@ def stricter(draw: st.DrawFn, policy: Policy) -> Policy:
     )
 
 
-class TestMonotone:
+class TestMonotonicity:
     @given(
         layers=candidates(),
         policy=policies,
@@ -294,7 +294,7 @@ class TestMonotone:
         watched=watches,
         data=st.data(),
     )
-    def test_stricter_rules_remove_all_that_laxer_ones_do(
+    def test_stricter_rules_remove_at_least_the_same_layers(
         self,
         layers: t.List[Candidate],
         policy: Policy,
@@ -314,7 +314,7 @@ class TestMonotone:
         watched=watches,
         data=st.data(),
     )
-    def test_under_a_limit_stricter_rules_free_no_less_up_to_it(
+    def test_stricter_rules_free_at_least_as_much_up_to_limit(
         self,
         layers: t.List[Candidate],
         policy: Policy,
@@ -351,7 +351,7 @@ class TestMonotone:
         disk=disks,
         watched=watches,
     )
-    def test_a_wider_limit_saves_no_layer(
+    def test_higher_limit_keeps_no_additional_layer(
         self,
         layers: t.List[Candidate],
         policy: Policy,
@@ -367,7 +367,7 @@ class TestMonotone:
         assert removed(narrow_plan) <= removed(plan(layers, (), wide, disk, watched, NOW))
 
     @given(layers=candidates(), policy=policies, disk=disks, watched=watches, data=st.data())
-    def test_fewer_protections_save_no_layer_from_the_rules_that_look_at_it_alone(
+    def test_fewer_protections_keep_no_more_layers_with_per_layer_rules(
         self,
         layers: t.List[Candidate],
         policy: Policy,
@@ -375,7 +375,7 @@ class TestMonotone:
         watched: Watch,
         data: st.DataObject,
     ) -> None:
-        alone = replace(
+        per_layer = replace(
             policy,
             max_copies_per_image=None,
             max_used_space=None,
@@ -383,29 +383,29 @@ class TestMonotone:
             high_threshold=None,
             low_threshold=None,
         )
-        bare = replace(
-            alone,
-            images=data.draw(st.sampled_from(((), alone.images))),
-            keep_images=data.draw(st.sampled_from(((), alone.keep_images))),
-            keep_mappings=data.draw(st.sampled_from(((), alone.keep_mappings))),
-            min_age=data.draw(st.floats(0, alone.min_age)),
-            ours_only=alone.ours_only and data.draw(st.booleans()),
+        unprotected = replace(
+            per_layer,
+            images=data.draw(st.sampled_from(((), per_layer.images))),
+            keep_images=data.draw(st.sampled_from(((), per_layer.keep_images))),
+            keep_mappings=data.draw(st.sampled_from(((), per_layer.keep_mappings))),
+            min_age=data.draw(st.floats(0, per_layer.min_age)),
+            ours_only=per_layer.ours_only and data.draw(st.booleans()),
         )
-        assert removed(plan(layers, (), alone, disk, watched, NOW)) <= removed(
-            plan(layers, (), bare, disk, watched, NOW)
+        assert removed(plan(layers, (), per_layer, disk, watched, NOW)) <= removed(
+            plan(layers, (), unprotected, disk, watched, NOW)
         )
 
     @given(layers=candidates(), policy=policies, disk=disks, watched=watches)
-    def test_a_target_that_was_met_stays_met_without_protections(
+    def test_met_target_stays_met_without_protections(
         self, layers: t.List[Candidate], policy: Policy, disk: Disk, watched: Watch
     ) -> None:
-        bare = replace(policy, keep_images=(), keep_mappings=(), min_age=0.0)
+        unprotected = replace(policy, keep_images=(), keep_mappings=(), min_age=0.0)
         if plan(layers, (), policy, disk, watched, NOW).target_met:
-            assert plan(layers, (), bare, disk, watched, NOW).target_met
+            assert plan(layers, (), unprotected, disk, watched, NOW).target_met
 
 
 class TestRules:
-    def test_duplicates_go_first_then_dead_maps_then_the_longest_unseen_then_the_largest(
+    def test_removal_order_is_duplicates_unusable_maps_last_use_size(
         self,
     ) -> None:
         layers = [
@@ -419,7 +419,7 @@ class TestRules:
         result = decide(layers, Policy(created_before=NOW))
         assert [int(removal.layer_id, 16) for removal in result.removals] == [5, 4, 3, 2, 1, 6]
 
-    def test_unused_for_waits_until_the_store_was_watched_for_that_long(self) -> None:
+    def test_unused_for_waits_until_store_was_observed_long_enough(self) -> None:
         watch = Watch(3 * WEEK, NOW - 8 * WEEK)
         early = decide([old(1, idle=3 * WEEK)], Policy(unused_for=4 * WEEK), watch=watch)
         assert not early.removals
@@ -431,44 +431,44 @@ class TestRules:
         assert removed(late) == {f"{1:064x}"}
         assert not late.notes
 
-    def test_the_first_look_acts_on_nothing_for_want_of_use(self) -> None:
+    def test_first_inspection_removes_no_unused_layers(self) -> None:
         result = decide([old(1, idle=None)], Policy(unused_for=WEEK), watch=Watch())
         assert not result.removals
         assert format_time(NOW + WEEK) in result.notes[0]
 
-    def test_uncounted_time_is_reported_where_it_matters(self) -> None:
+    def test_uncounted_time_is_reported_only_for_unused_for(self) -> None:
         watch = Watch(9 * WEEK, LONG_AGO, remarks=("unused_for does not count a gap",))
         assert decide([old(1)], Policy(unused_for=WEEK), watch=watch).notes == watch.remarks
         assert decide([old(1)], Policy(duplicates=True), watch=watch).notes == ()
 
-    def test_unused_time_does_not_depend_on_the_wall_clock(self) -> None:
-        """Ninety days old by the records, and the host was off: what was watched is an hour."""
+    def test_unused_time_does_not_depend_on_wall_clock(self) -> None:
+        """The layers are 90 days old, but the host was off: the store was observed for one hour."""
         layers = [old(1, idle=HOUR), old(2, idle=None, last_used=NOW - 90 * DAY)]
         assert not decide(layers, Policy(unused_for=WEEK)).removals
 
-    def test_a_layer_used_within_unused_for_stays_though_no_container_holds_it(self) -> None:
+    def test_layer_used_within_unused_for_is_kept_without_container(self) -> None:
         layers = [old(1, last_used=NOW - 6 * DAY), old(2, last_used=NOW - 8 * DAY)]
         assert removed(decide(layers, Policy(unused_for=WEEK))) == {f"{2:064x}"}
 
-    def test_an_unused_layer_younger_than_unused_for_is_kept(self) -> None:
+    def test_unused_layer_younger_than_unused_for_is_kept(self) -> None:
         assert not decide([old(1, created=NOW - DAY)], Policy(unused_for=WEEK)).removals
 
-    def test_a_layer_seen_in_use_a_moment_ago_is_as_good_as_young(self) -> None:
+    def test_min_age_counts_from_last_use(self) -> None:
         result = decide([old(1, last_used=NOW - 60)], Policy(created_before=NOW))
         assert not result.removals
         assert result.kept[0].rule == "min_age"
         assert "seen in use" in result.kept[0].reason
 
-    def test_a_layer_from_the_future_is_young(self) -> None:
+    def test_layer_created_in_future_is_kept_by_min_age(self) -> None:
         assert not decide([old(1, created=NOW + WEEK)], Policy(max_copies_per_image=0)).removals
 
-    def test_a_layer_from_the_future_is_as_old_as_it_was_watched(self) -> None:
+    def test_age_of_layer_created_in_future_is_observed_time(self) -> None:
         layers = [old(1, created=NOW + 52 * WEEK, idle=HOUR), old(2, created=NOW + WEEK, idle=60)]
         assert removed(decide(layers, Policy(max_copies_per_image=0))) == {f"{1:064x}"}
         assert not decide(layers, Policy(created_before=NOW, min_age=0)).removals
 
     @pytest.mark.parametrize("created", [None, 0.0, 86400.0])
-    def test_a_layer_of_unknown_birth_is_as_old_as_it_was_watched(
+    def test_age_of_layer_without_creation_time_is_observed_time(
         self, created: t.Optional[float]
     ) -> None:
         layers = [
@@ -478,18 +478,18 @@ class TestRules:
         assert removed(decide(layers, Policy(max_copies_per_image=0))) == {
             f"{number:064x}" for number in (2, 3)
         }
-        gone = removed(decide(layers, Policy(created_before=NOW - 4 * WEEK, min_age=0)))
-        assert gone == {f"{3:064x}"}
+        removed_ids = removed(decide(layers, Policy(created_before=NOW - 4 * WEEK, min_age=0)))
+        assert removed_ids == {f"{3:064x}"}
 
     @given(layers=candidates(), policy=limited_policies, disk=disks)
-    def test_a_doubted_clock_makes_nothing_old(
+    def test_unreliable_clock_does_not_change_ages(
         self, layers: t.List[Candidate], policy: Policy, disk: Disk
     ) -> None:
-        """Whatever the clock shows, the plan is the same: ages come from watching alone."""
+        """The plan does not depend on the clock: the only ages are those that were observed."""
         policy = replace(policy, unused_for=policy.unused_for or WEEK)
-        doubted = replace(WATCHED, doubt="the clock was set forward by 14 days")
+        unreliable = replace(WATCHED, doubt="the clock was set forward by 14 days")
         plans_made = [
-            plan(layers, (), policy, disk, doubted, NOW + shift)
+            plan(layers, (), policy, disk, unreliable, NOW + shift)
             for shift in (0, 14 * 52 * WEEK, -14 * 52 * WEEK)
         ]
         assert len({frozenset(removed(item)) for item in plans_made}) == 1
@@ -498,24 +498,24 @@ class TestRules:
         if policy.created_before is not None or policy.min_age:
             assert "The clock is unreliable" in plans_made[0].notes[0]
 
-    def test_a_doubted_clock_lets_no_lease_end_and_no_leftover_go(self) -> None:
-        doubted = replace(WATCHED, doubt="the clock was set")
+    def test_unreliable_clock_ends_no_lease_and_removes_no_orphan(self) -> None:
+        unreliable = replace(WATCHED, doubt="the clock was set")
         layers = [old(1, lease=NOW - 1)]
         policy = Policy(duplicates=True, max_copies_per_image=0, remove_orphans=True)
         found = Finding("directory", "x", created=LONG_AGO)
-        result = decide(layers, policy, watch=doubted, findings=(found,))
+        result = decide(layers, policy, watch=unreliable, findings=(found,))
         assert (result.kept[0].rule, result.findings_kept[0][1].rule) == ("lease", "min_age")
-        believed = decide(layers, policy, findings=(found,))
-        assert len(believed.removals) == len(believed.repairs) == 1
+        reliable = decide(layers, policy, findings=(found,))
+        assert len(reliable.removals) == len(reliable.repairs) == 1
 
-    def test_space_and_number_go_on_under_a_doubted_clock(self) -> None:
-        doubted = replace(WATCHED, doubt="the host was off for 90 days")
+    def test_max_copies_applies_with_unreliable_clock(self) -> None:
+        unreliable = replace(WATCHED, doubt="the host was off for 90 days")
         layers = [old(1), old(2, idle=None)]
-        assert removed(decide(layers, Policy(max_copies_per_image=0), watch=doubted)) == {
+        assert removed(decide(layers, Policy(max_copies_per_image=0), watch=unreliable)) == {
             f"{1:064x}"
         }
 
-    def test_copies_in_use_count_among_those_allowed(self) -> None:
+    def test_layers_in_use_count_towards_max_copies(self) -> None:
         layers = [
             old(1, users=("container web",)),
             old(2, last_used=NOW - DAY),
@@ -528,13 +528,13 @@ class TestRules:
             f"{3:064x}",
         }
 
-    def test_max_used_space_counts_layers_in_use_and_takes_others(self) -> None:
+    def test_max_used_space_counts_layers_in_use_and_removes_others(self) -> None:
         layers = [old(1, size=600, users=("container web",)), old(2, size=300), old(3, size=200)]
         result = decide(layers, Policy(max_used_space=Amount(900)))
         assert removed(result) == {f"{2:064x}"}
         assert result.target_met
 
-    def test_a_target_that_cannot_be_reached_is_reported(self) -> None:
+    def test_unreachable_target_is_reported(self) -> None:
         layers = [old(1, size=600, users=("container web",)), old(2, size=300)]
         result = decide(layers, Policy(max_used_space=Amount(500)))
         assert removed(result) == {f"{2:064x}"}
@@ -543,32 +543,32 @@ class TestRules:
             (400, 300, False)
         ]
 
-    def test_min_free_space_alone_takes_nothing_while_it_is_met(self) -> None:
+    def test_min_free_space_removes_no_layers_while_met(self) -> None:
         assert not decide([old(1)], Policy(min_free_space=Amount(4_000))).removals
         assert decide([old(1)], Policy(min_free_space=Amount(percent=40.01))).removals
 
-    def test_reserved_space_stops_all_rules(self) -> None:
+    def test_reserved_space_limits_all_rules(self) -> None:
         layers = [old(number, size=100, created=LONG_AGO + number * HOUR) for number in range(5)]
         result = decide(layers, Policy(created_before=NOW, reserved_space=Amount(300)))
         assert removed(result) == {f"{0:064x}", f"{1:064x}"}
         assert {item.rule for item in result.kept} == {"reserved_space"}
 
-    def test_max_freed_stops_once_it_is_reached(self) -> None:
+    def test_max_freed_limits_all_rules(self) -> None:
         layers = [old(number, size=100, created=LONG_AGO + number * HOUR) for number in range(5)]
         result = decide(layers, Policy(created_before=NOW, max_freed=Amount(150)))
         assert removed(result) == {f"{0:064x}", f"{1:064x}"}
         assert {item.rule for item in result.kept} == {"max_freed"}
 
-    def test_thresholds_begin_at_the_high_one_and_go_down_to_the_low_one(self) -> None:
+    def test_removal_starts_at_high_and_ends_at_low_threshold(self) -> None:
         layers = [old(number, size=400, created=LONG_AGO + number * HOUR) for number in range(9)]
         policy = Policy(high_threshold=85, low_threshold=80)
         below = decide(layers, policy, disk=Disk(10_000, 1_501))
         assert not below.removals
         at = decide(layers, policy, disk=Disk(10_000, 1_500))
-        # 2,000 are to be free, 1,500 are: two layers of 400 bytes.
+        # 2,000 bytes are required and 1,500 are free: two layers of 400 bytes are removed.
         assert len(at.removals) == 2
 
-    def test_thresholds_look_at_inodes_as_well(self) -> None:
+    def test_thresholds_also_apply_to_inodes(self) -> None:
         layers = [old(number, inodes=20, created=LONG_AGO + number * HOUR) for number in range(9)]
         result = decide(
             layers,
@@ -578,7 +578,7 @@ class TestRules:
         assert len(result.removals) == 3
         assert "inodes" in result.removals[0].reason
 
-    def test_a_filesystem_that_does_not_count_inodes_has_no_threshold_of_them(self) -> None:
+    def test_filesystem_without_inode_count_has_no_inode_threshold(self) -> None:
         result = decide(
             [old(1)],
             Policy(high_threshold=85, low_threshold=80),
@@ -586,7 +586,7 @@ class TestRules:
         )
         assert not result.removals
 
-    def test_every_rule_that_wants_a_layer_is_named(self) -> None:
+    def test_all_matching_rules_are_named(self) -> None:
         result = decide(
             [old(1, duplicate_of="d" * 64)],
             Policy(duplicates=True, created_before=NOW, unused_for=WEEK),
@@ -609,7 +609,7 @@ class TestRules:
             "*library*",
         ],
     )
-    def test_an_image_may_be_pinned_by_any_of_its_names(self, pattern: str) -> None:
+    def test_keep_images_matches_any_name_or_id(self, pattern: str) -> None:
         layers = [old(1, image_names=("docker.io/library/web:1",))]
         result = decide(layers, Policy(created_before=NOW, keep_images=(pattern,)))
         assert result.kept[0].rule == "keep_images"
@@ -624,17 +624,17 @@ class TestRules:
             "0:1:*",
         ],
     )
-    def test_a_mapping_may_be_pinned_by_its_maps(self, pattern: str) -> None:
+    def test_keep_mappings_matches_maps(self, pattern: str) -> None:
         layers = [old(1, uidmap=("0:1:1000", "1000:0:1"), gidmap=("0:5:1000", "1000:0:1"))]
         result = decide(layers, Policy(created_before=NOW, keep_mappings=(pattern,)))
         assert result.kept[0].rule == "keep_mappings"
 
-    def test_a_lease_that_is_over_protects_no_more(self) -> None:
+    def test_expired_lease_does_not_protect(self) -> None:
         layers = [old(1, lease=NOW), old(2, lease=NOW + 1)]
         assert removed(decide(layers, Policy(created_before=NOW))) == {f"{1:064x}"}
 
 
-def test_what_others_may_use_goes_by_name_only() -> None:
+def test_layers_of_shared_store_are_removed_only_if_listed() -> None:
     layers = [old(1), old(2, duplicate_of="d" * 64)]
     policy = Policy(
         layers=frozenset((f"{1:064x}",)),
@@ -653,7 +653,7 @@ def test_what_others_may_use_goes_by_name_only() -> None:
     assert [(item.kind, kept.rule) for item, kept in result.findings_kept] == [
         (kind, "shared") for kind in kinds
     ]
-    # Nobody can use a layer that is not there.
+    # A missing layer cannot be used.
     assert [item.kind for item, _rest in result.repairs] == ["missing"]
     assert "the marker says so" in result.kept[0].reason
 
@@ -661,7 +661,7 @@ def test_what_others_may_use_goes_by_name_only() -> None:
 @pytest.mark.parametrize(
     "rule", [name for name in gc_policy.named(gc_policy.RULE) if name != "layers"]
 )
-def test_no_rule_but_a_list_of_layers_removes_what_others_may_use(rule: str) -> None:
+def test_no_rule_except_layers_removes_layers_of_shared_store(rule: str) -> None:
     layers = [
         old(number, duplicate_of="d" * 64, unusable="no range holds it", size=2_000, inodes=100)
         for number in range(4)
@@ -686,7 +686,7 @@ class TestFindings:
         ours=st.booleans(),
         policy=policies,
     )
-    def test_what_is_in_use_or_an_images_own_is_never_touched(
+    def test_layers_in_use_or_of_images_are_never_removed(
         self,
         kind: str,
         age: float,
@@ -695,10 +695,10 @@ class TestFindings:
         ours: bool,
         policy: Policy,
     ) -> None:
-        one = Finding(
+        finding = Finding(
             kind, "x", created=NOW - age, users=users, template=template, ours=ours, size=1
         )
-        result = decide((), policy, findings=(one,))
+        result = decide((), policy, findings=(finding,))
         assert len(result.repairs) + len(result.findings_kept) == 1
         if result.repairs:
             assert not users
@@ -714,7 +714,7 @@ class TestFindings:
         else:
             assert result.findings_kept[0][1].reason
 
-    def test_the_report_names_the_option_that_would_help(self) -> None:
+    def test_report_names_option_that_removes_finding(self) -> None:
         result = decide(
             (), Policy(), findings=(Finding("entry", "x"), Finding("link", "y", created=1.0))
         )
@@ -726,7 +726,7 @@ class TestFindings:
         ]
 
 
-def test_prospects_say_what_each_rule_would_free() -> None:
+def test_prospects_predict_space_that_each_rule_frees() -> None:
     layers = [
         old(1, size=100, duplicate_of="d" * 64),
         old(2, size=200, last_used=NOW - 2 * DAY),
@@ -746,18 +746,18 @@ def test_prospects_say_what_each_rule_would_free() -> None:
     assert ("max_used_space", "10%") not in found
 
 
-def test_planning_work_grows_with_the_number_of_layers_and_no_faster(
+def test_planning_work_grows_linearly_with_number_of_layers(
     count_calls: t.Callable[[t.Callable[[], t.Any]], int],
 ) -> None:
     few = count_calls(lambda: _plan_for(250))
     many = count_calls(lambda: _plan_for(2000))
-    # A sort compares a little more for each of more layers; what is quadratic would be 64 times as much.
+    # Sorting needs slightly more comparisons per layer. Quadratic work would be 64 times as much.
     assert few * 6 < many < few * 12
 
 
 def _plan_for(count: int) -> None:
-    """Plan for so many layers, with every rule there is."""
-    chance = random.Random(1)
+    """Plan for a number of layers with all rules."""
+    generator = random.Random(1)
     layers = [
         Candidate(
             layer_id=f"{number:064x}",
@@ -765,11 +765,11 @@ def _plan_for(count: int) -> None:
             image_names=(f"quay.io/org/app{number // 5}:latest",),
             uidmap=(f"0:{100000 + number}:65536",),
             gidmap=(f"0:{100000 + number}:65536",),
-            created=NOW - chance.random() * 52 * WEEK,
-            last_used=NOW - chance.random() * 52 * WEEK,
+            created=NOW - generator.random() * 52 * WEEK,
+            last_used=NOW - generator.random() * 52 * WEEK,
             users=("container web",) if number % 7 == 0 else (),
-            size=chance.randrange(10**9),
-            inodes=chance.randrange(10**5),
+            size=generator.randrange(10**9),
+            inodes=generator.randrange(10**5),
         )
         for number in range(count)
     ]

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Ages, sizes and percentages, as they are typed."""
+"""Tests of parsing ages, sizes and percentages."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ NOW = 1_800_000_000.0
         (" 2w ", 1209600),
     ],
 )
-def test_ages_are_those_of_find(text: str, seconds: int) -> None:
+def test_ages_are_parsed_like_those_of_find(text: str, seconds: int) -> None:
     assert gc_policy.age("unused_for", text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "w", "1.5d", "2 w", "1y", "1d12h", "-2w", "soon"])
-def test_what_is_no_age_is_refused_by_name(text: str) -> None:
+def test_error_for_invalid_age_names_option(text: str) -> None:
     with pytest.raises(ConfigError, match="unused_for"):
         gc_policy.age("unused_for", text)
 
@@ -48,12 +48,12 @@ def test_what_is_no_age_is_refused_by_name(text: str) -> None:
         ("2027-01-15 08:00:00", NOW),
     ],
 )
-def test_created_before_takes_an_age_or_a_date(text: str, seconds: float) -> None:
+def test_created_before_accepts_age_or_date(text: str, seconds: float) -> None:
     assert gc_policy.moment("created_before", text, NOW) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "2027-13-01", "-1d"])
-def test_what_is_no_moment_is_refused_by_name(text: str) -> None:
+def test_error_for_invalid_date_names_option(text: str) -> None:
     with pytest.raises(ConfigError, match="created_before"):
         gc_policy.moment("created_before", text, NOW)
 
@@ -87,7 +87,7 @@ UNITS = [
     gap=st.sampled_from(["", " "]),
     unit=st.sampled_from(UNITS),
 )
-def test_sizes_are_those_of_human_to_bytes(number: str, gap: str, unit: str) -> None:
+def test_sizes_are_parsed_like_human_to_bytes(number: str, gap: str, unit: str) -> None:
     text = number + gap + unit
     try:
         expected = human_to_bytes(text)
@@ -101,17 +101,17 @@ def test_sizes_are_those_of_human_to_bytes(number: str, gap: str, unit: str) -> 
 @pytest.mark.parametrize(
     ("text", "number"), [("10KiB", 10240), ("1.5 MiB", 1572864), ("2GiB", 2 << 30)]
 )
-def test_binary_units_are_taken_as_well(text: str, number: int) -> None:
+def test_binary_units_are_accepted(text: str, number: int) -> None:
     assert gc_policy.size("max_freed", text) == number
 
 
 @pytest.mark.parametrize("text", ["10Kib", "10iB", "10BiB", "10 %", "1e3"])
-def test_what_is_no_size_is_refused_by_name(text: str) -> None:
+def test_error_for_invalid_size_names_option(text: str) -> None:
     with pytest.raises(ConfigError, match="max_freed"):
         gc_policy.size("max_freed", text)
 
 
-def test_an_amount_is_bytes_or_a_share_of_the_filesystem() -> None:
+def test_amount_is_bytes_or_percentage_of_filesystem() -> None:
     assert gc_policy.amount("min_free_space", "10G").of(1) == 10 << 30
     assert gc_policy.amount("min_free_space", "12.5%").of(1000) == 125
     assert gc_policy.amount("min_free_space", "0%").of(1000) == 0
@@ -119,7 +119,7 @@ def test_an_amount_is_bytes_or_a_share_of_the_filesystem() -> None:
         gc_policy.amount("min_free_space", "101%")
 
 
-def test_thresholds_come_in_pairs_and_in_order() -> None:
+def test_low_threshold_must_be_below_high_threshold() -> None:
     assert gc_policy.thresholds(85, 80) == (85, 80)
     assert gc_policy.thresholds(None, None) == (None, None)
     with pytest.raises(ConfigError, match="not below high_threshold"):
@@ -128,7 +128,7 @@ def test_thresholds_come_in_pairs_and_in_order() -> None:
         gc_policy.thresholds(185, 80)
 
 
-def test_a_number_of_copies_is_not_negative() -> None:
+def test_negative_number_of_copies_is_rejected() -> None:
     assert gc_policy.copies("max_copies_per_image", 0) == 0
     with pytest.raises(ConfigError, match="max_copies_per_image"):
         gc_policy.copies("max_copies_per_image", -1)

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Names of images, and which layers go with one."""
+"""Tests of image names, and of the layers that are removed with an image."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def image(letter: str, top: str, mapped: str = "", names: t.Sequence[str] = ()) 
     return new_record(Image, raw, "images.json")
 
 
-def container(letter: str, of: str, own: str, name: str) -> Container:
+def container(letter: str, image_letter: str, layer_letter: str, name: str) -> Container:
     raw = {
         "id": letter * 64,
-        "image": of * 64,
-        "layer": own * 64,
+        "image": image_letter * 64,
+        "layer": layer_letter * 64,
         "names": [name],
         "created": "2026-01-01T00:00:00Z",
     }
@@ -64,7 +64,7 @@ def snapshot(*records: t.Union[Layer, Image, Container]) -> Snapshot:
     )
 
 
-# a is the base of b and c, d and e are mapped copies of b.
+# Layer a is the parent of all others, d and e are mapped layers of b.
 LAYERS = [layer("a"), layer("b", "a"), layer("c", "a"), layer("d", "a"), layer("e", "a")]
 
 
@@ -85,7 +85,7 @@ LAYERS = [layer("a"), layer("b", "a"), layer("c", "a"), layer("d", "a"), layer("
         ("localhost:5000/app:2", "", "localhost:5000/app:2"),
     ],
 )
-def test_names_are_completed(name: str, source: str, full: str) -> None:
+def test_image_names_are_completed(name: str, source: str, full: str) -> None:
     assert image_layers._full_name(name, source) == full
 
 
@@ -101,52 +101,52 @@ def test_names_are_completed(name: str, source: str, full: str) -> None:
         "app:" + "1" * 129,
     ],
 )
-def test_what_is_no_name_is_refused(name: str) -> None:
+def test_invalid_image_name_is_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match="is not an image reference|is an ID|has a digest"):
         image_layers._full_name(name, "oci:/x")
 
 
-def test_mapped_layers_go_before_the_template_and_parents_last() -> None:
-    one = image("1", "b", "de")
-    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], *LAYERS[3:], one), one)
+def test_mapped_layers_are_removed_before_template_and_parents() -> None:
+    target = image("1", "b", "de")
+    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], *LAYERS[3:], target), target)
     assert [name[0] for name in found] == ["d", "e", "b", "a"]
 
 
-def test_layers_that_others_need_stay() -> None:
-    one, other = image("1", "b", "d"), image("2", "c")
-    found = image_removal.layers_of_removal(snapshot(*LAYERS[:4], one, other), one)
+def test_layers_of_other_images_are_kept() -> None:
+    target, other = image("1", "b", "d"), image("2", "c")
+    found = image_removal.layers_of_removal(snapshot(*LAYERS[:4], target, other), target)
     assert [name[0] for name in found] == ["d", "b"]
 
 
-def test_a_shared_top_layer_stays() -> None:
-    one, other = image("1", "b", "d"), image("2", "b")
-    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], LAYERS[3], one, other), one)
+def test_shared_top_layer_is_kept() -> None:
+    target, other = image("1", "b", "d"), image("2", "b")
+    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], LAYERS[3], target, other), target)
     assert [name[0] for name in found] == ["d"]
 
 
-def test_entries_without_a_record_are_passed_over() -> None:
-    one = image("1", "b", "9d")
-    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], LAYERS[3], one), one)
+def test_mapped_layers_without_record_are_skipped() -> None:
+    target = image("1", "b", "9d")
+    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], LAYERS[3], target), target)
     assert [name[0] for name in found] == ["d", "b", "a"]
 
 
-def test_each_container_in_the_way_is_named() -> None:
-    one = image("1", "b", "d", ["localhost/app:1"])
-    whole = snapshot(
+def test_error_names_all_containers_that_use_image() -> None:
+    target = image("1", "b", "d", ["localhost/app:1"])
+    current = snapshot(
         *LAYERS[:2],
         LAYERS[3],
         layer("6", "d"),
         layer("7", "b"),
-        one,
+        target,
         container("8", "1", "6", "mapped"),
         container("9", "1", "7", "plain"),
     )
-    with pytest.raises(LayerInUse, match=r"localhost/app:1: .*mapped.*plain") as told:
-        image_layers._refuse(whole, one)
-    assert len(told.value.facts["users"]) == 2
+    with pytest.raises(LayerInUse, match=r"localhost/app:1: .*mapped.*plain") as caught:
+        image_layers._refuse(current, target)
+    assert len(caught.value.facts["users"]) == 2
 
 
-def test_tagging_keeps_the_history_as_the_runtime_does() -> None:
+def test_tagging_updates_history_like_runtime() -> None:
     raw: t.Dict[str, t.Any] = {"names": ["a:1"], "names-history": ["a:1"]}
     image_layers._add_names(raw, ["b:1", "c:1"])
     assert raw["names"] == ["a:1", "b:1", "c:1"]
@@ -170,8 +170,8 @@ def test_tagging_keeps_the_history_as_the_runtime_does() -> None:
         ("sha256:" + "1" * 64, ""),
     ],
 )
-def test_the_name_that_a_reference_means(reference: str, name: str) -> None:
-    one = image(
+def test_reference_is_resolved_to_name(reference: str, name: str) -> None:
+    target = image(
         "1", "b", "", ["localhost/app:1", "quay.io/x/other:latest", "docker.io/library/next:1"]
     )
-    assert image_layers._name_meant(reference, one) == name
+    assert image_layers._name_meant(reference, target) == name

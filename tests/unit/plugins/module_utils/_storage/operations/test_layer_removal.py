@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What tells the next run of a removal that was begun, and which layers that is about."""
+"""Tests of the notes about interrupted removals, and of the layers that the next run removes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def moment(wall: float) -> clock.Moment:
     return clock.now()._replace(wall=wall)
 
 
-def place_of(area: StagingArea) -> OpenStore:
+def store_ctx_of(area: StagingArea) -> OpenStore:
     return t.cast(OpenStore, types.SimpleNamespace(store=area))
 
 
@@ -67,11 +67,11 @@ def area(tmp_path: pathlib.Path) -> StagingArea:
 
 def marks(area: StagingArea) -> t.Set[str]:
     return {
-        mark for begun_removal in begun_removals(place_of(area)) for mark in begun_removal.marks
+        mark for begun_removal in begun_removals(store_ctx_of(area)) for mark in begun_removal.marks
     }
 
 
-def test_only_entries_without_a_live_process_are_begun_removals(area: StagingArea) -> None:
+def test_removal_of_live_process_is_not_interrupted(area: StagingArea) -> None:
     trash = area.trash(IMAGE)
     assert not has_note(trash)
     note_removal(trash, [layer(TOP), layer(BASE)])
@@ -79,10 +79,10 @@ def test_only_entries_without_a_live_process_are_begun_removals(area: StagingAre
     assert marks(area) == set()
     area.leave(trash)
     assert marks(area) == {mark_of(layer(TOP)), mark_of(layer(BASE))}
-    (begun,) = begun_removals(place_of(area))
+    (begun,) = begun_removals(store_ctx_of(area))
     assert begun.image_id == IMAGE
-    assert begun_ids(place_of(area)) == {IMAGE, TOP, BASE}
-    # Who had left it does not delete it; a sweep does.
+    assert begun_ids(store_ctx_of(area)) == {IMAGE, TOP, BASE}
+    # The process that left the trash does not delete it; a sweep does.
     area.discard(trash)
     assert has_note(trash)
     assert area.sweep(None, lambda path: path == trash) == []
@@ -90,7 +90,7 @@ def test_only_entries_without_a_live_process_are_begun_removals(area: StagingAre
     assert marks(area) == set()
 
 
-def test_the_name_of_a_folder_tells_of_one_layer(area: StagingArea) -> None:
+def test_name_of_trash_directory_identifies_layer(area: StagingArea) -> None:
     area.leave(area.trash(f"{TOP}-{mark_of(layer(TOP))}"))
     assert marks(area) == {mark_of(layer(TOP))}
     area.leave(area.trash("orphan"))
@@ -115,7 +115,7 @@ def test_the_name_of_a_folder_tells_of_one_layer(area: StagingArea) -> None:
         ),
     ],
 )
-def test_odd_notes_tell_of_nothing(
+def test_invalid_notes_are_ignored(
     area: StagingArea, make: t.Callable[[pathlib.Path], None]
 ) -> None:
     trash = area.trash("orphan")
@@ -126,55 +126,59 @@ def test_odd_notes_tell_of_nothing(
 
 class TestAbandoned:
     @pytest.fixture
-    def image_goes(self, area: StagingArea) -> t.Callable[[float], Abandoned]:
-        """A removal of an image with one layer that was begun just now, seen so many seconds later."""
+    def removal_after(self, area: StagingArea) -> t.Callable[[float], Abandoned]:
+        """Begin to remove an image with one layer, and return the state after a given number of seconds."""
         trash = area.trash(IMAGE)
         note_removal(trash, [layer(TOP)])
         area.leave(trash)
-        (begun,) = begun_removals(place_of(area))
+        (begun,) = begun_removals(store_ctx_of(area))
         return lambda later: Abandoned([begun], moment(begun.since + later))
 
-    def test_what_was_marked_goes_at_once(self, image_goes: t.Callable[[float], Abandoned]) -> None:
+    def test_incomplete_layer_is_removed_at_once(
+        self, removal_after: t.Callable[[float], Abandoned]
+    ) -> None:
         now = snapshot(layer(TOP, flags={"incomplete": True}))
-        assert [item.id for item in image_goes(1).layers(now)] == [TOP]
+        assert [item.id for item in removal_after(1).layers(now)] == [TOP]
 
-    def test_what_a_pull_may_have_reused_goes_a_day_later(
-        self, image_goes: t.Callable[[float], Abandoned]
+    def test_layer_that_pull_may_reuse_is_removed_after_a_day(
+        self, removal_after: t.Callable[[float], Abandoned]
     ) -> None:
         now = snapshot(layer(TOP))
-        found = image_goes(DAY - 1)
+        found = removal_after(DAY - 1)
         assert found.layers(now) == []
         assert found.waits(now, found.begun[0])
-        later = image_goes(DAY + 1)
+        later = removal_after(DAY + 1)
         assert [item.id for item in later.layers(now)] == [TOP]
         assert not later.waits(now, later.begun[0])
 
-    def test_what_a_pull_has_reused_stays(self, image_goes: t.Callable[[float], Abandoned]) -> None:
+    def test_layer_that_pull_has_reused_is_kept(
+        self, removal_after: t.Callable[[float], Abandoned]
+    ) -> None:
         now = snapshot(layer(TOP), image=TOP)
-        found = image_goes(DAY * 9)
+        found = removal_after(DAY * 9)
         assert found.layers(now) == []
         assert not found.waits(now, found.begun[0])
 
-    def test_no_pull_outlives_a_boot(self, image_goes: t.Callable[[float], Abandoned]) -> None:
-        begun = image_goes(1).begun[0]._replace(boot="another")
+    def test_layer_is_removed_at_once_after_reboot(
+        self, removal_after: t.Callable[[float], Abandoned]
+    ) -> None:
+        begun = removal_after(1).begun[0]._replace(boot="another")
         found = Abandoned([begun], moment(begun.since + 1))
         assert [item.id for item in found.layers(snapshot(layer(TOP)))] == [TOP]
 
     @pytest.mark.parametrize("flags", [{}, {"incomplete": True}])
-    def test_a_layer_that_a_pull_has_recreated_is_kept(
-        self, image_goes: t.Callable[[float], Abandoned], flags: t.Dict[str, bool]
+    def test_layer_that_pull_has_recreated_is_kept(
+        self, removal_after: t.Callable[[float], Abandoned], flags: t.Dict[str, bool]
     ) -> None:
         now = snapshot(layer(TOP, "2026-01-02T00:00:00Z", flags=flags))
-        found = image_goes(DAY * 9)
+        found = removal_after(DAY * 9)
         assert found.layers(now) == []
         assert not found.waits(now, found.begun[0])
 
-    def test_a_mapped_layer_goes_at_once_while_another_has_its_content(
-        self, area: StagingArea
-    ) -> None:
+    def test_mapped_layer_is_removed_at_once_if_template_exists(self, area: StagingArea) -> None:
         mapped = layer(TOP, **{"diff-digest": "sha256:x"})
         area.leave(area.trash(f"{TOP}-{mark_of(mapped)}"))
-        found = Abandoned(begun_removals(place_of(area)), moment(0.0))
+        found = Abandoned(begun_removals(store_ctx_of(area)), moment(0.0))
         template = layer(BASE, **{"diff-digest": "sha256:x"})
         assert [item.id for item in found.layers(snapshot(mapped, template))] == [TOP]
         assert found.layers(snapshot(mapped)) == []

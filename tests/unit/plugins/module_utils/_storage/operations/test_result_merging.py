@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One result of those of several users."""
+"""Tests of merging the results of several users."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def result(user: str, changed: bool, **more: object) -> dict[str, object]:
     }
 
 
-def test_all_comes_back_in_order() -> None:
+def test_results_are_joined_in_order() -> None:
     both = joined({"bob": result("bob", False, warnings=["slow"]), "alice": result("alice", True)})
     assert both == {
         "changed": True,
@@ -47,13 +47,13 @@ def test_all_comes_back_in_order() -> None:
     }
 
 
-def test_no_user_means_nothing_to_do() -> None:
-    nothing = joined({})
-    assert (nothing["changed"], nothing["layers"], nothing["stores"]) == (False, [], [])
-    assert "error" not in nothing
+def test_joined_result_without_users_is_unchanged() -> None:
+    empty = joined({})
+    assert (empty["changed"], empty["layers"], empty["stores"]) == (False, [], [])
+    assert "error" not in empty
 
 
-def test_what_remains_is_added_up() -> None:
+def test_remaining_work_is_added_up() -> None:
     both = joined(
         {
             "bob": result("bob", True, partial=True, remaining=2),
@@ -64,7 +64,7 @@ def test_what_remains_is_added_up() -> None:
     assert (both["partial"], both["remaining"]) == (True, 3)
 
 
-def test_a_user_without_a_store_does_not_hide_the_others() -> None:
+def test_failed_user_does_not_hide_results_of_others() -> None:
     error = NamespaceError("user bob", "has no subordinate IDs", "Add a line.", line="bob:1:2")
     both = joined({"bob": error, "alice": result("alice", True)})
     assert both["changed"]
@@ -75,7 +75,7 @@ def test_a_user_without_a_store_does_not_hide_the_others() -> None:
     assert both["facts"] == {}
 
 
-def test_refusals_of_all_users_are_reported() -> None:
+def test_errors_of_all_users_are_reported() -> None:
     both = joined(
         {
             "bob": result("bob", True, error="1 of 2 refused. No room.", facts={"free": 1}),
@@ -89,13 +89,13 @@ def test_refusals_of_all_users_are_reported() -> None:
     assert both["facts"] == {"trace": "Traceback"}
 
 
-def test_facts_of_an_only_user_are_kept() -> None:
-    one = joined({"bob": result("bob", False, error="No room.", facts={"free": 1})})
-    assert (one["error"], one["facts"]) == ("For bob: No room.", {"free": 1})
+def test_facts_of_single_user_are_kept() -> None:
+    single = joined({"bob": result("bob", False, error="No room.", facts={"free": 1})})
+    assert (single["error"], single["facts"]) == ("For bob: No room.", {"free": 1})
 
 
-def test_results_of_stores_are_merged_by_the_kind_of_their_values() -> None:
-    one = {
+def test_values_are_merged_by_type() -> None:
+    first = {
         "changed": False,
         "removed": [{"id": "a"}],
         "actions": ["pulled"],
@@ -106,8 +106,8 @@ def test_results_of_stores_are_merged_by_the_kind_of_their_values() -> None:
         "diff": {"before": {"x": 1}, "after": {"x": 2}},
         "warnings": ["w"],
     }
-    other = {**one, "changed": True, "target_met": False, "partial": True, "error": "full"}
-    found = merged({"alice": one, "bob": other, "eve": NamespaceError("eve", "is none", "Go")})
+    second = {**first, "changed": True, "target_met": False, "partial": True, "error": "full"}
+    found = merged({"alice": first, "bob": second, "eve": NamespaceError("eve", "is none", "Go")})
     assert found["changed"] is True
     assert found["removed"] == [{"id": "a", "user": "alice"}, {"id": "a", "user": "bob"}]
     assert found["actions"] == ["pulled", "pulled"]
@@ -121,7 +121,7 @@ def test_results_of_stores_are_merged_by_the_kind_of_their_values() -> None:
     assert found["error"].startswith("2 of 3 users failed. For bob: full")
 
 
-def test_no_users_is_nothing_to_do() -> None:
-    nothing = merged({})
-    assert (nothing["changed"], nothing["stores"]) == (False, [])
-    assert "error" not in nothing
+def test_merged_result_without_users_is_unchanged() -> None:
+    empty = merged({})
+    assert (empty["changed"], empty["stores"]) == (False, [])
+    assert "error" not in empty

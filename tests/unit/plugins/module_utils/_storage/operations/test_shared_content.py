@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a user's shared store is planned to hold."""
+"""Tests of the plan for the content of a user's shared store."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def snapshot(**more: t.Any) -> t.Tuple[Snapshot, Image]:
     return Snapshot(layers=layers, images={IMAGE: image}), image
 
 
-def planned(
+def make_plan(
     mappings: t.Sequence[Mapping], whole: bool = True, most: int = 500, **more: t.Any
 ) -> t.Any:
     found, image = snapshot(**more)
@@ -88,7 +88,7 @@ def planned(
 
 @st.composite
 def maps(draw: st.DrawFn) -> IDMap:
-    """Ranges that cover the container IDs from 0 on and overlap nowhere."""
+    """Maps without overlaps that cover the container IDs from 0 without gaps."""
     sizes = draw(st.lists(st.integers(1, 300), min_size=1, max_size=4))
     gaps = draw(st.lists(st.integers(0, 50), min_size=len(sizes), max_size=len(sizes)))
     order = draw(st.permutations(range(len(sizes))))
@@ -104,7 +104,7 @@ def maps(draw: st.DrawFn) -> IDMap:
 
 
 @given(maps(), maps(), maps(), st.integers(0, 1200))
-def test_a_file_is_shown_with_the_owner_that_the_user_would_give_it(
+def test_view_shows_owners_of_user_namespace(
     outer: IDMap, inner: IDMap, stored: IDMap, container_id: int
 ) -> None:
     view = view_of(Mapping(outer, outer), Mapping(inner, inner), Mapping(stored, stored))
@@ -116,22 +116,22 @@ def test_a_file_is_shown_with_the_owner_that_the_user_would_give_it(
         assert view.gid.to_host(on_disk) == expected
 
 
-def test_plain_and_mapped_layers() -> None:
-    plan = planned([KEEP])
+def test_plan_has_plain_and_mapped_layers() -> None:
+    plan = make_plan([KEEP])
     assert plan.refusals == []
     layers = {layer.layer_id: layer for layer in plan.content.layers}
     assert layers[TOP].lowers == (BASE,)
     assert "uidmap" not in json.loads(layers[TOP].record)
     (image,) = plan.content.images
     record = json.loads(image.record)
-    # The names of the real store but our own, and only the mapped layers that are here.
+    # The record has the names of the real store except the pin, and only the mapped layers of this plan.
     assert record["names"] == ["localhost/app:1"]
     (mapped_id,) = record["mapped-layers"]
     mapped = layers[mapped_id]
     assert mapped.source == TOP
     assert json.loads(mapped.record)["parent"] == BASE
     assert json.loads(mapped.record)["uidmap"] == KEEP.uid.to_record()
-    # The layers below it have other owners too, and no record.
+    # The layer below also has other owners, and no record.
     (below,) = mapped.lowers
     assert layers[below].source == BASE
     assert layers[below].record == b""
@@ -140,45 +140,45 @@ def test_plain_and_mapped_layers() -> None:
     assert all(mount.layer_id == "" for mount in plan.mounts)
 
 
-def test_single_layers_are_mounted_where_others_must_not_be_seen() -> None:
-    plan = planned([KEEP], whole=False)
+def test_single_layers_are_mounted_if_others_must_be_hidden() -> None:
+    plan = make_plan([KEEP], whole=False)
     assert {mount.layer_id for mount in plan.mounts} == {BASE, TOP}
     assert len(plan.mounts) == 4
 
 
-def test_layers_with_a_map_of_their_own_get_a_mount_of_their_own() -> None:
+def test_layer_with_own_map_gets_own_mount() -> None:
     stored = IDMap.of((0, 200000, 65536)).to_record()
-    plan = planned([], uidmap=stored, gidmap=stored)
+    plan = make_plan([], uidmap=stored, gidmap=stored)
     layers = {layer.layer_id: layer for layer in plan.content.layers}
     assert layers[TOP].view != layers[BASE].view
     assert "uidmap" not in json.loads(layers[TOP].record)
     assert len(plan.mounts) == 2
 
 
-def test_the_same_plan_at_all_times() -> None:
-    assert planned([KEEP]) == planned([KEEP])
-    assert planned([KEEP]).content != planned([Mapping(OUTER.uid, OUTER.gid)]).content
+def test_plan_is_deterministic() -> None:
+    assert make_plan([KEEP]) == make_plan([KEEP])
+    assert make_plan([KEEP]).content != make_plan([Mapping(OUTER.uid, OUTER.gid)]).content
 
 
-def test_ids_that_the_user_does_not_have_are_refused() -> None:
-    plan = planned([KEEP], uidset=[70000])
+def test_ids_outside_user_namespace_are_refused() -> None:
+    plan = make_plan([KEEP], uidset=[70000])
     assert plan.content.images == ()
     (refusal,) = plan.refusals
     assert isinstance(refusal.error, MapError)
     assert "70000" in str(refusal.error)
     small = Mapping(IDMap.of((0, 1, 10)), IDMap.of((0, 1, 10)))
-    plan = planned([small])
+    plan = make_plan([small])
     assert [refusal.mapping for refusal in plan.refusals] == [small]
     assert len(plan.content.images) == 1
 
 
-def test_more_layers_than_the_runtime_can_mount_are_refused() -> None:
-    plan = planned([], most=1)
+def test_image_with_too_many_layers_is_refused() -> None:
+    plan = make_plan([], most=1)
     assert plan.content.images == ()
     assert "2 layers" in str(plan.refusals[0].error)
 
 
-def test_a_layer_that_the_user_has_with_a_map_is_refused_below_another_image() -> None:
+def test_image_is_refused_if_user_has_its_layer_with_map() -> None:
     found, image = snapshot()
     planner = Planner(found, "/real/overlay", lambda _layer: "", lambda _image: {})
     own = User("alice", OUTER, 500, mapped={BASE: "localhost/own:1"})
@@ -186,12 +186,12 @@ def test_a_layer_that_the_user_has_with_a_map_is_refused_below_another_image() -
     assert plan.content.images == ()
     assert plan.mounts == []
     assert "localhost/own:1 of user alice" in str(plan.refusals[0].error)
-    # The user's containers take the user's image, or the image is shared already.
+    # Containers use the image in the user's own store, or the image is already shared.
     plan = planner.plan(replace(own, images=frozenset((IMAGE,))), [Wish(image)], True)
     assert plan.refusals == []
 
 
-def test_an_image_that_only_stays_has_no_name() -> None:
+def test_image_that_is_no_longer_offered_has_no_name() -> None:
     found, image = snapshot()
     planner = Planner(found, "/real/overlay", lambda _layer: "", lambda _image: {})
     plan = planner.plan(User("alice", OUTER, 500), [Wish(image, [], offered=False)], True)
@@ -199,14 +199,14 @@ def test_an_image_that_only_stays_has_no_name() -> None:
 
 
 @given(st.text(), st.text())
-def test_derived_ids(first: str, second: str) -> None:
+def test_derived_ids_are_stable_and_not_numeric(first: str, second: str) -> None:
     derived = derived_layer_id(first, second)
     assert derived == derived_layer_id(first, second)
     assert not derived[:12].isdigit()
     assert len(short_name(derived)) == 8
 
 
-def test_a_view_is_named_after_source_and_maps() -> None:
+def test_view_name_depends_on_source_and_maps() -> None:
     plain, keep = view_of(OUTER, UNMAPPED, UNMAPPED), view_of(OUTER, KEEP, UNMAPPED)
     names = {view.name(source) for view in (plain, keep) for source in ("/one", "/two")}
     assert len(names) == 4
@@ -215,7 +215,7 @@ def test_a_view_is_named_after_source_and_maps() -> None:
 
 
 @pytest.mark.parametrize("kind", ["uid", "gid"])
-def test_maps_longer_than_the_kernel_takes_are_refused(kind: str) -> None:
+def test_maps_beyond_kernel_limit_are_refused(kind: str) -> None:
     many = IDMap.of(*((index, 2 * index, 1) for index in range(400)))
     wide = IDMap.of((0, 0, 1000))
     mapping = Mapping(many, wide) if kind == "uid" else Mapping(wide, many)

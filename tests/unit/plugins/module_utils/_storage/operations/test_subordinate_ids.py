@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Subordinate IDs for users: what is there stays, what is new overlaps nothing, as shadow's tools lock it."""
+"""Tests of granting subordinate IDs: entries are kept, new ranges are free, files are locked as by shadow's tools."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from hypothesis import strategies as st
 
 @pytest.fixture
 def request_for(tmp_path: Path) -> t.Callable[..., subordinate_ids.GrantRequest]:
-    """request_for(*users, subuid="", subgid=None, passwd="", group="", **options): files in a scratch folder."""
+    """request_for(*users, subuid="", subgid=None, passwd="", group="", **options): a request for files in tmp_path."""
 
     def make(
         *users: str,
@@ -76,7 +76,7 @@ def request_for(tmp_path: Path) -> t.Callable[..., subordinate_ids.GrantRequest]
     return make
 
 
-def test_gives_what_is_missing_and_nothing_twice(request_for, tmp_path):
+def test_missing_ranges_are_added_once(request_for, tmp_path):
     request = request_for("alice", "bob", subuid="carol:100000:65536")
     result = subordinate_ids.grant(request)
     assert result["changed"]
@@ -95,15 +95,15 @@ def test_gives_what_is_missing_and_nothing_twice(request_for, tmp_path):
     assert not list(tmp_path.glob("*.lock"))
 
 
-def test_keeps_odd_ranges_and_tops_up_what_is_short(request_for, tmp_path):
+def test_existing_ranges_are_kept_and_extended(request_for, tmp_path):
     text = "# by hand\nalice:300000:1000\nalice:300500:65536\n4711:165536:65536\nroot:malformed\n"
     subordinate_ids.grant(request_for("alice", subuid=text, subgid="alice:100000:40000\n"))
     assert (tmp_path / "subuid").read_text() == text
-    # 100000 and 165536 are taken, in one file or the other.
+    # The ranges from 100000 and 165536 are taken in one of the files.
     assert (tmp_path / "subgid").read_text() == "alice:100000:40000\nalice:231072:25536\n"
 
 
-def test_leaves_accounts_and_groups_alone(request_for, tmp_path):
+def test_ids_of_accounts_and_groups_are_skipped(request_for, tmp_path):
     subordinate_ids.grant(
         request_for(
             "alice",
@@ -119,14 +119,14 @@ def test_leaves_accounts_and_groups_alone(request_for, tmp_path):
 @pytest.mark.parametrize(
     ("nsswitch", "start"),
     [
-        # An account with the ID 100500, and a group with the ID 170000.
+        # NSS lists an account with the ID 100500 and a group with the ID 170000.
         ("passwd: files sss\ngroup: files sss\n", 231072),
         ("passwd: files sss\ngroup: files # sss\n", 165536),
         ("passwd: files\ngroup: files sss\n", 100000),
         ("passwd: files\n", 100000),
     ],
 )
-def test_leaves_accounts_alone_that_only_nss_lists(nsswitch, start, request_for, tmp_path):
+def test_ids_that_only_nss_lists_are_skipped(nsswitch, start, request_for, tmp_path):
     script = "import sys; print({'passwd': 'x:*:100500:5:::', 'group': 'g:*:170000:'}[sys.argv[1]])"
     request = request_for("alice", nsswitch=nsswitch)
     sources = dataclasses.replace(request.sources, getent=(sys.executable, "-c", script))
@@ -134,7 +134,7 @@ def test_leaves_accounts_alone_that_only_nss_lists(nsswitch, start, request_for,
     assert f"alice:{start}:65536" in (tmp_path / "subuid").read_text()
 
 
-def test_a_service_that_lists_no_accounts_is_no_failure(request_for, tmp_path):
+def test_failure_of_getent_is_ignored(request_for, tmp_path):
     request = request_for("alice", nsswitch="passwd: sss files\n")
     for getent in (str(tmp_path / "none"),), ("false",):
         sources = dataclasses.replace(request.sources, getent=getent)
@@ -143,11 +143,11 @@ def test_a_service_that_lists_no_accounts_is_no_failure(request_for, tmp_path):
         ]
 
 
-def test_a_numeric_entry_is_the_users_own(request_for):
+def test_numeric_entry_belongs_to_user(request_for):
     assert not subordinate_ids.grant(request_for("root", subuid="0:100000:65536\n"))["changed"]
 
 
-def test_check_mode_writes_nothing_and_predicts_the_same(request_for, tmp_path):
+def test_check_mode_writes_nothing_and_predicts_result(request_for, tmp_path):
     request = request_for("alice", "bob")
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     predicted = subordinate_ids.grant(dataclasses.replace(request, check=True))
@@ -155,7 +155,7 @@ def test_check_mode_writes_nothing_and_predicts_the_same(request_for, tmp_path):
     assert predicted == subordinate_ids.grant(request)
 
 
-def test_files_that_are_not_there_are_made(request_for, tmp_path):
+def test_missing_files_are_created(request_for, tmp_path):
     request = request_for("alice")
     (tmp_path / "subuid").unlink()
     (tmp_path / "subgid").unlink()
@@ -164,7 +164,7 @@ def test_files_that_are_not_there_are_made(request_for, tmp_path):
     assert (tmp_path / "subgid").stat().st_mode & 0o777 == 0o644
 
 
-def test_waits_for_a_live_lock_and_takes_a_dead_one(request_for, tmp_path, monkeypatch):
+def test_held_lock_times_out_and_stale_lock_is_replaced(request_for, tmp_path, monkeypatch):
     request = request_for("alice")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -178,7 +178,7 @@ def test_waits_for_a_live_lock_and_takes_a_dead_one(request_for, tmp_path, monke
     assert sorted(path.name for path in tmp_path.glob("sub?id.*")) == ["subgid.lock"]
 
 
-def test_a_directory_keeps_its_own_ids(request_for):
+def test_ids_of_nss_service_are_not_changed(request_for):
     request = request_for("alice", nsswitch="subid: sss\n")
     result = subordinate_ids.grant(request)
     assert result["source"] == "sss"
@@ -189,17 +189,17 @@ def test_a_directory_keeps_its_own_ids(request_for):
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "#x", " alice", "a\nb"])
-def test_refuses_what_is_no_name(request_for, name):
+def test_invalid_user_name_is_rejected(request_for, name):
     with pytest.raises(ConfigError, match="is not a valid user name"):
         subordinate_ids.grant(request_for(name))
 
 
-def test_refuses_what_is_no_count(request_for):
+def test_invalid_count_is_rejected(request_for):
     with pytest.raises(ConfigError, match="is not a valid number of IDs"):
         subordinate_ids.grant(request_for("alice", count=0))
 
 
-def test_says_when_no_range_is_left():
+def test_error_reports_that_no_range_is_left():
     with pytest.raises(NamespaceError, match="no free range of this size is left"):
         subordinate_ids.free_range([SubIDRange(100000, 4294800000)], 65536)
 
@@ -215,9 +215,7 @@ def test_says_when_no_range_is_left():
         "alice:100000:65536\u2028",
     ],
 )
-def test_lines_that_shadow_does_not_read_give_no_range_and_reserve_none(
-    request_for, tmp_path, line
-):
+def test_line_that_shadow_ignores_grants_no_range_but_stays_reserved(request_for, tmp_path, line):
     result = subordinate_ids.grant(request_for("alice", "bob", subuid=f"{line}\n"))
     assert (tmp_path / "subuid").read_bytes().decode() == (
         f"{line}\nalice:165536:65536\nbob:231072:65536\n"
@@ -240,7 +238,7 @@ def test_lines_that_shadow_does_not_read_give_no_range_and_reserve_none(
         "ghost:1:2\0carol:100000:65536",
     ],
 )
-def test_what_any_shadow_reads_is_taken(request_for, tmp_path, line):
+def test_ranges_that_any_version_of_shadow_reads_are_reserved(request_for, tmp_path, line):
     content = f"{line}\n# the end\n"
     request = request_for("alice", subuid=content, subgid="", count=1000)
     if "4294967296" in line:
@@ -252,34 +250,34 @@ def test_what_any_shadow_reads_is_taken(request_for, tmp_path, line):
     assert after == f"{content}alice:165536:1000\n".encode("utf-8", "surrogateescape")
 
 
-def test_two_users_with_the_same_range_are_reported(request_for):
+def test_overlapping_ranges_of_two_users_are_reported(request_for):
     text = "alice:100000:65536\nbob:165535:65536\ncarol:300000:5\n"
     result = subordinate_ids.grant(request_for("alice", "carol", subuid=text, count=5))
     assert not result["changed"]
-    (one, other) = result["warnings"]
-    assert "subuid: alice (100000-165535) and bob (165535-231070) share subordinate IDs" in one
-    assert "subgid: alice" in other
+    (first, second) = result["warnings"]
+    assert "subuid: alice (100000-165535) and bob (165535-231070) share subordinate IDs" in first
+    assert "subgid: alice" in second
     assert not subordinate_ids.grant(request_for("carol", subuid=text, count=5))["warnings"]
 
 
-def test_an_account_inside_a_range_and_a_duplicate_range_are_reported(request_for):
+def test_accounts_inside_ranges_and_own_overlaps_are_reported(request_for):
     text = "alice:100000:65536\nalice:165000:65536\n"
     request = request_for(
         "alice", subuid=text, passwd="dave:x:100500:1:::\n", group="g:x:165001:\n"
     )
-    told = "\n".join(subordinate_ids.grant(request)["warnings"])
-    assert "ranges of alice overlap each other at 165000-230535" in told
-    assert "holds the UID 100500 of an account" in told
-    assert "holds the GID 165001 of an account" in told
+    warnings = "\n".join(subordinate_ids.grant(request)["warnings"])
+    assert "ranges of alice overlap each other at 165000-230535" in warnings
+    assert "holds the UID 100500 of an account" in warnings
+    assert "holds the GID 165001 of an account" in warnings
 
 
-def test_a_users_number_and_name_are_one_owner(request_for):
+def test_name_and_uid_of_user_are_same_owner(request_for):
     text = "root:100000:65536\n0:100000:65536\n"
-    told = subordinate_ids.grant(request_for("root", subuid=text))["warnings"]
-    assert all("overlap each other" in item for item in told)
+    warnings = subordinate_ids.grant(request_for("root", subuid=text))["warnings"]
+    assert all("overlap each other" in item for item in warnings)
 
 
-def test_login_defs_bound_new_ranges(request_for, tmp_path):
+def test_login_defs_limit_new_ranges(request_for, tmp_path):
     login_defs = (
         "# SUB_UID_MIN 1\nSUB_UID_MIN\t\t500000\nSUB_GID_MIN 0x989680\nSUB_UID_MAX 10131071\n"
     )
@@ -291,7 +289,7 @@ def test_login_defs_bound_new_ranges(request_for, tmp_path):
         )
 
 
-def test_a_missing_newline_at_the_end_is_mended_where_shadow_stops_at_it(request_for, tmp_path):
+def test_missing_final_newline_is_added_if_shadow_requires_it(request_for, tmp_path):
     old = subordinate_ids.grant(request_for("alice", subuid="alice:100000:65536"))
     assert not old["changed"]
     request = request_for("alice", subuid="alice:100000:65536", dialect=SHADOW_4_20)
@@ -305,14 +303,14 @@ def test_a_missing_newline_at_the_end_is_mended_where_shadow_stops_at_it(request
 
 
 @pytest.mark.parametrize("content", ["alice:1:2\0\n", "\0"])
-def test_nothing_is_added_to_what_shadow_does_not_read(request_for, tmp_path, content):
+def test_file_that_shadow_ignores_is_not_changed(request_for, tmp_path, content):
     request = request_for("alice", subuid=content, dialect=SHADOW_4_20)
     with pytest.raises(NamespaceError, match="holds a NUL character, so newuidmap"):
         subordinate_ids.grant(request)
     assert (tmp_path / "subuid").read_text() == content
 
 
-def test_a_link_is_not_replaced(request_for, tmp_path):
+def test_symbolic_link_is_not_replaced(request_for, tmp_path):
     request = request_for("alice")
     (tmp_path / "subuid").rename(tmp_path / "real")
     (tmp_path / "subuid").symlink_to(tmp_path / "real")
@@ -325,7 +323,7 @@ _RANGES = st.builds(SubIDRange, st.integers(0, 2_000_000), st.integers(1, 200_00
 
 
 @given(st.lists(_RANGES, max_size=30), st.integers(1, 300_000))
-def test_a_free_range_touches_no_other(taken, count):
+def test_free_range_does_not_overlap_others(taken, count):
     found = subordinate_ids.free_range(taken, count)
     assert found.size == count
     assert found.start >= 100000

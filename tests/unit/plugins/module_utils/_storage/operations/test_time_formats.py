@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Moments and ages in words."""
+"""Tests of formatting and parsing times and ages."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from hypothesis import strategies as st
 
 
 @given(st.integers(0, 4_000_000_000))
-def test_formatted_times_are_parsed_again(moment: int) -> None:
-    assert from_rfc3339(format_time(moment)) == moment
+def test_formatted_time_can_be_parsed(timestamp: int) -> None:
+    assert from_rfc3339(format_time(timestamp)) == timestamp
 
 
 @given(st.floats())
-def test_any_number_is_a_moment(moment: float) -> None:
-    assert from_rfc3339(format_time(moment)) is not None
+def test_any_number_can_be_formatted(timestamp: float) -> None:
+    assert from_rfc3339(format_time(timestamp)) is not None
 
 
 @given(st.text(alphabet="0123456789-:.TZ+", max_size=40) | st.datetimes().map(str))
-def test_any_text_is_a_moment_or_none(text: str) -> None:
+def test_any_text_is_parsed_or_rejected(text: str) -> None:
     for end in ("", "Z", "+23:59", "-23:59"):
         found = from_rfc3339(text + end)
         assert found is None or format_time(found)
     is_moment(text)
 
 
-def test_the_last_and_the_first_moment() -> None:
+def test_times_are_limited_to_first_and_last_time() -> None:
     assert format_time(253402300799.9999) == "9999-12-31T23:59:59Z"
     assert format_time(1e300) == "9999-12-31T23:59:59Z"
     assert format_time(-1e300) == "0001-01-01T00:00:00Z"
 
 
 @pytest.mark.parametrize(
-    ("text", "moment"),
+    ("text", "timestamp"),
     [
         ("1970-01-01T00:01:00Z", 60.0),
         ("1970-01-01T00:01:00.123456789Z", 60.0),
@@ -53,12 +53,12 @@ def test_the_last_and_the_first_moment() -> None:
         ("", None),
     ],
 )
-def test_only_moments_with_a_zone_are_read(text: str, moment: t.Optional[float]) -> None:
-    assert from_rfc3339(text) == moment
+def test_only_times_with_zone_are_parsed(text: str, timestamp: t.Optional[float]) -> None:
+    assert from_rfc3339(text) == timestamp
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("seconds", "text"),
     [
         (0, "0 seconds"),
         (119, "119 seconds"),
@@ -69,5 +69,5 @@ def test_only_moments_with_a_zone_are_read(text: str, moment: t.Optional[float])
         (1209600, "2 weeks"),
     ],
 )
-def test_ages_are_cut_to_a_whole_number(seconds: float, words: str) -> None:
-    assert format_age(seconds) == words
+def test_ages_are_rounded_down_to_whole_units(seconds: float, text: str) -> None:
+    assert format_age(seconds) == text

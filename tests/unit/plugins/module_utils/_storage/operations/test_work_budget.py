@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+"""Tests of the limits of a run: deadline, closed standard output and signals."""
 
 from __future__ import annotations
 
@@ -21,64 +22,64 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.tree_
 
 
 @pytest.fixture(autouse=True)
-def nobody_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_signal_received(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_budget, "_told", [])
 
 
 @pytest.fixture
-def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Standard output is a pipe that nobody reads."""
+def closed_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output is a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setattr(termination, "_STDOUT", writer)
 
 
-def test_without_a_deadline_it_only_takes_note() -> None:
-    one = WorkBudget()
-    one(3, 40)
-    assert (one.files, one.bytes, one.over) == (3, 40, False)
+def test_budget_without_deadline_only_records_progress() -> None:
+    budget = WorkBudget()
+    budget(3, 40)
+    assert (budget.files, budget.bytes, budget.over) == (3, 40, False)
 
 
-def test_it_suspends_only_what_has_come_further() -> None:
-    one = WorkBudget(time.monotonic() - 1)
-    one.resume(10, 100)
-    one(10, 100)
+def test_work_is_suspended_only_after_new_progress() -> None:
+    budget = WorkBudget(time.monotonic() - 1)
+    budget.resume(10, 100)
+    budget(10, 100)
     for made_progress in ((11, 90), (10, 101)):
         with pytest.raises(Suspended) as stop:
-            one(*made_progress)
+            budget(*made_progress)
         assert not stop.value.given_up
 
 
-def test_it_knows_how_long_it_took_to_come_that_far(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_to_reach_previous_progress_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((0.0, 5.0, 8.0, 20.0))
-    one = WorkBudget()
+    budget = WorkBudget()
     monkeypatch.setattr(work_budget.time, "monotonic", lambda: next(clock))
-    one.resume(10, 100)
-    one(4, 30)
-    one(10, 100)
-    one(11, 110)
-    assert one.resume_seconds == 8.0
+    budget.resume(10, 100)
+    budget(4, 30)
+    budget(10, 100)
+    budget(11, 110)
+    assert budget.resume_seconds == 8.0
 
 
-def test_closed_stdout_ends_all_work(deaf: None) -> None:
-    one = WorkBudget(awaited=True)
-    one.resume(10, 100)
-    assert one.over
+def test_closed_stdout_ends_all_work(closed_stdout: None) -> None:
+    budget = WorkBudget(awaited=True)
+    budget.resume(10, 100)
+    assert budget.over
     with pytest.raises(Suspended) as stop:
-        one(1, 1)
+        budget(1, 1)
     assert stop.value.given_up
     with pytest.raises(Suspended):
-        one.look_only(1, 1)
-    assert one.files == 1
+        budget.look_only(1, 1)
+    assert budget.files == 1
 
 
-def test_who_is_not_awaited_needs_no_listener(deaf: None) -> None:
-    one = WorkBudget()
-    one(1, 1)
-    assert not one.over
+def test_closed_stdout_is_ignored_if_result_is_not_awaited(closed_stdout: None) -> None:
+    budget = WorkBudget()
+    budget(1, 1)
+    assert not budget.over
 
 
-def test_signals_are_kept_until_the_work_has_ended() -> None:
+def test_signals_do_not_interrupt_work() -> None:
     before = {
         item: signal.getsignal(item) for item in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
     }
@@ -86,14 +87,14 @@ def test_signals_are_kept_until_the_work_has_ended() -> None:
         with in_order():
             os.kill(os.getpid(), signal.SIGTERM)
             assert WorkBudget().given_up
-        # The same may come twice, from a terminal and from whoever passes it on.
+        # The same signal may arrive twice: from a terminal, and from a process that forwards it.
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def test_what_is_ignored_stays_so() -> None:
+def test_ignored_signals_stay_ignored() -> None:
     interrupt = signal.getsignal(signal.SIGINT)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

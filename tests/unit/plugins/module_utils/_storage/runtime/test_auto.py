@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""userns=auto: its size by version, the IDs it takes, and slots."""
+"""Tests of userns=auto: size by version, allocated IDs, and slots."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ LIMITS = AutoUserns()
 
 
 @pytest.mark.parametrize(
-    ("passwd", "group", "started", "old", "middle", "new"),
+    ("passwd", "group", "started_group", "old", "middle", "new"),
     [
         (None, None, None, 0, 0, 0),
         ("root:x:0:0:::\n", "root:x:0:\n", None, 0, 0, 0),
         ("app:x:1500:20:::\n", None, None, 1500, 1500, 1501),
-        # One that equals the size so far is lost.
+        # An ID that equals the current size is ignored.
         ("app:x:1500:1501:::\n", None, None, 1501, 1501, 1501),
         ("app:x:1500:1502:::\n", None, None, 1502, 1502, 1503),
         ("nobody:x:70000:70000:::\n", "nogroup:x:70000:\n", None, 0, 0, 0),
@@ -51,16 +51,21 @@ LIMITS = AutoUserns()
         ("app:x:12x:30:::\n\n \n:::\nshort\nhalf:x:40\n", None, None, 40, 40, 41),
     ],
 )
-def test_accounts(
-    passwd: str | None, group: str | None, started: str | None, old: int, middle: int, new: int
+def test_size_from_accounts_depends_on_version(
+    passwd: str | None,
+    group: str | None,
+    started_group: str | None,
+    old: int,
+    middle: int,
+    new: int,
 ) -> None:
-    image = ImageIDs(-1, passwd, group, started)
+    image = ImageIDs(-1, passwd, group, started_group)
     assert accounts_size(capabilities("podman", (4, 3), (1, 43, 0)), image) == old
     assert accounts_size(capabilities("podman", (5, 2), (1, 55, 0)), image) == middle
     assert accounts_size(capabilities("podman", (5, 3), (1, 56, 0)), image) == new
 
 
-def test_sizes() -> None:
+def test_namespace_size_depends_on_image_limits_and_user() -> None:
     image = image_ids([[0, 33], [], [5000]], {"etc/passwd": "a:x:1500:1500::"}.get)
     assert image == ImageIDs(5000, "a:x:1500:1500::", None, None)
     assert namespace_size(NEW, LIMITS, image) == 5001
@@ -73,19 +78,19 @@ def test_sizes() -> None:
     assert namespace_size(runtime("cri-o", "1.30"), LIMITS, image) == 65536
 
 
-def test_too_large_images() -> None:
+def test_image_above_maximum_size_is_rejected() -> None:
     with pytest.raises(MapError, match=r"needs 70001 IDs.*auto:size=70001"):
         namespace_size(NEW, LIMITS, ImageIDs(70000))
     assert namespace_size(NEW, AutoUserns(1024, 0), ImageIDs(70000)) == 70001
 
 
-def test_available() -> None:
+def test_available_ids_of_rootful_and_rootless_stores() -> None:
     subids = SubIDs((SubIDRange(500, 10), SubIDRange(100, 10), SubIDRange(110, 5)), ())
     assert available_ids(False, subids) == ([(100, 115), (500, 510)], [])
     assert available_ids(True, subids) == ([(1, 26)], [(1, 1)])
 
 
-def test_the_lowest_free_ids_are_taken() -> None:
+def test_lowest_free_ids_are_allocated() -> None:
     spans = ([(100, 200)], [(1000, 1010), (2000, 2100)])
     used = [Mapping(IDMap.of((0, 100, 5), (5, 110, 5)), IDMap.of((0, 5, 1)))]
     mapping = allocate(20, spans, used)
@@ -93,14 +98,14 @@ def test_the_lowest_free_ids_are_taken() -> None:
     assert str(mapping.gid) == "0:1000:10,10:2000:10"
 
 
-def test_extras_stand_last_and_are_left_out() -> None:
+def test_extras_come_last_and_are_not_allocated() -> None:
     extra = Mapping(IDMap.of((5, 102, 2), (0, 7, 1)), IDMap())
     mapping = allocate(10, ([(100, 200)], [(1, 100)]), [], extra)
     assert str(mapping.uid) == "1:100:2,3:104:2,7:106:3,5:102:2,0:7:1"
     assert str(mapping.gid) == "0:1:10"
 
 
-def test_exhaustion() -> None:
+def test_too_few_free_ids_are_reported() -> None:
     keep = Mapping(IDMap.of((0, 1, 1500), (1500, 0, 1), (1501, 1501, 64036)), IDMap())
     with pytest.raises(
         MapError, match=r"needs 1024 free UIDs, but the store has only 0 left of 65536"
@@ -108,7 +113,7 @@ def test_exhaustion() -> None:
         allocate(1024, ([(1, 65537)], [(1, 65537)]), [keep])
 
 
-def test_slots_count_those_that_run() -> None:
+def test_running_containers_count_as_slots() -> None:
     spans = ([(100, 1000)], [(100, 1000)])
     first, second, third = slots(3, 100, spans, [])
     assert [str(item.uid) for item in (first, second, third)] == [
@@ -124,7 +129,7 @@ def test_slots_count_those_that_run() -> None:
     assert str(slots(5, 100, spans, [other])[3].uid) == "0:500:100"
 
 
-def test_slots_that_do_not_fit_say_how_many_do() -> None:
+def test_error_states_number_of_possible_slots() -> None:
     spans = ([(1, 65537)], [(1, 65537)])
     with pytest.raises(MapError) as caught:
         slots(100, 4096, spans, [])
@@ -146,20 +151,20 @@ SPANS = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 30)), max_size=6)
 
 
 @given(SPANS, SPANS, st.integers(1, 60))
-def test_maps_take_the_requested_number_of_free_ids_in_order(
-    have: list[tuple[int, int]], taken: list[tuple[int, int]], size: int
+def test_requested_number_of_free_ids_is_allocated_in_order(
+    owned: list[tuple[int, int]], taken: list[tuple[int, int]], size: int
 ) -> None:
-    subids = SubIDs(tuple(SubIDRange(*item) for item in have), (SubIDRange(0, 1000),))
+    subids = SubIDs(tuple(SubIDRange(*item) for item in owned), (SubIDRange(0, 1000),))
     used = [Mapping(IDMap.of((0, start, count)), IDMap()) for start, count in taken]
-    free = {start + n for start, count in have for n in range(count)}
+    free = {start + n for start, count in owned for n in range(count)}
     free -= {start + n for start, count in taken for n in range(count)}
     spans = available_ids(False, subids)
     if len(free) < size:
         with pytest.raises(MapError, match=f"has only {len(free)} left"):
             allocate(size, spans, used)
         return
-    one = allocate(size, spans, used).uid
-    one.validate()
-    assert [one.to_host(number) for number in range(size)] == sorted(free)[:size]
-    assert one.size == size
-    assert one == one.normal()
+    idmap = allocate(size, spans, used).uid
+    idmap.validate()
+    assert [idmap.to_host(number) for number in range(size)] == sorted(free)[:size]
+    assert idmap.size == size
+    assert idmap == idmap.normal()

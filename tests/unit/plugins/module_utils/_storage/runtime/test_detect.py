@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which runtime is there, in which version, with which containers/storage."""
+"""Tests of the detection of the runtime, its version and its containers/storage version."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.de
         ("buildah", "1.34.0", (1, 34, 0), (1, 51, 0)),
         ("crio", "crio version 1.30.2\nVersion: 1.30.2", (1, 30, 2), (1, 51, 0)),
         ("CRI-O", "1.33.1", (1, 33, 1), (1, 58, 0)),
-        # Patch releases that carry another storage than their line.
+        # Patch releases whose containers/storage version differs from that of their line.
         ("crio", "1.25.4", (1, 25, 4), (1, 42, 0)),
         ("crio", "1.25.5", (1, 25, 5), (1, 46, 1)),
         ("crio", "1.26.3", (1, 26, 3), (1, 44, 0)),
@@ -43,7 +43,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.de
         ("crio", "1.37.0", (1, 37, 0), (1, 62, 0)),
     ],
 )
-def test_versions(
+def test_versions_are_parsed(
     name: str, version: str, numbers: tuple[int, ...], storage: tuple[int, ...]
 ) -> None:
     found = runtime(name, version)
@@ -51,28 +51,30 @@ def test_versions(
     assert found.name == {"crio": "cri-o", "CRI-O": "cri-o"}.get(name, name)
 
 
-def test_a_given_version_is_believed() -> None:
+def test_given_version_is_used() -> None:
     found = detect("podman 5.4.2")
     assert found == Runtime("podman", (5, 4, 2), (1, 57, 1))
     assert str(found) == "podman 5.4.2"
 
 
 @pytest.mark.parametrize("text", ["docker", "docker 20.1", "podman latest", "/nonexistent/podman"])
-def test_what_is_no_runtime(text: str) -> None:
+def test_invalid_runtime_is_rejected(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         detect(text)
     assert caught.value.hint
 
 
 def program(folder: pathlib.Path, name: str, text: str) -> str:
-    """An executable that counts its calls and says something."""
+    """Create an executable that records its calls and prints a text."""
     path = folder / name
     path.write_text(f'#!/bin/sh\necho >>"{folder}/{name}.calls"\necho "{text}"\n')
     path.chmod(0o755)
     return str(path)
 
 
-def test_the_host_is_searched(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtimes_are_found_in_path(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     buildah = program(tmp_path, "buildah", "buildah version 1.39.3 (image-spec 1.1.0)")
     podman = program(tmp_path, "podman", "podman version 5.2.1")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -83,7 +85,7 @@ def test_the_host_is_searched(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
     assert len((tmp_path / "podman.calls").read_text()) == 1
 
 
-def test_a_runtime_without_a_version(
+def test_program_without_version_is_rejected(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = program(tmp_path, "podman", "no idea")
@@ -91,19 +93,21 @@ def test_a_runtime_without_a_version(
         detect(path)
 
 
-def test_a_program_runs_once_while_its_file_is_unchanged(
+def test_version_is_cached_while_executable_is_unchanged(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     version_cache: dict[str, str] = {}
     script = program(tmp_path, "podman", "podman version 5.2.1")
     assert detect(script, version_cache) == Runtime("podman", (5, 2, 1), (1, 55, 0), script)
-    assert version_cache == {}, "a script may call another program tomorrow"
+    assert version_cache == {}, (
+        "the version of a script, which may call another program later, is not cached"
+    )
     compiled = str(tmp_path / "buildah")
-    # GNU's own tools tell a version as well.
+    # GNU tools also print a version.
     shutil.copy("/bin/true", compiled)
-    asked = detect("buildah", version_cache)
-    assert asked is not None
+    uncached = detect("buildah", version_cache)
+    assert uncached is not None
     identity, storage = list(version_cache)
     version_cache[identity] = "buildah version 1.39.3"
     version_cache[storage] = "1.57.2 the package of the executable"
@@ -111,14 +115,14 @@ def test_a_program_runs_once_while_its_file_is_unchanged(
     assert found == Runtime("buildah", (1, 39, 3), (1, 57, 2), compiled)
     assert found.source == "the package of the executable"
     os.utime(compiled)
-    assert detect("buildah", version_cache) == asked
+    assert detect("buildah", version_cache) == uncached
     assert len(version_cache) == 4
 
 
-def test_a_script_counts_as_the_program_that_it_calls(
+def test_script_counts_as_program_that_it_calls(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A script of the same version as the compiled program behind it in PATH."""
+    """The script prints the version of the compiled program that comes after it in PATH."""
     real = detect("podman")
     assert real is not None
     text = ".".join(map(str, real.version))

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whether a copy will be asked for: each row of the table, in the order in which runtimes ask."""
+"""Tests of whether a runtime needs a copy: each row of the table, in the order of the checks of runtimes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.runtime.sh
     shifting,
 )
 
-SOLID = Mapping(IDMap.of((0, 1000, 10)), IDMap.of((0, 1000, 10)))
+CONTIGUOUS = Mapping(IDMap.of((0, 1000, 10)), IDMap.of((0, 1000, 10)))
 GAPS = Mapping(IDMap.of((0, 1000, 10), (10, 5000, 1)), IDMap.of((0, 1000, 10)))
 
 
 @dataclasses.dataclass
-class Ask:
-    """A store in a scratch folder, and questions to it."""
+class ShiftingQuery:
+    """A store in a temporary directory, with a call of shifting() for it."""
 
     base: pathlib.Path
     probed: list[str] = dataclasses.field(default_factory=list)
 
     def __call__(
-        self, version: str = "5.4.2", mapping: Mapping = SOLID, **options: t.Any
+        self, version: str = "5.4.2", mapping: Mapping = CONTIGUOUS, **options: t.Any
     ) -> Shifting:
         works = options.pop("works", True)
 
@@ -57,37 +57,37 @@ class Ask:
             options.pop("kernel", "6.1.0-13-amd64"),
         )
 
-    def note(self, name: str) -> None:
+    def add_feature_file(self, name: str) -> None:
         """Write a feature cache file of the runtime."""
         (self.base / "r/overlay").mkdir(parents=True, exist_ok=True)
         (self.base / "r/overlay" / name).touch()
 
-    def flag(self, text: str) -> None:
+    def write_mount_program_flag(self, text: str) -> None:
         """Write .has-mount-program."""
         (self.base / "g/overlay/.has-mount-program").write_text(text)
 
 
 @pytest.fixture
-def ask(tmp_path: pathlib.Path) -> Ask:
+def query(tmp_path: pathlib.Path) -> ShiftingQuery:
     (tmp_path / "g/overlay").mkdir(parents=True)
-    return Ask(tmp_path)
+    return ShiftingQuery(tmp_path)
 
 
-def test_no_map_needs_no_copy(ask: Ask) -> None:
-    answer = ask(mapping=UNMAPPED, driver="vfs")
+def test_no_map_needs_no_copy(query: ShiftingQuery) -> None:
+    answer = query(mapping=UNMAPPED, driver="vfs")
     assert answer.shifts
     assert "no ID map is set" in answer.reason
 
 
-def test_the_kernel_shifts_for_root(ask: Ask) -> None:
-    answer = ask("4.3.1")
+def test_kernel_shifts_for_root(query: ShiftingQuery) -> None:
+    answer = query("4.3.1")
     assert answer.shifts
     assert answer.reorders_map
     assert answer.reason == (
         "the kernel shifts IDs with idmapped mounts: podman 4.3.1 needs no copy for this map"
     )
     assert "force: true" in answer.advice
-    assert ask.probed == [str(ask.base / "g/overlay")]
+    assert query.probed == [str(query.base / "g/overlay")]
 
 
 @pytest.mark.parametrize(
@@ -100,23 +100,23 @@ def test_the_kernel_shifts_for_root(ask: Ask) -> None:
         ("5.6.0", True, False, True),
     ],
 )
-def test_maps_with_gaps(
-    ask: Ask, version: str, shifts: bool, reorders_map: bool, usable: bool
+def test_support_of_maps_with_gaps_depends_on_version(
+    query: ShiftingQuery, version: str, shifts: bool, reorders_map: bool, usable: bool
 ) -> None:
-    answer = ask(version, GAPS)
+    answer = query(version, GAPS)
     assert (answer.shifts, answer.reorders_map, answer.usable) == (shifts, reorders_map, usable)
     if not usable:
         assert "cannot mount any such copy" in answer.reason
         assert "podman 4.5" in answer.advice
 
 
-def test_contiguous_maps_in_new_versions_are_not_sorted(ask: Ask) -> None:
-    assert ask("5.5.0").reorders_map
-    assert not ask("5.6.0").reorders_map
+def test_new_versions_do_not_reorder_contiguous_maps(query: ShiftingQuery) -> None:
+    assert query("5.5.0").reorders_map
+    assert not query("5.6.0").reorders_map
 
 
 @pytest.mark.parametrize(
-    ("options", "words", "advice"),
+    ("options", "reason", "advice"),
     [
         (
             {"kernel": "5.15.0-91-generic"},
@@ -141,101 +141,105 @@ def test_contiguous_maps_in_new_versions_are_not_sorted(ask: Ask) -> None:
         ),
     ],
 )
-def test_what_needs_copies(ask: Ask, options: dict[str, t.Any], words: str, advice: str) -> None:
-    answer = ask(**options)
+def test_copy_is_needed_without_shifting(
+    query: ShiftingQuery, options: dict[str, t.Any], reason: str, advice: str
+) -> None:
+    answer = query(**options)
     assert not answer.shifts
     assert not answer.reorders_map
     assert answer.usable
-    assert words in answer.reason
+    assert reason in answer.reason
     assert advice in answer.advice
 
 
-def test_rootless_stores_shift_where_the_runtime_has_found_that_they_do(ask: Ask) -> None:
-    ask.note("idmapped-lower-dir-true")
-    # Up to storage 1.62 a rule forbids it, whatever the kernel says.
-    assert not ask("5.4.2", rootless=True).shifts
-    answer = ask("6.1.1", rootless=True, works=False)
+def test_rootless_store_shifts_if_runtime_recorded_support(query: ShiftingQuery) -> None:
+    query.add_feature_file("idmapped-lower-dir-true")
+    # Up to containers/storage 1.62, rootless stores do not shift, even if the kernel supports it.
+    assert not query("5.4.2", rootless=True).shifts
+    answer = query("6.1.1", rootless=True, works=False)
     assert answer.shifts
     assert "the kernel shifts IDs with idmapped mounts" in answer.reason
-    assert ask("6.1.1", GAPS, rootless=True).shifts
+    assert query("6.1.1", GAPS, rootless=True).shifts
 
 
-def test_a_note_that_they_do_not_is_heeded_as_well(ask: Ask) -> None:
-    ask.note("idmapped-lower-dir-false")
-    assert not ask("6.1.1", rootless=True).shifts
+def test_rootless_store_does_not_shift_if_runtime_recorded_failure(query: ShiftingQuery) -> None:
+    query.add_feature_file("idmapped-lower-dir-false")
+    assert not query("6.1.1", rootless=True).shifts
 
 
-def test_old_versions_ignore_the_variable(ask: Ask) -> None:
+def test_old_versions_ignore_variable_that_disables_idmap(query: ShiftingQuery) -> None:
     environ = {"_CONTAINERS_OVERLAY_DISABLE_IDMAP": "yes"}
-    assert ask("4.3.1", environ=environ).shifts
-    assert ask("5.4.2", environ={"_CONTAINERS_OVERLAY_DISABLE_IDMAP": "true"}).shifts
+    assert query("4.3.1", environ=environ).shifts
+    assert query("5.4.2", environ={"_CONTAINERS_OVERLAY_DISABLE_IDMAP": "true"}).shifts
 
 
-def test_old_versions_know_another_one(ask: Ask) -> None:
+def test_only_old_versions_read_variable_that_forces_shifting(query: ShiftingQuery) -> None:
     environ = {"_TEST_FORCE_SUPPORT_SHIFTING": "yes-please"}
-    assert ask("4.3.1", environ=environ, works=False).shifts
-    assert not ask("4.3.1", GAPS, environ=environ, works=False).shifts
-    assert not ask("5.4.2", environ=environ, works=False).shifts
+    assert query("4.3.1", environ=environ, works=False).shifts
+    assert not query("4.3.1", GAPS, environ=environ, works=False).shifts
+    assert not query("5.4.2", environ=environ, works=False).shifts
 
 
-def test_what_the_runtime_has_noted_comes_first(ask: Ask) -> None:
-    ask.note("idmapped-lower-dir-true")
-    assert ask(works=False, kernel="5.4.0").shifts
-    assert not ask.probed
+def test_recorded_support_is_used_without_probe(query: ShiftingQuery) -> None:
+    query.add_feature_file("idmapped-lower-dir-true")
+    assert query(works=False, kernel="5.4.0").shifts
+    assert not query.probed
 
 
-def test_what_the_runtime_has_noted_against_it(ask: Ask) -> None:
-    ask.note("idmapped-lower-dir-false")
-    answer = ask()
+def test_recorded_failure_is_used_without_probe(query: ShiftingQuery) -> None:
+    query.add_feature_file("idmapped-lower-dir-false")
+    answer = query()
     assert not answer.shifts
     assert not answer.reorders_map
-    assert str(ask.base / "r/overlay/idmapped-lower-dir-false") in answer.reason
+    assert str(query.base / "r/overlay/idmapped-lower-dir-false") in answer.reason
     assert "Remove it" in answer.advice
-    assert not ask.probed
+    assert not query.probed
 
 
 @pytest.mark.parametrize("version", ["4.3.1", "5.8.0"])
 @pytest.mark.parametrize("rootless", [False, True])
-def test_mount_program(ask: Ask, version: str, rootless: bool) -> None:
+def test_mount_program_shifts_only_contiguous_maps(
+    query: ShiftingQuery, version: str, rootless: bool
+) -> None:
     options = {"mount_program": "/usr/bin/fuse-overlayfs"}
-    answer = ask(version, options=options, rootless=rootless)
+    answer = query(version, options=options, rootless=rootless)
     assert answer.shifts
     assert answer.reorders_map
     assert answer.reason.startswith("fuse-overlayfs shifts the IDs")
-    answer = ask(version, GAPS, options=options, rootless=rootless)
+    answer = query(version, GAPS, options=options, rootless=rootless)
     assert not answer.shifts
     assert answer.reorders_map
     assert answer.usable
     assert "shifts only contiguous maps" in answer.reason
 
 
-def test_the_variable_beats_the_mount_program(ask: Ask) -> None:
+def test_variable_that_disables_idmap_overrides_mount_program(query: ShiftingQuery) -> None:
     environ = {"_CONTAINERS_OVERLAY_DISABLE_IDMAP": "yes"}
     options = {"mount_program": "/usr/bin/fuse-overlayfs"}
-    assert not ask(environ=environ, options=options).shifts
+    assert not query(environ=environ, options=options).shifts
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_stores_once_used_with_a_mount_program(
-    ask: Ask, installed: bool, monkeypatch: pytest.MonkeyPatch
+def test_mount_program_of_earlier_use_shifts_if_installed(
+    query: ShiftingQuery, installed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         module.shutil, "which", lambda name: f"/usr/bin/{name}" if installed else None
     )
-    ask.flag("true\n")
-    assert ask(rootless=True).shifts is installed
-    ask.flag("false")
-    assert not ask(rootless=True).shifts
-    ask.note("overlay-false")
-    assert ask(rootless=True).shifts is installed
+    query.write_mount_program_flag("true\n")
+    assert query(rootless=True).shifts is installed
+    query.write_mount_program_flag("false")
+    assert not query(rootless=True).shifts
+    query.add_feature_file("overlay-false")
+    assert query(rootless=True).shifts is installed
 
 
-def test_the_probe_is_the_kernel_s_own(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_is_probed_by_default(query: ShiftingQuery, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(module, "idmap_probe", lambda path: bool(seen.append(path)) or True)
     answer = shifting(
-        "overlay", {}, False, str(ask.base / "g"), str(ask.base / "r"), SOLID,
+        "overlay", {}, False, str(query.base / "g"), str(query.base / "r"), CONTIGUOUS,
         runtime("podman", "5.4.2"), {}, kernel="6.1",
     )  # fmt: skip
     assert answer.shifts
-    assert seen == [str(ask.base / "g/overlay")]
+    assert seen == [str(query.base / "g/overlay")]

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which containers/storage is in an executable.
+"""Tests of the detection of the containers/storage version in an executable.
 
-Executables with a list of modules are made up here, since Debian builds its programs without that list. What Debian
-builds is found out in tests/interop/test_store_discovery.py.
+The tests create executables with a list of modules, since Debian builds its programs without that list.
+tests/interop/test_store_discovery.py covers the programs of Debian.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEW = "dep\tgo.podman.io/storage\tv1.62.1\th1:x=\n"
 def executable(
     path: pathlib.Path, modules: str = "", rest: bytes = b"", wide: bool = True, order: str = "<"
 ) -> str:
-    """An ELF file with Go's build information and something else."""
+    """Create an ELF file with Go's build information and other content."""
     text = f"path\tgithub.com/x\n{modules}build\t-compiler=gc\n".encode()
     information = b"\xff Go buildinf:\x08\x02".ljust(32, b"\0") + b"\x08go1.24.4" + text
     names = b"\0.text\0.go.buildinfo\0.shstrtab\0"
@@ -66,7 +66,7 @@ def executable(
         (f"{OLD}dep\tgithub.com/z\tv2.0.0\th1:=\n", (1, 55, 0)),
     ],
 )
-def test_build_information(
+def test_version_is_read_from_build_information(
     tmp_path: pathlib.Path, modules: str, version: tuple[int, ...], wide: bool, order: str
 ) -> None:
     path = executable(tmp_path / "podman", modules, b"storage/pkg/configfile", wide, order)
@@ -74,7 +74,7 @@ def test_build_information(
     assert found == FoundVersion(version, BUILD_INFORMATION)
 
 
-def test_a_snapshot_version_is_recognised_by_its_loader(tmp_path: pathlib.Path) -> None:
+def test_loader_determines_version_of_snapshot(tmp_path: pathlib.Path) -> None:
     modules = "dep\tgo.podman.io/storage\tv1.62.1-0.20260515151312-e2c14667a598\th1:=\n"
     old = executable(tmp_path / "old", modules)
     new = executable(tmp_path / "new", modules, b"x" * 5000 + b"storage/pkg/configfile.Read")
@@ -82,7 +82,7 @@ def test_a_snapshot_version_is_recognised_by_its_loader(tmp_path: pathlib.Path) 
     assert storage_version.storage_version(new, "podman", lambda: (1, 40)).version == (1, 63)
 
 
-def test_without_any_of_it_the_release_and_the_loader_count(tmp_path: pathlib.Path) -> None:
+def test_release_and_loader_are_used_without_build_information(tmp_path: pathlib.Path) -> None:
     for name, rest, released, version in (
         ("a", b"", (1, 57, 1), (1, 57, 1)),
         ("b", b"storage/pkg/configfile", (1, 62, 0), (1, 63)),
@@ -99,8 +99,10 @@ def test_without_any_of_it_the_release_and_the_loader_count(tmp_path: pathlib.Pa
     )
 
 
-def test_a_debian_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """dpkg-query is made up here; it counts only for the file that the package has installed."""
+def test_version_is_read_from_debian_package(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dpkg-query is a script here. Its output applies only to the file that the package has installed."""
     query = tmp_path / "dpkg-query"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(storage_version, "_DPKG", str(tmp_path))
@@ -122,7 +124,7 @@ def test_a_debian_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatc
     assert storage_version.storage_version(path, "podman", lambda: (1, 40)).source == LOADER
 
 
-def test_broken_files(tmp_path: pathlib.Path) -> None:
+def test_damaged_executables_raise_no_error(tmp_path: pathlib.Path) -> None:
     whole = pathlib.Path(executable(tmp_path / "a", NEW)).read_bytes()
     path = tmp_path / "b"
     for size in (*range(70), 200, len(whole) - 10):
@@ -135,7 +137,9 @@ def test_broken_files(tmp_path: pathlib.Path) -> None:
         storage_version.storage_version(str(tmp_path / "absent"), "podman", lambda: (1, 57))
 
 
-def test_a_text_across_two_chunks(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_across_chunks_is_found(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"a" * 13 + b"needle" + b"b" * 9)
     for size in range(1, 30):
