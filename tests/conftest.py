@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Fixtures of the laboratory; tests that use none of them need neither root nor any program."""
+"""Fixtures of the laboratory. Tests without them need neither root nor container programs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if t.TYPE_CHECKING:
 
 @pytest.fixture
 def count_calls() -> t.Callable[[t.Callable[[], t.Any]], int]:
-    """support.effort.calls: how many functions are called while an action runs."""
+    """support.effort.calls, which counts the function calls of an action."""
     from support.effort import calls
 
     return calls
@@ -33,9 +33,9 @@ def count_calls() -> t.Callable[[t.Callable[[], t.Any]], int]:
 
 @pytest.fixture(scope="session")
 def lab() -> t.Iterator[Lab]:
-    """The laboratory: this process moves into a mount namespace of its own.
+    """The laboratory. It moves this process into a private mount namespace.
 
-    With USERNS_STORAGE_RELEASE (trixie, sid, experimental) the programs of that Debian are the machine's own.
+    With USERNS_STORAGE_RELEASE (trixie, sid or experimental), tests use the programs of that Debian release.
     """
     from support.hosts import Host
     from support.lab import Lab
@@ -52,7 +52,7 @@ def lab() -> t.Iterator[Lab]:
 
 @pytest.fixture(scope="session")
 def small_image(lab: Lab) -> Image:
-    """Four small layers with all that a mapping must carry over; localhost/small:1."""
+    """localhost/small:1: four small layers with all attributes that a mapped layer must preserve."""
     from support import images
 
     return images.build(lab.folder(), images.small_layers(), "localhost/small:1")
@@ -60,7 +60,7 @@ def small_image(lab: Lab) -> Image:
 
 @pytest.fixture(scope="session")
 def many_files_image(lab: Lab) -> t.Callable[[int], Image]:
-    """Makes localhost/many:COUNT, an image of that many small files."""
+    """A function that builds localhost/many:COUNT, an image of COUNT small files."""
     from support import images
 
     @functools.cache
@@ -74,7 +74,7 @@ def many_files_image(lab: Lab) -> t.Callable[[int], Image]:
 
 @pytest.fixture(scope="session")
 def debian_image(lab: Lab) -> Image:
-    """Three layers, 200 MB, 6,800 files: localhost/debian:trixie."""
+    """localhost/debian:trixie: three layers with 6,800 files and 200 MB."""
     from support import hosts
 
     return hosts.debian_image(lab)
@@ -82,7 +82,10 @@ def debian_image(lab: Lab) -> Image:
 
 @pytest.fixture(scope="session")
 def host(lab: Lab) -> t.Iterator[t.Callable[[str], Host]]:
-    """host("trixie"), host("sid"), host("experimental"): newer podmans, one machine of each for the session."""
+    """A function that returns the host of a Debian release with a newer podman: trixie, sid or experimental.
+
+    The tests of a session share one host of each release.
+    """
     from support import hosts
 
     running: t.Dict[str, Host] = {}
@@ -99,7 +102,7 @@ def host(lab: Lab) -> t.Iterator[t.Callable[[str], Host]]:
 
 @pytest.fixture
 def sshd(lab: Lab) -> t.Iterator[t.Callable[[t.Any], Sshd]]:
-    """sshd(machine): an sshd of that machine on a loopback port."""
+    """A function that starts the sshd of a machine on a loopback port: sshd(machine)."""
     from support import hosts
 
     running: t.List[Sshd] = []
@@ -115,7 +118,7 @@ def sshd(lab: Lab) -> t.Iterator[t.Callable[[t.Any], Sshd]]:
 
 @pytest.fixture
 def make_user(lab: Lab) -> t.Iterator[t.Callable[..., User]]:
-    """Makes temporary users with subordinate IDs: make_user(machine=None, subordinate=65536)."""
+    """A function that adds temporary users with subordinate IDs: make_user(machine=None, subordinate=65536)."""
     from support import users
 
     made: t.List[t.Tuple[User, t.Any]] = []
@@ -133,7 +136,7 @@ def make_user(lab: Lab) -> t.Iterator[t.Callable[..., User]]:
 
 @pytest.fixture
 def make_store(lab: Lab, make_user: t.Callable[..., User]) -> t.Iterator[t.Callable[..., Store]]:
-    """Makes private stores: make_store(kind, *images, machine=None, user=None, options=None ...)."""
+    """A function that creates private stores: make_store(kind, *images, machine=None, user=None, options=None ...)."""
     from support import stores
 
     made: t.List[Store] = []
@@ -154,7 +157,7 @@ def make_store(lab: Lab, make_user: t.Callable[..., User]) -> t.Iterator[t.Calla
 
 @pytest.fixture
 def run_module(lab: Lab) -> t.Callable[..., t.Dict[str, t.Any]]:
-    """support.modules.run_module with the laboratory filled in."""
+    """support.modules.run_module for the laboratory."""
     from support import modules
 
     return functools.partial(modules.run_module, lab)
@@ -162,7 +165,7 @@ def run_module(lab: Lab) -> t.Callable[..., t.Dict[str, t.Any]]:
 
 @pytest.fixture
 def run_playbook(lab: Lab) -> t.Callable[..., t.List[t.Dict[str, t.Any]]]:
-    """support.modules.run_playbook with the laboratory filled in."""
+    """support.modules.run_playbook for the laboratory."""
     from support import modules
 
     return functools.partial(modules.run_playbook, lab)

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What all unit tests start with: a path to the collection for their processes, and hypothesis at work."""
+"""Settings of all unit tests: the path to the collection for subprocesses, and the profile of hypothesis."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-# For the processes that a test starts; ansible-test gives it to the test itself.
+# For subprocesses of tests. ansible-test sets the path for the tests only.
 COLLECTIONS = Path(__file__).resolve().parents[4]
 if COLLECTIONS.name == "ansible_collections":
     _others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(COLLECTIONS.parent), *filter(None, _others)])
 
 
-# How fast a machine draws is no property of what is tested.
+# The time for generating data depends on the machine, not on the tested code.
 settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60
 )
@@ -33,8 +33,9 @@ def _draw(_numbers: list[int]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Draw: one in twenty times hypothesis takes a constant of the modules, and first it reads all of them for that.
+    """Generate data before the first test.
 
-    It would count that time as the first test's own and complain.
+    For one value in twenty, hypothesis uses a constant of the loaded modules, and first reads all of them.
+    That time would count for the first test, which would fail the health check.
     """
     _draw()

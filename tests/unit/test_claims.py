@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Each claim in the documentation names a test, and that is there."""
+"""Tests that claims in the documentation name existing tests, and that pages name existing files."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_claims_name_tests_that_exist(name: str) -> None:
     ],
 )
 def test_pages_name_files_that_exist(page: str) -> None:
-    """Paths below a folder of the repository, and links between its pages."""
+    """Checks paths below the folders of the repository, and links between pages."""
     text = (ROOT / page).read_text(encoding="utf-8")
     folders = "changelogs|docs|extensions|plugins|roles|scripts|tests"
     named = re.findall(rf"`((?:{folders})/[\w./-]+)`", text)
     linked = re.findall(r"\]\((?!https?:|#)([\w./-]+)(?:#[\w-]+)?\)", text)
-    # NAME stands for one to be chosen, and ... for folders in between.
+    # NAME is a placeholder, and ... stands for omitted folders.
     missing = [
         path
         for path in named
@@ -53,8 +53,8 @@ def test_pages_name_files_that_exist(page: str) -> None:
     assert not missing
 
 
-def test_names_in_contributing_are_there() -> None:
-    """What the steps for a rule or a runtime version tell to change."""
+def test_names_in_contributing_exist() -> None:
+    """The steps for adding a rule or a runtime version refer to existing code."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"`(\w+)`[^`\n]{0,12}(?:in|of) `((?:tests|plugins)/[\w./-]+\.py)`", text)
     assert len(named) >= 3
@@ -62,6 +62,8 @@ def test_names_in_contributing_are_there() -> None:
         assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), (name, path)
 
 
-def test_the_coverage_that_the_readme_promises_is_the_floor() -> None:
-    (told,) = re.findall(r"fails below (\d+) %", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert f"\nfail_under = {told}\n" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+def test_coverage_in_readme_is_the_enforced_minimum() -> None:
+    (minimum,) = re.findall(
+        r"fails below (\d+) %", (ROOT / "README.md").read_text(encoding="utf-8")
+    )
+    assert f"\nfail_under = {minimum}\n" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Everything that names options follows their tables, or a test here says what to add and where.
+"""Tests that everything that names options agrees with their tables. Failures list what to add and where.
 
 The tables are ``Policy``, ``StoreRequest`` and ``MappingOptions`` in ``plugins/module_utils/_storage/operations``.
-Argument specs, the service's settings, the action plugin and the prediction of what each rule would free are made
-from them. Documentation, roles, the survey and the predicates are compared with them.
+Argument specs, the settings of the service, the action plugin and the prediction of what each rule would free are
+generated from them. Documentation, roles, the survey and the predicates are compared with them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ Json = t.Dict[str, t.Any]
 Options = t.Mapping[str, Option]
 
 
-def missing(path: str, what: str) -> str:
-    return f"{path}: {what}"
+def missing(path: str, message: str) -> str:
+    return f"{path}: {message}"
 
 
 def read(path: str) -> t.Any:
@@ -52,19 +52,19 @@ def read(path: str) -> t.Any:
 
 
 def undocumented(path: str, documented: t.Mapping[str, Json], options: Options) -> t.Iterator[str]:
-    """What the documentation of options lacks, or says otherwise than the table."""
+    """Report options that are not documented, or not as in the table."""
     for name, option in options.items():
         entry = option.argument()
         if name not in documented:
             yield missing(path, f"document the option {name}: {json.dumps(entry)}")
             continue
         for key in ("type", "elements", "default", "choices"):
-            told, wanted = documented[name].get(key), entry.get(key)
-            if told != wanted:
-                yield missing(path, f"{name}: {key} is {told!r}, the table has {wanted!r}")
+            found, expected = documented[name].get(key), entry.get(key)
+            if found != expected:
+                yield missing(path, f"{name}: {key} is {found!r}, the table has {expected!r}")
 
 
-# The consumers of the table of layer_gc
+# Consumers of the table of layer_gc
 
 
 def module_documentation() -> t.Iterator[str]:
@@ -75,8 +75,8 @@ def module_documentation() -> t.Iterator[str]:
         yield missing(path, f"{name} is documented, but not in the table: remove it")
 
 
-def is_answer(option: Option) -> bool:
-    """Whether the role takes whatever a survey or an inventory has for it, and reads it with the filter answer."""
+def uses_answer_filter(option: Option) -> bool:
+    """Whether the role accepts any type from a survey or an inventory, and converts it with the filter answer."""
     return not option.choices and option.type != "list" and option.default not in (True, False)
 
 
@@ -87,16 +87,16 @@ def role_specs() -> t.Iterator[str]:
     for name, option in gc_policy.OPTIONS.items():
         variable = f"prune_{name}"
         default = "" if option.default is None else option.argument()["default"]
-        kind = "raw" if is_answer(option) or option.type == "list" else option.type
-        wanted = {"type": kind, "default": default}
+        kind = "raw" if uses_answer_filter(option) or option.type == "list" else option.type
+        expected = {"type": kind, "default": default}
         if option.choices:
-            wanted["choices"] = list(option.choices)
+            expected["choices"] = list(option.choices)
         if variable not in specs:
-            yield missing(path, f"add {variable}: {json.dumps(wanted)}")
+            yield missing(path, f"add {variable}: {json.dumps(expected)}")
         else:
             found = {key: value for key, value in specs[variable].items() if key != "description"}
-            if found != wanted:
-                yield missing(path, f"{variable} is {found}, the table has {wanted}")
+            if found != expected:
+                yield missing(path, f"{variable} is {found}, the table has {expected}")
             if f"O(userns.storage.layer_gc#module:{name})" not in str(specs[variable]):
                 yield missing(path, f"{variable} does not refer to the option of layer_gc")
         if defaults.get(variable, None) != default or variable not in defaults:
@@ -108,29 +108,29 @@ def role_tasks() -> t.Iterator[str]:
     variables = read(path)
     arguments = read("roles/prune/tasks/collect.yml")[0]["userns.storage.layer_gc"]
     for name, option in gc_policy.OPTIONS.items():
-        read_as = " | userns.storage.answer" if is_answer(option) else ""
-        wanted = f"{{{{ prune_{name}{read_as} }}}}"
-        if variables["prune_policy_of_all"].get(name) != wanted:
-            yield missing(path, f'add to prune_policy_of_all: {name}: "{wanted}"')
+        read_as = " | userns.storage.answer" if uses_answer_filter(option) else ""
+        expected = f"{{{{ prune_{name}{read_as} }}}}"
+        if variables["prune_policy_of_all"].get(name) != expected:
+            yield missing(path, f'add to prune_policy_of_all: {name}: "{expected}"')
         if name not in arguments:
             yield missing("roles/prune/tasks/collect.yml", f"pass {name} of prune_policy")
         if option.type in ("list", "bool"):
             if f"'{name}'" not in variables["prune_service_texts"]:
-                yield missing(path, f"add {name} to those that prune_service_texts leaves out")
+                yield missing(path, f"exclude {name} from prune_service_texts")
             if not option.of_one_run and f"'{name}':" not in variables["prune_service_policy"]:
                 yield missing(path, f"convert {name} in prune_service_policy")
 
 
 def survey() -> t.Iterator[str]:
     path = "awx/surveys/prune.json"
-    asked = {item["variable"]: item for item in read(path)["spec"]}
+    questions = {item["variable"]: item for item in read(path)["spec"]}
     for name, option in gc_policy.OPTIONS.items():
         variable = f"prune_{name}"
-        if option.in_survey and variable not in asked:
-            yield missing(path, f"ask for {variable}")
-        elif variable in asked and not option.in_survey:
-            yield missing(path, f"{variable} is asked for, set in_survey in gc_policy.py")
-        elif option.in_survey and option.choices != tuple(asked[variable].get("choices", ())):
+        if option.in_survey and variable not in questions:
+            yield missing(path, f"add a question for {variable}")
+        elif variable in questions and not option.in_survey:
+            yield missing(path, f"{variable} is in the survey, set in_survey in gc_policy.py")
+        elif option.in_survey and option.choices != tuple(questions[variable].get("choices", ())):
             yield missing(path, f"{variable}: its choices are {list(option.choices)}")
 
 
@@ -144,7 +144,7 @@ def predicates() -> t.Iterator[str]:
                 path, f"add a predicate for {name} to one of LAYER_RULES, IMAGE_RULES, SPACE_RULES"
             )
     for name in sorted({*known} - {*gc_policy.named(gc_policy.RULE)}):
-        yield missing(path, f"{name} has a predicate, but is no rule of the table")
+        yield missing(path, f"{name} has a predicate, but is not a rule in the table")
 
 
 def guide() -> t.Iterator[str]:
@@ -166,7 +166,7 @@ def table() -> t.Iterator[str]:
             yield missing(path, f"{name}: its pair {option.pair} is not a part")
         if pair is not None and len(pair.trials) != len(option.trials):
             yield missing(path, f"{name} and {option.pair} have different numbers of trials")
-        # A rule that tells nobody what it would free, but for the one that names the layers itself.
+        # All rules predict what they would free, except the rule that lists the layers itself.
         if option.kind == gc_policy.RULE and not option.trials and not option.of_one_run:
             yield missing(path, f"{name} needs values for would_free (trials)")
 
@@ -195,7 +195,7 @@ def service_documentation() -> t.Iterator[str]:
     text = (ROOT / path).read_text(encoding="utf-8")
     for name in store_opening.STORE_OPTIONS:
         if f"`{name}`" not in text:
-            yield missing(path, f"list the key {name}, which an entry of the configuration takes")
+            yield missing(path, f"list the key {name} of an entry in the configuration")
 
 
 def mapping_documentation() -> t.Iterator[str]:
@@ -215,7 +215,7 @@ def mapping_texts() -> t.Iterator[str]:
     text = (ROOT / path).read_text(encoding="utf-8")
     for name in sorted({*mapping_options.OPTIONS} - {"userns", "uidmap", "gidmap"}):
         if f"V({name}=" not in text:
-            yield missing(path, f"document that the word {name}=VALUE can follow a mapping")
+            yield missing(path, f"document that {name}=VALUE can follow a mapping")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_documentation_follows_the_tables(check: t.Callable[[], t.Iterator[str]]
 
 
 class Called(Exception):
-    """The arguments with which a module makes its AnsibleModule."""
+    """Raised with the arguments of AnsibleModule."""
 
     def __init__(self, **arguments: t.Any) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ def argument_spec(monkeypatch: pytest.MonkeyPatch, name: str) -> Json:
 @pytest.mark.parametrize(
     "name", ["image_layers", "image_layers_info", "layer_gc", "layer_template"]
 )
-def test_modules_take_all_options_of_a_store(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_modules_accept_all_options_of_a_store(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     spec = argument_spec(monkeypatch, name)["argument_spec"]
     for option, entry in store_opening.STORE_OPTIONS.items():
         assert spec[option] == entry.argument()
@@ -256,25 +256,27 @@ def test_modules_take_all_options_of_a_store(monkeypatch: pytest.MonkeyPatch, na
 
 
 @pytest.mark.parametrize("name", ["layer_template", "shared_images"])
-def test_modules_take_all_options_of_a_mapping(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_modules_accept_all_options_of_a_mapping(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     spec = argument_spec(monkeypatch, name)["argument_spec"]
-    wanted = {option: entry.argument() for option, entry in mapping_options.OPTIONS.items()}
-    assert spec["mappings"]["options"] == wanted
+    expected = {option: entry.argument() for option, entry in mapping_options.OPTIONS.items()}
+    assert spec["mappings"]["options"] == expected
 
 
-# What a new entry brings about
+# Effects of a new entry
 
-# How a rule is declared, as CONTRIBUTING says.
-RARE = GcOption("int", trials=(5,), in_survey=True)
+# Declared as described in CONTRIBUTING.
+NEW_RULE = GcOption("int", trials=(5,), in_survey=True)
 
 
 @pytest.fixture
-def added(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A table with one more rule, ``least_files``, and nothing else that knows it."""
+def new_rule(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a rule, ``least_files``, which is added to the table only."""
 
     @dataclasses.dataclass(frozen=True)
     class Extended(Policy):
-        least_files: t.Optional[int] = dataclasses.field(default=None, metadata=as_option(RARE))
+        least_files: t.Optional[int] = dataclasses.field(default=None, metadata=as_option(NEW_RULE))
 
     monkeypatch.setattr(gc_policy, "Policy", Extended)
     monkeypatch.setitem(
@@ -284,45 +286,52 @@ def added(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_consumers_follow_a_new_rule(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, added: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, new_rule: str
 ) -> None:
-    assert argument_spec(monkeypatch, "layer_gc")["argument_spec"][added] == {"type": "int"}
+    assert argument_spec(monkeypatch, "layer_gc")["argument_spec"][new_rule] == {"type": "int"}
 
-    later = Collected()
-    later.result = {"kept": [{"id": "a", "rule": "time_limit"}]}
-    assert later.following({added: 3, "origin": "ours"}) == {"origin": "ours", "layers": ["a"]}
+    collected = Collected()
+    collected.result = {"kept": [{"id": "a", "rule": "time_limit"}]}
+    assert collected.following({new_rule: 3, "origin": "ours"}) == {
+        "origin": "ours",
+        "layers": ["a"],
+    }
 
     path = tmp_path / "service.json"
-    path.write_text(json.dumps({"stores": [{"policy": {added: 3}}]}))
+    path.write_text(json.dumps({"stores": [{"policy": {new_rule: 3}}]}))
     (store,) = load(str(path))
     assert store.policy is not None
-    assert store.policy.options == {added: 3}
+    assert store.policy.options == {new_rule: 3}
 
-    policy = gc_policy.read({added: 3}, 0.0)
-    assert getattr(policy, added) == 3
+    policy = gc_policy.read({new_rule: 3}, 0.0)
+    assert getattr(policy, new_rule) == 3
     assert policy.has_rule
     assert not gc_policy.read({}, 0.0).has_rule
 
-    # With its predicate it selects layers, and a run without rules says what it would free.
+    # With a predicate, the rule selects layers, and a run without rules reports what it would free.
     monkeypatch.setitem(
         t.cast(Json, gc_plan.LAYER_RULES),
-        added,
+        new_rule,
         lambda planner, candidate: (
-            "it has few files" if candidate.inodes < (getattr(planner.policy, added) or 0) else ""
+            "it has few files"
+            if candidate.inodes < (getattr(planner.policy, new_rule) or 0)
+            else ""
         ),
     )
     layers = [gc_plan.Candidate(f"{inodes:064x}", inodes=inodes, created=2e9) for inodes in (2, 9)]
     watch, disk = gc_plan.Watch(), gc_plan.Disk(100, 50)
-    made = gc_plan.plan(layers, (), gc_policy.read({added: 3}, 3e9), disk, watch, 3e9)
-    assert [(item.layer_id, item.rule) for item in made.removals] == [(f"{2:064x}", added)]
+    made = gc_plan.plan(layers, (), gc_policy.read({new_rule: 3}, 3e9), disk, watch, 3e9)
+    assert [(item.layer_id, item.rule) for item in made.removals] == [(f"{2:064x}", new_rule)]
     found = gc_plan.prospects(layers, gc_policy.read({}, 3e9), disk, watch, 3e9)
-    assert [item for item in found if item.rule == added] == [gc_plan.Prospect(added, 5, 1, 0, 2)]
+    assert [item for item in found if item.rule == new_rule] == [
+        gc_plan.Prospect(new_rule, 5, 1, 0, 2)
+    ]
 
 
-def test_checks_say_what_a_new_rule_lacks(added: str) -> None:
-    said = [message for check in GC for message in check()]
-    assert all(added in message for message in said)
-    assert [message.partition(":")[0] for message in said] == [
+def test_checks_report_missing_parts_of_a_new_rule(new_rule: str) -> None:
+    messages = [message for check in GC for message in check()]
+    assert all(new_rule in message for message in messages)
+    assert [message.partition(":")[0] for message in messages] == [
         "plugins/modules/layer_gc.py",
         "roles/prune/meta/argument_specs.yml",
         "roles/prune/defaults/main.yml",
@@ -332,8 +341,8 @@ def test_checks_say_what_a_new_rule_lacks(added: str) -> None:
         "plugins/module_utils/_storage/operations/gc_plan.py",
         "docs/docsite/rst/gc_policies.rst",
     ]
-    assert said[0].endswith('document the option least_files: {"type": "int"}')
-    assert said[1].endswith('add prune_least_files: {"type": "raw", "default": ""}')
+    assert messages[0].endswith('document the option least_files: {"type": "int"}')
+    assert messages[1].endswith('add prune_least_files: {"type": "raw", "default": ""}')
 
 
 @pytest.mark.parametrize(
@@ -349,13 +358,13 @@ def test_checks_say_what_a_new_rule_lacks(added: str) -> None:
         (mapping_options.OPTIONS, mapping_texts, ["plugins/filter/mappings.py"]),
     ],
 )
-def test_checks_say_what_a_new_option_lacks(
+def test_checks_report_missing_parts_of_a_new_option(
     monkeypatch: pytest.MonkeyPatch,
     options: t.Dict[str, Option],
     check: t.Callable[[], t.Iterator[str]],
     paths: t.List[str],
 ) -> None:
     monkeypatch.setitem(options, "newest", Option("path"))
-    said = list(check())
-    assert [message.partition(":")[0] for message in said] == paths
-    assert all("newest" in message for message in said)
+    messages = list(check())
+    assert [message.partition(":")[0] for message in messages] == paths
+    assert all("newest" in message for message in messages)

@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a task sends to a host stays small: its size is paid for in every task.
+"""Tests of the payload that a task sends to a host. It must be small, since every task transfers it.
 
-Of this collection 320 kB at most, packed as it is sent; ansible-core's own part, which every module
-brings along, is not counted.
+The limit for the files of this collection is 320 kB, compressed as they are sent. The files of ansible-core,
+which are part of every module, do not count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "plugins/modules").glob("*.py"))
 LIMIT = 320_000
 
-# In a process of its own, for Ansible's loader changes how everything after it is imported.
+# A separate process, because Ansible's loader affects all later imports.
 CONTROLLER = """
 import sys
 from ansible.executor.module_common import modify_module
@@ -55,7 +55,7 @@ sys.stdout.buffer.write(built[0] if isinstance(built, tuple) else built.b_module
 
 @functools.cache
 def payload(name: str) -> bytes:
-    """The file that a controller sends to run this module, made by Ansible itself."""
+    """The file that Ansible creates on the controller and sends to run a module."""
     environment = dict(os.environ)
     if ROOT.parent.parent.name == "ansible_collections":
         environment["ANSIBLE_COLLECTIONS_PATH"] = str(ROOT.parents[2])
@@ -70,7 +70,7 @@ def payload(name: str) -> bytes:
 
 
 def archive(data: bytes) -> zipfile.ZipFile:
-    """The zip archive in it."""
+    """The zip archive in a payload."""
     encoded = max(re.findall(rb"[A-Za-z0-9+/=]{1000,}", data), key=len)
     return zipfile.ZipFile(io.BytesIO(base64.b64decode(encoded)))
 
@@ -80,7 +80,7 @@ def test_payload_is_small(name: str) -> None:
     data = payload(name)
     with archive(data) as packed:
         own = [item for item in packed.infolist() if "/userns/storage/" in item.filename]
-    # Each file has its name and a header of 30 and 46 bytes twice (zip's local and central one).
+    # zip stores the name of each file twice, with a local header (30 bytes) and a central header (46 bytes).
     size = sum(item.compress_size + 2 * len(item.filename) + 76 for item in own)
     print(f"{name}: {len(data)} bytes; of this collection {len(own)} files, {size} bytes packed")
     assert any(item.filename.endswith(f"plugins/modules/{name}.py") for item in own)
@@ -88,7 +88,7 @@ def test_payload_is_small(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({*MODULES} - {"layer_template"}))
-def test_what_makes_layers_rides_with_layer_template_only(name: str) -> None:
+def test_only_layer_template_contains_the_code_that_creates_layers(name: str) -> None:
     with archive(payload(name)) as packed:
         names = packed.namelist()
     for file in (

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""How a module ends: whatever a store's owner has made of the result, Ansible shows it as text."""
+"""Tests of how modules return results: untrusted text is displayed as text, and exceptions are reported."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 from ansible_collections.userns.storage.plugins.module_utils import _module
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import Account
 
-# Clears the screen, then pretends to be a line of Ansible's.
+# Clears the screen, then imitates a line of Ansible's output.
 HOSTILE = "\x1b[2J\x9b1A\u202e\r\nok: [forged]\n"
 
 
-class Left(Exception):
-    """The module has ended."""
+class ModuleExit(Exception):
+    """Raised when the module exits."""
 
 
 class Module:
-    """As much of AnsibleModule as the end of a module needs."""
+    """The part of AnsibleModule that is used when a module exits."""
 
     def __init__(self, diff: bool = True) -> None:
         self._diff = diff
@@ -31,28 +31,28 @@ class Module:
         self.warnings.append(text)
 
     def exit_json(self, **result: t.Any) -> t.NoReturn:
-        raise Left(result)
+        raise ModuleExit(result)
 
     def fail_json(self, **result: t.Any) -> t.NoReturn:
-        raise Left({"failed": True, **result})
+        raise ModuleExit({"failed": True, **result})
 
 
 def end(result: t.Dict[str, t.Any], module: t.Optional[Module] = None) -> t.Dict[str, t.Any]:
-    with pytest.raises(Left) as left:
+    with pytest.raises(ModuleExit) as caught:
         _module.leave(module or Module(), result)  # type: ignore[arg-type]
-    shown: t.Dict[str, t.Any] = left.value.args[0]
+    shown: t.Dict[str, t.Any] = caught.value.args[0]
     return shown
 
 
 def assert_harmless(text: str, lines: t.Optional[int] = 1) -> None:
-    """No line of it begins at the margin, and nothing in it moves a cursor."""
+    """Assert that lines after the first are indented, and that no character moves the cursor."""
     assert text.replace("\n", "").isprintable(), ascii(text)
     assert lines is None or text.count("\n") < lines
     assert all(line.startswith("  ") for line in text.split("\n")[1:])
 
 
 @pytest.mark.parametrize("name", ["trace", "stderr"])
-def test_texts_of_several_lines(name: str) -> None:
+def test_texts_of_several_lines_are_indented(name: str) -> None:
     shown = end({"error": HOSTILE, "facts": {name: HOSTILE * 1000}})
     assert_harmless(shown["msg"])
     text = shown["exception" if name == "trace" else name]
@@ -62,7 +62,7 @@ def test_texts_of_several_lines(name: str) -> None:
     assert "trace" not in shown
 
 
-def test_a_diff() -> None:
+def test_diff_is_escaped() -> None:
     entry = {"before": HOSTILE, "after": "a\tb\n", "before_header": HOSTILE}
     shown = end({"changed": True, "diff": [entry]})["diff"][0]
     assert shown["before"] == "\\x1b[2J\\x9b1A\\u202e\\r\nok: [forged]\n"
@@ -73,14 +73,14 @@ def test_a_diff() -> None:
     assert "diff" not in end({"changed": True, "diff": tables}, Module(diff=False))
 
 
-def test_warnings() -> None:
+def test_warnings_are_escaped() -> None:
     module = Module()
     end({"changed": False, "warnings": [HOSTILE]}, module)
     assert_harmless(module.warnings[0])
 
 
-class TestExceptionsThatNobodyExpects:
-    """They are errors of the module, and of no other user."""
+class TestUnexpectedExceptions:
+    """They are errors of the module or, with several users, of one user only."""
 
     def module(self, **params: t.Any) -> Module:
         module = Module()
@@ -89,17 +89,19 @@ class TestExceptionsThatNobodyExpects:
         return module
 
     def run(self, module: Module, operation: t.Callable[[t.Any], t.Any]) -> t.Dict[str, t.Any]:
-        with pytest.raises(Left) as left:
+        with pytest.raises(ModuleExit) as caught:
             _module.run_outside(module, lambda store: store, operation)  # type: ignore[arg-type]
-        shown: t.Dict[str, t.Any] = left.value.args[0]
+        shown: t.Dict[str, t.Any] = caught.value.args[0]
         return shown
 
-    def test_of_one_store(self) -> None:
+    def test_exception_for_the_only_store_fails_the_module(self) -> None:
         shown = self.run(self.module(), lambda _request: {}["missing"])
         assert "failed unexpectedly with KeyError: 'missing'" in shown["msg"]
         assert "test_module.py" in shown["exception"]
 
-    def test_of_one_of_several_users(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_exception_for_one_user_does_not_stop_the_others(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(_module, "account_named", lambda name: Account(name, 1, 1, "/"))
 
         def operation(store: t.Any) -> t.Dict[str, t.Any]:
