@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Answers of surveys, as texts and as what ansible-core 2.19 and later make of them."""
+"""Tests of answers in surveys: as text, and as the types to which ansible-core 2.19 and later convert it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ansible_collections.userns.storage.plugins.plugin_utils._texts import lines
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted"),
+    ("value", "expected"),
     [
         (None, "default"),
         ("", "default"),
@@ -28,12 +28,12 @@ from ansible_collections.userns.storage.plugins.plugin_utils._texts import lines
         ("none,other", "none,other"),
     ],
 )
-def test_answers(value: t.Any, wanted: t.Any) -> None:
-    assert answer(value, "default", "off") == wanted
+def test_answer_selects_default_off_or_value(value: t.Any, expected: t.Any) -> None:
+    assert answer(value, "default", "off") == expected
 
 
-def test_lists_in_answers() -> None:
+def test_none_is_an_empty_list_unless_it_is_in_a_list() -> None:
     assert words("none") == words(None) == words("") == lines("none") == []
-    # In a list, it is a name like any other.
+    # In a list, it is an ordinary name.
     assert words(["none"]) == ["none"]
     assert words(1000) == ["1000"]

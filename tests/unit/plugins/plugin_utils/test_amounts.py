@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tests of how bytes and seconds are told."""
+"""Tests of the formatting of bytes and seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ansible_collections.userns.storage.plugins.plugin_utils._amounts import dur
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
+    ("number", "expected"),
     [
         (0, "0 B"),
         (1023, "1023 B"),
@@ -21,12 +21,12 @@ from ansible_collections.userns.storage.plugins.plugin_utils._amounts import dur
         (5000 << 40, "5000 TiB"),
     ],
 )
-def test_sizes(number: float, words: str) -> None:
-    assert human(number) == words
+def test_sizes_are_formatted(number: float, expected: str) -> None:
+    assert human(number) == expected
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(5, "5 s"), (89.4, "89 s"), (100, "2 min"), (7500, "2 h 5 min")]
+    ("seconds", "expected"), [(5, "5 s"), (89.4, "89 s"), (100, "2 min"), (7500, "2 h 5 min")]
 )
-def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+def test_durations_are_formatted(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected

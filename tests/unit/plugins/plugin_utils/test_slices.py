@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+"""Tests of the action plugins that call a module repeatedly, for a limited time each."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def call(*layers: Json, **more: t.Any) -> Json:
     }
 
 
-GOING = {"files": 120, "bytes": 3_000_000, "bytes_expected": 12_000_000, "seconds_resuming": 6.0}
+PROGRESS = {"files": 120, "bytes": 3_000_000, "bytes_expected": 12_000_000, "seconds_resuming": 6.0}
 
 
 @pytest.fixture
@@ -59,21 +60,21 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> t.List[str]:
 
 
 def run(
-    results: t.Union[t.List[Json], Forever],
+    results: t.Union[t.List[Json], EndlessResults],
     arguments: t.Optional[Json] = None,
     check: bool = False,
     background: int = 0,
-    secret: bool = False,
+    no_log: bool = False,
     plugin: t.Any = layer_template,
 ) -> t.Tuple[Json, t.List[Json]]:
-    """What the action makes of what the module returns, call by call; and how it called it."""
+    """Run the action with the results of successive calls of the module; returns its result and the arguments of each call."""
     calls: t.List[Json] = []
 
     def execute(module_args: Json, task_vars: t.Any, wrap_async: bool) -> Json:
         calls.append({**module_args, "async": wrap_async})
         return results[len(calls) - 1]
 
-    return run_with(execute, arguments, check, background, secret, plugin), calls
+    return run_with(execute, arguments, check, background, no_log, plugin), calls
 
 
 def run_with(
@@ -81,12 +82,12 @@ def run_with(
     arguments: t.Optional[Json] = None,
     check: bool = False,
     background: int = 0,
-    secret: bool = False,
+    no_log: bool = False,
     plugin: t.Any = layer_template,
 ) -> Json:
     action = plugin.ActionModule.__new__(plugin.ActionModule)
     action._task = SimpleNamespace(
-        args=dict(arguments or {}), async_val=background, check_mode=check, no_log=secret
+        args=dict(arguments or {}), async_val=background, check_mode=check, no_log=no_log
     )
     action._connection = SimpleNamespace(has_native_async=False)
     action._execute_module = execute
@@ -99,7 +100,7 @@ def run_with(
         _slices.ActionBase.run = base
 
 
-def test_one_call_may_do(shown: t.List[str]) -> None:
+def test_complete_result_needs_no_further_call(shown: t.List[str]) -> None:
     result, calls = run([call(entry(1, "created"))])
     assert [item["time_limit"] for item in calls] == [10]
     assert result["changed"]
@@ -107,12 +108,12 @@ def test_one_call_may_do(shown: t.List[str]) -> None:
     assert shown == []
 
 
-def test_it_is_called_until_nothing_remains(shown: t.List[str]) -> None:
-    farther = {**GOING, "bytes": 6_000_000}
+def test_module_is_called_until_nothing_remains(shown: t.List[str]) -> None:
+    progressed = {**PROGRESS, "bytes": 6_000_000}
     result, calls = run(
         [
-            call(entry(1, "created"), entry(2, "pending", **GOING), entry(3, "pending")),
-            call(entry(1, "existing"), entry(2, "pending", **farther), entry(3, "pending")),
+            call(entry(1, "created"), entry(2, "pending", **PROGRESS), entry(3, "pending")),
+            call(entry(1, "existing"), entry(2, "pending", **progressed), entry(3, "pending")),
             call(
                 entry(1, "existing"),
                 entry(2, "created"),
@@ -129,18 +130,18 @@ def test_it_is_called_until_nothing_remains(shown: t.List[str]) -> None:
         "web1 | 1 of 3 layers created, 17.2 MiB of 34.3 MiB, 50% done, about 60 s left;"
         " now localhost/i:2 for 0:100000:65536: 120 files, 5.7 MiB of 11.4 MiB",
     ]
-    # A call that has to look through a lot gets the time to get on.
+    # The time limit grows with the time that the previous call needed to resume.
     assert [item["time_limit"] for item in calls] == [10, 24, 24]
     assert [item["action"] for item in result["layers"]] == ["created", "created", "existing"]
     assert (result["changed"], result["partial"], result["remaining"]) == (True, False, 0)
     assert result["diff"] == {"before": "then", "after": "in the end"}
 
 
-def test_what_is_refused_keeps_nothing_else_from_being_done(shown: t.List[str]) -> None:
+def test_refused_layer_does_not_stop_the_others(shown: t.List[str]) -> None:
     refusal = {"failed": True, "msg": "no such image"}
     result, calls = run(
         [
-            call(entry(1, "refused"), entry(2, "pending", **GOING), **refusal),
+            call(entry(1, "refused"), entry(2, "pending", **PROGRESS), **refusal),
             call(entry(1, "refused"), entry(2, "created"), **refusal),
         ]
     )
@@ -149,7 +150,7 @@ def test_what_is_refused_keeps_nothing_else_from_being_done(shown: t.List[str]) 
     assert [item["action"] for item in result["layers"]] == ["refused", "created"]
 
 
-def test_a_failed_call_ends_the_task_with_the_earlier_results(shown: t.List[str]) -> None:
+def test_failed_call_ends_the_task_with_the_earlier_results(shown: t.List[str]) -> None:
     result, calls = run(
         [
             call(entry(1, "created"), entry(2, "pending"), store={"driver": "vfs"}),
@@ -165,17 +166,17 @@ def test_a_failed_call_ends_the_task_with_the_earlier_results(shown: t.List[str]
     ]
 
 
-def test_an_unreachable_host_is_not_called_again(shown: t.List[str]) -> None:
-    result, calls = run([call(entry(1, "pending", **GOING)), {"unreachable": True}])
+def test_unreachable_host_is_not_called_again(shown: t.List[str]) -> None:
+    result, calls = run([call(entry(1, "pending", **PROGRESS)), {"unreachable": True}])
     assert len(calls) == 2
     assert result["unreachable"]
 
 
-def test_a_host_without_progress_is_not_called_forever(shown: t.List[str]) -> None:
+def test_host_without_progress_is_not_called_forever(shown: t.List[str]) -> None:
     result, calls = run(
         [
-            call(entry(1, "pending", **GOING)),
-            call(entry(1, "pending", **GOING), changed=False),
+            call(entry(1, "pending", **PROGRESS)),
+            call(entry(1, "pending", **PROGRESS), changed=False),
         ]
     )
     assert len(calls) == 2
@@ -183,8 +184,8 @@ def test_a_host_without_progress_is_not_called_forever(shown: t.List[str]) -> No
     assert result["msg"] == "The module made no progress within 24 seconds."
 
 
-class Forever:
-    """A list of results without end."""
+class EndlessResults:
+    """An endless list of results."""
 
     def __init__(self, make: t.Callable[[int], Json]) -> None:
         self.make = make
@@ -194,35 +195,35 @@ class Forever:
 
 
 @pytest.mark.parametrize(
-    ("make", "calls", "why"),
+    ("make", "calls", "message"),
     [
         (lambda _n: call(entry(1, "created"), entry(2, "pending")), 362, "no nearer to its end"),
-        (lambda n: call(entry(1, "pending", **{**GOING, "bytes": n % 2})), 363, "no nearer"),
-        (lambda n: call(entry(1, "pending", **{**GOING, "bytes": n})), 1441, "after 4 hours"),
+        (lambda n: call(entry(1, "pending", **{**PROGRESS, "bytes": n % 2})), 363, "no nearer"),
+        (lambda n: call(entry(1, "pending", **{**PROGRESS, "bytes": n})), 1441, "after 4 hours"),
     ],
 )
-def test_a_store_that_never_is_ready_does_not_hold_the_play(
-    make: t.Callable[[int], Json], calls: int, why: str, monkeypatch: pytest.MonkeyPatch
+def test_store_that_is_never_ready_does_not_block_the_play(
+    make: t.Callable[[int], Json], calls: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its owner may remove what was made, or answer in place of the module's process."""
+    """The owner may remove created layers, or send results instead of the module's process."""
     clock = itertools.count(0, 10)
     monkeypatch.setattr(_slices.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(_slices, "display", SimpleNamespace(display=lambda *_args, **_how: None))
-    result, made = run(Forever(make))
+    result, made = run(EndlessResults(make))
     assert result["failed"]
-    assert why in result["msg"]
+    assert message in result["msg"]
     assert len(made) == calls
 
 
-def of(user: str, number: int, action: str, **progress: float) -> Json:
+def entry_of(user: str, number: int, action: str, **progress: float) -> Json:
     return {**entry(number, action, **progress), "user": user}
 
 
-class Hostile:
-    """What the module returns for users of whom `mallory` always shows progress; the others need three calls each."""
+class ResultsForUsers:
+    """The results of the module for several users: `mallory` is never ready, the others need three calls each."""
 
-    def __init__(self, odd: t.Callable[[int], Json]) -> None:
-        self.odd = odd
+    def __init__(self, entry_of_mallory: t.Callable[[int], Json]) -> None:
+        self.entry_of_mallory = entry_of_mallory
         self.calls: t.List[str] = []
 
     def __call__(self, users: t.List[str]) -> Json:
@@ -231,13 +232,15 @@ class Hostile:
         for user in users:
             count = self.calls.count(user)
             if user == "mallory":
-                done.append(self.odd(count))
+                done.append(self.entry_of_mallory(count))
                 if done[-1].get("error"):
                     failures.append(f"For mallory: {done.pop()['error']}")
             else:
-                going = {**GOING, "bytes": count}
+                current = {**PROGRESS, "bytes": count}
                 done.append(
-                    of(user, 1, "created") if count == 3 else of(user, 1, "pending", **going)
+                    entry_of(user, 1, "created")
+                    if count == 3
+                    else entry_of(user, 1, "pending", **current)
                 )
         result = call(*done, stores=[{"user": user} for user in users])
         result["diff"] = {"before": dict.fromkeys(users), "after": dict.fromkeys(users)}
@@ -248,21 +251,32 @@ class Hostile:
 
 
 @pytest.mark.parametrize(
-    ("odd", "calls", "why"),
+    ("entry_of_mallory", "calls", "message"),
     [
-        (lambda n: of("mallory", 1, "pending", **{**GOING, "bytes": n}), 1442, "after 4 hours"),
-        (lambda _n: of("mallory", 1, "pending", **GOING), 363, "no nearer to its end"),
-        (lambda n: {"error": "broken"} if n > 1 else of("mallory", 1, "pending"), 2, "broken"),
+        (
+            lambda n: entry_of("mallory", 1, "pending", **{**PROGRESS, "bytes": n}),
+            1442,
+            "after 4 hours",
+        ),
+        (lambda _n: entry_of("mallory", 1, "pending", **PROGRESS), 363, "no nearer to its end"),
+        (
+            lambda n: {"error": "broken"} if n > 1 else entry_of("mallory", 1, "pending"),
+            2,
+            "broken",
+        ),
     ],
 )
 def test_users_take_turns(
-    odd: t.Callable[[int], Json], calls: int, why: str, monkeypatch: pytest.MonkeyPatch
+    entry_of_mallory: t.Callable[[int], Json],
+    calls: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A store that never is ready has its own limit, and the others are finished long before."""
+    """A store that is never ready has a limit of its own, and the others are ready long before."""
     clock = itertools.count(0, 10)
     monkeypatch.setattr(_slices.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(_slices, "display", SimpleNamespace(display=lambda *_args, **_how: None))
-    hostile = Hostile(odd)
+    hostile = ResultsForUsers(entry_of_mallory)
     users = ["mallory", "bob", "eve"]
     made: t.List[Json] = []
 
@@ -272,13 +286,13 @@ def test_users_take_turns(
 
     result = run_with(execute, {"users": users})
     assert hostile.calls[:6] == [*users, "mallory", "bob", "eve"]
-    # Three calls each, and not more than as many for the first one meanwhile.
+    # Three calls for each, and at most as many for mallory in the meantime.
     assert {hostile.calls.count(user) for user in users[1:]} == {3}
     assert max(hostile.calls.index(user, 5) for user in users[1:]) < 9
     assert hostile.calls.count("mallory") == calls
     assert result["failed"]
     assert result["msg"].startswith("For mallory: ")
-    assert why in result["msg"]
+    assert message in result["msg"]
     actions = {item["user"]: item["action"] for item in result["layers"]}
     assert list(actions) == users
     assert (actions["bob"], actions["eve"]) == ("created", "created")
@@ -288,29 +302,29 @@ def test_users_take_turns(
 
 
 @pytest.mark.parametrize("seconds", [10**29, 1e300, 1e9])
-def test_no_call_is_given_more_than_an_hour(seconds: float, shown: t.List[str]) -> None:
-    going = {**GOING, "seconds_resuming": seconds}
-    _result, calls = run([call(entry(1, "pending", **going)), call(entry(1, "created"))])
+def test_time_limit_of_a_call_is_at_most_an_hour(seconds: float, shown: t.List[str]) -> None:
+    current = {**PROGRESS, "seconds_resuming": seconds}
+    _result, calls = run([call(entry(1, "pending", **current)), call(entry(1, "created"))])
     assert [item["time_limit"] for item in calls] == [10, 3600]
 
 
-def test_warnings_are_given_once(shown: t.List[str]) -> None:
+def test_warnings_are_returned_once(shown: t.List[str]) -> None:
     result, _calls = run(
         [
-            call(entry(1, "pending", **GOING), warnings=["a", "b"]),
+            call(entry(1, "pending", **PROGRESS), warnings=["a", "b"]),
             call(entry(1, "created"), warnings=["b"]),
         ]
     )
     assert result["warnings"] == ["a", "b"]
 
 
-def test_nothing_of_a_secret_task_is_shown(shown: t.List[str]) -> None:
-    run([call(entry(1, "pending", **GOING)), call(entry(1, "created"))], secret=True)
+def test_progress_of_a_task_with_no_log_is_not_displayed(shown: t.List[str]) -> None:
+    run([call(entry(1, "pending", **PROGRESS)), call(entry(1, "created"))], no_log=True)
     assert shown == []
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         {"check": True},
         {"background": 60},
@@ -319,12 +333,14 @@ def test_nothing_of_a_secret_task_is_shown(shown: t.List[str]) -> None:
         {"arguments": {"state": "absent"}},
     ],
 )
-def test_one_call_and_its_result_as_it_is(how: t.Dict[str, t.Any], shown: t.List[str]) -> None:
-    only = call(entry(1, "pending"))
-    result, calls = run([only], **how)
-    assert result is only
-    assert [item["async"] for item in calls] == [bool(how.get("background"))]
-    assert calls[0].get("time_limit") == how.get("arguments", {}).get("time_limit")
+def test_result_of_a_single_call_is_returned_unchanged(
+    options: t.Dict[str, t.Any], shown: t.List[str]
+) -> None:
+    expected = call(entry(1, "pending"))
+    result, calls = run([expected], **options)
+    assert result is expected
+    assert [item["async"] for item in calls] == [bool(options.get("background"))]
+    assert calls[0].get("time_limit") == options.get("arguments", {}).get("time_limit")
 
 
 def layer(number: int, rule: str, size: int = 1_000_000) -> Json:
@@ -349,8 +365,13 @@ def collected(**more: t.Any) -> Json:
     }
 
 
-def test_a_collection_goes_on_with_its_first_plan(shown: t.List[str]) -> None:
-    asked = {"max_freed": "3MB", "high_threshold": 80, "low_threshold": 70, "keep_images": ["a"]}
+def test_garbage_collection_continues_with_its_first_plan(shown: t.List[str]) -> None:
+    arguments_of_task = {
+        "max_freed": "3MB",
+        "high_threshold": 80,
+        "low_threshold": 70,
+        "keep_images": ["a"],
+    }
     result, calls = run(
         [
             collected(
@@ -374,14 +395,14 @@ def test_a_collection_goes_on_with_its_first_plan(shown: t.List[str]) -> None:
                 space_reclaimed=9,
             ),
         ],
-        asked,
+        arguments_of_task,
         plugin=layer_gc,
     )
-    assert calls[0] == {**asked, "time_limit": 10, "async": False}
-    following = {"keep_images": ["a"], "async": False}
+    assert calls[0] == {**arguments_of_task, "time_limit": 10, "async": False}
+    later_arguments = {"keep_images": ["a"], "async": False}
     ids = [f"{number:064x}" for number in (2, 3)]
-    assert calls[1] == {**following, "layers": ids, "time_limit": 32}
-    assert calls[2] == {**following, "layers": ids[1:], "time_limit": 10}
+    assert calls[1] == {**later_arguments, "layers": ids, "time_limit": 32}
+    assert calls[2] == {**later_arguments, "layers": ids[1:], "time_limit": 10}
     assert shown == [
         "web1 | 1 layers removed, 10 files, 977 KiB of 3.8 MiB, 25% done, about 30 s left; 2 remaining",
         "web1 | 2 layers removed, 20 files, 1.9 MiB of 3.8 MiB, 50% done, about 20 s left; 1 remaining",
@@ -396,7 +417,7 @@ def test_a_collection_goes_on_with_its_first_plan(shown: t.List[str]) -> None:
     assert (result["partial"], result["remaining"]) == (False, 0)
 
 
-def test_a_collection_that_failed_in_part_has_failed(shown: t.List[str]) -> None:
+def test_partly_failed_garbage_collection_fails(shown: t.List[str]) -> None:
     refusal = {"failed": True, "msg": "1 of 2 could not be removed"}
     result, calls = run(
         [
@@ -413,7 +434,7 @@ def test_a_collection_that_failed_in_part_has_failed(shown: t.List[str]) -> None
     assert not result["target_met"]
 
 
-def test_a_collection_of_leftovers_only_has_a_rule(shown: t.List[str]) -> None:
+def test_call_for_remaining_leftovers_only_selects_no_layers(shown: t.List[str]) -> None:
     rest = {"findings": [{"id": "x", "rule": "time_limit"}], "partial": True, "remaining": 1}
     _result, calls = run(
         [collected(removed=[layer(1, "duplicates")], **rest), collected()],

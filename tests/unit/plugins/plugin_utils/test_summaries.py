@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+"""Tests of the summaries that roles and the report display: a line for each store."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def removal(**more: t.Any) -> Json:
     return {**lists, "space_reclaimed": 0, "inodes_reclaimed": 0, "remaining": 0, **more}
 
 
-def test_images_and_layers_of_each_store() -> None:
+def test_summary_counts_images_and_layers_of_each_store() -> None:
     pulled = {"results": [looped("alice", actions=["pulled", "tagged"])]}
     copied = {"results": [looped(["alice", "x=oci:x"], actions=["pulled"]), {"skipped": True}]}
     made = {
@@ -46,18 +47,20 @@ def test_images_and_layers_of_each_store() -> None:
     ]
 
 
-def test_removals_of_each_store() -> None:
-    gone = removal(
+def test_summary_counts_removals_of_each_store() -> None:
+    with_rules = removal(
         removed=[{}] * 3, kept=[{}], repaired=[{}], space_reclaimed=GIB, inodes_reclaimed=12
     )
-    unruled = removal(
+    without_rules = removal(
         kept=[{}, {}],
         would_free=[
             {"rule": "duplicates", "value": True, "bytes": 5},
             {"rule": "unused_for", "value": "1d", "bytes": GIB},
         ],
     )
-    registered = {"results": [looped("alice", **gone), looped("bob", **unruled), looped("eve")]}
+    registered = {
+        "results": [looped("alice", **with_rules), looped("bob", **without_rules), looped("eve")]
+    }
     failures = [("eve", "no podman")]
     stores = ["alice", "bob", "eve"]
     assert _summaries.store_lines(stores, removals=registered, failures=failures) == [
@@ -71,7 +74,7 @@ def test_removals_of_each_store() -> None:
     ]
 
 
-def test_shared_images_of_each_user() -> None:
+def test_summary_counts_shared_images_of_each_user() -> None:
     shared = {
         "users": [
             {"user": "alice", "action": "shared", "images": [{}], "mounts": 2},
@@ -93,8 +96,8 @@ def test_shared_images_of_each_user() -> None:
     ]
 
 
-def test_values_of_other_types_are_no_lines() -> None:
-    """The owner of a store decides the values; a line remains a line."""
+def test_values_of_other_types_do_not_add_lines() -> None:
+    """The owner of a store controls the values."""
     made = {"layers": [{"user": "alice", "action": ["x"], "size_exclusive": "{{ 1 }}"}]}
     failures = [("alice", "a\nb\x1b[31m")]
     (line,) = _summaries.store_lines(["alice"], layers=made, failures=failures)
@@ -102,7 +105,7 @@ def test_values_of_other_types_are_no_lines() -> None:
     assert line.startswith("alice: failed: a b")
 
 
-def test_a_report_has_a_line_for_each_store() -> None:
+def test_report_has_a_line_for_each_store() -> None:
     store = _fleet.Store("alice")
     store.sums = _fleet.Sums(
         images=2, mapped_layers=1, on_disk=3 * GIB, freed=GIB, freed_layers=1, missing=2

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Variables as people type them."""
+"""Tests of variables that are entered as text."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ansible_collections.userns.storage.plugins.plugin_utils import _texts
         (["alice", "bob carol"], ["alice", "bob", "carol"]),
     ],
 )
-def test_words(value, expected):
+def test_text_is_split_into_words(value, expected):
     assert _texts.words(value) == expected
 
 
-def test_words_refuse_what_is_no_text():
+def test_words_of_another_type_are_rejected():
     with pytest.raises(ValueError, match="neither a text"):
         _texts.words({"a": 1})
 
@@ -48,14 +48,14 @@ def test_words_refuse_what_is_no_text():
         ),
     ],
 )  # fmt: skip
-def test_mappings(value, expected):
+def test_mappings_are_parsed(value, expected):
     assert _texts.mappings(value) == expected
 
 
 @pytest.mark.parametrize(
     "value", ["keepid", "keep-id 3", "slots=two", [7], 7, "keep-id colour=red"]
 )
-def test_mappings_refuse(value):
+def test_invalid_mappings_are_rejected(value):
     with pytest.raises(ValueError, match="mapping|neither|invalid literal"):
         _texts.mappings(value)
 
@@ -71,11 +71,11 @@ def test_mappings_refuse(value):
         ({"alice": {"duplicates": True}}, {"alice": {"duplicates": True}}),
     ],
 )  # fmt: skip
-def test_policies(value, expected):
+def test_policies_are_parsed(value, expected):
     assert _texts.policies(value) == expected
 
 
 @pytest.mark.parametrize("value", ["unused_for=2w", "alice 2w", [7], 7, {"alice": "2w"}])
-def test_policies_refuse(value):
+def test_invalid_policies_are_rejected(value):
     with pytest.raises(ValueError, match="policy|neither|options"):
         _texts.policies(value)
