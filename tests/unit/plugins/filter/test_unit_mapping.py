@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What units and manifests ask for, as options of layer_template."""
+"""Tests of the filter unit_mapping, which converts units and manifests to options of layer_template."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def container(*lines: str) -> str:
 
 
 def call(**mapping: t.Any) -> list[dict[str, t.Any]]:
-    """The one call for the unit's image."""
+    """The only call, for the image of the unit."""
     return [{"images": [IMAGE], "mappings": [mapping]}]
 
 
@@ -78,7 +78,7 @@ def call(**mapping: t.Any) -> list[dict[str, t.Any]]:
         (["UIDMap=0:1:10", "PodmanArgs=--uidmap=10:20:5"], {"uidmap": ["0:1:10", "10:20:5"]}),
     ],
 )  # fmt: skip
-def test_containers(lines: list[str], mapping: dict[str, t.Any]) -> None:
+def test_container_units_are_converted(lines: list[str], mapping: dict[str, t.Any]) -> None:
     assert unit_mapping(container(*lines)) == call(**mapping)
 
 
@@ -86,11 +86,11 @@ def test_containers(lines: list[str], mapping: dict[str, t.Any]) -> None:
     "lines",
     [[], ["UserNS=host"], ["PodmanArgs=--network=host"], ["UserNS=keep-id", "Rootfs=/srv/x"]],
 )
-def test_without_a_namespace_of_its_own_there_is_no_call(lines: list[str]) -> None:
+def test_unit_without_a_user_namespace_needs_no_call(lines: list[str]) -> None:
     assert unit_mapping(container(*lines)) == []
 
 
-def test_slots_and_runtime() -> None:
+def test_slots_and_runtime_are_added_to_the_mapping() -> None:
     auto = container("UserNS=auto")
     assert unit_mapping(auto, slots=3) == call(userns="auto", slots=3)
     fixed = container("UserNS=keep-id")
@@ -99,7 +99,7 @@ def test_slots_and_runtime() -> None:
     )
 
 
-def test_specifiers() -> None:
+def test_specifiers_are_expanded() -> None:
     names = "[Container]\nImage=localhost/%i:1\nSubUIDMap=%U%%-50%1\n"
     assert unit_mapping(names, specifiers={"i": "web", "U": 1000}) == [
         {"images": ["localhost/web:1"], "mappings": [{"subuidname": "1000%-50%1"}]}
@@ -112,7 +112,7 @@ def test_specifiers() -> None:
 POD = "[Pod]\nPodName=web\nUserNS=auto:size=2000\n"
 
 
-def test_pods() -> None:
+def test_containers_in_a_pod_use_the_map_of_the_pod() -> None:
     unit = container("Pod=web.pod")
     assert unit_mapping(unit, pod=POD) == call(userns="auto:size=2000")
     assert unit_mapping({"web.pod": POD, "db.container": unit}) == call(userns="auto:size=2000")
@@ -128,7 +128,7 @@ def test_pods() -> None:
         unit_mapping(container("PodmanArgs=--pod db"))
 
 
-def test_images_of_other_units() -> None:
+def test_image_is_read_from_other_units() -> None:
     pulled = container("UserNS=keep-id").replace(IMAGE, "db.image")
     built = container("UserNS=keep-id").replace(IMAGE, "app.build")
     files = {
@@ -197,7 +197,7 @@ IMAGES = [
 
 
 def pod_map(start: int, size: int = 65536) -> dict[str, t.Any]:
-    """What the kubelet keeps of a pod in /var/lib/kubelet/pods/UID/userns."""
+    """The content of /var/lib/kubelet/pods/UID/userns, in which the kubelet keeps the map of a pod."""
     entry = {"hostId": start, "containerId": 0, "length": size}
     return {"uidMappings": [entry], "gidMappings": [entry]}
 
@@ -207,7 +207,7 @@ EXISTING: dict[str, t.Any] = {"pod_maps": [pod_map(65536)]}
 
 
 def block(start: int) -> dict[str, t.Any]:
-    """The map of a pod that the kubelet has given these IDs."""
+    """The mapping of a pod to which the kubelet assigned the IDs from `start`."""
     return {
         "uidmap": [f"0:{start}:65536"],
         "gidmap": [f"0:{start}:65536"],
@@ -215,7 +215,7 @@ def block(start: int) -> dict[str, t.Any]:
     }
 
 
-def test_manifests_for_cri_o() -> None:
+def test_manifests_are_converted_for_cri_o() -> None:
     found = unit_mapping(MANIFEST, first_id=65536)
     assert found == [{"images": images, "mappings": [block(65536)]} for images in IMAGES]
     two = unit_mapping(MANIFEST, slots=2, first_id=131072)
@@ -229,7 +229,7 @@ def test_manifests_for_cri_o() -> None:
     assert unit_mapping(as_json, first_id=65536)[0]["images"] == ["x"]
 
 
-def test_new_pods_of_the_kubelet_have_no_map_that_can_be_known(
+def test_maps_of_new_pods_of_the_kubelet_cannot_be_predicted(
     warnings: list[str],
 ) -> None:
     assert unit_mapping(MANIFEST) == []
@@ -242,7 +242,7 @@ def test_new_pods_of_the_kubelet_have_no_map_that_can_be_known(
     assert "first_id" in warnings[0]
 
 
-def test_pods_that_exist_have_the_maps_of_the_kubelets_files(warnings: list[str]) -> None:
+def test_maps_of_existing_pods_are_read_from_files_of_the_kubelet(warnings: list[str]) -> None:
     texts = {
         "/var/lib/kubelet/pods/1/userns": json.dumps(pod_map(131072)),
         "/var/lib/kubelet/pods/2/userns": json.dumps(pod_map(6553600)),
@@ -255,13 +255,13 @@ def test_pods_that_exist_have_the_maps_of_the_kubelets_files(warnings: list[str]
     assert unit_mapping(MANIFEST, pod_maps=[pod_map(131072)])[0]["mappings"] == [block(131072)]
 
 
-def test_no_pod_exists_and_no_layer_is_needed(warnings: list[str]) -> None:
+def test_no_layer_is_needed_without_existing_pods(warnings: list[str]) -> None:
     assert unit_mapping(MANIFEST, pod_maps=[]) == []
     assert len(warnings) == len(IMAGES)
     assert "pod_maps is empty" in warnings[0]
 
 
-def test_more_ids_for_each_pod() -> None:
+def test_ids_per_pod_is_the_size_of_the_map() -> None:
     found = unit_mapping(MANIFEST, first_id=131072, slots=2, ids_per_pod=131072)
     assert [item["uidmap"] for item in found[0]["mappings"]] == [
         ["0:131072:131072"],
@@ -269,7 +269,7 @@ def test_more_ids_for_each_pod() -> None:
     ]
 
 
-def test_the_pause_image_is_added_where_crio_runs_the_pod() -> None:
+def test_pause_image_is_added_if_cri_o_runs_the_pod() -> None:
     pause = "registry.k8s.io/pause:3.10"
     found = unit_mapping(MANIFEST, pod_maps=[pod_map(131072)], pause_image=pause)
     assert [entry["images"] for entry in found] == [[*images, pause] for images in IMAGES]
@@ -280,7 +280,7 @@ def test_the_pause_image_is_added_where_crio_runs_the_pod() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"pod_maps": "x"}, "pod_maps is str"),
         ({"pod_maps": ["{"]}, "not the content of a file"),
@@ -295,12 +295,12 @@ def test_the_pause_image_is_added_where_crio_runs_the_pod() -> None:
         ({"first_id": 2**31, "slots": 2, "ids_per_pod": 2**31}, "exceed"),
     ],
 )
-def test_wrong_options_for_pods(options: dict[str, t.Any], words: str) -> None:
-    with pytest.raises(AnsibleFilterError, match=words):
+def test_wrong_options_for_pods_are_rejected(options: dict[str, t.Any], message: str) -> None:
+    with pytest.raises(AnsibleFilterError, match=message):
         unit_mapping(MANIFEST, **options)
 
 
-def test_manifests_for_podman() -> None:
+def test_manifests_are_converted_for_podman() -> None:
     found = unit_mapping(MANIFEST, runtime="podman", slots=2)
     mapping = {"userns": "auto", "slots": 2, "runtime": "podman"}
     assert found == [
@@ -324,12 +324,12 @@ spec: {containers: [{image: x}]}
         AnsibleFilterError, match=r"references the manifest web\.yaml: pass all files"
     ):
         unit_mapping(unit)
-    # Without a .kube unit it is CRI-O's.
+    # Without a .kube unit, the manifest is for CRI-O.
     assert unit_mapping({"web.yaml": MANIFEST}, first_id=65536)[0]["mappings"] == [block(65536)]
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "message"),
     [
         (5, "not int"),
         (None, "not NoneType"),
@@ -359,13 +359,13 @@ spec: {containers: [{image: x}]}
         ),
     ],
 )
-def test_bad_input(given: t.Any, words: str) -> None:
-    with pytest.raises(AnsibleFilterError, match=words):
+def test_bad_input_is_rejected(given: t.Any, message: str) -> None:
+    with pytest.raises(AnsibleFilterError, match=message):
         unit_mapping(given)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"slots": 0}, "slots is 0"),
         ({"slots": "2"}, "slots is '2'"),
@@ -373,12 +373,12 @@ def test_bad_input(given: t.Any, words: str) -> None:
         ({"first_id": 65536, "slots": 70000}, "exceed the available IDs"),
     ],
 )
-def test_bad_options(options: dict[str, t.Any], words: str) -> None:
-    with pytest.raises(AnsibleFilterError, match=words):
+def test_bad_options_are_rejected(options: dict[str, t.Any], message: str) -> None:
+    with pytest.raises(AnsibleFilterError, match=message):
         unit_mapping(MANIFEST, **options)
 
 
-def test_what_is_given_are_options_of_the_module() -> None:
+def test_result_contains_only_options_of_the_module() -> None:
     options = yaml_load(layer_template.DOCUMENTATION)["options"]
     fragment = yaml_load(ModuleDocFragment.DOCUMENTATION)["options"]
     suboptions = fragment["mappings"]["suboptions"]
@@ -392,7 +392,7 @@ def test_what_is_given_are_options_of_the_module() -> None:
 
 def test_examples_run(tmp_path: Path) -> None:
     tasks = yaml_load(plugin.EXAMPLES)
-    # Shown instead of carried out: what the module would be given.
+    # Display the arguments of the module instead of calling it.
     for task in tasks:
         if "userns.storage.layer_template" in task:
             task["ansible.builtin.debug"] = {"msg": task.pop("userns.storage.layer_template")}
@@ -406,14 +406,14 @@ def test_examples_run(tmp_path: Path) -> None:
     environment["ANSIBLE_LOCAL_TEMP"] = environment["ANSIBLE_REMOTE_TEMP"] = str(tmp_path / "tmp")
     if ROOT.parent.parent.name == "ansible_collections":
         environment["ANSIBLE_COLLECTIONS_PATH"] = str(ROOT.parents[2])
-    # ansible-test's own copy of ansible-core has no programs, only what they call.
+    # ansible-test's copy of ansible-core contains no programs, only the functions that they call.
     program = "import sys; from ansible.cli.playbook import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "-i", "localhost,", "-c", "local"]
     done = subprocess.run(
         [*command, str(playbook)], env=environment, cwd=tmp_path, capture_output=True, check=False
     )
-    said = done.stdout.decode() + done.stderr.decode()
-    assert done.returncode == 0, said
+    output = done.stdout.decode() + done.stderr.decode()
+    assert done.returncode == 0, output
     for expected in (
         "auto:size=70000",
         "0:200000:65536",
@@ -421,10 +421,10 @@ def test_examples_run(tmp_path: Path) -> None:
         "auto:size=2000",
         IMAGE,
     ):
-        assert expected in said
+        assert expected in output
 
 
-# Reports from the field
+# Cases reported by users
 
 
 @pytest.fixture
@@ -456,7 +456,7 @@ def test_values_are_read_as_quadlet_and_systemd_read_them(
     assert unit_mapping(container(*lines)) == call(**mapping)
 
 
-def test_quotation_marks_of_names() -> None:
+def test_quotation_marks_of_names_are_removed() -> None:
     files = {
         "a.container": '[Container]\nImage="docker.io/x"\nPod="w.pod"\n',
         "w.pod": POD,
@@ -470,7 +470,7 @@ def test_quotation_marks_of_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ('UserNS="keep-id', "quotation marks that do not enclose the whole value"),
         ('UserNS=""keep-id""', "quotation marks that do not enclose the whole value"),
@@ -492,12 +492,12 @@ def test_quotation_marks_of_names() -> None:
         ("UserNS=keep-id\nImage='x'", "is not an image reference"),
     ],
 )  # fmt: skip
-def test_unknown_values_are_reported(line: str, words: str) -> None:
-    with pytest.raises(AnsibleFilterError, match=words):
+def test_unknown_values_are_reported(line: str, message: str) -> None:
+    with pytest.raises(AnsibleFilterError, match=message):
         unit_mapping(container(*line.split("\n")))
 
 
-def test_variables_in_images() -> None:
+def test_variables_in_images_are_expanded() -> None:
     unit = "[Container]\nImage=docker.io/postgres:${PG_MAJOR}-alpine\nUserNS=keep-id\n"
     with pytest.raises(
         AnsibleFilterError, match="the variable PG_MAJOR: set its value in variables"
@@ -514,11 +514,11 @@ def test_variables_in_images() -> None:
         unit_mapping(manifest.replace("${PG_MAJOR}", "{{ .Values.tag }}"))
 
 
-def test_instances_tell_their_specifiers() -> None:
+def test_instance_names_define_specifiers() -> None:
     unit = "[Container]\nImage=localhost/%p-%j:%i\nUserNS=keep-id:uid=%U\n"
     files = {"a-web@.container": unit, "a-web@one.container": unit, "plain.container": unit}
     files["plain.container"] = "[Container]\nImage=localhost/%N-%n\nUserNS=nomap\n"
-    # The template itself starts nothing.
+    # A template without an instance is not started.
     assert [item["images"] for item in unit_mapping(files, specifiers={"U": 5})] == [
         ["localhost/a-web-web:one"],
         ["localhost/plain-plain.service"],
@@ -528,7 +528,7 @@ def test_instances_tell_their_specifiers() -> None:
         unit_mapping(files, specifiers={"U": 5})
 
 
-def test_drop_ins_by_their_paths(warnings: list[str]) -> None:
+def test_drop_ins_are_assigned_by_their_paths(warnings: list[str]) -> None:
     files = {
         "quadlets/a-b.container": container("UserNS=nomap"),
         "quadlets/a-b.container.d/20.conf": "[Container]\nImage=localhost/own:1\n",
@@ -561,10 +561,10 @@ spec: {hostUsers: false, containers: [{image: x}]}
 """
 
 
-def test_manifests_that_hold_units_are_manifests(warnings: list[str]) -> None:
+def test_manifests_that_contain_units_are_manifests(warnings: list[str]) -> None:
     assert unit_mapping(CONFIG_MAP, **EXISTING) == [{"images": ["x"], "mappings": [block(65536)]}]
     assert unit_mapping({"a.yaml": CONFIG_MAP}, **EXISTING)[0]["images"] == ["x"]
-    # And units are units, whatever their comments look like.
+    # Comments in a unit do not make it a manifest.
     assert unit_mapping("# kind: Pod\n; [Pod]\n" + container("UserNS=keep-id")) == call(
         userns="keep-id"
     )
@@ -606,21 +606,23 @@ def deployment(own: str = "", inner: str = "", users: str = "") -> str:
         (named_pod("a", f"{USERNS}/b: keep-id"), ""),
     ],
 )  # fmt: skip
-def test_annotations_that_podman_reads(manifest: str, userns: str, warnings: list[str]) -> None:
-    wanted = [{"images": ["x"], "mappings": [{"userns": userns}]}] if userns else []
+def test_annotations_are_read_as_podman_reads_them(
+    manifest: str, userns: str, warnings: list[str]
+) -> None:
+    expected = [{"images": ["x"], "mappings": [{"userns": userns}]}] if userns else []
     files = {"web.kube": "[Kube]\nYaml=web.yaml\n", "web.yaml": manifest}
-    assert unit_mapping(files) == wanted
+    assert unit_mapping(files) == expected
     for item in unit_mapping(manifest, runtime="podman"):
         assert item["mappings"] == [{"userns": userns, "runtime": "podman"}]
     assert bool(warnings) == ("template:\n    metadata: {annotations: {io" in manifest)
-    # A namespace of the unit counts before what the manifest says.
+    # UserNS of the unit takes precedence over the manifest.
     files["web.kube"] += "UserNS=host\n"
     assert unit_mapping(files) == []
     files["web.kube"] += "UserNS=nomap\n"
     assert unit_mapping(files) == [{"images": ["x"], "mappings": [{"userns": "nomap"}]}]
 
 
-def test_kinds_that_podman_makes_nothing_of(warnings: list[str]) -> None:
+def test_kinds_that_podman_does_not_support_are_reported(warnings: list[str]) -> None:
     manifest = deployment(users=", hostUsers: false").replace("Deployment", "StatefulSet")
     assert unit_mapping(manifest, runtime="podman") == []
     assert "podman kube play does not create pods of a StatefulSet" in warnings[0]
@@ -653,13 +655,13 @@ def test_kinds_that_podman_makes_nothing_of(warnings: list[str]) -> None:
         ("host", "", None),
     ],
 )  # fmt: skip
-def test_annotations_of_cri_o(
+def test_annotations_of_cri_o_are_converted(
     name: str, value: str, context: str, mapping: dict[str, t.Any] | None
 ) -> None:
     manifest = deployment(inner=f"{name}: '{value}'", users=f", securityContext: {{{context}}}")
-    wanted = [{"images": ["x"], "mappings": [{**mapping, "runtime": "cri-o"}]}] if mapping else []
-    assert unit_mapping(manifest) == wanted
-    # The kubelet reads the annotations of the template, and sends its own map for hostUsers false.
+    expected = [{"images": ["x"], "mappings": [{**mapping, "runtime": "cri-o"}]}] if mapping else []
+    assert unit_mapping(manifest) == expected
+    # The kubelet reads the annotations of the template, and sends a map of its own for hostUsers: false.
     assert unit_mapping(deployment(own=f"{name}: auto")) == []
     own = deployment(inner=f"{name}: auto", users=", hostUsers: false")
     assert unit_mapping(own, **EXISTING)[0]["mappings"] == [block(65536)]
@@ -675,7 +677,7 @@ def test_annotations_of_cri_o(
          ["0:200000:1000", "1001:201000:64535", "1000:1000:1"], ["0:200000:1000", "1001:201000:64535", "1000:1000:1"]),
         ("private:uidmapping=0:300000:1000,1000:400000:1000", "runAsUser: 0",
          ["0:300000:1000", "1000:400000:1000", "2000:0:1"], ["0:300000:1000", "1000:400000:1000"]),
-        # Never sorted or merged.
+        # CRI-O does not sort or merge the entries.
         ("private:uidmapping=1000:301000:1000,0:300000:1000", "runAsUser: 300000",
          ["1000:301000:1000", "0:300000:1000"], ["1000:301000:1000", "0:300000:1000"]),
     ],
@@ -683,24 +685,24 @@ def test_annotations_of_cri_o(
 def test_crio_records_the_annotations_in_these_forms(
     value: str, context: str, uids: list[str], gids: list[str]
 ) -> None:
-    """As CRI-O 1.36.3 and 1.32.13 have recorded them, with containers:200000:1000000 in /etc/subuid."""
+    """As recorded by CRI-O 1.36.3 and 1.32.13 with containers:200000:1000000 in /etc/subuid."""
     manifest = deployment(
         inner=f"userns-mode.crio.io: '{value}'", users=f", securityContext: {{{context}}}"
     )
     (call_,) = unit_mapping(manifest)
     (mapping,) = call_["mappings"]
-    asked = {key: given for key, given in mapping.items() if key != "runtime"}
-    request = parse_request(**asked)
+    mapping_options = {key: given for key, given in mapping.items() if key != "runtime"}
+    request = parse_request(**mapping_options)
     crio = runtime("cri-o", "1.36.3")
-    node = forms.context(crio, rootless=False, uid=0, gid=0)
+    node_context = forms.context(crio, rootless=False, uid=0, gid=0)
     if request.kind == "auto":
         assert request.userns is not None
         size = auto.namespace_size(crio, AutoUserns(), auto.ImageIDs(70000), request.userns.size)
-        extra = resolve_auto_extras(request.userns, node)
+        extra = resolve_auto_extras(request.userns, node_context)
         spans = [(200000, 1200000)]
         (found,) = auto.slots(1, size, (spans, spans), [], [], extra)
     else:
-        found = request.resolve(node)
+        found = request.resolve(node_context)
     found = forms.recorded_form(found, crio, shifting_checked=False)
     assert (found.uid.to_strings(), found.gid.to_strings()) == (uids, gids)
 
@@ -710,13 +712,13 @@ def test_crio_records_the_annotations_in_these_forms(
     ["", "keep-id", "auto:size", "auto:colour=red", "private", "auto:keep-id=true;map-to-root=true",
      "private:uidmapping=0:1", "private:uidmapping=0:1:1", "auto:uidmapping=0:1:1"],
 )  # fmt: skip
-def test_annotations_that_cri_o_refuses(value: str) -> None:
+def test_annotations_that_cri_o_refuses_are_rejected(value: str) -> None:
     users = "" if "0:1:1" in value else ", securityContext: {runAsUser: 0}"
     with pytest.raises(AnsibleFilterError, match="CRI-O|size|crio.conf|CONTAINER:HOST:SIZE"):
         unit_mapping(deployment(inner=f"userns-mode.crio.io: '{value}'", users=users))
 
 
-def test_whole_folders(warnings: list[str]) -> None:
+def test_other_files_in_folders_are_ignored(warnings: list[str]) -> None:
     files = {
         "app/db.container": container("UserNS=keep-id"),
         "app/values.yaml": "replicas: 3\n",
@@ -734,13 +736,13 @@ def test_whole_folders(warnings: list[str]) -> None:
         "manifests: app/README.md, app/.git/config, "
         "app/values.yaml, app/chart/templates/x.yaml, app/list.json"
     ]
-    # What a unit names is no application's own file.
+    # A file that a unit refers to must be a manifest.
     files["app/w.kube"] = "[Kube]\nYaml=values.yaml\n"
     with pytest.raises(AnsibleFilterError, match="nor a manifest with a kind"):
         unit_mapping(files)
 
 
-def test_what_is_worth_a_word(warnings: list[str]) -> None:
+def test_questionable_settings_are_reported(warnings: list[str]) -> None:
     unit = container(
         "UserNS=auto", "User=1000", "GlobalArgs=--root /srv", "[Service]", "UIDMap=0:1:1"
     )
@@ -753,7 +755,7 @@ def test_what_is_worth_a_word(warnings: list[str]) -> None:
     ]
 
 
-# Input that would never end
+# Input that takes endless time without limits
 
 LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{chr(98 + number)}: &{chr(98 + number)} [{', '.join([f'*{chr(97 + number)}'] * 9)}]\n"
@@ -767,7 +769,7 @@ SPEC = "kind: Pod\nspec: {hostUsers: false, containers: [{image: x}]}\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         (LAUGHS + SPEC, ""),
         (LAUGHS + "kind: Pod\nspec: {hostUsers: false, containers: *y}\n", "has no image"),
@@ -794,10 +796,10 @@ SPEC = "kind: Pod\nspec: {hostUsers: false, containers: [{image: x}]}\n"
         ('{\n\t"kind": "Pod",\n\t"spec": {"hostUsers": false, "containers": [{"image": "x"}]}\n}', ""),
     ],
 )  # fmt: skip
-def test_hostile_manifests(text: str, words: str) -> None:
-    """Of no such text is more read than what is asked for: it would not end otherwise."""
-    if words:
-        with pytest.raises(AnsibleFilterError, match=words) as error:
+def test_hostile_manifests_are_read_or_rejected(text: str, message: str) -> None:
+    """Only the needed parts of such texts are read, because processing all of them would not end."""
+    if message:
+        with pytest.raises(AnsibleFilterError, match=message) as error:
             unit_mapping(text)
         assert len(str(error.value)) < 6000
         assert str(error.value).isprintable()
@@ -821,7 +823,7 @@ nested = st.recursive(
 
 
 @given(nested, st.sampled_from(["", "podman", "cri-o"]))
-def test_any_structure_is_read_or_refused(structure: t.Any, runtime: str) -> None:
+def test_any_structure_is_read_or_rejected(structure: t.Any, runtime: str) -> None:
     pod = {"kind": "Pod", "spec": structure}
     for document in (structure, pod, {"kind": "List", "items": [structure, pod]}):
         for text in (json.dumps(document), json.dumps(document, indent=1)):
@@ -841,7 +843,7 @@ pieces = st.sampled_from(
     st.lists(pieces, max_size=30).map("".join),
     st.sampled_from(["container", "pod", "kube", "image", "conf"]),
 )
-def test_any_unit_is_read_or_refused(text: str, kind: str) -> None:
+def test_any_unit_is_read_or_rejected(text: str, kind: str) -> None:
     for given_text in (
         text,
         {f"a.{kind}": text, "a.container.d/x.conf": text, "b@x.container": text},

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whatever others write stays text in each language: read back by programs that read that language."""
+"""Tests that untrusted text remains text in each output language, according to a parser of that language."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[4]
 
-# Texts that have been syntax somewhere.
+# Texts that are syntax in one of the languages.
 HOSTILE = (
     "\x1b[2J\x1b[1;1Hroot | SUCCESS",
     "\x9b31mred\x9c",
@@ -79,7 +79,7 @@ def examples(function: t.Any) -> t.Any:
 
 @examples
 @given(texts)
-def test_a_terminal_shows_one_line_and_nothing_else(text: str) -> None:
+def test_terminal_shows_a_single_line(text: str) -> None:
     shown = _escapes.terminal(text)
     screen = pyte.Screen(1000, 5)
     stream = pyte.Stream(screen)
@@ -87,7 +87,7 @@ def test_a_terminal_shows_one_line_and_nothing_else(text: str) -> None:
     stream.feed(shown.encode().decode())
     stream.feed(" <\r\nnext")
     assert shown.isprintable()
-    # pyte puts combining marks into the cell before, and wide characters into two.
+    # pyte puts combining marks into the previous cell, and wide characters into two cells.
     assert screen.display[0].rstrip().replace(" ", "")[:4] == "web1"
     assert screen.display[0].rstrip().endswith("<")
     assert screen.display[1].rstrip() == "next"
@@ -107,19 +107,19 @@ def test_a_terminal_shows_one_line_and_nothing_else(text: str) -> None:
         (5, "5"),
     ],
 )
-def test_what_is_not_visible_is_spelt_out(text: t.Any, shown: str) -> None:
+def test_invisible_characters_are_escaped(text: t.Any, shown: str) -> None:
     assert printable(text) == shown
 
 
 @given(
     st.text(st.characters(exclude_categories=()), min_size=50, max_size=3000), st.integers(20, 200)
 )
-def test_messages_have_bounds(text: str, limit: int) -> None:
+def test_length_of_messages_is_limited(text: str, limit: int) -> None:
     assert len(printable(text, limit)) <= limit
 
 
 class Reader(HTMLParser):
-    """Collects the text and the attribute of a document with one paragraph."""
+    """Collects the text, tags, attributes, comments and declarations of a document."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -143,7 +143,7 @@ class Reader(HTMLParser):
 
 @examples
 @given(texts)
-def test_html_reads_back_as_the_text(text: str) -> None:
+def test_html_is_parsed_as_the_text(text: str) -> None:
     reader = Reader()
     reader.feed(f'<p title="{_escapes.html(text)}">{_escapes.html(text)}</p>')
     reader.close()
@@ -155,7 +155,7 @@ MARKDOWN = MarkdownIt("commonmark", {"linkify": True}).enable(["table", "striket
 
 
 def inline(tokens: t.Sequence[t.Any]) -> t.Tuple[str, t.Set[str]]:
-    """The text of inline tokens, and the kinds of tokens in it."""
+    """The text of an inline token, and the types of its children."""
     if not tokens:
         return "", set()
     (token,) = tokens
@@ -172,7 +172,7 @@ def one_line(text: str) -> str:
 
 @examples
 @given(texts)
-def test_markdown_reads_back_as_the_text(text: str) -> None:
+def test_markdown_is_parsed_as_the_text(text: str) -> None:
     for begin in ("", "# ", "* ", "> "):
         for written in (_escapes.markdown(text), _escapes.markdown_code(text)):
             tokens = MARKDOWN.parse(begin + written)
@@ -189,14 +189,14 @@ def test_markdown_reads_back_as_the_text(text: str) -> None:
 
 @examples
 @given(texts)
-def test_a_cell_of_a_markdown_table_stays_one(text: str) -> None:
+def test_cell_of_a_markdown_table_remains_a_single_cell(text: str) -> None:
     for written in (_escapes.markdown(text, cell=True), _escapes.markdown_code(text, cell=True)):
         table = f"| a | b | c |\n| --- | --- | --- |\n| x | {written} | y |\n\nafter"
         tokens = MARKDOWN.parse(table)
         cells = [
             inline([tokens[location + 1]])
-            for location, one in enumerate(tokens)
-            if one.type == "td_open"
+            for location, token in enumerate(tokens)
+            if token.type == "td_open"
         ]
         assert [cells[0][0], cells[2][0]] == ["x", "y"]
         assert len(cells) == 3
@@ -204,7 +204,7 @@ def test_a_cell_of_a_markdown_table_stays_one(text: str) -> None:
         assert cells[1][1] <= {"text", "text_special", "code_inline"}
 
 
-def test_plain_words_stay_readable_in_markdown() -> None:
+def test_plain_text_is_unchanged_in_markdown() -> None:
     for text in (
         "node000.example.org",
         "not seen in use for 4 weeks, last on 2026-09-01T12:00:00Z",
@@ -216,20 +216,20 @@ def test_plain_words_stay_readable_in_markdown() -> None:
 @pytest.mark.parametrize(
     "value", ["", " a", "a ", "a\\", "a\nb", "a\rb", "a\0b", "\udcff", "a\n[Service]\nExecStart=/x"]
 )
-def test_what_no_unit_can_hold_is_refused(value: str) -> None:
+def test_values_that_units_cannot_contain_are_rejected(value: str) -> None:
     with pytest.raises(ValueError, match="cannot be used in a systemd unit"):
         _escapes.systemd_value(value)
 
 
 @pytest.mark.parametrize(
-    "words", [["python3"], ["/a b"], ["/a\\b"], ["-/bin/true"], ["/x", "a\nb"], ["/x", ""]]
+    "arguments", [["python3"], ["/a b"], ["/a\\b"], ["-/bin/true"], ["/x", "a\nb"], ["/x", ""]]
 )
-def test_commands_that_systemd_would_not_run_are_refused(words: t.List[str]) -> None:
+def test_commands_that_systemd_would_not_run_are_rejected(arguments: t.List[str]) -> None:
     with pytest.raises(ValueError, match="systemd"):
-        _escapes.systemd_command(words)
+        _escapes.systemd_command(arguments)
 
 
-# The report: variables of any shape
+# The report: variables with any structure
 
 anything = st.recursive(
     st.one_of(
@@ -317,7 +317,9 @@ GOOD = {
         anything,
     )
 )
-def test_one_host_never_costs_the_others_their_report(variables: t.Dict[str, t.Any]) -> None:
+def test_variables_of_one_host_do_not_affect_the_report_on_others(
+    variables: t.Dict[str, t.Any],
+) -> None:
     facts = {"good": GOOD, "odd": variables}
     fleet = _fleet.fleet(["good", "odd", "absent"], facts)
     states = {host.name: host for host in fleet.hosts}
@@ -337,9 +339,9 @@ def test_one_host_never_costs_the_others_their_report(variables: t.Dict[str, t.A
     assert len(rows) == 1
 
 
-def test_the_error_of_a_malformed_host_says_what_is_wrong() -> None:
+def test_error_of_a_host_with_malformed_variables_names_the_cause() -> None:
     facts: t.Dict[str, t.Any] = {"a": {"report_found": {"results": 5}}, "b": {"report_found": []}}
-    # A structure that holds itself has no end.
+    # A structure that contains itself is endless.
     circle: t.Dict[str, t.Any] = {"msg": None}
     circle["msg"] = circle
     facts["c"] = {"report_found": {"results": [circle]}}
@@ -359,11 +361,11 @@ def test_the_error_of_a_malformed_host_says_what_is_wrong() -> None:
     assert hosts["d"] == "(list)"
 
 
-# Results that pass through a template again
+# Results that are templated again
 
 
 def test_no_filter_returns_a_template(tmp_path: Path) -> None:
-    """What a user's store says is not evaluated, wherever ansible-core templates a value once more."""
+    """Text from a user's store is not evaluated where ansible-core templates a value again."""
     evil = "{{ 6 * 7 }}{{ lookup('ansible.builtin.env', 'HOME') }}"
     reached = {"ping": "pong"}
     store = {"driver": evil, "backing_filesystem": evil, "graphroot": evil}
@@ -373,7 +375,7 @@ def test_no_filter_returns_a_template(tmp_path: Path) -> None:
     data.write_text(json.dumps({"report_reached": reached, "report_found": found, "evil": evil}))
     unit = tmp_path / "a.container"
     unit.write_text(f"[Container]\nImage=localhost/x\nSubUIDMap={evil}\n")
-    # As module results and files come: marked as data.
+    # Results of modules and files are marked as data.
     load = f"lookup('ansible.builtin.file', '{data}') | from_json"
     policy = "('alice keep_images=' ~ (data.evil | regex_replace(' ', '')))"
     report = "['localhost'] | userns.storage.fleet_report(hostvars, 'markdown')"
@@ -400,7 +402,7 @@ def test_no_filter_returns_a_template(tmp_path: Path) -> None:
     environment["ANSIBLE_NOCOLOR"] = "1"
     if ROOT.parent.parent.name == "ansible_collections":
         environment["ANSIBLE_COLLECTIONS_PATH"] = str(ROOT.parents[2])
-    # ansible-test's own copy of ansible-core has no programs, only what they call.
+    # ansible-test's copy of ansible-core contains no programs, only the functions that they call.
     program = "import sys; from ansible.cli.playbook import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "-i", "localhost,", "-c", "local", str(play)]
     done = subprocess.run(
@@ -413,7 +415,7 @@ def test_no_filter_returns_a_template(tmp_path: Path) -> None:
     assert str(tmp_path / "seen") not in done.stdout
 
 
-# Where text enters syntax
+# Text in units, pages and messages
 
 
 def test_templates_of_units_escape_every_variable() -> None:
@@ -429,7 +431,7 @@ def test_templates_of_units_escape_every_variable() -> None:
 
 
 def filled(text: str) -> _fleet.Fleet:
-    """A fleet in which every text of a host is this one."""
+    """A fleet in which every text of a host is the given text."""
     copy = _fleet.Copy(text, 1, 2, text, (text, text), text, text)
     image = _fleet.Image(text, (copy,), 1, 2, text)
     store = _fleet.Store(
@@ -452,7 +454,7 @@ def filled(text: str) -> _fleet.Fleet:
 
 
 def structure(page: str) -> t.List[t.Any]:
-    """Tags, the names of their attributes, comments and declarations of a page."""
+    """The tags, names of attributes, comments and declarations of a page."""
     reader = Reader()
     reader.feed(page)
     reader.close()
@@ -463,7 +465,7 @@ def structure(page: str) -> t.List[t.Any]:
 
 
 def test_no_text_of_a_host_changes_the_page() -> None:
-    """Whatever field it comes in. A field that is forgotten in filled() would be missed: all of text are in it."""
+    """All text fields are filled. A new text field must be added to filled(), otherwise it is not tested."""
     expected = structure(_fleet_page.render(filled("plain"), "plain", "plain"))
     for text in HOSTILE:
         page = _fleet_page.render(filled(text), text, text)
@@ -500,7 +502,7 @@ def test_messages_cannot_forge_lines(capsys: pytest.CaptureFixture[str]) -> None
     assert len(str(StorageError("x" * 10**6, "y" * 10**6, "z" * 10**6))) < 14_000
 
 
-def test_results_hold_nothing_that_a_terminal_acts_on() -> None:
+def test_control_characters_in_results_are_escaped() -> None:
     found = printing.without_controls(
         {"a\x9b": ["\u202e", {"b": (HOSTILE[1], 5, None, True)}], "c": "a\nb"}
     )
@@ -512,7 +514,7 @@ def test_results_hold_nothing_that_a_terminal_acts_on() -> None:
 
 @examples
 @given(texts)
-def test_commands_in_messages_can_be_typed(text: str) -> None:
+def test_commands_in_messages_can_be_run(text: str) -> None:
     word = text.replace("\0", "")
     try:
         expected = os.fsencode(word)

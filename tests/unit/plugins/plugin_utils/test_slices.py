@@ -67,7 +67,7 @@ def run(
     no_log: bool = False,
     plugin: t.Any = layer_template,
 ) -> t.Tuple[Json, t.List[Json]]:
-    """Run the action with the results of successive calls of the module; returns its result and the arguments of each call."""
+    """Run the action with the results of successive module calls; returns its result and the arguments of the calls."""
     calls: t.List[Json] = []
 
     def execute(module_args: Json, task_vars: t.Any, wrap_async: bool) -> Json:
