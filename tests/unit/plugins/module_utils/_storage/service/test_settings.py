@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the service reads as a policy is what layer_gc is asked, save for what is of one run."""
+"""Tests that a policy of the service accepts the options of layer_gc, except those for a single run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 from ansible_collections.userns.storage.plugins.module_utils._storage.service.settings import load
 
 
-def test_every_rule_can_be_part_of_a_policy(tmp_path: pathlib.Path) -> None:
+def test_policy_accepts_every_rule(tmp_path: pathlib.Path) -> None:
     rules = {name for name, option in OPTIONS.items() if not option.of_one_run}
-    asked = {
+    policy = {
         "images": ["*/app:*"],
         "keep_images": ["*/db:*"],
         "keep_mappings": ["keep-id"],
@@ -38,10 +38,10 @@ def test_every_rule_can_be_part_of_a_policy(tmp_path: pathlib.Path) -> None:
         "orphans": "remove",
         "broken": "repair",
     }
-    assert set(asked) == rules
+    assert set(policy) == rules
     path = tmp_path / "all.json"
-    path.write_text(json.dumps({"stores": [{"policy": asked}]}))
+    path.write_text(json.dumps({"stores": [{"policy": policy}]}))
     (store,) = load(str(path))
     assert store.policy is not None
     found = dict(store.policy.options)
-    assert json.loads(json.dumps(found)) == asked
+    assert json.loads(json.dumps(found)) == policy

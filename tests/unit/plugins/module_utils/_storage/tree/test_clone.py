@@ -42,7 +42,7 @@ SAME = Shift(Mapping(), Mapping())
 
 
 def listing(root: pathlib.Path) -> t.Dict[str, t.Any]:
-    """All that matters of a tree, by path."""
+    """The mode, modification time and content of each entry of a tree, by path."""
     found: t.Dict[str, t.Any] = {}
     inodes: t.Dict[int, str] = {}
     for folder, folders, names in os.walk(os.fsencode(root)):
@@ -50,13 +50,13 @@ def listing(root: pathlib.Path) -> t.Dict[str, t.Any]:
             path = os.path.join(folder, name)
             status = os.lstat(path)
             relative = os.fsdecode(os.path.relpath(path, os.fsencode(root)))
-            what: t.Any = None
+            content: t.Any = None
             if stat.S_ISREG(status.st_mode):
                 with open(path, "rb") as file:
-                    what = (file.read(), inodes.setdefault(status.st_ino, relative))
+                    content = (file.read(), inodes.setdefault(status.st_ino, relative))
             elif stat.S_ISLNK(status.st_mode):
-                what = os.readlink(path)
-            found[relative] = (status.st_mode, status.st_mtime_ns, what)
+                content = os.readlink(path)
+            found[relative] = (status.st_mode, status.st_mtime_ns, content)
     return found
 
 
@@ -83,7 +83,7 @@ def template(root: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_clone(tmp_path: pathlib.Path, workers: int) -> None:
+def test_clone_equals_the_template(tmp_path: pathlib.Path, workers: int) -> None:
     root, copy = template(tmp_path / "root"), tmp_path / "copy"
     copy.mkdir()
     expected = listing(root)
@@ -100,7 +100,7 @@ def test_clone(tmp_path: pathlib.Path, workers: int) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_merged(tmp_path: pathlib.Path) -> None:
+def test_layers_are_merged(tmp_path: pathlib.Path) -> None:
     top, middle, bottom, copy = (tmp_path / name for name in ("top", "middle", "bottom", "copy"))
     for path, text in (
         (top / "both" / "a", "top"),
@@ -118,7 +118,7 @@ def test_merged(tmp_path: pathlib.Path) -> None:
     copy.mkdir()
     with LayerStack([str(path) for path in (top, middle, bottom)], "trusted") as stack:
         clone(stack, str(copy), SAME)
-    found = {path: what[2][0] for path, what in listing(copy).items() if what[2]}
+    found = {path: content[2][0] for path, content in listing(copy).items() if content[2]}
     assert found == {
         "both/a": b"top",
         "both/b": b"middle",
@@ -129,7 +129,7 @@ def test_merged(tmp_path: pathlib.Path) -> None:
     }
 
 
-def test_unmapped(tmp_path: pathlib.Path) -> None:
+def test_unmapped_ids_are_reported(tmp_path: pathlib.Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "copy").mkdir()
     ids = [IDMap((IDRange(own + 1, 100000, 1),)) for own in (os.getuid(), os.getgid())]
@@ -142,7 +142,7 @@ def test_unmapped(tmp_path: pathlib.Path) -> None:
     assert caught.value.facts["gids"] == [os.getgid()]
 
 
-def test_destination_in_use(tmp_path: pathlib.Path) -> None:
+def test_destination_in_use_is_rejected(tmp_path: pathlib.Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "a").write_text("a")
     (tmp_path / "copy").mkdir()
@@ -156,13 +156,13 @@ def test_destination_in_use(tmp_path: pathlib.Path) -> None:
             clone(stack, str(tmp_path / "copy"), SAME, "magic")
 
 
-def test_measure_of_what_is_not_there(tmp_path: pathlib.Path) -> None:
+def test_missing_directory_has_no_size(tmp_path: pathlib.Path) -> None:
     usage = measure([str(tmp_path / "none")])
-    # The parts are collected only where several layers are calculated together.
+    # parts is set only if several layers are measured together.
     assert {name: value for name, value in usage._asdict().items() if value != 0} == {"parts": None}
 
 
-def test_measure_of_a_file(tmp_path: pathlib.Path) -> None:
+def test_single_file_is_measured(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("text")
     usage = measure([str(tmp_path / "file")], exclusive=True)
     assert usage[:3] == (1, 1, 4)
@@ -170,25 +170,25 @@ def test_measure_of_a_file(tmp_path: pathlib.Path) -> None:
 
 
 class Stopper:
-    """A progress callback that suspends the work when it is told for the so-many-th time of something done."""
+    """A progress callback that suspends the work after a number of calls that report progress."""
 
     def __init__(self, calls: int) -> None:
-        self.left = calls
-        self.told = (0, 0)
+        self.remaining = calls
+        self.reported = (0, 0)
 
     def __call__(self, files: int, size: int) -> None:
-        if (files, size) == self.told:
+        if (files, size) == self.reported:
             return
-        self.told = (files, size)
-        self.left -= 1
-        if self.left <= 0:
+        self.reported = (files, size)
+        self.remaining -= 1
+        if self.remaining <= 0:
             raise Suspended
 
 
-class TestSuspended:
+class TestResumption:
     @pytest.mark.parametrize("workers", [1, 3])
     @pytest.mark.parametrize("first", [1, 4])
-    def test_goes_on_until_all_is_there(
+    def test_resumed_clone_equals_an_uninterrupted_clone(
         self, workers: int, first: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(walk, "_PROGRESS_SECONDS", 0)
@@ -198,7 +198,7 @@ class TestSuspended:
         parts.mkdir()
         stops = 0
         with LayerStack([str(source)], "user") as stack:
-            at_once = clone(stack, str(whole), SAME)
+            uninterrupted = clone(stack, str(whole), SAME)
             while True:
                 try:
                     stopper = Stopper(first + stops)
@@ -210,7 +210,7 @@ class TestSuspended:
                     stops += 1
         assert stops > 1
         assert listing(parts) == listing(whole) == listing(source)
-        assert found == at_once
+        assert found == uninterrupted
 
     def test_incomplete_entries_are_copied_again(self, tmp_path: pathlib.Path) -> None:
         source = template(tmp_path / "source")
@@ -226,19 +226,19 @@ class TestSuspended:
             clone(stack, str(target), SAME, again=True)
         assert listing(target) == listing(source)
 
-    def test_what_is_whole_is_left_alone(self, tmp_path: pathlib.Path) -> None:
+    def test_complete_entries_are_kept(self, tmp_path: pathlib.Path) -> None:
         source = template(tmp_path / "source")
         target = tmp_path / "target"
         target.mkdir()
         with LayerStack([str(source)], "user") as stack:
             first = clone(stack, str(target), SAME)
             before = {path: os.lstat(path).st_ino for path in target.rglob("*")}
-            again = clone(stack, str(target), SAME, again=True)
+            resumed = clone(stack, str(target), SAME, again=True)
         assert {path: os.lstat(path).st_ino for path in target.rglob("*")} == before
-        assert again == first
+        assert resumed == first
 
     @pytest.mark.parametrize("sparse", [False, True])
-    def test_a_large_file_is_gone_on_with(
+    def test_copy_of_a_large_file_is_resumed(
         self, sparse: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(walk, "_PROGRESS_SECONDS", 0)
@@ -256,16 +256,16 @@ class TestSuspended:
             stream.truncate(64 << 16)
         (source / "large").chmod(0o4710)
         os.utime(source / "large", ns=(1, 2))
-        seen: t.List[int] = []
+        sizes: t.List[int] = []
 
         def stop(_files: int, size: int) -> None:
-            if size > seen[-1] + (1 << 17):
+            if size > sizes[-1] + (1 << 17):
                 raise Suspended
 
         number = -1
         with LayerStack([str(source)], "user") as stack:
-            for _again in range(100):
-                seen.append((target / "large").stat().st_size if number >= 0 else 0)
+            for _attempt in range(100):
+                sizes.append((target / "large").stat().st_size if number >= 0 else 0)
                 try:
                     made = clone(
                         stack, str(target), SAME, workers=1, progress=stop, again=number >= 0
@@ -275,8 +275,8 @@ class TestSuspended:
                     found = (target / "large").stat()
                     assert number in (-1, found.st_ino)
                     number = found.st_ino
-        assert len(seen) > 10
-        assert seen == sorted(seen)
+        assert len(sizes) > 10
+        assert sizes == sorted(sizes)
         assert (target / "large").stat().st_ino == number
         assert (target / "large").read_bytes() == (source / "large").read_bytes()
         assert listing(target) == listing(source)
@@ -284,14 +284,16 @@ class TestSuspended:
         if sparse:
             assert (target / "large").stat().st_blocks < 64 << 7
 
-    def test_nothing_takes_after_a_directory_that_was_whole(self, tmp_path: pathlib.Path) -> None:
-        """The default ACL of a directory is not for what is made in it later."""
+    def test_default_acl_of_a_complete_directory_is_not_inherited(
+        self, tmp_path: pathlib.Path
+    ) -> None:
+        """A file that is created when the clone is resumed does not inherit the default ACL of its directory."""
         source, target = tmp_path / "source", tmp_path / "target"
         for name in ("a", "b"):
             (source / name).mkdir(parents=True)
             acl = struct.pack("<L", 2) + b"".join(
-                struct.pack("<HHL", tag, bits, who)
-                for tag, bits, who in (
+                struct.pack("<HHL", tag, bits, qualifier)
+                for tag, bits, qualifier in (
                     *((1, 7, 0xFFFFFFFF), (2, 7, 1234), (4, 5, 0xFFFFFFFF)),
                     *((16, 7, 0xFFFFFFFF), (32, 5, 0xFFFFFFFF)),
                 )
@@ -303,7 +305,7 @@ class TestSuspended:
         target.mkdir()
         with LayerStack([str(source)], "user") as stack:
             clone(stack, str(target), SAME)
-            # As if it had been stopped when one of the two names was not there yet, whichever is met first.
+            # As after an interruption before the two hard links were created.
             for name in ("a/one", "b/two"):
                 (target / name).unlink()
             clone(stack, str(target), SAME, again=True)
@@ -312,7 +314,7 @@ class TestSuspended:
             assert os.listxattr(target / name) == []
             assert (target / name).stat().st_nlink == 2
 
-    def test_a_folder_that_is_not_empty_is_refused(self, tmp_path: pathlib.Path) -> None:
+    def test_directory_that_is_not_empty_is_rejected(self, tmp_path: pathlib.Path) -> None:
         source = template(tmp_path / "source")
         target = tmp_path / "target"
         (target / "many").mkdir(parents=True)

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Comparing a mapped tree with its template: each kind of difference is told, and nothing else is."""
+"""Tests of the comparison of a mapped tree with its template: each kind of difference is reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Change = t.Callable[[pathlib.Path], t.Any]
 
 @pytest.fixture
 def trees(tmp_path: pathlib.Path) -> t.Tuple[pathlib.Path, pathlib.Path]:
-    """A small tree and its copy, of the same times."""
+    """A small tree and its copy with equal times."""
     first = tmp_path / "first"
     (first / "etc" / "deep").mkdir(parents=True)
     (first / "etc" / "passwd").write_text("root")
@@ -38,18 +38,18 @@ def trees(tmp_path: pathlib.Path) -> t.Tuple[pathlib.Path, pathlib.Path]:
     shutil.copytree(first, second, symlinks=True, ignore=lambda *_: ["again", "fifo"])
     os.link(second / "etc" / "passwd", second / "again")
     os.mkfifo(second / "fifo")
-    times(first, second)
+    copy_times(first, second)
     return first, second
 
 
-def times(first: pathlib.Path, second: pathlib.Path) -> None:
-    """Give each entry of the second tree the times of the first."""
+def copy_times(first: pathlib.Path, second: pathlib.Path) -> None:
+    """Copy the times of all entries of the first tree to the second."""
     for item in [*sorted(first.rglob("*"), reverse=True), first]:
         other = second / item.relative_to(first)
         if os.path.lexists(other):
             status = item.lstat()
-            moments = (status.st_atime_ns, status.st_mtime_ns)
-            os.utime(other, ns=moments, follow_symlinks=False)
+            timestamps = (status.st_atime_ns, status.st_mtime_ns)
+            os.utime(other, ns=timestamps, follow_symlinks=False)
 
 
 def compared(
@@ -63,11 +63,11 @@ def compared(
             os.close(descriptor)
 
 
-def test_equal_trees(trees: t.Tuple[pathlib.Path, pathlib.Path]) -> None:
+def test_equal_trees_have_no_difference(trees: t.Tuple[pathlib.Path, pathlib.Path]) -> None:
     assert compared(*trees) == Comparison(8, 0, 0, ())
 
 
-def test_times_alone_are_no_difference(trees: t.Tuple[pathlib.Path, pathlib.Path]) -> None:
+def test_times_are_not_a_difference(trees: t.Tuple[pathlib.Path, pathlib.Path]) -> None:
     os.utime(trees[1] / "etc", (1, 1))
     assert compared(*trees) == Comparison(8, 0, 1, ())
 
@@ -88,7 +88,7 @@ def unlinked(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "words"),
+    ("name", "change", "problem"),
     [
         ("etc/deep", lambda path: path.chmod(0o700), "has mode 0700, not 0755"),
         ("etc/deep/file", lambda path: path.write_text("more content"), "has 12 bytes, not 7"),
@@ -96,23 +96,23 @@ def unlinked(path: pathlib.Path) -> None:
         ("fifo", replaced, "is a directory, not a FIFO"),
         ("etc/deep/file", lambda path: path.unlink(), "is missing"),
         ("etc/new", lambda path: path.write_text(""), "is not in the image"),
-        # Of two names, the second one that is met.
+        # Reported for the second of two names in the order of reading.
         ("etc/passwd", unlinked, "is hard-linked otherwise"),
         ("etc/deep/file", lambda path: os.setxattr(path, "user.x", b"1"), "has user.x"),
     ],
 )
-def test_each_kind_of_difference(
-    name: str, change: Change, words: str, trees: t.Tuple[pathlib.Path, pathlib.Path]
+def test_each_kind_of_difference_is_reported(
+    name: str, change: Change, problem: str, trees: t.Tuple[pathlib.Path, pathlib.Path]
 ) -> None:
     (trees[0] / "etc" / "deep").chmod(0o755)
     (trees[1] / "etc" / "deep").chmod(0o755)
     change(trees[1] / name)
     found = compared(*trees)
     assert (found.different, found.shown[0].path) == (1, f"/{name}")
-    assert found.shown[0].problems == (words,)
+    assert found.shown[0].problems == (problem,)
 
 
-def test_owners_that_were_not_changed(trees: t.Tuple[pathlib.Path, pathlib.Path]) -> None:
+def test_unchanged_owners_are_reported(trees: t.Tuple[pathlib.Path, pathlib.Path]) -> None:
     me = os.getuid()
     maps = [IDMap.of((me, me + 1000, 1)), IDMap.of((os.getgid(), os.getgid(), 1))]
     found = compared(*trees, Shift(Mapping(), Mapping(*maps)))
@@ -122,7 +122,7 @@ def test_owners_that_were_not_changed(trees: t.Tuple[pathlib.Path, pathlib.Path]
     )
 
 
-def test_only_a_few_of_many_differences_are_listed(
+def test_list_of_differences_is_limited(
     trees: t.Tuple[pathlib.Path, pathlib.Path],
 ) -> None:
     for number in range(500):

@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+"""Tests of reading a file from the merged layers of an image."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def read(layers: t.Sequence[pathlib.Path], path: str) -> t.Optional[str]:
         return read_text(stack, path)
 
 
-def test_the_topmost_file_counts(layers: t.List[pathlib.Path]) -> None:
+def test_topmost_file_is_read(layers: t.List[pathlib.Path]) -> None:
     write(layers[1], "etc/passwd", "middle")
     write(layers[2], "etc/passwd", "base")
     write(layers[2], "etc/group", "base")
@@ -46,7 +47,7 @@ def test_the_topmost_file_counts(layers: t.List[pathlib.Path]) -> None:
     assert read(layers, "nowhere/at/all") is None
 
 
-def test_a_file_in_place_of_a_folder_hides_it(layers: t.List[pathlib.Path]) -> None:
+def test_file_hides_a_directory_of_the_same_name(layers: t.List[pathlib.Path]) -> None:
     write(layers[0], "etc", "a file")
     write(layers[2], "etc/passwd", "base")
 
@@ -63,7 +64,7 @@ def test_links_are_not_followed(layers: t.List[pathlib.Path]) -> None:
     assert read(layers, "lib/secret") is None
 
 
-def test_a_file_of_the_root(layers: t.List[pathlib.Path]) -> None:
+def test_file_in_the_root_directory_is_read(layers: t.List[pathlib.Path]) -> None:
     write(layers[1], "motd", "hello")
 
     assert read(layers, "motd") == "hello"
@@ -72,10 +73,10 @@ def test_a_file_of_the_root(layers: t.List[pathlib.Path]) -> None:
 @pytest.mark.parametrize(
     ("path", "attribute"), [("etc/passwd", "metacopy"), ("etc", "redirect"), ("etc", "whiteouts")]
 )
-def test_only_the_kernel_knows_where_the_content_is(
+def test_content_behind_overlay_attributes_needs_a_mount(
     layers: t.List[pathlib.Path], path: str, attribute: str
 ) -> None:
-    """A file whose owner or mode was changed in a store with metacopy=on is as long as the old one, and empty."""
+    """With metacopy=on, a file whose owner or mode was changed has the length of the original file, but no data."""
     write(layers[0], "etc/passwd", "\0\0\0\0")
     write(layers[1], "etc/passwd", "root")
     os.setxattr(layers[0] / path, f"user.overlay.{attribute}", b"y")

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tests of tree/merged.py."""
+"""Tests of LayerStack: extended attributes of overlay, and file descriptors of layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.merge
 )
 
 
-def test_private_attributes(tmp_path: pathlib.Path) -> None:
+def test_private_attributes_are_not_content(tmp_path: pathlib.Path) -> None:
     names = ["user.overlay.origin", "trusted.overlay.impure", "user.a", "trusted.overlay.overlay.b"]
     with LayerStack([str(tmp_path)], "trusted") as stack:
         assert stack.content(names) == [names[0], names[2], names[3]]
@@ -25,15 +25,15 @@ def test_private_attributes(tmp_path: pathlib.Path) -> None:
         assert stack.content(names) == names
 
 
-@pytest.mark.parametrize("what", ["redirect", "metacopy", "whiteout", "whiteouts"])
-def test_content_elsewhere(tmp_path: pathlib.Path, what: str) -> None:
+@pytest.mark.parametrize("attribute", ["redirect", "metacopy", "whiteout", "whiteouts"])
+def test_content_elsewhere_needs_a_mount(tmp_path: pathlib.Path, attribute: str) -> None:
     with LayerStack([str(tmp_path)], "trusted") as stack:
-        with pytest.raises(NeedsMount, match=what):
-            stack.content([f"trusted.overlay.{what}"])
-        assert stack.content([f"user.overlay.{what}"]) == [f"user.overlay.{what}"]
+        with pytest.raises(NeedsMount, match=attribute):
+            stack.content([f"trusted.overlay.{attribute}"])
+        assert stack.content([f"user.overlay.{attribute}"]) == [f"user.overlay.{attribute}"]
 
 
-def test_opaque(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opaque_attribute_is_read(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"trusted.overlay.opaque": b"y"}
     monkeypatch.setattr(os, "getxattr", lambda _fd, name: values[name])
     with LayerStack([str(tmp_path)], "trusted") as stack:
@@ -57,7 +57,7 @@ def test_descriptors_are_duplicated_and_closed(tmp_path: pathlib.Path) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_missing_and_linked_layers(tmp_path: pathlib.Path) -> None:
+def test_missing_and_linked_layers_are_rejected(tmp_path: pathlib.Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     before = os.listdir("/proc/self/fd")
     for name in ("link", "missing"):
@@ -66,6 +66,6 @@ def test_missing_and_linked_layers(tmp_path: pathlib.Path) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_unknown_family(tmp_path: pathlib.Path) -> None:
+def test_unknown_family_is_rejected(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="trusted, user, plain"):
         LayerStack([str(tmp_path)], "security")

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tests of tree/owners.py."""
+"""Tests of the translation of IDs in access control lists and file capabilities."""
 
 from __future__ import annotations
 
@@ -33,51 +33,67 @@ def acl(*entries: t.Tuple[int, int, int]) -> bytes:
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
-NOBODY = 2**32 - 1
+UNDEFINED_ID = 2**32 - 1
 
 
-def test_acl() -> None:
-    before = acl((1, 7, NOBODY), (2, 6, 1001), (4, 5, NOBODY), (8, 4, 2002), (16, 7, NOBODY))
-    after = acl((1, 7, NOBODY), (2, 6, 5001), (4, 5, NOBODY), (8, 4, 6002), (16, 7, NOBODY))
+def test_ids_in_acl_are_translated() -> None:
+    before = acl(
+        (1, 7, UNDEFINED_ID),
+        (2, 6, 1001),
+        (4, 5, UNDEFINED_ID),
+        (8, 4, 2002),
+        (16, 7, UNDEFINED_ID),
+    )
+    after = acl(
+        (1, 7, UNDEFINED_ID),
+        (2, 6, 5001),
+        (4, 5, UNDEFINED_ID),
+        (8, 4, 6002),
+        (16, 7, UNDEFINED_ID),
+    )
     for attribute in owners.ACLS:
         assert owners.translate(attribute, before, shift()) == after
 
 
-def test_acl_with_unmapped_ids() -> None:
-    one = shift()
+def test_unmapped_ids_in_acl_are_kept_and_recorded() -> None:
+    id_shift = shift()
     before = acl((2, 6, 1060), (8, 4, 2070), (2, 6, 3), (2, 6, 1001))
     after = acl((2, 6, 1060), (8, 4, 2070), (2, 6, 3), (2, 6, 5001))
-    assert owners.translate(ACCESS, before, one) == after
-    assert (one.unmapped_uids, one.unmapped_gids, one.foreign_uids) == ({60}, {70}, {3})
+    assert owners.translate(ACCESS, before, id_shift) == after
+    assert (id_shift.unmapped_uids, id_shift.unmapped_gids, id_shift.foreign_uids) == (
+        {60},
+        {70},
+        {3},
+    )
 
 
-def test_acl_with_overflow() -> None:
+def test_unmapped_ids_in_acl_become_the_overflow_id() -> None:
     before, after = acl((2, 6, 1060)), acl((2, 6, 65534))
     assert owners.translate(ACCESS, before, shift(overflow=True)) == after
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_are_survived(value: bytes) -> None:
+def test_any_value_keeps_its_length(value: bytes) -> None:
     for attribute in owners.WITH_IDS:
         assert len(owners.translate(attribute, value, shift())) == len(value)
 
 
-def test_capability_of_a_namespace() -> None:
+def test_root_id_of_capability_is_translated() -> None:
     before = struct.pack("<IIIIII", 0x03000001, 1, 2, 3, 4, 1000)
     after = struct.pack("<IIIIII", 0x03000001, 1, 2, 3, 4, 5000)
     assert owners.translate(owners.CAPABILITY, before, shift()) == after
 
 
-def test_capability_of_the_host_stays() -> None:
+def test_capability_without_root_id_is_unchanged() -> None:
     value = struct.pack("<IIIII", 0x02000001, 1, 2, 3, 4)
     assert owners.translate(owners.CAPABILITY, value, shift()) == value
 
 
-def test_capability_of_an_unmapped_root() -> None:
-    one = shift()
+def test_capability_with_unmapped_root_id_is_unchanged() -> None:
+    id_shift = shift()
     value = struct.pack("<IIIIII", 0x03000001, 1, 2, 3, 4, 7)
-    assert owners.translate(owners.CAPABILITY, value, one) == value
-    assert one.foreign_uids == {7}
+    assert owners.translate(owners.CAPABILITY, value, id_shift) == value
+    assert id_shift.foreign_uids == {7}
 
 
 @pytest.mark.parametrize(
@@ -93,5 +109,5 @@ def test_capability_of_an_unmapped_root() -> None:
         ("trusted.SGI_ACL_FILE", False),
     ],
 )
-def test_is_copied(attribute: str, copied: bool) -> None:
+def test_attributes_with_file_metadata_are_copied(attribute: str, copied: bool) -> None:
     assert owners.is_copied(attribute) is copied

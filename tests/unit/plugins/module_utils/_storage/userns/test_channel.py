@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What may come out of a namespace: data of a declared form, and nothing else."""
+"""Tests of messages from processes in a user namespace: only data of a declared form is accepted."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN)
-def test_plain_values_travel(value: t.Any) -> None:
+def test_plain_values_are_sent_unchanged(value: t.Any) -> None:
     assert decode(encode(value)) == value
 
 
 @given(st.text(st.characters(categories=["Cs", "Ll"])))
-def test_what_is_sent_is_accepted(value: str) -> None:
-    """Surrogates that are no bytes of a path are replaced, all else stays."""
+def test_sent_text_is_accepted(value: str) -> None:
+    """Surrogates that do not represent bytes of a path are replaced, other characters are kept."""
     received = decode(encode({value: [value]}))
     for item in received:
         assert shapes.text(item) == ""
@@ -71,7 +71,7 @@ def test_what_is_sent_is_accepted(value: str) -> None:
 @pytest.mark.parametrize(
     "value", [{1, 2}, b"x", object(), float("nan"), float("inf"), {"a": print}, {(1, 2): 3}]
 )
-def test_other_values_are_not_sent(value: t.Any) -> None:
+def test_values_that_are_not_plain_are_not_sent(value: t.Any) -> None:
     with pytest.raises(BadMessage, match="is not plain data"):
         encode(value)
 
@@ -94,7 +94,7 @@ def test_other_values_are_not_sent(value: t.Any) -> None:
     ],
     ids=lambda data: repr(data[:12]) + str(len(data)),
 )
-def test_refused(data: bytes) -> None:
+def test_malformed_data_is_rejected(data: bytes) -> None:
     with pytest.raises(BadMessage):
         decode(data)
 
@@ -128,7 +128,7 @@ TEXTS = shapes.Items(shapes.text)
         (shapes.plain(2), b"[[[]]]"),
     ],
 )
-def test_of_another_form(form: shapes.Check, data: bytes) -> None:
+def test_data_of_another_form_is_rejected(form: shapes.Check, data: bytes) -> None:
     with pytest.raises(BadMessage):
         decode(data, form)
 
@@ -144,7 +144,7 @@ def test_errors_keep_class_and_fields() -> None:
         assert found.facts == {"uids": [1]}
 
 
-def test_every_error_has_its_kind() -> None:
+def test_every_error_has_a_kind() -> None:
     kinds = {
         name
         for name, value in vars(errors).items()
@@ -153,15 +153,15 @@ def test_every_error_has_its_kind() -> None:
     assert set(channel.ERRORS) == kinds
 
 
-def test_every_fact_has_its_form() -> None:
-    """What our own code tells beside a message is not lost on its way."""
-    told = set()
+def test_every_fact_has_a_form() -> None:
+    """Facts without a form would be lost. The library passes facts as keyword arguments of errors."""
+    names = set()
     for path in LIBRARY.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in channel.ERRORS:
-                told |= {keyword.arg for keyword in node.keywords if keyword.arg}
-    assert told
-    assert told <= set(channel.FACTS)
+                names |= {keyword.arg for keyword in node.keywords if keyword.arg}
+    assert names
+    assert names <= set(channel.FACTS)
 
 
 @pytest.mark.parametrize(
@@ -181,26 +181,26 @@ def test_every_fact_has_its_form() -> None:
         {"__class__": "x"},
     ],
 )
-def test_forged_errors(change: t.Dict[str, t.Any]) -> None:
+def test_forged_errors_are_rejected(change: t.Dict[str, t.Any]) -> None:
     message = {**channel.error_message(MapError("a", "b", "c")), **change}
     with pytest.raises(BadMessage):
         channel.decode_message(channel.ERROR, encode(message))
 
 
-def test_a_trace_comes_with_faults_only() -> None:
-    for kind, left in ((InternalError, {"trace": "x"}), (LayerInUse, {})):
+def test_only_internal_errors_have_a_trace() -> None:
+    for kind, expected in ((InternalError, {"trace": "x"}), (LayerInUse, {})):
         message = channel.error_message(kind("a", "b", trace="x"))
-        assert channel.rebuilt_error(message).facts == left
+        assert channel.rebuilt_error(message).facts == expected
 
 
 @given(st.binary() | PLAIN.map(encode), st.sampled_from([b"E", b"P", b"U", b"F", b"X", b"\0"]))
-def test_any_message(data: bytes, kind: bytes) -> None:
+def test_any_message_is_decoded_or_rejected(data: bytes, kind: bytes) -> None:
     with contextlib.suppress(BadMessage):
         channel.decode_message(kind, data)
 
 
 def received(data: bytes, limits: Limits = channel.UNLIMITED) -> t.List[t.Tuple[bytes, bytes]]:
-    """The messages of a child that sent those bytes and ended."""
+    """The messages of a child process that sends these bytes and exits."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -217,19 +217,19 @@ def received(data: bytes, limits: Limits = channel.UNLIMITED) -> t.List[t.Tuple[
 
 
 @given(st.lists(st.tuples(st.sampled_from([b"R", b"E", b"U"]), st.binary(max_size=99)), max_size=5))
-def test_messages(messages: t.List[t.Tuple[bytes, bytes]]) -> None:
+def test_complete_messages_are_received(messages: t.List[t.Tuple[bytes, bytes]]) -> None:
     data = b"".join(channel._HEADER.pack(kind, len(body)) + body for kind, body in messages)
     assert received(data) == messages
     assert received(data[:-1]) == messages[:-1]
 
 
-def test_a_message_beyond_measure() -> None:
-    """Nothing of it is read."""
+def test_too_large_message_is_rejected() -> None:
+    """Its body is not read."""
     with pytest.raises(BadMessage, match="larger"):
         received(channel._HEADER.pack(b"R", channel.SIZE_LIMIT + 1) + b"x" * 1000)
 
 
-def test_progress_is_kept_and_not_passed_on() -> None:
+def test_progress_is_stored_and_not_returned() -> None:
     reader, writer = os.pipe()
     sender = Sender(writer)
     sender.send(channel.PROGRESS, {"moved": True, "step": "reading /a"})
@@ -242,22 +242,24 @@ def test_progress_is_kept_and_not_passed_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "beats", "words"),
+    ("limits", "beats", "message"),
     [
         (Limits(silence=0.01), 0, "did not respond"),
         (Limits(stall=0.01), 10**6, "made no progress"),
         (Limits(total=0.01), 10**6, "worked for more than"),
     ],
 )
-def test_waiting_has_a_limit(monkeypatch: t.Any, limits: Limits, beats: int, words: str) -> None:
-    """Of one who says nothing, who says only that nothing moves, and who says anything without end."""
+def test_waiting_for_messages_is_limited(
+    monkeypatch: t.Any, limits: Limits, beats: int, message: str
+) -> None:
+    """Tests a process that sends nothing, a process without progress, and a process that never ends."""
     monkeypatch.setattr(channel, "_LOOK", 0.005)
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
         sender = Sender(writer)
-        moved = "worked" in words
+        moved = "worked" in message
         with contextlib.suppress(BrokenPipeError):
             for _number in range(beats):
                 sender.send(channel.PROGRESS, {"moved": moved, "step": "reading /fuse"})
@@ -265,7 +267,7 @@ def test_waiting_has_a_limit(monkeypatch: t.Any, limits: Limits, beats: int, wor
     os.close(writer)
     receiver = Receiver(reader, limits)
     try:
-        with pytest.raises(Silence, match=words):
+        with pytest.raises(Silence, match=message):
             list(receiver.messages())
     finally:
         os.close(reader)
@@ -273,14 +275,14 @@ def test_waiting_has_a_limit(monkeypatch: t.Any, limits: Limits, beats: int, wor
 
 
 def _data_bytes() -> int:
-    """What this process has of what RLIMIT_DATA limits."""
+    """The memory of this process that counts for RLIMIT_DATA."""
     status = pathlib.Path("/proc/self/status").read_text()
     (line,) = (item for item in status.splitlines() if item.startswith("VmData:"))
     return int(line.split()[1]) * 1024
 
 
-def test_memory_is_bounded_whatever_is_sent() -> None:
-    """The worst that fits a message, in a process that may have 1 GB."""
+def test_memory_is_limited_for_any_message() -> None:
+    """Decodes the structures that need most memory in a process with a limit of 1 GB."""
     worst = [
         b"[" + b'{"":0},' * 299_999 + b"0]",
         b"[" + b'"aa",' * 2_999_000 + b'"aa"]',
@@ -292,7 +294,7 @@ def test_memory_is_bounded_whatever_is_sent() -> None:
         if pid == 0:
             status = 1
             try:
-                # What the process of the tests holds itself is not the message's.
+                # Memory that the test process already uses does not count.
                 limit = _data_bytes() + (1 << 30)
                 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
                 with contextlib.suppress(BadMessage):
@@ -303,7 +305,7 @@ def test_memory_is_bounded_whatever_is_sent() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, data[:20]
 
 
-def test_a_result_of_ten_thousand_layers_is_far_from_the_limits() -> None:
+def test_result_of_ten_thousand_layers_is_far_below_the_limits() -> None:
     maps = ["0:100000:65536"] * 3
     layer = {
         **dict.fromkeys(("id", "duplicate_of", "last_used", "lease", "created"), "a" * 64),
@@ -319,7 +321,7 @@ def test_a_result_of_ten_thousand_layers_is_far_from_the_limits() -> None:
     assert len(decode(encode([layer] * 10_000))) == 10_000
 
 
-def test_what_ended_without_a_result() -> None:
+def test_error_reports_how_a_process_ended() -> None:
     assert "status 3" in str(waiting.death("user alice", 3, ""))
     error = waiting.death("user alice", -9, "reading /a")
     assert isinstance(error, WorkerError)

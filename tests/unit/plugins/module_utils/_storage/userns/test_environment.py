@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The environment that goes into a namespace."""
+"""Tests of the environment of processes in a user namespace."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.userns imp
 )
 
 ALICE = Account("alice", os.getuid(), os.getgid(), "/home/alice")
-NOBODY = Account("nobody-at-all", 987654, 987654, "/home/nobody")
+OTHER_USER = Account("nobody-at-all", 987654, 987654, "/home/nobody")
 
 
-def test_the_own_environment_stays(tmp_path: pathlib.Path) -> None:
+def test_own_environment_is_kept(tmp_path: pathlib.Path) -> None:
     given_environ = {"A": "1", "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path), "USER": "x"}
     environ = userns.environment(given_environ, ALICE, True)
     assert environ["A"] == "1"
@@ -27,7 +27,7 @@ def test_the_own_environment_stays(tmp_path: pathlib.Path) -> None:
     assert environ["USER"] == environ["LOGNAME"] == "alice"
 
 
-def test_of_another_environment_only_the_neutral_stays(tmp_path: pathlib.Path) -> None:
+def test_only_neutral_variables_of_another_environment_are_kept(tmp_path: pathlib.Path) -> None:
     conf = tmp_path / "storage.conf"
     conf.write_text("")
     environ = userns.environment(
@@ -53,14 +53,14 @@ def test_of_another_environment_only_the_neutral_stays(tmp_path: pathlib.Path) -
     assert (environ["PATH"], environ["LC_ALL"]) == ("/bin", "C")
 
 
-def test_paths_of_others_do_not_stay(tmp_path: pathlib.Path) -> None:
+def test_paths_of_other_users_are_dropped(tmp_path: pathlib.Path) -> None:
     home = str(tmp_path)
     environ = {"XDG_RUNTIME_DIR": home, "XDG_CONFIG_HOME": home, "XDG_DATA_HOME": "a\0b"}
     for own in (False, True):
-        left = userns.environment(environ, NOBODY, own)
-        assert not [name for name in left if name.startswith("XDG_")]
+        kept = userns.environment(environ, OTHER_USER, own)
+        assert not [name for name in kept if name.startswith("XDG_")]
 
 
-def test_a_uid_without_account() -> None:
+def test_uid_without_account_is_an_error() -> None:
     with pytest.raises(NamespaceError, match="987654"):
         userns.caller(987654)

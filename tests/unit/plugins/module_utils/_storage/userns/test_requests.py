@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Requests for another process as data."""
+"""Tests of the conversion of requests for another process to data."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.userns.req
 )
 
 STORE = StoreRequest(Account("alice", 1000, 1000, "/home/\udcff"), "/c", storage_options=("a=b",))
-WANTED = (MappingOptions("keep-id"), MappingOptions(uidmap=("0:1:2",), slots=2))
-TEMPLATE = layer_template.TemplateRequest(STORE, ("a", "b"), WANTED, deadline=1.5)
+MAPPINGS = (MappingOptions("keep-id"), MappingOptions(uidmap=("0:1:2",), slots=2))
+TEMPLATE = layer_template.TemplateRequest(STORE, ("a", "b"), MAPPINGS, deadline=1.5)
 GC = layer_gc.GcRequest(
     STORE,
     {
@@ -60,7 +60,9 @@ def sent(value: t.Any) -> t.Any:
 @pytest.mark.parametrize(
     ("function", "arguments"), CALLS, ids=lambda item: getattr(item, "__qualname__", "")
 )
-def test_requests_travel(function: t.Callable[..., t.Any], arguments: t.Tuple[t.Any, ...]) -> None:
+def test_requests_are_restored_from_data(
+    function: t.Callable[..., t.Any], arguments: t.Tuple[t.Any, ...]
+) -> None:
     assert tuple(from_data(function, sent(arguments))) == arguments
 
 
@@ -79,7 +81,7 @@ def test_requests_travel(function: t.Callable[..., t.Any], arguments: t.Tuple[t.
         [{**sent(STORE), "account": ["alice", 1000, 1000, "/"]}],
     ],
 )
-def test_other_arguments_are_refused(arguments: t.Any) -> None:
+def test_arguments_of_other_types_are_rejected(arguments: t.Any) -> None:
     with pytest.raises(InternalError):
         from_data(store_tasks.token_path, arguments)
 
@@ -87,6 +89,6 @@ def test_other_arguments_are_refused(arguments: t.Any) -> None:
 @pytest.mark.parametrize(
     "options", [[["images", "a"]], {"images": {"a": "b"}}, {"images": [1]}, {"images": None}]
 )
-def test_other_options_are_refused(options: t.Any) -> None:
+def test_options_of_other_types_are_rejected(options: t.Any) -> None:
     with pytest.raises(InternalError):
         from_data(layer_gc.collect, [{**sent(GC), "options": options}])
