@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Checking many records at once finds what checking each of them does."""
+"""Tests that the check of many records at once rejects the same records as the check of each record."""
 
 from __future__ import annotations
 
@@ -36,19 +36,21 @@ record = st.one_of(
         st.dictionaries(st.sampled_from([*GOOD, "Names", "other"]), values, max_size=2),
     ),
     st.builds(
-        lambda gone: {key: value for key, value in GOOD.items() if key != gone},
+        lambda omitted: {key: value for key, value in GOOD.items() if key != omitted},
         st.sampled_from(sorted(GOOD)),
     ),
 )
 
 
 @given(st.lists(record, max_size=6))
-def test_many_at_once_are_no_better_than_each(records: t.List[t.Dict[str, t.Any]]) -> None:
+def test_bulk_check_accepts_only_records_without_faults(
+    records: t.List[t.Dict[str, t.Any]],
+) -> None:
     if fields.all_good(records, fields.LAYER):
         assert [fields.first_fault(item, fields.LAYER) for item in records] == [None] * len(records)
 
 
-def test_what_runtimes_write_is_found_good_at_once() -> None:
+def test_bulk_check_accepts_records_of_runtimes() -> None:
     others = [{**GOOD, "id": digit * 64, "parent": "a" * 64} for digit in "bcdef"]
     assert fields.all_good([*others, {"id": "0" * 64}], fields.LAYER)
     assert not fields.all_good([*others, {"id": ""}], fields.LAYER)

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Lock files: real POSIX locks against other processes, this one's threads, and the token."""
+"""Tests of lock files: POSIX locks against other processes and threads of this process, and the token."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.lock
     fresh_token,
 )
 
-# Seconds for a lock that has to be got: they end a test that hangs, and decide nothing else.
-PATIENCE = 600.0
+# Timeout in seconds for locks that must be acquired. It only ends tests that hang.
+TIMEOUT = 600.0
 
 _HOLDER = """
 import fcntl, os, sys
@@ -48,9 +48,9 @@ def path(tmp_path: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def held_elsewhere(path: str, how: str) -> t.Iterator[subprocess.Popen[bytes]]:
+def held_elsewhere(path: str, mode: str) -> t.Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, path, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", _HOLDER, path, mode], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
@@ -61,23 +61,23 @@ def held_elsewhere(path: str, how: str) -> t.Iterator[subprocess.Popen[bytes]]:
 
 
 def free_for_others(path: str, exclusive: bool = True) -> bool:
-    """Ask from another process, since this one's own locks never stand in its way."""
-    how = "LOCK_EX" if exclusive else "LOCK_SH"
-    script = f"import fcntl,os,sys; fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.{how} | fcntl.LOCK_NB)"
+    """Whether another process can acquire the lock. Locks of the same process never conflict."""
+    mode = "LOCK_EX" if exclusive else "LOCK_SH"
+    script = f"import fcntl,os,sys; fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.{mode} | fcntl.LOCK_NB)"
     done = subprocess.run(
         [sys.executable, "-c", script, path], stderr=subprocess.DEVNULL, check=False
     )
     return done.returncode == 0
 
 
-def test_create_is_empty_and_keeps(path: str) -> None:
+def test_create_makes_an_empty_file_and_keeps_existing_content(path: str) -> None:
     assert os.stat(path).st_size == 0
     pathlib.Path(path).write_bytes(b"x")
     LockFile(path).create()
     assert pathlib.Path(path).read_bytes() == b"x"
 
 
-def test_exclusive_keeps_others_out(path: str) -> None:
+def test_exclusive_lock_blocks_other_processes(path: str) -> None:
     with LockFile(path).exclusive(1) as lock:
         assert lock.held
         assert not free_for_others(path)
@@ -86,25 +86,27 @@ def test_exclusive_keeps_others_out(path: str) -> None:
     assert free_for_others(path)
 
 
-def test_shared_lets_readers_in(path: str) -> None:
+def test_shared_lock_allows_readers(path: str) -> None:
     with LockFile(path, read_only=True).shared(1):
         assert free_for_others(path, exclusive=False)
         assert not free_for_others(path)
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "goes"),
+    ("other_mode", "own_mode", "is_acquired"),
     [("sh", "shared", True), ("sh", "exclusive", False), ("ex", "shared", False)],
 )
-def test_against_another_process(path: str, theirs: str, ours: str, goes: bool) -> None:
-    with held_elsewhere(path, theirs) as process:
+def test_only_shared_locks_do_not_conflict(
+    path: str, other_mode: str, own_mode: str, is_acquired: bool
+) -> None:
+    with held_elsewhere(path, other_mode) as process:
         lock = LockFile(path)
         started = time.monotonic()
-        if goes:
-            with getattr(lock, ours)(0.3):
+        if is_acquired:
+            with getattr(lock, own_mode)(0.3):
                 pass
             return
-        with pytest.raises(LockTimeout) as caught, getattr(lock, ours)(0.3):
+        with pytest.raises(LockTimeout) as caught, getattr(lock, own_mode)(0.3):
             pass
         assert time.monotonic() - started > 0.25
         assert caught.value.facts["seconds"] == 0.3
@@ -112,26 +114,26 @@ def test_against_another_process(path: str, theirs: str, ours: str, goes: bool) 
         assert str(process.pid) in str(caught.value)
         assert caught.value.facts["pid"] == process.pid
         assert not lock.held
-    # The thread that waited in the kernel's queue gives the lock back at once.
+    # The thread that waits for the kernel releases the lock as soon as it is acquired.
     while not free_for_others(path):
         time.sleep(0.01)
-    with LockFile(path).exclusive(PATIENCE):
+    with LockFile(path).exclusive(TIMEOUT):
         assert not free_for_others(path)
 
 
-def test_zero_timeout_asks_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_zero_timeout_tries_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
     lockf = fcntl.lockf
-    monkeypatch.setattr(fcntl, "lockf", lambda *words: (asked.append(words), lockf(*words))[1])
+    monkeypatch.setattr(fcntl, "lockf", lambda *args: (calls.append(args), lockf(*args))[1])
     with held_elsewhere(path, "ex"):
         with pytest.raises(LockTimeout), LockFile(path).shared(0):
             pass
-        assert [operation for _file, operation in asked] == [fcntl.LOCK_SH | fcntl.LOCK_NB]
+        assert [operation for _file, operation in calls] == [fcntl.LOCK_SH | fcntl.LOCK_NB]
     with LockFile(path).exclusive(0):
         pass
 
 
-def test_waits_its_turn(path: str) -> None:
+def test_lock_is_acquired_when_it_is_released(path: str) -> None:
     with held_elsewhere(path, "ex") as process:
         released = threading.Event()
 
@@ -140,14 +142,14 @@ def test_waits_its_turn(path: str) -> None:
             process.kill()
 
         threading.Timer(0.3, release).start()
-        with LockFile(path).exclusive(PATIENCE) as lock:
+        with LockFile(path).exclusive(TIMEOUT) as lock:
             assert released.is_set()
             assert not free_for_others(path)
             lock.touch()
     assert free_for_others(path)
 
 
-def test_gets_in_between_busy_writers(path: str) -> None:
+def test_lock_is_acquired_among_busy_writers(path: str) -> None:
     script = (
         "import fcntl,os,sys,time\n"
         "print('go', flush=True)\n"
@@ -164,7 +166,7 @@ def test_gets_in_between_busy_writers(path: str) -> None:
             assert writer.stdout is not None
             writer.stdout.readline()
         for _round in range(10):
-            with LockFile(path).exclusive(PATIENCE):
+            with LockFile(path).exclusive(TIMEOUT):
                 assert not free_for_others(path)
     finally:
         for writer in writers:
@@ -174,13 +176,13 @@ def test_gets_in_between_busy_writers(path: str) -> None:
 
 def test_threads_exclude_each_other(path: str) -> None:
     inside = []
-    most = []
+    counts = []
 
     def work() -> None:
         for _round in range(20):
-            with LockFile(path).exclusive(PATIENCE):
+            with LockFile(path).exclusive(TIMEOUT):
                 inside.append(1)
-                most.append(len(inside))
+                counts.append(len(inside))
                 time.sleep(0.0005)
                 inside.pop()
 
@@ -189,11 +191,11 @@ def test_threads_exclude_each_other(path: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(most) == 80
-    assert max(most) == 1
+    assert len(counts) == 80
+    assert max(counts) == 1
 
 
-def test_another_object_never_drops_the_lock(path: str, tmp_path: pathlib.Path) -> None:
+def test_another_object_does_not_release_the_lock(path: str, tmp_path: pathlib.Path) -> None:
     link = str(tmp_path / "link")
     os.link(path, link)
     with LockFile(path).exclusive(1):
@@ -220,7 +222,7 @@ def test_another_object_never_drops_the_lock(path: str, tmp_path: pathlib.Path) 
     assert not LockFile(link).busy_here
 
 
-def test_forked_child_holds_nothing(path: str) -> None:
+def test_forked_child_holds_no_lock(path: str) -> None:
     with LockFile(path).exclusive(1):
         child = os.fork()
         if child == 0:
@@ -236,15 +238,15 @@ def test_forked_child_holds_nothing(path: str) -> None:
         assert not free_for_others(path)
 
 
-def test_token(path: str) -> None:
+def test_token_changes_with_each_touch(path: str) -> None:
     with LockFile(path).exclusive(1) as lock:
         assert lock.token() == b""
         before = time.time_ns()
         token = lock.touch()
         assert lock.token() == token
         assert os.stat(path).st_size == TOKEN_SIZE == len(token)
-        moment, _count, pid = struct.unpack_from("<QQI", token)
-        assert before <= moment <= time.time_ns()
+        timestamp, _count, pid = struct.unpack_from("<QQI", token)
+        assert before <= timestamp <= time.time_ns()
         assert pid == os.getpid()
         assert lock.touch() != token
         assert os.stat(path).st_size == TOKEN_SIZE
@@ -256,13 +258,13 @@ def test_token(path: str) -> None:
         lock.token()
 
 
-def test_tokens_differ() -> None:
+def test_fresh_tokens_differ() -> None:
     assert len({fresh_token() for _round in range(1000)}) == 1000
 
 
-def test_missing_and_odd_files(tmp_path: pathlib.Path) -> None:
-    for how in ("shared", "exclusive"):
-        with pytest.raises(FileNotFoundError), getattr(LockFile(str(tmp_path / "no")), how)(1):
+def test_missing_and_irregular_files_are_rejected(tmp_path: pathlib.Path) -> None:
+    for mode in ("shared", "exclusive"):
+        with pytest.raises(FileNotFoundError), getattr(LockFile(str(tmp_path / "no")), mode)(1):
             pass
     os.mkfifo(tmp_path / "fifo")
     os.mkdir(tmp_path / "dir")
@@ -274,13 +276,13 @@ def test_missing_and_odd_files(tmp_path: pathlib.Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["dir", "fifo", "link", "real"]
 
 
-def test_read_only_is_never_exclusive(path: str) -> None:
+def test_read_only_lock_cannot_be_exclusive(path: str) -> None:
     with pytest.raises(InternalError), LockFile(path, read_only=True).exclusive(1):
         pass
 
 
-def test_replaced_while_waiting(path: str) -> None:
-    """A lock on a file that is no longer at its place is worth nothing."""
+def test_file_that_is_replaced_during_the_wait_is_locked(path: str) -> None:
+    """A lock on the replaced file would not exclude processes that open the new file."""
     with held_elsewhere(path, "ex") as process:
         new = f"{path}.new"
         pathlib.Path(new).write_bytes(b"")
@@ -290,13 +292,13 @@ def test_replaced_while_waiting(path: str) -> None:
             process.kill()
 
         threading.Timer(0.2, swap).start()
-        with LockFile(path).exclusive(PATIENCE) as lock:
+        with LockFile(path).exclusive(TIMEOUT) as lock:
             found = os.stat(path)
             assert lock.identity == (found.st_dev, found.st_ino)
             assert not free_for_others(path)
 
 
-def test_flock_is_another_thing(path: str) -> None:
+def test_flock_does_not_conflict_with_posix_locks(path: str) -> None:
     descriptor = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

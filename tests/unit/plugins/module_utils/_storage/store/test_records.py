@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Records: read strictly, and written back to the byte."""
+"""Tests of records: they are read strictly, and unchanged parts are written back byte for byte."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def read(kind: t.Any, *items: t.Any) -> t.List[t.Any]:
     return parse(json.dumps(items).encode(), kind, "/store/file.json")
 
 
-def test_layer_view() -> None:
+def test_layer_record_is_read() -> None:
     layer = read(Layer, LAYER)[0]
     assert (layer.id, layer.parent, layer.names) == (A, B, ("one-layer",))
     assert layer.incomplete
@@ -96,7 +96,7 @@ def test_layer_view() -> None:
     assert (layer.location, layer.read_only_store) == ("stable", None)
 
 
-def test_image_view() -> None:
+def test_image_record_is_read() -> None:
     image = read(Image, IMAGE)[0]
     assert image.candidates == (B, C)
     assert image.digests == ("sha256:" + A, "sha256:" + B)
@@ -105,7 +105,7 @@ def test_image_view() -> None:
     assert bare.candidates == (B,)
 
 
-def test_container_view() -> None:
+def test_container_record_is_read() -> None:
     container = read(Container, CONTAINER)[0]
     assert (container.image, container.layer) == (B, C)
     assert container.podman_name == "web-1"
@@ -115,24 +115,24 @@ def test_container_view() -> None:
 
 
 @pytest.mark.parametrize("metadata", ["", "plain", "{", '{"name":1}', "{" * 5000, '{"name":NaN}'])
-def test_containers_of_other_programs_have_the_storages_name(metadata: str) -> None:
+def test_container_without_a_podman_name_has_the_recorded_name(metadata: str) -> None:
     container = read(Container, {"id": A, "names": ["b"], "metadata": metadata})[0]
     assert (container.podman_name, container.name) == ("", "b")
     assert read(Container, {"id": A, "metadata": metadata})[0].name == "a" * 12
 
 
-def test_volatile_by_flag_or_file() -> None:
+def test_container_is_volatile_by_flag_or_file() -> None:
     data = json.dumps([{"id": A}]).encode()
     assert parse(data, Container, "f", records.VOLATILE)[0].volatile
     assert read(Container, {"id": A, "flags": {"Volatile": True}})[0].volatile
 
 
 @pytest.mark.parametrize("data", [b"", b" \n", b"[]", b" [ ] ", b"null", b" null\n"])
-def test_no_records(data: bytes) -> None:
+def test_empty_list_has_no_records(data: bytes) -> None:
     assert parse(data, Layer, "f") == []
 
 
-def test_null_is_absent() -> None:
+def test_null_field_equals_absent_field() -> None:
     layer = read(Layer, {**dict.fromkeys(LAYER), "id": A})[0]
     assert layer.names == layer.uidset == ()
     assert layer.created is layer.diff_size is None
@@ -140,16 +140,16 @@ def test_null_is_absent() -> None:
 
 
 @pytest.mark.parametrize("kind", [Layer, Image, Container])
-def test_zero_time_is_none(kind: t.Any) -> None:
-    for moment in ("0001-01-01T00:00:00Z", "2026-13-40T25:61:61Z", "0001-01-01T00:00:00+14:00"):
-        assert read(kind, {"id": A, "created": moment})[0].created is None
+def test_zero_and_invalid_times_are_none(kind: t.Any) -> None:
+    for timestamp in ("0001-01-01T00:00:00Z", "2026-13-40T25:61:61Z", "0001-01-01T00:00:00+14:00"):
+        assert read(kind, {"id": A, "created": timestamp})[0].created is None
 
 
-# What is malformed
+# Malformed records
 
 
 @pytest.mark.parametrize("fields", [b'"x":1,"x":2', b'"flags":{"x":1,"x":2}'])
-def test_a_field_that_is_there_twice_is_read_and_never_written(fields: bytes) -> None:
+def test_record_with_a_duplicate_field_is_read_but_not_written(fields: bytes) -> None:
     layer = parse(b'[{"id":"' + A.encode() + b'",' + fields + b"}]", Layer, "f")[0]
     assert (layer.raw.get("x") or layer.flags.get("x")) == 2
     with pytest.raises(RecordError, match="the field 'x' twice"):
@@ -158,7 +158,7 @@ def test_a_field_that_is_there_twice_is_read_and_never_written(fields: bytes) ->
         records.changed(layer, {**layer.raw, "names": ["a"]})
 
 
-def refused(kind: t.Any, data: bytes) -> RecordError:
+def parse_error(kind: t.Any, data: bytes) -> RecordError:
     with pytest.raises(RecordError) as caught:
         parse(data, kind, "/store/layers.json")
     assert "/store/layers.json" in caught.value.subject
@@ -196,8 +196,8 @@ def refused(kind: t.Any, data: bytes) -> RecordError:
         b'[{"id":"' + A.encode() + b'","names":["\n"]}]',
     ],
 )
-def test_malformed(data: bytes) -> None:
-    refused(Layer, data)
+def test_malformed_file_is_rejected(data: bytes) -> None:
+    parse_error(Layer, data)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_malformed(data: bytes) -> None:
     [None, "", "../../etc", "a" * 63, "A" * 64, "a" * 64 + "\n", "/" * 64, 1, True, [A], {"id": A}],
 )
 @pytest.mark.parametrize(("kind", "example"), KINDS)
-def test_id_is_64_hexadecimal_digits(kind: t.Any, example: t.Any, value: t.Any) -> None:
-    error = refused(kind, json.dumps([{**example, "id": value}]).encode())
+def test_id_must_be_64_hexadecimal_digits(kind: t.Any, example: t.Any, value: t.Any) -> None:
+    error = parse_error(kind, json.dumps([{**example, "id": value}]).encode())
     assert error.facts["field"] == "id"
 
 
@@ -215,10 +215,10 @@ def test_id_is_64_hexadecimal_digits(kind: t.Any, example: t.Any, value: t.Any) 
     [(Layer, "parent"), (Image, "layer"), (Container, "image"), (Container, "layer")],
 )
 @pytest.mark.parametrize("value", ["../" + A, "x", A + "/..", "\ud800", 5, [A]])
-def test_references_are_ids(kind: t.Any, field: str, value: t.Any) -> None:
-    error = refused(kind, json.dumps([{"id": B, field: value}]).encode())
+def test_references_must_be_ids(kind: t.Any, field: str, value: t.Any) -> None:
+    error = parse_error(kind, json.dumps([{"id": B, field: value}]).encode())
     assert error.facts["field"] == field
-    refused(Image, json.dumps([{"id": B, "mapped-layers": [value]}]).encode())
+    parse_error(Image, json.dumps([{"id": B, "mapped-layers": [value]}]).encode())
 
 
 @pytest.mark.parametrize(
@@ -247,23 +247,23 @@ def test_references_are_ids(kind: t.Any, field: str, value: t.Any) -> None:
         (Container, "metadata", {}),
     ],
 )
-def test_wrong_type(kind: t.Any, field: str, value: t.Any) -> None:
+def test_wrong_type_is_rejected(kind: t.Any, field: str, value: t.Any) -> None:
     data = json.dumps([{"id": B}, {"id": A, field: value}]).encode()
-    error = refused(kind, data)
+    error = parse_error(kind, data)
     assert A in error.subject
     assert field in str(error)
 
 
-def test_one_id_twice() -> None:
-    assert refused(Layer, json.dumps([{"id": A}, {"id": A}]).encode()).facts["record"] == 1
+def test_duplicate_id_is_rejected() -> None:
+    assert parse_error(Layer, json.dumps([{"id": A}, {"id": A}]).encode()).facts["record"] == 1
 
 
-def test_huge_numbers_are_refused_unread() -> None:
-    """Reading so many digits takes the square of their number, which is days: a test that never ends."""
-    refused(Layer, b"[" + b"9" * 100_000_000 + b"]")
+def test_huge_numbers_are_rejected_without_conversion() -> None:
+    """The time to convert a number grows with the square of its digits, and would be days for this number."""
+    parse_error(Layer, b"[" + b"9" * 100_000_000 + b"]")
 
 
-# Hypothesis: any JSON at all
+# Any JSON
 
 ids = st.text("0123456789abcdef", min_size=64, max_size=64)
 texts = st.text(max_size=20)
@@ -313,48 +313,50 @@ def dump(value: t.Any, style: t.Dict[str, t.Any]) -> bytes:
 
 
 @given(layer_lists, styles)
-def test_round_trip(raw: t.List[t.Dict[str, t.Any]], style: t.Dict[str, t.Any]) -> None:
+def test_records_are_written_as_they_were_read(
+    raw: t.List[t.Dict[str, t.Any]], style: t.Dict[str, t.Any]
+) -> None:
     read_back = parse(dump(raw, style), Layer, "f")
     assert [item.raw for item in read_back] == raw
     assert [list(item.raw) for item in read_back] == [list(item) for item in raw]
-    again = serialise(read_back)
-    assert [item.raw for item in parse(again, Layer, "f")] == raw
-    assert serialise(parse(again, Layer, "f")) == again
+    written = serialise(read_back)
+    assert [item.raw for item in parse(written, Layer, "f")] == raw
+    assert serialise(parse(written, Layer, "f")) == written
 
 
 @given(layer_lists.filter(bool), styles, st.data())
-def test_change_touches_nothing_else(
+def test_change_keeps_other_fields_and_records(
     raw: t.List[t.Dict[str, t.Any]], style: t.Dict[str, t.Any], data: st.DataObject
 ) -> None:
     before = parse(dump(raw, style), Layer, "f")
     index = data.draw(st.integers(0, len(raw) - 1))
-    wanted = copy.deepcopy(before[index].raw)
-    wanted["flags"]["incomplete"] = True
-    wanted["parent"] = B
+    expected = copy.deepcopy(before[index].raw)
+    expected["flags"]["incomplete"] = True
+    expected["parent"] = B
     after = [*before]
-    after[index] = changed(before[index], wanted)
+    after[index] = changed(before[index], expected)
     written = parse(serialise(after), Layer, "f")
-    assert written[index].raw == wanted
-    assert list(written[index].raw) == list(wanted)
+    assert written[index].raw == expected
+    assert list(written[index].raw) == list(expected)
     for old, new in zip(before, written):
         if old is not before[index]:
             assert old.text == new.text
     old_fields = records._fields(before[index].text)
     new_fields = records._fields(written[index].text)
-    for key in wanted:
+    for key in expected:
         if key not in ("flags", "parent"):
             assert old_fields[key] == new_fields[key]
 
 
 @given(values)
-def test_encode_is_json(value: t.Any) -> None:
+def test_encoded_values_are_json_without_html_characters(value: t.Any) -> None:
     text = encode(value)
     assert json.loads(text) == value
     assert not set(b"<>&") & set(text)
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes(data: bytes) -> None:
+def test_any_bytes_are_read_or_rejected(data: bytes) -> None:
     for kind in (Layer, Image, Container):
         try:
             parse(data, kind, "f")
@@ -363,7 +365,7 @@ def test_any_bytes(data: bytes) -> None:
 
 
 @given(st.lists(st.one_of(values, st.dictionaries(st.sampled_from([*LAYER, *IMAGE]), values))))
-def test_any_json(value: t.List[t.Any]) -> None:
+def test_any_json_is_read_or_rejected(value: t.List[t.Any]) -> None:
     for kind in (Layer, Image, Container):
         try:
             for record in parse(dump(value, {}), kind, "f"):
@@ -379,7 +381,7 @@ NUMBERS = (
 )
 
 
-def test_numbers_keep_their_spelling() -> None:
+def test_numbers_keep_their_notation() -> None:
     layer = parse(b"[" + NUMBERS + b"]", Layer, "f")[0]
     assert layer.text == NUMBERS
     raw = copy.deepcopy(layer.raw)
@@ -392,7 +394,7 @@ def test_numbers_keep_their_spelling() -> None:
     assert b"\\u003c\\u0026\\u003e\\u2028\\ud800" in changed(layer, raw).text
 
 
-def test_bytes_that_are_no_utf8_survive() -> None:
+def test_bytes_that_are_not_utf8_are_kept() -> None:
     data = b'[{"id":"%s","metadata":"\xff\xc3\xa4"}]' % A.encode()
     layer = parse(data, Layer, "f")[0]
     assert serialise([layer]) == data
@@ -409,11 +411,15 @@ def test_new_record_is_checked() -> None:
             new_record(Layer, {"id": A, "x": bad}, "f")
 
 
-def test_records_travel() -> None:
+def test_records_can_be_pickled() -> None:
     for kind, example in KINDS:
         record = parse(b"[" + NUMBERS + b"]", kind, "f", "volatile", "/ro")[0]
-        again = pickle.loads(pickle.dumps(record))
-        assert (again.raw, again.text, again.path) == (record.raw, record.text, record.path)
-        assert (again.location, again.read_only_store) == ("volatile", "/ro")
-        assert encode(again.raw["x"]) == encode(record.raw["x"])
+        restored = pickle.loads(pickle.dumps(record))
+        assert (restored.raw, restored.text, restored.path) == (
+            record.raw,
+            record.text,
+            record.path,
+        )
+        assert (restored.location, restored.read_only_store) == ("volatile", "/ro")
+        assert encode(restored.raw["x"]) == encode(record.raw["x"])
         assert read(kind, example)[0].raw == example

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Image references in their parts; what podman makes of them is compared in tests/interop/test_references.py."""
+"""Tests of parsing image references. tests/interop/test_references.py compares the results with podman."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DIGEST = "sha256:" + "a" * 64
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("redis", Reference("", "redis")),
         ("org/redis:8", Reference("", "org/redis", "8")),
@@ -43,13 +43,13 @@ DIGEST = "sha256:" + "a" * 64
         ("x@sha512:" + "0" * 128, Reference("", "x", "", "sha512:" + "0" * 128)),
     ],
 )
-def test_parts(text: str, found: Reference) -> None:
-    assert parse(text) == found
-    assert parse(str(found)) == found
+def test_reference_is_parsed_and_formatted(text: str, expected: Reference) -> None:
+    assert parse(text) == expected
+    assert parse(str(expected)) == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         *((text, "no uppercase letters") for text in ("Redis", "quay.io/Org/x", "docker.io/A")),
         *((text, "a tag has up to 128") for text in ("x:", "x:-1", "x:ä", "x:1+2", "x:" + "a" * 129)),
@@ -60,12 +60,12 @@ def test_parts(text: str, found: Reference) -> None:
         ("docker.io/" + "c" * 238, "more than 255 characters"),
     ],
 )  # fmt: skip
-def test_what_is_no_reference(text: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_references_are_rejected(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse(text)
 
 
-def test_names_in_records() -> None:
+def test_recorded_names_are_complete() -> None:
     assert recorded("redis", "docker.io") == "docker.io/library/redis:latest"
     assert recorded("redis:8", "localhost") == "localhost/redis:8"
     assert recorded("quay.io/x", "localhost") == "quay.io/x:latest"
@@ -77,23 +77,23 @@ def test_names_in_records() -> None:
 
 
 @given(st.text("ab1./:@-_A sha256", max_size=24) | st.text(max_size=12))
-def test_a_recorded_name_is_recorded_again_as_it_is(text: str) -> None:
+def test_recorded_name_is_recorded_unchanged(text: str) -> None:
     with contextlib.suppress(ConfigError):
         name = recorded(text, "docker.io")
         assert recorded(name, "localhost") == name
         assert str(parse(name)) == name
 
 
-def test_patterns_find_names_of_docker_hub_as_people_write_them() -> None:
-    words = image_words((), ["docker.io/library/nextcloud:stable"])
-    for word in (
+def test_patterns_match_short_names_of_docker_hub() -> None:
+    found = image_words((), ["docker.io/library/nextcloud:stable"])
+    for name in (
         *("docker.io/library/nextcloud:stable", "docker.io/nextcloud:stable", "nextcloud:stable"),
         *("docker.io/library/nextcloud", "docker.io/nextcloud", "nextcloud"),
     ):
-        assert word in words
+        assert name in found
 
 
-def test_parts_of_names() -> None:
+def test_tag_and_registry_of_a_name_are_found() -> None:
     assert split_tag("registry:5000/a") == ("registry:5000/a", "")
     assert split_tag("registry:5000/a:1") == ("registry:5000/a", "1")
     assert has_registry("registry:5000/a")

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Removing trees that strangers made: everything goes, and nothing else does."""
+"""Tests of removing untrusted directory trees: the whole tree is removed, and nothing outside it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def fill(folder: str) -> None:
     os.link(os.path.join(folder, "plain"), os.path.join(folder, "hard"))
 
 
-def test_all_kinds(tree: pathlib.Path) -> None:
+def test_all_kinds_of_files_are_removed(tree: pathlib.Path) -> None:
     fill(str(tree))
     (tree / "sub").mkdir()
     fill(str(tree / "sub"))
@@ -50,7 +50,7 @@ def test_all_kinds(tree: pathlib.Path) -> None:
     assert (tree.parent / "outside" / "precious").read_text() == "safe"
 
 
-def test_files_links_and_nothing(tree: pathlib.Path) -> None:
+def test_files_links_and_missing_paths_are_accepted(tree: pathlib.Path) -> None:
     (tree / "f").write_text("")
     os.symlink(tree.parent / "outside", tree / "l")
     for name in ("f", "l", "never", "never/at/all"):
@@ -59,7 +59,7 @@ def test_files_links_and_nothing(tree: pathlib.Path) -> None:
     assert os.listdir(tree.parent / "outside") == ["precious"]
 
 
-def test_two_thousand_levels_with_few_descriptors(tree: pathlib.Path) -> None:
+def test_two_thousand_levels_are_removed_with_few_descriptors(tree: pathlib.Path) -> None:
     top = os.open(tree, os.O_RDONLY)
     here = os.dup(top)
     for level in range(2000):
@@ -83,7 +83,7 @@ def test_two_thousand_levels_with_few_descriptors(tree: pathlib.Path) -> None:
     assert not tree.exists()
 
 
-def test_many_entries(tree: pathlib.Path) -> None:
+def test_many_entries_are_removed(tree: pathlib.Path) -> None:
     (tree / "plain").write_text("")
     folder = os.open(tree, os.O_RDONLY)
     for number in range(20_000):
@@ -96,15 +96,17 @@ def test_many_entries(tree: pathlib.Path) -> None:
     assert not tree.exists()
 
 
-def test_a_folder_swapped_for_a_link(tree: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_replaced_by_a_link_is_not_followed(
+    tree: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tree / "sub").mkdir()
     real = os.open
 
-    def swap(path: t.Any, flags: int, *words: t.Any, **options: t.Any) -> int:
+    def swap(path: t.Any, flags: int, *args: t.Any, **options: t.Any) -> int:
         if path == "sub":
             os.rmdir(tree / "sub")
             os.symlink(tree.parent / "outside", tree / "sub")
-        return real(path, flags, *words, **options)
+        return real(path, flags, *args, **options)
 
     monkeypatch.setattr(os, "open", swap)
     remove_tree(str(tree))
@@ -112,15 +114,17 @@ def test_a_folder_swapped_for_a_link(tree: pathlib.Path, monkeypatch: pytest.Mon
     assert os.listdir(tree.parent / "outside") == ["precious"]
 
 
-def test_subvolumes_go_in_one_piece(tree: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change of device within a mount is what a btrfs subvolume looks like."""
+def test_subvolumes_are_removed_as_a_whole(
+    tree: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A btrfs subvolume has another device number, but is in the same mount."""
     (tree / "vol").mkdir()
     (tree / "vol" / "file").write_text("")
     (tree / "kept").mkdir()
     real = os.fstat
     volume = os.stat(tree / "vol").st_ino
 
-    class Other:
+    class OtherDevice:
         def __init__(self, found: os.stat_result) -> None:
             self.found = found
             self.st_dev = found.st_dev + (1 if found.st_ino == volume else 0)
@@ -128,21 +132,21 @@ def test_subvolumes_go_in_one_piece(tree: pathlib.Path, monkeypatch: pytest.Monk
         def __getattr__(self, name: str) -> t.Any:
             return getattr(self.found, name)
 
-    monkeypatch.setattr(os, "fstat", lambda descriptor: Other(real(descriptor)))
-    asked = []
+    monkeypatch.setattr(os, "fstat", lambda descriptor: OtherDevice(real(descriptor)))
+    destroyed = []
 
     def destroy(folder: int, name: str) -> bool:
-        asked.append(name)
+        destroyed.append(name)
         os.unlink(f"{name}/file", dir_fd=folder)
         os.rmdir(name, dir_fd=folder)
         return True
 
     remove_tree(str(tree), destroy)
-    assert asked == ["vol"]
+    assert destroyed == ["vol"]
     assert not tree.exists()
 
 
-def test_another_mount_is_left(tree: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_mounts_are_not_entered(tree: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tree / "mnt").mkdir()
     (tree / "mnt" / "file").write_text("")
     (tree / "other").mkdir()
@@ -160,7 +164,7 @@ def test_another_mount_is_left(tree: pathlib.Path, monkeypatch: pytest.MonkeyPat
     assert os.listdir(tree / "mnt") == ["file"]
 
 
-def test_what_cannot_go_is_named_and_the_rest_goes(
+def test_failures_are_reported_and_other_entries_are_removed(
     tree: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b/stuck", "c"):
@@ -181,7 +185,7 @@ def test_what_cannot_go_is_named_and_the_rest_goes(
     assert os.listdir(tree) == ["b"]
 
 
-def test_descriptors_are_given_back(tree: pathlib.Path) -> None:
+def test_descriptors_are_closed(tree: pathlib.Path) -> None:
     before = os.listdir("/proc/self/fd")
     for _round in range(3):
         deep = tree / "/".join("abcdef")

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Staging: live work is never touched, rubbish always goes, equal work is waited for."""
+"""Tests of staging: running work is kept, leftovers are removed, and claims wait for equal work."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ print("done", flush=True)
 """
 
 
-# Seconds for work of others that has to end: they end a test that hangs, and decide nothing else.
-PATIENCE = 600.0
+# Timeout in seconds for work of other processes. It only ends tests that hang.
+TIMEOUT = 600.0
 
 
 @pytest.fixture
 def area(tmp_path: pathlib.Path) -> StagingArea:
-    return StagingArea(str(tmp_path / "userns-storage"), timeout=PATIENCE)
+    return StagingArea(str(tmp_path / "userns-storage"), timeout=TIMEOUT)
 
 
 @contextlib.contextmanager
-def worker(area: StagingArea, what: str, key: str) -> t.Iterator[t.Tuple[t.Any, str]]:
+def worker(area: StagingArea, step: str, key: str) -> t.Iterator[t.Tuple[t.Any, str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", _WORKER, area.root, what, key],
+        [sys.executable, "-c", _WORKER, area.root, step, key],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -84,13 +84,13 @@ def assert_empty(area: StagingArea) -> None:
     assert set(entries(area)) <= {"lock", "staging", "trash"}
 
 
-def test_nothing_is_made_before_it_is_needed(area: StagingArea) -> None:
+def test_directories_are_not_created_before_use(area: StagingArea) -> None:
     assert area.leftovers() == []
     assert area.sweep() == []
     assert not os.path.exists(area.root)
 
 
-def test_claim(area: StagingArea) -> None:
+def test_claim_creates_and_removes_a_private_directory(area: StagingArea) -> None:
     with area.claim("image map") as workspace:
         assert os.path.dirname(workspace.path) == os.path.join(area.root, "staging")
         assert os.listdir(workspace.path) == ["lock"]
@@ -105,7 +105,7 @@ def test_claim(area: StagingArea) -> None:
     assert_empty(area)
 
 
-def test_claim_ends_with_an_error(area: StagingArea) -> None:
+def test_claimed_directory_is_removed_after_an_error(area: StagingArea) -> None:
     def work() -> None:
         with area.claim("x") as workspace:
             os.mkdir(workspace.path + "/tree")
@@ -116,16 +116,16 @@ def test_claim_ends_with_an_error(area: StagingArea) -> None:
     assert_empty(area)
 
 
-def test_any_key(area: StagingArea) -> None:
+def test_any_key_gets_a_directory_in_staging(area: StagingArea) -> None:
     for key in ("", "../../x", "\ud800", "x" * 10000, "\0"):
         with area.claim(key) as workspace:
             assert os.path.dirname(workspace.path) == os.path.join(area.root, "staging")
 
 
-@pytest.mark.parametrize("what", ["claim", "trash"])
-def test_sweep_spares_live_work_and_takes_the_dead(area: StagingArea, what: str) -> None:
+@pytest.mark.parametrize("step", ["claim", "trash"])
+def test_sweep_keeps_running_work_and_removes_leftovers(area: StagingArea, step: str) -> None:
     started = time.time()
-    with worker(area, what, "x") as (process, path):
+    with worker(area, step, "x") as (process, path):
         assert os.path.isdir(path + "/tree/deep")
         assert area.leftovers() == []
         assert area.sweep() == []
@@ -133,22 +133,22 @@ def test_sweep_spares_live_work_and_takes_the_dead(area: StagingArea, what: str)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert os.path.isdir(path + "/tree/deep")
-        (left,) = area.leftovers()
-        assert (left.path, left.kind) == (path, {"claim": "staging"}.get(what, what))
-        # The kernel stamps files with a clock that is some milliseconds behind.
-        assert started - 1 < left.modified <= time.time()
+        (leftover,) = area.leftovers()
+        assert (leftover.path, leftover.kind) == (path, {"claim": "staging"}.get(step, step))
+        # The clock for timestamps of files is some milliseconds behind.
+        assert started - 1 < leftover.modified <= time.time()
         assert area.sweep() == [path]
     assert_empty(area)
 
 
-@pytest.mark.parametrize("what", ["claim", "trash"])
-def test_worker_cleans_up(area: StagingArea, what: str) -> None:
-    with worker(area, what, "x") as (process, _path):
+@pytest.mark.parametrize("step", ["claim", "trash"])
+def test_worker_removes_its_directory(area: StagingArea, step: str) -> None:
+    with worker(area, step, "x") as (process, _path):
         assert process.communicate("")[0].strip() == "done"
     assert_empty(area)
 
 
-def test_equal_work_is_waited_for(area: StagingArea) -> None:
+def test_claim_waits_for_equal_work(area: StagingArea) -> None:
     with worker(area, "claim", "x") as (process, path):
         started = time.monotonic()
         with pytest.raises(LockTimeout) as caught, area.claim("x", timeout=0.3):
@@ -158,14 +158,14 @@ def test_equal_work_is_waited_for(area: StagingArea) -> None:
         assert caught.value.facts["pid"] == process.pid
         assert caught.value.facts["seconds"] == 0.3
         threading.Timer(0.3, process.stdin.close).start()
-        with area.claim("x", timeout=PATIENCE) as workspace:
+        with area.claim("x", timeout=TIMEOUT) as workspace:
             assert workspace.path == path
             assert os.listdir(path) == ["lock"]
             assert time.monotonic() - started > 0.5
     assert_empty(area)
 
 
-def test_dead_work_is_taken_over_empty(area: StagingArea) -> None:
+def test_claim_after_a_kill_starts_with_an_empty_directory(area: StagingArea) -> None:
     with worker(area, "claim", "x") as (process, path):
         process.kill()
         process.wait()
@@ -175,20 +175,20 @@ def test_dead_work_is_taken_over_empty(area: StagingArea) -> None:
     assert_empty(area)
 
 
-def test_dead_before_it_had_a_lock(area: StagingArea) -> None:
+def test_directories_without_a_lock_are_leftovers(area: StagingArea) -> None:
     with area.claim("x") as workspace:
         pass
     for path in (workspace.path, os.path.join(area.root, "trash", "y-1")):
         os.makedirs(path + "/half")
-    with area.claim("x") as again:
-        assert os.listdir(again.path) == ["lock"]
+    with area.claim("x") as reclaimed:
+        assert os.listdir(reclaimed.path) == ["lock"]
         assert area.sweep() == [os.path.join(area.root, "trash", "y-1")]
     os.makedirs(workspace.path + "/half")
     assert area.sweep() == [workspace.path]
     assert_empty(area)
 
 
-def test_stray_files_go(area: StagingArea, tmp_path: pathlib.Path) -> None:
+def test_stray_files_are_removed(area: StagingArea, tmp_path: pathlib.Path) -> None:
     area.discard(area.trash("x"))
     os.mkdir(tmp_path / "outside")
     (tmp_path / "outside" / "lock").write_text("")
@@ -200,29 +200,29 @@ def test_stray_files_go(area: StagingArea, tmp_path: pathlib.Path) -> None:
     assert_empty(area)
 
 
-def test_a_half_written_ledger_goes(area: StagingArea) -> None:
+def test_half_written_ledger_is_removed(area: StagingArea) -> None:
     area.discard(area.trash("x"))
     path = pathlib.Path(area.root, "ledger.json.tmp")
     path.write_text("{")
-    (left,) = area.leftovers()
-    assert (left.path, left.kind) == (str(path), "records")
+    (leftover,) = area.leftovers()
+    assert (leftover.path, leftover.kind) == (str(path), "records")
     area.sweep()
     assert not path.exists()
     assert area.leftovers() == []
 
 
-@pytest.mark.parametrize("where", ["", "staging", "trash", "staging/x", "trash/x"])
-def test_links_are_not_followed(area: StagingArea, tmp_path: pathlib.Path, where: str) -> None:
+@pytest.mark.parametrize("location", ["", "staging", "trash", "staging/x", "trash/x"])
+def test_links_are_not_followed(area: StagingArea, tmp_path: pathlib.Path, location: str) -> None:
     with area.claim("key") as workspace:
         name = workspace.id
     outside = tmp_path / "outside"
     (outside / "inner").mkdir(parents=True)
     (outside / "precious").write_text("safe")
-    path = os.path.join(area.root, where.replace("x", name)).rstrip("/")
+    path = os.path.join(area.root, location.replace("x", name)).rstrip("/")
     if os.path.isdir(path):
         os.rename(path, tmp_path / "away")
     os.symlink(outside, path)
-    assert area.leftovers() == [] or where.endswith("x")
+    assert area.leftovers() == [] or location.endswith("x")
     for action in (area.sweep, lambda: area.claim("key").__enter__(), lambda: area.trash("y")):
         with contextlib.suppress(StoreError):
             action()
@@ -231,25 +231,25 @@ def test_links_are_not_followed(area: StagingArea, tmp_path: pathlib.Path, where
     assert os.listdir(outside / "inner") == []
 
 
-def test_trash(area: StagingArea) -> None:
-    one, two = area.trash("layer"), area.trash("layer")
-    assert one != two
-    assert os.listdir(one) == ["lock"]
-    os.makedirs(one + "/a/b")
+def test_directories_in_trash_are_discarded_separately(area: StagingArea) -> None:
+    first, second = area.trash("layer"), area.trash("layer")
+    assert first != second
+    assert os.listdir(first) == ["lock"]
+    os.makedirs(first + "/a/b")
     assert area.sweep() == []
-    area.discard(one)
-    assert os.path.isdir(two)
-    area.discard(two)
+    area.discard(first)
+    assert os.path.isdir(second)
+    area.discard(second)
     assert_empty(area)
 
 
-def test_trash_that_cannot_be_deleted_stays_for_the_next_sweep(
+def test_trash_that_cannot_be_deleted_is_removed_by_a_later_sweep(
     area: StagingArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = area.trash("x")
     os.mkdir(path + "/tree")
 
-    def fail(*_words: t.Any) -> None:
+    def fail(*_args: t.Any) -> None:
         raise StoreError(path, "is stuck")
 
     monkeypatch.setattr(staging, "remove_tree", fail)
@@ -265,11 +265,13 @@ def test_trash_that_cannot_be_deleted_stays_for_the_next_sweep(
     assert_empty(area)
 
 
-def test_destroy_is_passed_on(area: StagingArea, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_destroy_is_passed_to_the_removal(
+    area: StagingArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
 
     def remove(path: str, destroy: t.Any) -> None:
-        asked.append(destroy)
+        calls.append(destroy)
         os.rmdir(path)
 
     monkeypatch.setattr(staging, "remove_tree", remove)
@@ -282,18 +284,18 @@ def test_destroy_is_passed_on(area: StagingArea, monkeypatch: pytest.MonkeyPatch
     path = area.trash("x")
     os.mkdir(path + "/a")
     area.discard(path, destroy)
-    assert asked == [destroy, destroy]
+    assert calls == [destroy, destroy]
 
 
 @pytest.mark.parametrize("number", [13, 28, 30, 5])
-def test_system_errors_are_explained(
+def test_system_errors_become_store_errors(
     area: StagingArea, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     with area.claim("x"):
         pass
     os.makedirs(os.path.join(area.root, "trash", "rubbish"))
 
-    def fail(*_words: t.Any, **_options: t.Any) -> t.Any:
+    def fail(*_args: t.Any, **_options: t.Any) -> t.Any:
         raise OSError(number, os.strerror(number), "/some/path")
 
     for name in ("mkdir", "open", "rename", "rmdir"):
@@ -308,8 +310,8 @@ def test_system_errors_are_explained(
                     action()
 
 
-def test_many_at_once(area: StagingArea) -> None:
-    """Claims, trash and sweeps by several processes and threads: nobody loses work, nothing stays."""
+def test_concurrent_claims_and_sweeps_do_not_conflict(area: StagingArea) -> None:
+    """Several processes claim, discard and sweep at once. No work is lost, and no leftovers remain."""
     script = (
         "import os, sys, random\n"
         "from ansible_collections.userns.storage.plugins.module_utils._storage.store.staging import StagingArea\n"
@@ -334,11 +336,11 @@ def test_many_at_once(area: StagingArea) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", script, area.root, str(seed)]) for seed in range(4)
     ]
-    assert [process.wait(PATIENCE) for process in processes] == [0] * 4
+    assert [process.wait(TIMEOUT) for process in processes] == [0] * 4
     assert_empty(area)
 
 
-class TestSuspended:
+class TestSuspension:
     @staticmethod
     def suspend(area: StagingArea, key: str = "work") -> pathlib.Path:
         with area.claim(key) as workspace:
@@ -347,7 +349,7 @@ class TestSuspended:
             workspace.suspended = True
         return path
 
-    def test_the_next_claim_finds_it(self, area: StagingArea) -> None:
+    def test_next_claim_resumes_the_work(self, area: StagingArea) -> None:
         path = self.suspend(area)
         assert area.suspended("work")
         with area.claim("work", fits=lambda _path: True) as workspace:
@@ -357,7 +359,7 @@ class TestSuspended:
             assert not area.suspended("work")
         assert not path.exists()
 
-    def test_it_can_be_suspended_again(self, area: StagingArea) -> None:
+    def test_resumed_work_can_be_suspended_again(self, area: StagingArea) -> None:
         path = self.suspend(area)
         with area.claim("work", fits=lambda _path: True) as workspace:
             workspace.suspended = True
@@ -365,7 +367,7 @@ class TestSuspended:
         assert (path / "tree").is_dir()
 
     @pytest.mark.parametrize("fits", [None, lambda _path: False])
-    def test_what_does_not_fit_goes(
+    def test_work_that_does_not_fit_is_removed(
         self, area: StagingArea, fits: t.Optional[t.Callable[[str], bool]]
     ) -> None:
         path = self.suspend(area)
@@ -373,13 +375,13 @@ class TestSuspended:
             assert not workspace.resumed
             assert os.listdir(path) == ["lock"]
 
-    def test_sweeps_leave_it_alone(self, area: StagingArea) -> None:
+    def test_sweep_keeps_suspended_work(self, area: StagingArea) -> None:
         path = self.suspend(area)
         assert area.leftovers() == []
         assert area.sweep() == []
         assert (path / "tree").is_dir()
 
-    def test_a_sweep_that_met_it_at_work_leaves_it_alone_too(
+    def test_sweep_keeps_work_that_is_suspended_meanwhile(
         self, area: StagingArea, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = self.suspend(area)
@@ -390,25 +392,25 @@ class TestSuspended:
         with area.claim("work", fits=lambda _path: True) as workspace:
             assert workspace.resumed
 
-    def test_a_clock_that_was_set_back_a_little_does_no_harm(self, area: StagingArea) -> None:
+    def test_marker_slightly_in_the_future_is_accepted(self, area: StagingArea) -> None:
         marker = self.suspend(area) / "suspended"
         for ahead, fits in ((60, True), (90000, False)):
             os.utime(marker, (time.time() + ahead,) * 2)
             assert area.suspended("work") is fits
 
-    @pytest.mark.parametrize("how", ["boot", "day", "empty"])
-    def test_waiting_is_limited(self, area: StagingArea, how: str) -> None:
+    @pytest.mark.parametrize("reason", ["boot", "day", "empty"])
+    def test_suspended_work_expires(self, area: StagingArea, reason: str) -> None:
         path = self.suspend(area)
         marker = path / "suspended"
-        if how == "day":
+        if reason == "day":
             os.utime(marker, (time.time() - 90000,) * 2)
         else:
-            marker.write_text("another boot" if how == "boot" else "")
+            marker.write_text("another boot" if reason == "boot" else "")
         assert not area.suspended("work")
         assert [leftover.path for leftover in area.leftovers()] == [str(path)]
         assert area.sweep() == [str(path)]
 
-    def test_who_takes_it_over_and_dies_leaves_rubbish(self, area: StagingArea) -> None:
+    def test_work_of_a_killed_resuming_process_is_removed(self, area: StagingArea) -> None:
         path = self.suspend(area)
         pid = os.fork()
         if pid == 0:
