@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""CRI-O's store: crio.conf, its drop-ins and its variables above storage.conf.
+"""Tests of the store of CRI-O: crio.conf, its drop-ins and variables take precedence over storage.conf.
 
-CRI-O cannot be installed here. The files have the forms that CRI-O 1.36 writes and reads.
+CRI-O cannot be installed for these tests. The files have the syntax that CRI-O 1.36 writes and reads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.conf
 
 
 class Node:
-    """A host with storage.conf and crio.conf of its own."""
+    """A host with its own storage.conf and crio.conf."""
 
     def __init__(self, base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.base, self.monkeypatch = base, monkeypatch
@@ -53,8 +53,8 @@ class Node:
         target.write_text(text)
         return str(target)
 
-    def has(self, *programs: str) -> None:
-        """Install stand-ins that only tell a version."""
+    def install(self, *programs: str) -> None:
+        """Install scripts that only print the version of a program."""
         folder = self.base / "bin"
         folder.mkdir(exist_ok=True)
         for program in programs:
@@ -63,7 +63,7 @@ class Node:
             (folder / program).chmod(0o755)
         self.monkeypatch.setattr(detect, "_search_path", lambda: str(folder))
 
-    def ask(
+    def discover(
         self, runtime: str = "cri-o 1.36.3", environ: t.Optional[t.Dict[str, str]] = None
     ) -> StoreConfig:
         return configuration(StoreOverrides(), environ or {}, None, runtime)
@@ -74,41 +74,41 @@ def node(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     return Node(tmp_path, monkeypatch)
 
 
-def test_without_crio_conf_storage_conf_counts(node: Node) -> None:
+def test_storage_conf_is_used_without_crio_conf(node: Node) -> None:
     node.storage(
         "[storage]\ndriver='overlay'\ngraphroot='/s'\nrunroot='/r'\ntransient_store=true\n"
         "[storage.options]\nadditionalimagestores=['/a']\nroot-auto-userns-user='other'\n"
         "auto-userns-max-size=9000\n"
     )
-    found = node.ask()
+    found = node.discover()
     assert (found.graphroot, found.runroot, found.driver) == ("/s", "/r", "overlay")
     assert found.additional_image_stores == ("/a",)
-    # CRI-O opens its store with nothing but paths, driver and options.
+    # CRI-O opens its store with paths, driver and options only.
     assert (found.transient, found.auto_userns) == (False, AutoUserns())
-    assert node.ask("podman 5.4.2").auto_userns.owner == "other"
+    assert node.discover("podman 5.4.2").auto_userns.owner == "other"
 
 
-def test_the_main_file_overrides_key_by_key(node: Node) -> None:
+def test_main_file_overrides_single_keys(node: Node) -> None:
     node.storage("[storage]\ndriver='overlay'\ngraphroot='/s'\nrunroot='/r'\nimagestore='/i'\n")
     path = node.crio(
         '[crio]\nroot = "/c"\nrunroot = ""\nstorage_driver = "vfs"\n'
         '[crio.runtime]\ndefault_runtime = "crun"\n[crio.runtime.runtimes.crun]\nruntime_path = ""\n'
     )
-    found = node.ask()
+    found = node.discover()
     assert (found.graphroot, found.runroot, found.driver) == ("/c", "/r", "vfs")
     assert found.imagestore == "/i"
     assert found.sources["graphroot"] == path
     assert found.files[-1] == path
     assert found.runtime == "cri-o"
-    assert node.ask("podman 5.4.2").graphroot == "/s"
+    assert node.discover("podman 5.4.2").graphroot == "/s"
 
 
-def test_drop_ins_follow_in_lexical_order_with_all_names_and_folders(node: Node) -> None:
+def test_drop_ins_of_any_name_and_folder_are_read_in_lexical_order(node: Node) -> None:
     node.crio("[crio]\nroot='/main'\n")
     node.crio("[crio]\nroot='/first'\nrunroot='/r1'\n", "00-default")
     node.crio("[crio]\nroot='/second'\n", "01-own/a.conf")
     node.crio("[crio]\nrunroot='/r2'\nimagestore='/images'\n", "02.conf~")
-    found = node.ask()
+    found = node.discover()
     assert (found.graphroot, found.runroot, found.imagestore) == ("/second", "/r2", "/images")
     assert [os.path.basename(path) for path in found.files] == [
         "crio.conf",
@@ -116,10 +116,10 @@ def test_drop_ins_follow_in_lexical_order_with_all_names_and_folders(node: Node)
         "a.conf",
         "02.conf~",
     ]
-    # Capital letters sort before small ones, as bytes do.
+    # In the order of bytes, uppercase letters are before lowercase letters.
     node.crio("[crio]\nroot='/capital'\n", "Z")
     node.crio("[crio]\nroot='/small'\n", "a")
-    assert node.ask().graphroot == "/small"
+    assert node.discover().graphroot == "/small"
 
 
 def test_options_of_all_files_are_collected(node: Node) -> None:
@@ -134,22 +134,22 @@ def test_options_of_all_files_are_collected(node: Node) -> None:
         '[crio]\nstorage_option = ["overlay.additionalimagestore=/c", "overlay.mountopt=nodev"]\n',
         "1",
     )
-    found = node.ask()
+    found = node.discover()
     assert found.additional_image_stores == ("/a", "/b", "/c")
-    # An option that is repeated counts where it stands last.
+    # The last occurrence of a repeated option is used.
     assert found.options == {"mountopt": "nodev"}
     node.crio("[crio]\nstorage_option = []\n", "2")
-    assert node.ask().additional_image_stores == ("/a", "/b", "/c")
+    assert node.discover().additional_image_stores == ("/a", "/b", "/c")
 
 
-def test_variables_of_the_service_come_last(node: Node) -> None:
+def test_variables_of_the_service_override_files(node: Node) -> None:
     node.crio(
         "[crio]\nroot='/c'\nstorage_driver='overlay'\nstorage_option=['overlay.imagestore=/b']\n"
     )
     other = node.write("other.conf", "[crio]\nroot='/other'\n")
     node.write("other.d/1", "[crio]\nrunroot='/r1'\n")
     environ = {"CONTAINER_CONFIG": other, "CONTAINER_CONFIG_DIR": str(node.base / "other.d")}
-    found = node.ask(environ=environ)
+    found = node.discover(environ=environ)
     assert (found.graphroot, found.runroot) == ("/other", "/r1")
     environ = {
         "CONTAINER_ROOT": "/e",
@@ -158,14 +158,14 @@ def test_variables_of_the_service_come_last(node: Node) -> None:
         "CONTAINER_STORAGE_OPT": "vfs.imagestore=/x,vfs.ignore_chown_errors=true",
         "CONTAINER_IMAGESTORE": "/ei",
     }
-    found = node.ask(environ=environ)
+    found = node.discover(environ=environ)
     assert (found.graphroot, found.runroot, found.driver) == ("/e", "/er", "vfs")
     assert (found.additional_image_stores, found.imagestore) == (("/x",), "/ei")
     assert found.sources["graphroot"] == "CONTAINER_ROOT"
 
 
-def test_what_crio_config_prints_can_be_read(node: Node) -> None:
-    """``crio config`` prints defaults as comments, and what is set as keys."""
+def test_output_of_crio_config_is_read(node: Node) -> None:
+    """``crio config`` prints default values as comments, and configured values as keys."""
     node.crio(
         "# The CRI-O configuration file specifies all of the available configuration options\n"
         '[crio]\n\n# Path to the "root directory".\nroot = "/data/crio"\n\n'
@@ -175,7 +175,7 @@ def test_what_crio_config_prints_can_be_read(node: Node) -> None:
         '\t"overlay.imagestore=/usr/lib/images",\n]\n\nlog_dir = "/var/log/crio/pods"\n\n'
         '[crio.api]\nlisten = "/var/run/crio/crio.sock"\n[crio.metrics]\n# metrics_port = 9090\n'
     )
-    found = node.ask()
+    found = node.discover()
     assert found.graphroot == "/data/crio"
     assert found.additional_image_stores == ("/usr/lib/images",)
 
@@ -193,19 +193,19 @@ def test_what_crio_config_prints_can_be_read(node: Node) -> None:
 def test_errors_name_the_file(node: Node, text: str, problem: str) -> None:
     path = node.crio(text, "9-broken.conf")
     with pytest.raises(ConfigError, match=problem) as caught:
-        node.ask()
+        node.discover()
     assert path in str(caught.value)
     assert "storage.conf(5)" not in caught.value.hint
-    # Which podman does not read.
-    assert node.ask("podman 5.4.2").graphroot
+    # podman does not read that file.
+    assert node.discover("podman 5.4.2").graphroot
 
 
-def test_a_missing_file_that_is_named_is_an_error(node: Node) -> None:
+def test_missing_named_file_is_an_error(node: Node) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
-        node.ask(environ={"CONTAINER_CONFIG": "/nonexistent"})
+        node.discover(environ={"CONTAINER_CONFIG": "/nonexistent"})
 
 
-def test_a_user_has_no_store_of_crio(node: Node, tmp_path: pathlib.Path) -> None:
+def test_crio_conf_does_not_apply_to_stores_of_users(node: Node, tmp_path: pathlib.Path) -> None:
     node.crio("[crio]\nroot='/c'\n")
     account = Account("alice", 1000, 1000, str(tmp_path))
     environ = {"HOME": str(tmp_path), "XDG_RUNTIME_DIR": "/run/user/1000"}
@@ -213,41 +213,41 @@ def test_a_user_has_no_store_of_crio(node: Node, tmp_path: pathlib.Path) -> None
     assert found.graphroot == f"{tmp_path}/.local/share/containers/storage"
 
 
-def test_both_programs_on_one_host(node: Node) -> None:
-    node.has("crio")
+def test_runtime_must_be_named_if_the_programs_use_different_stores(node: Node) -> None:
+    node.install("crio")
     node.crio("[crio]\nroot='/c'\n")
-    # CRI-O alone needs no name.
-    found = node.ask("")
+    # If only CRI-O is installed, it need not be named.
+    found = node.discover("")
     assert (found.graphroot, found.runtime) == ("/c", "cri-o")
-    node.has("podman")
+    node.install("podman")
     with pytest.raises(ConfigError) as caught:
-        node.ask("")
+        node.discover("")
     for part in ("podman", "cri-o", "/c", "runtime: cri-o"):
         assert part in str(caught.value)
-    assert node.ask("cri-o").graphroot == "/c"
-    assert node.ask("podman").graphroot != "/c"
+    assert node.discover("cri-o").graphroot == "/c"
+    assert node.discover("podman").graphroot != "/c"
     node.crio("[crio]\nroot=''\n")
-    # With one store for both it is podman's.
-    assert node.ask("").runtime == ""
+    # A store that both programs use is opened for podman.
+    assert node.discover("").runtime == ""
 
 
-def test_hints_name_the_programs_of_the_runtime(node: Node) -> None:
+def test_hints_contain_commands_of_the_runtime(node: Node) -> None:
     node.crio("[crio]\nroot='/nonexistent/store'\n")
-    assert "crio status info" in node.ask().missing()
-    assert "podman" not in node.ask().missing()
-    assert "podman info" in node.ask("podman 5.4.2").missing()
+    assert "crio status info" in node.discover().missing()
+    assert "podman" not in node.discover().missing()
+    assert "podman info" in node.discover("podman 5.4.2").missing()
 
 
-def test_an_empty_imagestore_clears_the_one_of_storage_conf(node: Node) -> None:
+def test_empty_imagestore_overrides_storage_conf(node: Node) -> None:
     node.storage("[storage]\ndriver='overlay'\ngraphroot='/s'\nrunroot='/r'\nimagestore='/i'\n")
     node.crio("[crio]\nroot = ''\nimagestore = ''\n")
-    found = node.ask()
+    found = node.discover()
     assert (found.graphroot, found.imagestore) == ("/s", "")
     node.crio("[crio]\nroot = ''\n")
-    assert node.ask().imagestore == "/i"
+    assert node.discover().imagestore == "/i"
 
 
-def test_the_pause_image_of_the_last_file_and_of_the_services_variable(node: Node) -> None:
+def test_pause_image_is_read_from_the_last_file_or_the_variable(node: Node) -> None:
     assert conf_crio.pause_image({}) == ""
     node.crio('[crio.image]\npause_image = "example.org/pause:1"\n')
     node.crio('[crio.image]\npause_image = "example.org/pause:2"\n', "10-pause.conf")
@@ -257,7 +257,7 @@ def test_the_pause_image_of_the_last_file_and_of_the_services_variable(node: Nod
     assert conf_crio.pause_image(variables) == "example.org/pause:3"
 
 
-def test_a_graphroot_that_is_the_imagestore_of_crio(node: Node) -> None:
+def test_graphroot_that_is_the_imagestore_of_crio_is_rejected(node: Node) -> None:
     path = node.crio("[crio]\nroot='/s'\nrunroot='/r'\nstorage_driver='overlay'\nimagestore='/i'\n")
     with pytest.raises(ConfigError) as caught:
         configuration(StoreOverrides(graphroot="/i"), {}, None, "cri-o 1.36.3")

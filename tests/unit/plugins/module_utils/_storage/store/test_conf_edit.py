@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""storage.conf is edited key by key, and the rest kept byte for byte."""
+"""Tests of editing storage.conf: only the given keys change, the rest is kept byte for byte."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ additionalimagestores = [
 """
 
 
-def test_a_key_goes_below_its_sample():
+def test_key_is_added_below_its_sample():
     changed = edit(DISTRIBUTION, {"overlay.mountopt": "nodev,metacopy=on"})
     assert changed == DISTRIBUTION.replace(
         '#mountopt = "nodev"\n', '#mountopt = "nodev"\nmountopt = "nodev,metacopy=on"\n'
@@ -51,26 +51,26 @@ def test_a_key_goes_below_its_sample():
     assert edit(changed, {"overlay.mountopt": "nodev,metacopy=on"}) == changed
 
 
-def test_a_value_is_replaced_in_its_line():
+def test_value_is_replaced_in_its_line():
     assert edit(DISTRIBUTION, {"driver": "btrfs"}) == DISTRIBUTION.replace(
         'driver = "overlay"   # keep me', 'driver = "btrfs"   # keep me'
     )
 
 
-def test_a_table_that_is_missing_is_added():
+def test_missing_table_is_added():
     assert edit("", {"driver": "vfs", "vfs.ignore_chown_errors": "true"}) == (
         '[storage]\ndriver = "vfs"\n\n[storage.options.vfs]\nignore_chown_errors = "true"\n'
     )
 
 
-def test_line_ends_and_a_missing_one_are_kept():
+def test_line_endings_are_kept():
     assert edit('[storage]\r\ndriver = "vfs"', {"size": "10G"}) == (
         '[storage]\r\ndriver = "vfs"\r\n\r\n[storage.options]\r\nsize = "10G"\r\n'
     )
 
 
 @pytest.mark.parametrize(
-    ("old", "more", "new"),
+    ("old", "addition", "new"),
     [
         ("nodev", "+metacopy=on", "nodev,metacopy=on"),
         ("nodev,metacopy=off", "+metacopy=on", "nodev,metacopy=on"),
@@ -78,12 +78,12 @@ def test_line_ends_and_a_missing_one_are_kept():
         ("nodev", "+nodev", "nodev"),
     ],
 )
-def test_items_are_added_to_a_list(old, more, new):
+def test_items_are_added_to_a_list(old, addition, new):
     text = f'[storage.options.overlay]\nmountopt = "{old}"\n'
-    assert edit(text, {"overlay.mountopt": more}) == text.replace(old, new)
+    assert edit(text, {"overlay.mountopt": addition}) == text.replace(old, new)
 
 
-def test_a_list_that_stands_for_all_drivers_is_the_base():
+def test_items_are_added_to_the_list_for_all_drivers():
     text = '[storage.options]\nmountopt = "nodev"\n'
     assert toml.loads(edit(text, {"overlay.mountopt": "+metacopy=on"}).encode(), "")["storage"][
         "options"
@@ -99,10 +99,10 @@ def test_a_list_that_stands_for_all_drivers_is_the_base():
         "[storage.options]\nsize = '''\n[storage.options.overlay]\n'''\n",
     ],
 )
-def test_what_cannot_be_edited_is_refused_and_not_spoilt(text):
-    wanted = {"overlay.mountopt": "metacopy=on", "driver": "overlay"}
+def test_unusual_syntax_is_edited_correctly_or_rejected(text):
+    requested = {"overlay.mountopt": "metacopy=on", "driver": "overlay"}
     try:
-        changed = edit(text, wanted)
+        changed = edit(text, requested)
     except ConfigError:
         return
     found = toml.loads(changed.encode(), "")["storage"]
@@ -113,7 +113,7 @@ def test_what_cannot_be_edited_is_refused_and_not_spoilt(text):
     ).get("size")
 
 
-def test_what_is_not_toml_is_refused():
+def test_text_that_is_not_toml_is_rejected():
     with pytest.raises(ConfigError, match="not TOML"):
         edit("driver = vfs\n", {"driver": "vfs"})
 
@@ -121,26 +121,26 @@ def test_what_is_not_toml_is_refused():
 _VALUES = st.text(st.characters(exclude_categories=["C"]), max_size=20).filter(
     lambda item: item[:1] != "+"
 )
-_WANTED = st.dictionaries(
+_SETTINGS = st.dictionaries(
     st.sampled_from(["driver", "size", "overlay.mountopt", "overlay.size", "btrfs.min_space"]),
     _VALUES,
 )
 
 
-@given(_WANTED)
-def test_whatever_is_set_can_be_read_and_nothing_else_moves(wanted):
-    changed = edit(DISTRIBUTION, wanted)
+@given(_SETTINGS)
+def test_any_setting_can_be_read_and_other_lines_are_kept(requested):
+    changed = edit(DISTRIBUTION, requested)
     rest = iter(changed.splitlines())
     assert all(line in rest for line in DISTRIBUTION.splitlines() if not line.startswith("driver"))
-    assert edit(changed, wanted) == changed
+    assert edit(changed, requested) == changed
     found = toml.loads(changed.encode(), "")["storage"]
-    for name, value in wanted.items():
+    for name, value in requested.items():
         table, _dot, key = name.rpartition(".")
-        place = found if name == "driver" else found["options"]
-        assert (place[table] if table else place)[key] == value
+        section = found if name == "driver" else found["options"]
+        assert (section[table] if table else section)[key] == value
 
 
-def test_settings_are_lines_or_a_dict():
+def test_settings_are_lines_or_a_dictionary():
     assert settings(["overlay.mountopt=nodev,metacopy=on", " size = 1G"]) == {
         "overlay.mountopt": "nodev,metacopy=on",
         "size": "1G",
@@ -163,21 +163,21 @@ mountopt = "nodev"
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-def test_lists_over_several_lines(ending: str) -> None:
-    """As most files in public repositories have them."""
+def test_lists_over_several_lines_are_edited(ending: str) -> None:
+    """Most files in public repositories contain such lists."""
     text = LISTS.replace("\n", ending)
     changed = edit(text, {"overlay.mountopt": "+metacopy=on"})
     assert changed == text.replace('"nodev"', '"nodev,metacopy=on"')
     changed = edit(text, {"additionalimagestores": ["/c", "/d]"]})
     assert changed.split(ending)[1] == 'additionalimagestores = ["/c", "/d]"] # end'
     assert edit(changed, {"additionalimagestores": ["/c", "/d]"]}) == changed
-    again = edit(changed, {"additionalimagestores": ["/e"]})
-    assert '= ["/e"] # end' in again
+    replaced = edit(changed, {"additionalimagestores": ["/e"]})
+    assert '= ["/e"] # end' in replaced
     assert 'size = "2G"' in edit(text, {"size": "2G"})
 
 
-def test_lists_that_append() -> None:
-    """The form of containers/storage 1.63."""
+def test_lists_with_append_are_kept_or_replaced() -> None:
+    """The syntax of containers/storage 1.63."""
     text = '[storage.options]\nadditionalimagestores = ["/a", {append = true}]\n'
     assert edit(text, {"size": "1G"}).endswith(
         '\nadditionalimagestores = ["/a", {append = true}]\n'
@@ -188,7 +188,7 @@ def test_lists_that_append() -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "setting", "result"),
+    ("current", "setting", "expected"),
     [
         ("", "+/a", ["/a"]),
         ("", "/a,/b", ["/a", "/b"]),
@@ -202,31 +202,31 @@ def test_lists_that_append() -> None:
         ("[\n  '/a', # first\n]", "+/b", ["/a", "/b"]),
     ],
 )
-def test_paths_are_added_to_a_list_and_taken_out(
-    there: str, setting: str, result: t.Optional[t.List[str]]
+def test_paths_are_added_to_and_removed_from_a_list(
+    current: str, setting: str, expected: t.Optional[t.List[str]]
 ) -> None:
     text = "[storage]\ndriver = 'overlay'\n[storage.options]\n"
-    text += f"additionalimagestores = {there}\n" if there else ""
-    wanted = {"additionalimagestores": setting}
-    changed = edit(text, wanted)
+    text += f"additionalimagestores = {current}\n" if current else ""
+    requested = {"additionalimagestores": setting}
+    changed = edit(text, requested)
     found = toml.loads(changed.encode(), "x")
     options = t.cast(t.Dict[str, t.Any], found["storage"])["options"]
-    assert options.get("additionalimagestores") == result
-    assert edit(changed, wanted) == changed
-    assert says(found, wanted)
+    assert options.get("additionalimagestores") == expected
+    assert edit(changed, requested) == changed
+    assert says(found, requested)
 
 
-def test_a_list_in_effect_is_added_to_where_the_file_has_none() -> None:
+def test_inherited_list_is_extended_in_a_file_without_the_list() -> None:
     inherited = toml.loads(b"[storage.options]\nadditionalimagestores = ['/a']\n", "x")
-    wanted = {"additionalimagestores": "+/b"}
-    assert 'additionalimagestores = ["/a", "/b"]' in edit("", wanted, "x", inherited)
+    requested = {"additionalimagestores": "+/b"}
+    assert 'additionalimagestores = ["/a", "/b"]' in edit("", requested, "x", inherited)
     assert edit("", {"additionalimagestores": "-/b"}, "x", inherited) == ""
     assert "additionalimagestores = []" in edit(
         "", {"additionalimagestores": "-/a"}, "x", inherited
     )
 
 
-def test_a_list_with_an_attribute_is_not_changed_in_part() -> None:
+def test_list_with_an_attribute_is_not_extended() -> None:
     text = "[storage.options]\nadditionalimagestores = ['/a', {append = true}]\n"
     with pytest.raises(ConfigError, match="cannot be edited"):
         edit(text, {"additionalimagestores": "+/b"})

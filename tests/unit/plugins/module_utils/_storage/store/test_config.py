@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Store discovery: files, environment, options and podman's database, each in its place."""
+"""Tests of store discovery from files, environment variables, options and podman's database."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NONE = StoreOverrides()
 
 
 def storage(*version: int) -> Capabilities:
-    """What podman with that containers/storage does."""
+    """The capabilities of podman with a version of containers/storage."""
     return capabilities("podman", (5, 0), version)
 
 
@@ -44,11 +44,11 @@ OLD, NAMED, MERGED = storage(1, 43), storage(1, 62), storage(1, 64)
 
 
 class Host:
-    """Files and an environment of its own."""
+    """A host with its own configuration files and environment variables."""
 
     def __init__(self, base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.base = base
-        self.can = NAMED
+        self.features = NAMED
         self.admin = base / "etc" / "storage.conf"
         self.vendor = base / "usr" / "storage.conf"
         self.home = base / "home"
@@ -72,7 +72,7 @@ class Host:
     def rootless(self, overrides: StoreOverrides = NONE, **environ: str) -> StoreConfig:
         environ.setdefault("XDG_RUNTIME_DIR", str(self.run))
         environ.setdefault("HOME", str(self.home))
-        return discover(overrides, environ, self.account, True, self.can)
+        return discover(overrides, environ, self.account, True, self.features)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def host(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     return Host(tmp_path, monkeypatch)
 
 
-def test_rootful_defaults(host: Host) -> None:
+def test_rootful_store_has_defaults(host: Host) -> None:
     found = host.rootful()
     assert found.graphroot == f"{host.base}/default"
     assert found.runroot == "/run/containers/storage"
@@ -116,7 +116,7 @@ ignore_chown_errors = "false"
 """
 
 
-def test_all_keys(host: Host) -> None:
+def test_all_keys_are_read(host: Host) -> None:
     host.write(host.admin, FULL)
     found = host.rootful()
     assert (found.driver, found.graphroot, found.runroot) == ("overlay", "/g", "/r")
@@ -133,11 +133,11 @@ def test_all_keys(host: Host) -> None:
     assert found.sources["driver"] == found.sources["options"] == str(host.admin)
 
 
-def test_search_order(host: Host) -> None:
+def test_files_are_searched_in_order(host: Host) -> None:
     host.write(host.vendor, '[storage]\ngraphroot = "/vendor"')
     assert host.rootful().graphroot == "/vendor"
     host.write(host.admin, '[storage]\ndriver = "vfs"')
-    # The first file counts alone.
+    # Only the first file is read.
     assert host.rootful().graphroot == f"{host.base}/default"
     host.write("xdg/containers/storage.conf", '[storage]\ngraphroot = "/xdg"')
     assert host.rootful(XDG_CONFIG_HOME=str(host.base / "xdg")).graphroot == "/xdg"
@@ -149,7 +149,7 @@ def test_search_order(host: Host) -> None:
     assert host.rootful(StoreOverrides(storage_conf=option), **environ).graphroot == "/option"
 
 
-def test_environment(host: Host) -> None:
+def test_environment_variables_override_files(host: Host) -> None:
     host.write(host.admin, FULL)
     found = host.rootful(STORAGE_DRIVER="vfs", STORAGE_OPTS="vfs.a=1,vfs.IMAGESTORE=/x,.b=2=3")
     assert (found.driver, found.options) == ("vfs", {"a": "1", "b": "2=3"})
@@ -171,12 +171,12 @@ def test_paths_are_expanded(host: Host) -> None:
     assert found.runroot == "/r/0/x"
 
 
-def test_options_of_the_caller(host: Host) -> None:
+def test_options_override_files(host: Host) -> None:
     host.write(host.admin, FULL)
     found = host.rootful(StoreOverrides(runroot="/r2"))
     assert (found.graphroot, found.runroot, found.driver) == ("/g", "/r2", "overlay")
     assert found.options["force_mask"] == "shared"
-    # As with podman's --root and --storage-driver, the file's options fall away.
+    # As with podman's --root and --storage-driver, the options of the file do not apply.
     found = host.rootful(StoreOverrides(graphroot="/g2/"))
     assert (found.graphroot, found.runroot, found.driver) == ("/g2", "/r", "overlay")
     assert (found.options, found.additional_image_stores) == ({}, ())
@@ -195,7 +195,7 @@ def write_database(path: str, graphroot: str, runroot: str, driver: str) -> None
     connection.close()
 
 
-def test_database(host: Host) -> None:
+def test_database_overrides_files(host: Host) -> None:
     graphroot = host.base / "g"
     graphroot.mkdir()
     write_database(str(graphroot / "db.sql"), str(graphroot), "/r-db", "vfs")
@@ -208,8 +208,8 @@ def test_database(host: Host) -> None:
     assert (found.runroot, found.driver) == ("/r2", "overlay")
 
 
-def test_database_of_another_place(host: Host) -> None:
-    """A store that was moved: podman goes to where the database says."""
+def test_database_can_refer_to_another_graphroot(host: Host) -> None:
+    """For a store that was moved, podman uses the paths in the database."""
     graphroot = host.base / "g"
     graphroot.mkdir()
     write_database(str(graphroot / "db.sql"), "/elsewhere", "relative", "")
@@ -222,7 +222,7 @@ def test_database_of_another_place(host: Host) -> None:
 # Rootless
 
 
-def test_rootless_defaults(host: Host) -> None:
+def test_rootless_store_has_defaults(host: Host) -> None:
     found = host.rootless()
     assert found.graphroot == f"{host.home}/.local/share/containers/storage"
     assert found.runroot == f"{host.run}/containers"
@@ -230,7 +230,7 @@ def test_rootless_defaults(host: Host) -> None:
     assert host.rootless(XDG_DATA_HOME="/data").graphroot == "/data/containers/storage"
 
 
-def test_rootless_takes_little_of_the_systems_file(host: Host) -> None:
+def test_rootless_store_uses_few_keys_of_the_system_file(host: Host) -> None:
     host.write(
         host.admin,
         '[storage]\ndriver = "overlay"\ngraphroot = "/g"\nrunroot = "/r"\nimagestore = "/i"\n'
@@ -249,7 +249,7 @@ def test_rootless_takes_little_of_the_systems_file(host: Host) -> None:
     assert host.rootless(USER="alice").graphroot == f"/srv/alice/{host.account.uid}"
 
 
-def test_rootless_file_counts_alone(host: Host) -> None:
+def test_file_of_the_user_replaces_the_system_file(host: Host) -> None:
     host.write(host.admin, '[storage]\ndriver = "overlay"\nrootless_storage_path = "/srv/$UID"\n')
     host.write(
         "home/.config/containers/storage.conf",
@@ -259,10 +259,10 @@ def test_rootless_file_counts_alone(host: Host) -> None:
     assert (found.driver, found.options) == ("vfs", {})
     assert found.graphroot == f"{host.home}/.local/share/containers/storage"
     assert found.runroot == f"{host.run}/containers"
-    # buildah also reads the system's file.
-    host.can = capabilities("buildah", (1, 42), (1, 62))
+    # buildah also reads the file of the system.
+    host.features = capabilities("buildah", (1, 42), (1, 62))
     assert host.rootless().graphroot == f"/srv/{host.account.uid}"
-    host.can = NAMED
+    host.features = NAMED
     host.write(
         "home/.config/containers/storage.conf",
         '[storage]\ndriver = "vfs"\nrootless_storage_path = "$HOME/s"\nrunroot = "/rr"\n',
@@ -275,8 +275,8 @@ def test_rootless_file_counts_alone(host: Host) -> None:
     assert host.rootless(CONTAINERS_STORAGE_CONF=other).graphroot == "/other"
 
 
-def test_rootless_with_a_named_file(host: Host) -> None:
-    """containers/storage before 1.59 takes driver and options from it, but no paths."""
+def test_named_file_of_a_rootless_store_depends_on_the_version(host: Host) -> None:
+    """containers/storage before 1.59 reads driver and options from that file, but no paths."""
     path = host.write(
         "named.conf",
         f'[storage]\ndriver = "overlay"\ngraphroot = "{host.base}/named"\nrunroot = "/rr"\n'
@@ -286,12 +286,12 @@ def test_rootless_with_a_named_file(host: Host) -> None:
     environ = {"HOME": str(host.home), "XDG_RUNTIME_DIR": str(host.run)}
     default = host.home / ".local/share/containers/storage"
 
-    def found(can: Capabilities) -> t.Tuple[str, str]:
+    def found(features: Capabilities) -> t.Tuple[str, str]:
         for overrides, more in (
             (StoreOverrides(storage_conf=path), {}),
             (NONE, {"CONTAINERS_STORAGE_CONF": path}),
         ):
-            result = discover(overrides, {**environ, **more}, host.account, True, can)
+            result = discover(overrides, {**environ, **more}, host.account, True, features)
             assert result.options == {"mountopt": "nodev"}
             assert result.additional_image_stores == ("/ro",)
             assert (result.driver, result.imagestore) == ("overlay", "/i")
@@ -302,13 +302,13 @@ def test_rootless_with_a_named_file(host: Host) -> None:
     assert found(storage(1, 59, 1)) == found(storage(1, 62)) == new
 
 
-def test_options_are_those_of_the_driver_that_counts(host: Host) -> None:
+def test_options_of_the_effective_driver_are_used(host: Host) -> None:
     host.write(host.admin, FULL.replace('"overlay2"', '"vfs"'))
     assert host.rootful().options["ignore_chown_errors"] == "false"
     assert host.rootful(STORAGE_DRIVER="overlay").options["force_mask"] == "shared"
 
 
-def test_runtime_folder(host: Host, tmp_path: pathlib.Path) -> None:
+def test_run_root_without_xdg_runtime_dir_is_temporary(host: Host, tmp_path: pathlib.Path) -> None:
     usual = f"/run/user/{host.account.uid}"
     expected = usual if os.path.isdir(usual) else f"{tmp_path}/storage-run-{host.account.uid}"
     found = host.rootless(XDG_RUNTIME_DIR="", TMPDIR=str(tmp_path))
@@ -327,10 +327,10 @@ def test_root_is_never_rootless(host: Host) -> None:
         discover(NONE, {}, None, True, NAMED)
 
 
-# The driver where none is set
+# The driver if none is configured
 
 
-def test_picked_driver(host: Host) -> None:
+def test_driver_is_chosen_by_directories_and_priority(host: Host) -> None:
     graphroot = host.base / "g"
     graphroot.mkdir()
     text = f'[storage]\ngraphroot = "{graphroot}"\n'
@@ -347,7 +347,7 @@ def test_picked_driver(host: Host) -> None:
     assert host.rootful().sources["driver"].startswith("chosen")
 
 
-def test_picked_rootless_driver(host: Host) -> None:
+def test_rootless_driver_is_chosen_by_directories(host: Host) -> None:
     graphroot = host.home / ".local/share/containers/storage"
     graphroot.mkdir(parents=True)
     assert host.rootless(PATH="/nowhere").driver in ("overlay", "vfs")
@@ -357,7 +357,7 @@ def test_picked_rootless_driver(host: Host) -> None:
     assert host.rootless().driver == "overlay"
 
 
-def test_overlay_where_it_can_be(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlay_is_chosen_if_it_is_supported(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     class Kernel:
         release = ""
 
@@ -376,7 +376,7 @@ def test_overlay_where_it_can_be(host: Host, monkeypatch: pytest.MonkeyPatch) ->
     assert host.rootless(PATH=f"/nowhere:{fuse.parent}").driver == "overlay"
 
 
-# What is wrong
+# Invalid configuration
 
 
 @pytest.mark.parametrize(
@@ -402,17 +402,17 @@ def test_overlay_where_it_can_be(host: Host, monkeypatch: pytest.MonkeyPatch) ->
         "[storage]\ndriver = 'overlay'\n[storage.options.overlay]\nmountopt = 1",
     ],
 )
-def test_bad_file(host: Host, text: str) -> None:
+def test_invalid_file_is_named_in_the_error(host: Host, text: str) -> None:
     host.write(host.admin, text)
     with pytest.raises(ConfigError) as caught:
         host.rootful()
     assert str(host.admin) in str(caught.value)
 
 
-def test_missing_and_unreadable_files(host: Host) -> None:
-    for words in ({"CONTAINERS_STORAGE_CONF": "/no/such"}, {"CONTAINERS_STORAGE_CONF": "/"}):
+def test_missing_and_unreadable_files_are_errors(host: Host) -> None:
+    for environ in ({"CONTAINERS_STORAGE_CONF": "/no/such"}, {"CONTAINERS_STORAGE_CONF": "/"}):
         with pytest.raises(ConfigError, match="/"):
-            host.rootful(**words)
+            host.rootful(**environ)
     with pytest.raises(ConfigError, match="/no/such"):
         host.rootful(StoreOverrides(storage_conf="/no/such"))
     with pytest.raises(ConfigError, match="absolute"):
@@ -423,12 +423,12 @@ def test_missing_and_unreadable_files(host: Host) -> None:
         host.rootful(StoreOverrides(storage_conf=str(host.base / "big")))
 
 
-def test_force_mask_as_a_number(host: Host) -> None:
+def test_force_mask_can_be_a_number(host: Host) -> None:
     host.write(host.admin, "[storage]\ndriver='overlay'\n[storage.options]\nforce_mask = 0o700\n")
     assert host.rootful().options == {"force_mask": "700"}
 
 
-def test_options_taken_apart() -> None:
+def test_options_and_additional_stores_are_split() -> None:
     options = ["overlay.A=1", ".b=2", "c=3", "overlay2.d=4", "overlay.a=5", "vfs.e=6", "f", "", "="]
     assert split_options("overlay", options)[0] == {
         "a": "5",
@@ -451,43 +451,43 @@ def test_options_taken_apart() -> None:
         ),
     ),
 )
-def test_anything(
+def test_any_file_and_environment_is_read_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, text: str, environ: t.Dict[str, str]
 ) -> None:
     path = tmp_path_factory.mktemp("conf") / "storage.conf"
     path.write_text(text)
     account = Account("alice", 1000, 1000, "/nowhere")
-    for rootless, can in itertools.product((True, False), (OLD, NAMED, MERGED)):
+    for rootless, features in itertools.product((True, False), (OLD, NAMED, MERGED)):
         try:
-            discover(StoreOverrides(storage_conf=str(path)), environ, account, rootless, can)
+            discover(StoreOverrides(storage_conf=str(path)), environ, account, rootless, features)
         except ConfigError as error:
             str(error)
 
 
-# What messages say
+# Messages
 
 
-def test_a_variable_that_is_not_set_is_named(host: Host) -> None:
-    """rootless_storage_path with a variable that only a login sets (dotfiles)."""
+def test_unset_variable_is_named(host: Host) -> None:
+    """rootless_storage_path contains a variable that only dotfiles of a login shell set."""
     path = host.write(
         "home/.config/containers/storage.conf",
         '[storage]\nrootless_storage_path = "$XDG_DATA_HOME/containers/storage"\n',
     )
-    for can in (OLD, NAMED, MERGED):
+    for features in (OLD, NAMED, MERGED):
         environ = {"HOME": str(host.home), "XDG_RUNTIME_DIR": str(host.run)}
         with pytest.raises(ConfigError, match="the variable XDG_DATA_HOME is not set") as caught:
-            discover(NONE, environ, host.account, True, can)
+            discover(NONE, environ, host.account, True, features)
         assert path in str(caught.value)
         assert "rootless_storage_path" in str(caught.value)
         environ["XDG_DATA_HOME"] = "/data"
-        found = discover(NONE, environ, host.account, True, can)
+        found = discover(NONE, environ, host.account, True, features)
         assert found.graphroot == "/data/containers/storage"
         given = StoreOverrides(graphroot="/g")
         del environ["XDG_DATA_HOME"]
-        assert discover(given, environ, host.account, True, can).graphroot == "/g"
+        assert discover(given, environ, host.account, True, features).graphroot == "/g"
 
 
-def test_the_database_takes_precedence_over_storage_conf(host: Host) -> None:
+def test_database_takes_precedence_over_storage_conf(host: Host) -> None:
     graphroot = host.base / "g"
     graphroot.mkdir()
     write_database(str(graphroot / "db.sql"), "/srv/old", "/r", "overlay")
@@ -498,12 +498,12 @@ def test_the_database_takes_precedence_over_storage_conf(host: Host) -> None:
     assert "overrides storage.conf" in found.missing()
     assert "podman info" in found.missing()
     assert "--root " not in found.missing()
-    # buildah does not know that database.
+    # buildah does not read that database.
     buildah = discover(NONE, {}, None, False, capabilities("buildah", (1, 43), (1, 62)))
     assert buildah.graphroot == str(graphroot)
 
 
-def test_who_is_to_ask_for_a_missing_store(host: Host) -> None:
+def test_hint_for_a_missing_store_has_a_command_for_its_user(host: Host) -> None:
     found = host.rootless()
     assert "runuser -l alice -s /bin/sh -c " in found.missing()
     assert f"XDG_RUNTIME_DIR={host.run} " in found.missing()
@@ -513,8 +513,8 @@ def test_who_is_to_ask_for_a_missing_store(host: Host) -> None:
 # The loader of containers/storage 1.63
 
 
-def test_merged_files(host: Host) -> None:
-    """Drop-ins add to the main file; the order is held against podman in the interop tests."""
+def test_drop_ins_are_merged(host: Host) -> None:
+    """Drop-ins extend the main file. The interop tests compare the order with podman."""
     host.write(host.admin, FULL)
     host.write(
         f"{host.admin}.d/1.conf",
@@ -543,7 +543,7 @@ def test_merged_files(host: Host) -> None:
         "[storage.options.btrfs]\nsize = 1",
     ],
 )
-def test_bad_drop_in(host: Host, text: str) -> None:
+def test_invalid_drop_in_is_named_in_the_error(host: Host, text: str) -> None:
     path = host.write(f"{host.admin}.d/1.conf", text)
     with pytest.raises(ConfigError) as caught:
         discover(NONE, {"HOME": str(host.home)}, None, False, MERGED)
@@ -551,7 +551,7 @@ def test_bad_drop_in(host: Host, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "environ", "words"),
+    ("overrides", "environ", "command"),
     [
         (NONE, {}, "podman"),
         (NONE, {"STORAGE_DRIVER": "vfs", "LANG": "C"}, "env STORAGE_DRIVER=vfs podman"),
@@ -576,21 +576,21 @@ def test_bad_drop_in(host: Host, text: str) -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("can", [OLD, MERGED])
-def test_commands_in_messages_name_the_store(
+@pytest.mark.parametrize("features", [OLD, MERGED])
+def test_commands_in_messages_select_the_store(
     overrides: StoreOverrides,
     environ: t.Dict[str, str],
-    words: str,
-    can: Capabilities,
+    command: str,
+    features: Capabilities,
     host: Host,
 ) -> None:
     file = host.base / "named.conf"
     file.write_text("[storage]\n")
 
-    def filled(text: str) -> str:
+    def with_paths(text: str) -> str:
         return text.replace("FILE", str(file)).replace("BASE", str(host.base))
 
-    overrides = dataclasses.replace(overrides, storage_conf=filled(overrides.storage_conf))
-    variables = {name: filled(value) for name, value in environ.items()}
-    found = discover(overrides, variables, None, False, can)
-    assert " ".join(found.podman) == filled(words)
+    overrides = dataclasses.replace(overrides, storage_conf=with_paths(overrides.storage_conf))
+    variables = {name: with_paths(value) for name, value in environ.items()}
+    found = discover(overrides, variables, None, False, features)
+    assert " ".join(found.podman) == with_paths(command)

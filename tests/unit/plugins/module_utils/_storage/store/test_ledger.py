@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The ledger: what was seen when, kept with few writes and lost without harm."""
+"""Tests of the ledger: unused time of layers, changes of the clock, concurrent runs and damaged files."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ def path(tmp_path: pathlib.Path) -> str:
 
 
 def at(wall: float, uptime: t.Optional[float] = None, boot: str = "one") -> Moment:
-    """A moment; without an uptime one of a clock that was never set."""
+    """A moment. The default uptime belongs to a clock that was never changed."""
     return Moment(wall, wall - NOW + 1000 if uptime is None else uptime, boot)
 
 
 def seen(
     *used: str, traces: t.Optional[t.Mapping[str, str]] = None, **keys: str
 ) -> t.Dict[str, Sighting]:
-    """What an observation finds: which of the layers are in use, and the traces on them."""
+    """The layers that an observation finds: their keys, whether they are in use, and their traces."""
     traces = {} if traces is None else traces
     return {
-        one: Sighting(key, one in used, traces.get(one, "never"), None) for one, key in keys.items()
+        layer: Sighting(key, layer in used, traces.get(layer, "never"), None)
+        for layer, key in keys.items()
     }
 
 
@@ -59,7 +60,7 @@ def watch_hourly(ledger: Ledger, hours: int, start: int = 0, **keys: str) -> Non
         ledger.observe(at(NOW + hour * HOUR), seen(**keys))
 
 
-def test_empty(path: str) -> None:
+def test_missing_file_is_an_empty_ledger(path: str) -> None:
     ledger = Ledger(path).load()
     assert ledger.watched_since is None
     assert ledger.watched == 0
@@ -69,7 +70,7 @@ def test_empty(path: str) -> None:
     assert not os.path.exists(os.path.dirname(path))
 
 
-def test_round_trip(path: str) -> None:
+def test_ledger_is_loaded_as_it_was_saved(path: str) -> None:
     ledger = Ledger(path)
     ledger.observe(at(NOW), seen("a", a="k1", b="k2"), "token")
     ledger.observe(at(NOW + HOUR), seen("a", a="k1", b="k2"), "token")
@@ -77,25 +78,31 @@ def test_round_trip(path: str) -> None:
     ledger.observe(at(NOW + 101 * HOUR), seen(a="k1", b="k2"), "other")
     assert ledger.save()
     assert os.stat(path).st_mode & 0o777 == 0o600
-    again = Ledger(path).load()
-    assert again.watched_since == NOW
-    assert again.watched == 2 * HOUR
-    assert (again.last_used("a"), again.last_used("b")) == (NOW + HOUR, None)
-    assert (again.idle("a"), again.idle("b")) == (HOUR, 2 * HOUR)
-    assert again.first_seen("b") == NOW
-    assert again.gaps == ledger.gaps == (Gap(NOW + HOUR, NOW + 100 * HOUR, 99 * HOUR),)
+    loaded = Ledger(path).load()
+    assert loaded.watched_since == NOW
+    assert loaded.watched == 2 * HOUR
+    assert (loaded.last_used("a"), loaded.last_used("b")) == (NOW + HOUR, None)
+    assert (loaded.idle("a"), loaded.idle("b")) == (HOUR, 2 * HOUR)
+    assert loaded.first_seen("b") == NOW
+    assert loaded.gaps == ledger.gaps == (Gap(NOW + HOUR, NOW + 100 * HOUR, 99 * HOUR),)
     assert sorted(os.listdir(os.path.dirname(path))) == ["ledger.json", "lock"]
 
 
-def test_written_at_intervals_and_for_news(path: str) -> None:
+def test_ledger_is_written_at_intervals_and_for_changes(path: str) -> None:
     ledger = Ledger(path)
     ledger.observe(at(NOW), seen("a", a="k"))
     assert ledger.save()
-    for later, news in ((60, False), (600, False), (601, True), (1100, False), (1300, True)):
+    for seconds, is_written in (
+        (60, False),
+        (600, False),
+        (601, True),
+        (1100, False),
+        (1300, True),
+    ):
         ledger.load()
-        ledger.observe(at(NOW + later), seen("a", a="k"))
+        ledger.observe(at(NOW + seconds), seen("a", a="k"))
         assert ledger.idle("a") == 0
-        assert ledger.save() == news
+        assert ledger.save() == is_written
     ledger.load()
     assert ledger.watched == 1300
     for found in (seen(a="k", traces={"a": "new"}), seen(), seen(a="k", b="k2")):
@@ -104,16 +111,16 @@ def test_written_at_intervals_and_for_news(path: str) -> None:
         assert ledger.save()
 
 
-class TestWhatCounts:
-    def test_looks_that_are_close_enough(self) -> None:
+class TestUnusedTime:
+    def test_time_between_close_observations_counts(self) -> None:
         ledger = Ledger("/nowhere")
-        moments = [0.0, HOUR, 37 * HOUR, 73 * HOUR + 1, 74 * HOUR]
-        for later in moments:
-            ledger.observe(at(NOW + later), seen(a="k"))
+        offsets = [0.0, HOUR, 37 * HOUR, 73 * HOUR + 1, 74 * HOUR]
+        for offset in offsets:
+            ledger.observe(at(NOW + offset), seen(a="k"))
         assert ledger.watched == ledger.idle("a") == 38 * HOUR - 1
         assert ledger.gaps == (Gap(NOW + 37 * HOUR, NOW + 73 * HOUR + 1, 36 * HOUR + 1),)
 
-    def test_the_time_a_host_was_off_does_not(self) -> None:
+    def test_long_time_with_the_host_off_does_not_count(self) -> None:
         ledger = Ledger("/nowhere")
         watch_hourly(ledger, 24, a="k")
         ledger.observe(at(NOW + 90 * DAY, 60.0, "two"), seen(a="k"))
@@ -121,35 +128,35 @@ class TestWhatCounts:
         assert ledger.doubt.startswith("the host was off for 89 days, or")
         assert ledger.gaps[-1].end == NOW + 90 * DAY
 
-    def test_a_night_off_does(self) -> None:
+    def test_night_with_the_host_off_counts(self) -> None:
         ledger = Ledger("/nowhere")
         watch_hourly(ledger, 8, a="k")
         ledger.observe(at(NOW + DAY, 60.0, "two"), seen(a="k"))
         assert ledger.idle("a") == DAY
         assert not ledger.doubt
 
-    def test_use_between_two_looks_is_seen_by_its_trace(self) -> None:
+    def test_use_between_observations_is_detected_by_its_trace(self) -> None:
         ledger = Ledger("/nowhere")
         for hour in range(50):
             ledger.observe(at(NOW + hour * HOUR), seen(a="k1", b="k2", traces={"a": f"{hour}"}))
         assert (ledger.idle("a"), ledger.idle("b")) == (0, 49 * HOUR)
         assert ledger.last_used("a") == NOW + 49 * HOUR
 
-    def test_a_trace_that_is_renewed_once_a_day_is_a_day_behind(self) -> None:
+    def test_unused_time_with_a_daily_trace_is_a_day_less(self) -> None:
         ledger = Ledger("/nowhere")
         coarse = Sighting("k", False, "x", NOW, True)
         for hour in range(30):
             ledger.observe(at(NOW + hour * HOUR), {"a": coarse})
         assert ledger.idle("a") == 5 * HOUR
 
-    def test_the_trace_says_when_it_was(self) -> None:
+    def test_last_use_is_the_time_of_the_trace(self) -> None:
         ledger = Ledger("/nowhere")
         ledger.observe(at(NOW), {"a": Sighting("k", False, "1", NOW - DAY)})
         ledger.observe(at(NOW + DAY), {"a": Sighting("k", False, "2", NOW + HOUR)})
         assert (ledger.last_used("a"), ledger.idle("a")) == (NOW + HOUR, 0)
 
     @pytest.mark.parametrize("first", ["", "x"])
-    def test_without_traces_only_time_in_which_no_container_came_or_went(self, first: str) -> None:
+    def test_time_with_container_changes_does_not_count_without_traces(self, first: str) -> None:
         ledger = Ledger("/nowhere")
         tokens = ["1", "1", "2", "2", "", ""]
         for hour, token in enumerate(tokens):
@@ -162,7 +169,7 @@ class TestWhatCounts:
         ledger.observe(at(NOW + 7 * HOUR, HOUR, "three"), {"a": Sighting("k")}, "3")
         assert ledger.idle("a") == 2 * HOUR
 
-    def test_a_new_layer_begins_at_nothing(self) -> None:
+    def test_unused_time_of_a_new_layer_starts_at_zero(self) -> None:
         ledger = Ledger("/nowhere")
         watch_hourly(ledger, 9, a="k")
         watch_hourly(ledger, 2, 10, a="k", b="k2")
@@ -171,7 +178,7 @@ class TestWhatCounts:
 
 class TestClocks:
     @pytest.mark.parametrize("jump", [14 * 365 * DAY, -14 * 365 * DAY, 2 * HOUR, -2 * HOUR])
-    def test_set_for_one_run(self, jump: float) -> None:
+    def test_clock_that_is_wrong_for_a_single_run_is_ignored(self, jump: float) -> None:
         ledger = Ledger("/nowhere")
         watch_hourly(ledger, 24, a="k")
         later = at(NOW + 25 * HOUR)
@@ -182,7 +189,7 @@ class TestClocks:
         assert not ledger.doubt
         assert ledger.idle("a") == 26 * HOUR
 
-    def test_the_kind_of_observation_is_recorded(self) -> None:
+    def test_reason_for_doubt_is_recorded(self) -> None:
         ledger = Ledger("/nowhere")
         ledger.observe(at(NOW), {})
         ledger.observe(at(NOW + 14 * DAY, 1060.0), {})
@@ -194,7 +201,7 @@ class TestClocks:
 
     @pytest.mark.parametrize("boot", ["one", "two"])
     @pytest.mark.parametrize("jump", [60 * DAY, -60 * DAY])
-    def test_set_for_good_is_believed_after_a_day(self, jump: float, boot: str) -> None:
+    def test_permanent_change_is_accepted_after_a_day(self, jump: float, boot: str) -> None:
         ledger = Ledger("/nowhere")
         watch_hourly(ledger, 24, a="k")
         doubts = []
@@ -203,8 +210,8 @@ class TestClocks:
             doubts.append(bool(ledger.doubt))
         assert doubts == [True] * 24 + [False] * 24
 
-    def test_a_clock_without_a_battery(self) -> None:
-        """Each boot begins in 1970, until the network is there."""
+    def test_time_counts_with_a_clock_without_battery(self) -> None:
+        """After each boot, the clock shows 1970 until it is set over the network."""
         ledger = Ledger("/nowhere")
         for boot in range(4):
             ledger.observe(at(60.0, 60.0, f"{boot}"), seen(a="k"))
@@ -216,7 +223,7 @@ class TestClocks:
         assert ledger.idle("a") == 4 * (4 * HOUR - 60)
 
     @pytest.mark.parametrize(
-        ("changed", "words"),
+        ("changed", "message"),
         [
             (-HOUR, ""),
             (-90 * DAY, ""),
@@ -225,10 +232,12 @@ class TestClocks:
             (-14 * 365 * DAY, "for 5110 days"),
         ],
     )
-    def test_the_first_look_compares_with_the_records(self, changed: float, words: str) -> None:
+    def test_first_observation_compares_the_clock_with_the_records(
+        self, changed: float, message: str
+    ) -> None:
         ledger = Ledger("/nowhere")
         ledger.observe(at(NOW), {}, "", NOW + changed)
-        assert (words in ledger.doubt) if words else not ledger.doubt
+        assert (message in ledger.doubt) if message else not ledger.doubt
 
     @given(
         st.lists(
@@ -241,10 +250,10 @@ class TestClocks:
             max_size=30,
         )
     )
-    def test_unused_time_is_never_more_than_has_passed(
+    def test_unused_time_never_exceeds_the_elapsed_time(
         self, steps: t.List[t.Tuple[float, float, bool, bool]]
     ) -> None:
-        """Whatever the clock does, within a boot."""
+        """For any changes of the clock within a boot."""
         ledger = Ledger("/nowhere")
         true = used_at = uptime = 0.0
         for passed, jump, used, traced in steps:
@@ -260,7 +269,7 @@ class TestClocks:
             assert ledger.watched <= true + 1e-3
 
 
-def test_vanished_layers_are_forgotten_and_inherited(path: str) -> None:
+def test_replacement_inherits_the_times_of_a_removed_layer(path: str) -> None:
     ledger = Ledger(path)
     ledger.observe(at(NOW), seen("a", "b", a="k1", b="k2", c="k3"))
     ledger.observe(at(NOW + HOUR), seen(a2="k1", c="k3"))
@@ -273,7 +282,7 @@ def test_vanished_layers_are_forgotten_and_inherited(path: str) -> None:
     assert ledger.last_used("b2") is None
 
 
-def test_the_same_id_for_another_layer_restarts_the_count(path: str) -> None:
+def test_unused_time_restarts_for_another_layer_with_the_same_id(path: str) -> None:
     ledger = Ledger(path)
     ledger.observe(at(NOW), seen("a", a="k1"))
     ledger.observe(at(NOW + HOUR), seen(a="k2"))
@@ -281,7 +290,7 @@ def test_the_same_id_for_another_layer_restarts_the_count(path: str) -> None:
     assert ledger.idle("a") == 0
 
 
-def test_two_runs_at_once_lose_nothing(path: str) -> None:
+def test_ledgers_of_concurrent_runs_are_merged(path: str) -> None:
     first, second, third = Ledger(path), Ledger(path), Ledger(path)
     first.observe(at(NOW), seen("a", a="k1", b="k2"))
     second.observe(at(NOW + HOUR), seen("b", a="k1", b="k2"))
@@ -299,8 +308,8 @@ def test_two_runs_at_once_lose_nothing(path: str) -> None:
     assert ledger.programs == {"program": "version"}
 
 
-def test_the_first_version_is_read(path: str) -> None:
-    """Its times are kept for people; nothing of them counts, for it did not note who had looked when."""
+def test_ledger_of_version_1_is_read(path: str) -> None:
+    """Its times are kept for display. They do not count, because version 1 does not record the observations."""
     mapping = Mapping(IDMap.of((0, 1, 2)), IDMap.of((0, 1, 2)))
     content = {
         "version": 1,
@@ -326,7 +335,7 @@ def test_the_first_version_is_read(path: str) -> None:
     assert ledger.programs == {"p": "1"}
 
 
-def test_its_size_is_bounded(path: str) -> None:
+def test_size_of_the_ledger_is_limited(path: str) -> None:
     many = IDMap(tuple(IDRange(2 * item, 2 * item, 1) for item in range(340)))
     key = ledger_key("i" * 64, Mapping(many, many))
     assert len(key) == 64
@@ -409,8 +418,10 @@ ledgers = st.fixed_dictionaries(
 
 
 @given(ledgers | json_values)
-def test_any_json(tmp_path_factory: pytest.TempPathFactory, value: t.Any) -> None:
-    """A user may write anything into it: it is read, observed, told and written again."""
+def test_any_json_is_read_and_rewritten(
+    tmp_path_factory: pytest.TempPathFactory, value: t.Any
+) -> None:
+    """A user may write anything to the file. It can be read, displayed and written again."""
     path = str(tmp_path_factory.mktemp("ledger") / "ledger.json")
     pathlib.Path(path).write_text(json.dumps(value))
     ledger = Ledger(path).load()
@@ -426,11 +437,11 @@ def test_any_json(tmp_path_factory: pytest.TempPathFactory, value: t.Any) -> Non
     assert format_time(ledger.watched_since or 0)
     ledger.learn({"p": "1"})
     ledger.save()
-    again = Ledger(path).load()
-    assert again.last_used("a") == NOW
+    loaded = Ledger(path).load()
+    assert loaded.last_used("a") == NOW
 
 
-def test_a_link_is_not_followed(path: str, tmp_path: pathlib.Path) -> None:
+def test_link_is_not_followed(path: str, tmp_path: pathlib.Path) -> None:
     os.mkdir(os.path.dirname(path))
     victim = tmp_path / "victim"
     victim.write_text("safe")
@@ -442,18 +453,18 @@ def test_a_link_is_not_followed(path: str, tmp_path: pathlib.Path) -> None:
     assert not os.path.lexists(f"{path}.tmp")
 
 
-def test_key() -> None:
-    one, other = IDMap.of((0, 1, 2)), IDMap.of((0, 1, 3))
+def test_keys_depend_on_image_and_maps() -> None:
+    first, second = IDMap.of((0, 1, 2)), IDMap.of((0, 1, 3))
     keys = {
         ledger_key(image, Mapping(uid, gid))
         for image in ("a", "b")
-        for uid in (one, other)
-        for gid in (one, other)
+        for uid in (first, second)
+        for gid in (first, second)
     }
     assert len(keys) == 8
 
 
-def test_versions_that_programs_reported(path: str) -> None:
+def test_last_reported_versions_of_programs_are_kept(path: str) -> None:
     ledger = Ledger(path).load()
     ledger.observe(at(NOW), {})
     ledger.learn({f"program {number}": f"version {number}" for number in range(9)})

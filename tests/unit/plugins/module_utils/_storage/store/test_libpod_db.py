@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""podman's database: bolt and SQLite, whole and damaged."""
+"""Tests of reading podman's databases, bolt and SQLite, intact and damaged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ENTRIES = {
 
 
 def leaf(entries: t.Mapping[bytes, t.Tuple[int, bytes]], page: int = 0) -> bytes:
-    """A leaf page, its keys in order."""
+    """A leaf page with sorted keys."""
     body = b""
     elements = b""
     start = 16 * len(entries)
@@ -66,8 +66,8 @@ def bolt(pages: t.Mapping[int, bytes], size: int = PAGE) -> bytes:
 
 
 def small() -> bytes:
-    """As podman leaves it: a top page with the bucket in line."""
-    inline = struct.pack("<QQ", 0, 0) + leaf({key: (0, one) for key, one in ENTRIES.items()})
+    """A database as podman writes it: a top page with inline buckets."""
+    inline = struct.pack("<QQ", 0, 0) + leaf({key: (0, value) for key, value in ENTRIES.items()})
     top = leaf(
         {b"ctr": (1, struct.pack("<QQ", 0, 0) + leaf({})), b"runtime-config": (1, inline)}, 3
     )
@@ -75,7 +75,7 @@ def small() -> bytes:
 
 
 def large(size: int = PAGE) -> bytes:
-    """Branches above the leaves, and the bucket on pages of its own."""
+    """A database with branch pages above the leaves, and with the bucket on separate pages."""
     names = [f"b{number:03}".encode() for number in range(40)]
     return bolt(
         {
@@ -85,8 +85,8 @@ def large(size: int = PAGE) -> bytes:
             4: leaf({name: (1, struct.pack("<QQ", 0, 0)) for name in names}, 4),
             5: leaf({b"runtime-config": (1, struct.pack("<QQ", 6, 0))}, 5),
             6: branch([(b"graph", 7), (b"run", 8)], 6),
-            7: leaf({key: (0, one) for key, one in ENTRIES.items() if key < b"os"}, 7),
-            8: leaf({key: (0, one) for key, one in ENTRIES.items() if key > b"os"}, 8),
+            7: leaf({key: (0, value) for key, value in ENTRIES.items() if key < b"os"}, 7),
+            8: leaf({key: (0, value) for key, value in ENTRIES.items() if key > b"os"}, 8),
         },
         size,
     )
@@ -98,35 +98,37 @@ def graphroot(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "g"
 
 
-def ask(graphroot: pathlib.Path, transient: bool = False) -> t.Optional[PodmanStore]:
+def read_store(graphroot: pathlib.Path, transient: bool = False) -> t.Optional[PodmanStore]:
     return recorded(str(graphroot), str(graphroot.parent / "r"), transient)
 
 
 @pytest.mark.parametrize("data", [small(), large(), large(16384)])
-def test_bolt(graphroot: pathlib.Path, data: bytes) -> None:
+def test_bolt_database_is_read(graphroot: pathlib.Path, data: bytes) -> None:
     path = graphroot / "libpod" / "bolt_state.db"
     path.write_bytes(data)
     before = os.stat(path)
-    assert ask(graphroot) == PodmanStore(str(path), GRAPH, RUN, "vfs")
+    assert read_store(graphroot) == PodmanStore(str(path), GRAPH, RUN, "vfs")
     assert os.stat(path).st_mtime_ns == before.st_mtime_ns
 
 
-def test_half_written_meta_page(graphroot: pathlib.Path) -> None:
-    """The newer of the two sound meta pages counts."""
+def test_half_written_meta_page_is_skipped(graphroot: pathlib.Path) -> None:
+    """Of two intact meta pages, the newer page is used."""
     path = graphroot / "libpod" / "bolt_state.db"
     data = bytearray(small())
     data[16 + 40] ^= 0xFF
     path.write_bytes(bytes(data))
-    found = ask(graphroot)
+    found = read_store(graphroot)
     assert found is not None
     assert found.driver == "vfs"
     data[PAGE + 16 + 40] ^= 0xFF
     path.write_bytes(bytes(data))
-    assert ask(graphroot) is None
+    assert read_store(graphroot) is None
 
 
 @given(st.data())
-def test_damaged_bolt(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_damaged_bolt_database_is_read_or_ignored(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     graphroot = tmp_path_factory.mktemp("bolt")
     (graphroot / "libpod").mkdir()
     content = bytearray(data.draw(st.sampled_from([small(), large()])))
@@ -134,20 +136,20 @@ def test_damaged_bolt(tmp_path_factory: pytest.TempPathFactory, data: st.DataObj
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(0, len(content))) :]
     (graphroot / "libpod" / "bolt_state.db").write_bytes(content)
-    ask(graphroot)
+    read_store(graphroot)
 
 
-def test_page_behind_the_end(graphroot: pathlib.Path) -> None:
+def test_database_with_a_page_after_its_end_is_ignored(graphroot: pathlib.Path) -> None:
     path = graphroot / "libpod" / "bolt_state.db"
     for page in (9, 2**63, 2**64 - 1):
         path.write_bytes(bolt({0: meta(0, 3, 1), 3: branch([(b"a", page)], 3)}))
-        assert ask(graphroot) is None
+        assert read_store(graphroot) is None
 
 
-def test_pages_in_a_circle(graphroot: pathlib.Path) -> None:
+def test_database_with_cyclic_pages_is_ignored(graphroot: pathlib.Path) -> None:
     path = graphroot / "libpod" / "bolt_state.db"
     path.write_bytes(bolt({0: meta(0, 3, 1), 3: branch([(b"a", 3), (b"b", 3)], 3)}))
-    assert ask(graphroot) is None
+    assert read_store(graphroot) is None
 
 
 def sqlite(
@@ -167,23 +169,23 @@ def sqlite(
     connection.close()
 
 
-def test_sqlite(graphroot: pathlib.Path) -> None:
+def test_sqlite_database_is_read(graphroot: pathlib.Path) -> None:
     path = graphroot / "db.sql"
     sqlite(path)
-    assert ask(graphroot) == PodmanStore(str(path), GRAPH, RUN, "overlay")
+    assert read_store(graphroot) == PodmanStore(str(path), GRAPH, RUN, "overlay")
     assert os.listdir(graphroot) == ["libpod", "db.sql"] or set(os.listdir(graphroot)) == {
         "libpod",
         "db.sql",
     }
-    # An older podman's file counts first.
+    # The file of older podman versions takes precedence.
     (graphroot / "libpod" / "bolt_state.db").write_bytes(small())
-    found = ask(graphroot)
+    found = read_store(graphroot)
     assert found is not None
     assert found.driver == "vfs"
 
 
-def test_containers_of_both_databases(graphroot: pathlib.Path) -> None:
-    """Which of the two podman uses depends on its version, so a container in either is one that podman knows."""
+def test_containers_of_both_databases_are_read(graphroot: pathlib.Path) -> None:
+    """Which database podman uses depends on its version, so it may know a container from either of them."""
 
     def config(name: str) -> bytes:
         return json.dumps({"name": name}).encode()
@@ -214,7 +216,7 @@ def test_containers_of_both_databases(graphroot: pathlib.Path) -> None:
     (graphroot / "libpod" / "bolt_state.db").write_bytes(bolt({0: meta(0, 3, 6), 3: top}))
     (graphroot / "db.sql").write_bytes(b"damaged")
     assert found() == ({"old", "both"}, ["db.sql"])
-    # podman has created it, and written nothing yet.
+    # podman has created the file, but not written to it yet.
     (graphroot / "db.sql").write_bytes(b"")
     assert found() == ({"old", "both"}, [])
     (graphroot / "db.sql").unlink()
@@ -227,26 +229,28 @@ def test_containers_of_both_databases(graphroot: pathlib.Path) -> None:
     assert found() == ({"old", "both"}, ["db.sql"])
 
 
-def test_a_database_that_is_written_meanwhile_is_read_again(
+def test_database_written_during_the_read_is_read_again(
     graphroot: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = graphroot / "libpod" / "bolt_state.db"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"half written")
-    whole = bolt({0: meta(0, 3, 6), 3: leaf({b"ctr": (1, struct.pack("<QQ", 0, 0) + leaf({}))}, 3)})
+    complete = bolt(
+        {0: meta(0, 3, 6), 3: leaf({b"ctr": (1, struct.pack("<QQ", 0, 0) + leaf({}))}, 3)}
+    )
 
     def read(name: str, limit: int) -> bytes:
         monkeypatch.undo()
         content = path.read_bytes()
-        path.write_bytes(whole)
+        path.write_bytes(complete)
         return content
 
     monkeypatch.setattr(libpod_db.files, "read_regular", read)
     assert libpod_db.read_databases(str(graphroot), "/none").unreadable == {}
 
 
-def test_sqlite_in_use(graphroot: pathlib.Path) -> None:
-    """What is committed but still in the journal counts, and nothing is written there."""
+def test_sqlite_database_in_use_is_read(graphroot: pathlib.Path) -> None:
+    """Committed data in the journal is read, and no file is written."""
     path = graphroot / "db.sql"
     sqlite(path)
     connection = sqlite3.connect(path)
@@ -255,57 +259,61 @@ def test_sqlite_in_use(graphroot: pathlib.Path) -> None:
     connection.commit()
     before = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(graphroot)}
     assert "db.sql-wal" in before
-    found = ask(graphroot)
+    found = read_store(graphroot)
     assert found is not None
     assert found.driver == "btrfs"
     assert {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(graphroot)} == before
     connection.close()
 
 
-def test_transient(graphroot: pathlib.Path) -> None:
+def test_database_of_a_transient_store_is_in_the_run_root(graphroot: pathlib.Path) -> None:
     sqlite(graphroot / "db.sql")
-    assert ask(graphroot, transient=True) is None
+    assert read_store(graphroot, transient=True) is None
     runroot = graphroot.parent / "r"
     runroot.mkdir()
     sqlite(runroot / "db.sql", (GRAPH, RUN, "btrfs"))
-    found = ask(graphroot, transient=True)
+    found = read_store(graphroot, transient=True)
     assert found is not None
     assert found.driver == "btrfs"
 
 
-def test_none(graphroot: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    assert ask(graphroot) is None
-    assert ask(tmp_path / "no") is None
+def test_missing_and_unusable_databases_are_ignored(
+    graphroot: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    assert read_store(graphroot) is None
+    assert read_store(tmp_path / "no") is None
     for data in (b"", b"x" * 10000, b"SQLite format 3\0"):
         (graphroot / "db.sql").write_bytes(data)
-        assert ask(graphroot) is None
+        assert read_store(graphroot) is None
     (graphroot / "db.sql").unlink()
     for row in (None, (None, RUN, "vfs"), (GRAPH, RUN, 5.5)):
         sqlite(graphroot / "db.sql", row)
-        found = ask(graphroot)
+        found = read_store(graphroot)
         assert found is None or found.driver == "5.5"
         (graphroot / "db.sql").unlink()
 
 
-@pytest.mark.parametrize("make", ["fifo", "link", "dir"])
-def test_odd_files(graphroot: pathlib.Path, make: str) -> None:
+@pytest.mark.parametrize("kind", ["fifo", "link", "dir"])
+def test_irregular_files_are_ignored(graphroot: pathlib.Path, kind: str) -> None:
     for path in (graphroot / "db.sql", graphroot / "libpod" / "bolt_state.db"):
-        if make == "fifo":
+        if kind == "fifo":
             os.mkfifo(path)
-        elif make == "link":
+        elif kind == "link":
             path.symlink_to("/etc/passwd")
         else:
             path.mkdir()
-        assert ask(graphroot) is None
+        assert read_store(graphroot) is None
 
 
-def test_python_without_sqlite(graphroot: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sqlite_database_is_read_without_the_sqlite3_module(
+    graphroot: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sqlite(graphroot / "db.sql")
     monkeypatch.setitem(sys.modules, "sqlite3", None)
-    assert ask(graphroot) == PodmanStore(str(graphroot / "db.sql"), GRAPH, RUN, "overlay")
+    assert read_store(graphroot) == PodmanStore(str(graphroot / "db.sql"), GRAPH, RUN, "overlay")
 
 
-# The first pages of the file that podman 4.3.1 left of `podman --root /tmp/x/g --runroot /tmp/x/r
+# The first pages of the file that podman 4.3.1 wrote for `podman --root /tmp/x/g --runroot /tmp/x/r
 # --storage-driver vfs info`.
 _PODMAN = (
     "eNrt2s9u0zAcwPE03VhhQDdtEgcuHLiAsHrghIT2DDtx4hKSrLOUf3LcqvAOXHkGXoSX4LQXGJdJG9xwGrtzK6HkWJ"
@@ -319,7 +327,7 @@ _PODMAN = (
 )
 
 
-def test_file_of_a_real_podman(graphroot: pathlib.Path) -> None:
+def test_database_that_podman_wrote_is_read(graphroot: pathlib.Path) -> None:
     path = graphroot / "libpod" / "bolt_state.db"
     path.write_bytes(zlib.decompress(base64.b64decode(_PODMAN)))
-    assert ask(graphroot) == PodmanStore(str(path), "/tmp/x/g", "/tmp/x/r", "vfs")
+    assert read_store(graphroot) == PodmanStore(str(path), "/tmp/x/g", "/tmp/x/r", "vfs")

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Snapshots: chains, users of layers, and references as podman understands them."""
+"""Tests of snapshots: chains and users of layers, and image references as podman resolves them."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def tree() -> Snapshot:
 
 
 class TestAdditionalStore:
-    """A layer that a store and an additional one of it have under one ID."""
+    """A store and its additional store contain a layer with the same ID."""
 
     @pytest.fixture
-    def both(self) -> Snapshot:
+    def stores(self) -> Snapshot:
         def additional(kind: t.Any, *raw: t.Dict[str, t.Any]) -> t.Dict[str, t.Any]:
             parsed = parse(json.dumps(raw).encode(), kind, "f", read_only_store="/ro")
             return {item.id: item for item in parsed}
@@ -95,36 +95,36 @@ class TestAdditionalStore:
             additional={"/ro": frozenset(map(full, "acde"))},
         )
 
-    def test_its_children_are_those_of_its_own_store(self, both: Snapshot) -> None:
-        assert [item.id for item in both.children(full("a"))] == [full("b")]
-        assert [item.id for item in both.children(full("c"))] == [full("e")]
+    def test_children_are_in_the_same_store(self, stores: Snapshot) -> None:
+        assert [item.id for item in stores.children(full("a"))] == [full("b")]
+        assert [item.id for item in stores.children(full("c"))] == [full("e")]
 
-    def test_a_parent_that_the_additional_store_lacks_is_the_stores_own(
-        self, both: Snapshot
+    def test_parent_that_is_missing_in_the_additional_store_is_found(
+        self, stores: Snapshot
     ) -> None:
-        assert [item.id for item in both.children(full("b"))] == [full("d")]
+        assert [item.id for item in stores.children(full("b"))] == [full("d")]
 
-    def test_its_images_are_those_of_its_own_store(self, both: Snapshot) -> None:
-        assert [item.id for item in both.images_of_layer(full("a"))] == [full("10")]
-        assert [item.id for item in both.images_of_layer(full("c"))] == [full("11")]
+    def test_images_are_in_the_same_store(self, stores: Snapshot) -> None:
+        assert [item.id for item in stores.images_of_layer(full("a"))] == [full("10")]
+        assert [item.id for item in stores.images_of_layer(full("c"))] == [full("11")]
 
 
-def test_chain(tree: Snapshot) -> None:
+def test_chain_ends_with_the_base_layer(tree: Snapshot) -> None:
     assert [item.id for item in tree.chain(full("c"))] == [full("c"), full("b"), full("a")]
     assert [item.id for item in tree.chain(full("a"))] == [full("a")]
     assert tree.chain("") == []
 
 
 @pytest.mark.parametrize(
-    ("layer", "words"), [("f", "no record"), ("dead", "no record"), ("1", "cycle")]
+    ("layer", "message"), [("f", "no record"), ("dead", "no record"), ("1", "cycle")]
 )
-def test_broken_chain(tree: Snapshot, layer: str, words: str) -> None:
-    with pytest.raises(StoreError, match=words) as caught:
+def test_broken_chain_is_an_error(tree: Snapshot, layer: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message) as caught:
         tree.chain(full(layer))
     assert full(layer) in str(caught.value)
 
 
-def test_users(tree: Snapshot) -> None:
+def test_users_of_layers_are_found(tree: Snapshot) -> None:
     assert [child.id for child in tree.children(full("b"))] == [full("c"), full("d")]
     assert tree.children(full("c")) == []
     assert [item.id for item in tree.containers_on(full("d"))] == [full("20")]
@@ -165,7 +165,7 @@ IMAGES = [
 
 
 @pytest.mark.parametrize(
-    ("reference", "found"),
+    ("reference", "image_id"),
     [
         (full("abc1"), "abc1"),
         ("sha256:" + full("abc1"), "abc1"),
@@ -203,8 +203,8 @@ IMAGES = [
         ("abc3", "76"),
     ],
 )
-def test_resolve(reference: str, found: str) -> None:
-    assert snapshot(IMAGES).resolve_image(reference).id == full(found)
+def test_reference_is_resolved(reference: str, image_id: str) -> None:
+    assert snapshot(IMAGES).resolve_image(reference).id == full(image_id)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +232,13 @@ def test_resolve(reference: str, found: str) -> None:
         "x" * 100000,
     ],
 )
-def test_unknown(reference: str) -> None:
+def test_unknown_reference_is_an_error(reference: str) -> None:
     with pytest.raises(ImageUnknown) as caught:
         snapshot(IMAGES).resolve_image(reference)
     assert len(str(caught.value)) < 2000
 
 
-def test_unknown_helps() -> None:
+def test_error_for_an_unknown_reference_has_a_hint() -> None:
     with pytest.raises(ImageUnknown, match=r"Did you mean abc1\d* \(docker.io/library/alpine"):
         snapshot(IMAGES).resolve_image("alpine:4")
     with pytest.raises(
@@ -263,7 +263,7 @@ def test_unknown_helps() -> None:
         ("tool:latest", ["def1", "def2"]),
     ],
 )
-def test_ambiguous(reference: str, candidates: t.List[str]) -> None:
+def test_ambiguous_reference_is_an_error(reference: str, candidates: t.List[str]) -> None:
     with pytest.raises(ImageAmbiguous) as caught:
         snapshot(IMAGES).resolve_image(reference)
     assert [fact["id"] for fact in caught.value.facts["candidates"]] == [
@@ -273,14 +273,14 @@ def test_ambiguous(reference: str, candidates: t.List[str]) -> None:
         assert full(candidate)[:12] in str(caught.value)
 
 
-def test_message_lists_few_of_many() -> None:
+def test_message_lists_few_of_many_candidates() -> None:
     many = [{"id": full(f"abc{number:x}")} for number in range(0x1000, 0x1400)]
     with pytest.raises(ImageAmbiguous, match="1014 more") as caught:
         snapshot(many).resolve_image("abc")
     assert len(str(caught.value)) < 500
 
 
-def test_own_image_comes_before_a_read_only_one() -> None:
+def test_own_image_takes_precedence_over_read_only_images() -> None:
     own, other = (
         {"id": full("a"), "names": ["localhost/x:1"]},
         {
@@ -293,7 +293,7 @@ def test_own_image_comes_before_a_read_only_one() -> None:
 
 
 @given(st.text(max_size=80))
-def test_any_reference(reference: str) -> None:
+def test_any_reference_is_resolved_or_rejected(reference: str) -> None:
     try:
         snapshot(IMAGES).resolve_image(reference)
     except (ImageUnknown, ImageAmbiguous) as error:

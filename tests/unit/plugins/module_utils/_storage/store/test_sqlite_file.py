@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""SQLite files and their journals, as the SQLite library writes them: both read the same."""
+"""Tests that the SQLite reader returns the same rows from databases and journals as the SQLite library."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def insert(connection: sqlite3.Connection, rows: t.Iterable[Row]) -> None:
     connection.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?, ?, ?)", rows)
 
 
-def ours(path: pathlib.Path, most: int = 10**6) -> t.List[Row]:
-    return sqlite_file.rows(str(path), "kept", COLUMNS, most)
+def read_rows(path: pathlib.Path, limit: int = 10**6) -> t.List[Row]:
+    return sqlite_file.rows(str(path), "kept", COLUMNS, limit)
 
 
-def theirs(path: pathlib.Path, folder: pathlib.Path) -> t.List[Row]:
-    """What the library reads from a copy, to which it may write."""
+def library_rows(path: pathlib.Path, folder: pathlib.Path) -> t.List[Row]:
+    """The rows that the library reads from a copy. The library may write to the files that it reads."""
     folder.mkdir()
     for end in ("", "-wal", "-journal"):
         if os.path.exists(f"{path}{end}"):
@@ -70,38 +70,38 @@ VALUES = st.one_of(
 @given(
     rows=st.lists(st.tuples(*[VALUES] * 4), max_size=60),
     size=st.sampled_from([512, 1024, 4096, 65536]),
-    later=st.lists(st.tuples(*[VALUES] * 4), max_size=20),
+    later_rows=st.lists(st.tuples(*[VALUES] * 4), max_size=20),
 )
-def test_any_rows(
-    rows: t.List[Row], size: int, later: t.List[Row], tmp_path_factory: pytest.TempPathFactory
+def test_any_rows_are_read_as_by_the_library(
+    rows: t.List[Row], size: int, later_rows: t.List[Row], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """In the file, and in the write-ahead log."""
+    """Tests rows in the database file and in the write-ahead log."""
     folder = tmp_path_factory.mktemp("db")
     path = folder / "db.sql"
     with database(path, size) as connection:
         insert(connection, rows)
-        assert ours(path) == theirs(path, folder / "1")
+        assert read_rows(path) == library_rows(path, folder / "1")
         connection.execute("PRAGMA journal_mode = WAL")
-        insert(connection, later)
+        insert(connection, later_rows)
         connection.execute("DELETE FROM kept WHERE rowid % 3 = 1")
         connection.execute("BEGIN")
         connection.execute("DELETE FROM kept")
-        assert ours(path) == theirs(path, folder / "2")
+        assert read_rows(path) == library_rows(path, folder / "2")
 
 
 @pytest.mark.parametrize("count", [0, 1, 5000])
-def test_many_rows_and_the_first_of_them(count: int, tmp_path: pathlib.Path) -> None:
+def test_rows_are_read_up_to_a_limit(count: int, tmp_path: pathlib.Path) -> None:
     rows = [(str(number), b"x", number, None) for number in range(count)]
     with database(tmp_path / "db.sql", 512) as connection:
         connection.execute("BEGIN")
         insert(connection, rows)
         connection.execute("COMMIT")
-    assert ours(tmp_path / "db.sql") == rows
-    assert ours(tmp_path / "db.sql", 3) == rows[:3]
+    assert read_rows(tmp_path / "db.sql") == rows
+    assert read_rows(tmp_path / "db.sql", 3) == rows[:3]
 
 
-def test_a_transaction_that_was_cut_off(tmp_path: pathlib.Path) -> None:
-    """Its pages are in the database already, and the old ones in the rollback journal."""
+def test_interrupted_transaction_is_rolled_back(tmp_path: pathlib.Path) -> None:
+    """The database already contains the new pages, and the rollback journal contains the old pages."""
     path = tmp_path / "db.sql"
     rows = [(str(number), b"x" * 100, number, "old") for number in range(500)]
     with database(path, 512) as connection:
@@ -112,30 +112,30 @@ def test_a_transaction_that_was_cut_off(tmp_path: pathlib.Path) -> None:
         connection.execute("UPDATE kept SET d = 'new and longer'")
         before = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(tmp_path)}
         assert b"new and longer" in path.read_bytes()
-        assert ours(path) == rows
+        assert read_rows(path) == rows
         assert {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(tmp_path)} == before
         crashed = tmp_path / "crashed"
-        assert theirs(path, crashed) == rows
+        assert library_rows(path, crashed) == rows
         connection.execute("ROLLBACK")
 
 
-def test_what_is_not_committed_to_the_log_does_not_count(tmp_path: pathlib.Path) -> None:
+def test_incomplete_transactions_of_the_log_are_ignored(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "db.sql"
     with database(path) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         insert(connection, [("1", "", 1, "kept")])
         insert(connection, [("2", "", 2, "cut off")])
         log = path.with_name("db.sql-wal")
-        whole = log.read_bytes()
+        complete = log.read_bytes()
         for cut in (1, 2000, 4096):
-            log.write_bytes(whole[:-cut])
-            assert [row[0] for row in ours(path)] == ["1"]
-        damaged = bytearray(whole)
+            log.write_bytes(complete[:-cut])
+            assert [row[0] for row in read_rows(path)] == ["1"]
+        damaged = bytearray(complete)
         damaged[-5] ^= 1
         log.write_bytes(damaged)
-        assert [row[0] for row in ours(path)] == ["1"]
-        log.write_bytes(whole)
-        assert [row[0] for row in ours(path)] == ["1", "2"]
+        assert [row[0] for row in read_rows(path)] == ["1"]
+        log.write_bytes(complete)
+        assert [row[0] for row in read_rows(path)] == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -150,15 +150,15 @@ def test_what_is_not_committed_to_the_log_does_not_count(tmp_path: pathlib.Path)
         "CREATE TABLE others (a, b, c, d)",
     ],
 )
-def test_only_plain_tables(statement: str, tmp_path: pathlib.Path) -> None:
+def test_only_plain_tables_are_read(statement: str, tmp_path: pathlib.Path) -> None:
     connection = sqlite3.connect(tmp_path / "db.sql")
     connection.execute(statement)
     connection.close()
     with pytest.raises(ValueError, match="."):
-        ours(tmp_path / "db.sql")
+        read_rows(tmp_path / "db.sql")
 
 
-def test_a_column_that_was_added(tmp_path: pathlib.Path) -> None:
+def test_added_column_is_null_in_older_rows(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "db.sql"
     with database(path) as connection:
         insert(connection, [("1", "2", 3, "4")])
@@ -187,15 +187,15 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> t.Dict[str, bytes]:
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_any_damage(
+def test_any_damaged_database_is_read_or_rejected(
     seeds: t.Dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """It ends, with rows or with an error of the kinds that count as damage."""
+    """Reading ends with rows, or with an exception that callers treat as damage."""
     folder = tmp_path_factory.mktemp("db")
     for end in data.draw(st.sampled_from([("",), ("", "-wal"), ("", "-journal")])):
         content = bytearray(seeds[end])
         for _round in range(data.draw(st.integers(0, 8))):
-            # Headers are where a change means something.
+            # Changes in headers have most effects.
             at = data.draw(
                 st.integers(0, data.draw(st.sampled_from([120, 2000, len(content) - 1])))
             )
@@ -203,11 +203,11 @@ def test_any_damage(
         del content[data.draw(st.integers(0, len(content) * 4)) :]
         (folder / f"db.sql{end}").write_bytes(content)
     with contextlib.suppress(ValueError, OSError, IndexError, struct.error):
-        ours(folder / "db.sql")
+        read_rows(folder / "db.sql")
 
 
-def test_overlapping_rows_have_an_end(tmp_path: pathlib.Path) -> None:
-    """One row that 4,000 cells of each of 500 pages point to."""
+def test_overlapping_rows_are_rejected(tmp_path: pathlib.Path) -> None:
+    """4,000 cells in each of 500 pages refer to the same row."""
     path = tmp_path / "db.sql"
     with database(path, 65536) as connection:
         insert(connection, [(str(number), b"y" * 32_000, number, None) for number in range(1000)])
@@ -219,10 +219,10 @@ def test_overlapping_rows_have_an_end(tmp_path: pathlib.Path) -> None:
             content[page + 8 : page + 8 + 8000] = cell * 4000
     path.write_bytes(content)
     with pytest.raises(ValueError, match="too much to read"):
-        ours(path)
+        read_rows(path)
 
 
-def test_a_cycle_of_pages_ends(tmp_path: pathlib.Path) -> None:
+def test_cycle_of_pages_is_rejected(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "db.sql"
     with database(path, 512) as connection:
         insert(connection, [(str(number), "y" * 400, number, None) for number in range(300)])
@@ -230,27 +230,27 @@ def test_a_cycle_of_pages_ends(tmp_path: pathlib.Path) -> None:
             "SELECT rootpage FROM sqlite_master WHERE name = 'kept'"
         ).fetchone()[0]
     content = bytearray(path.read_bytes())
-    # The page behind the others of the table is its root again.
+    # The last child page of the root is the root itself.
     content[(root - 1) * 512 + 8 : (root - 1) * 512 + 12] = root.to_bytes(4, "big")
     path.write_bytes(content)
     with pytest.raises(ValueError, match="deep|cycle"):
-        ours(path)
+        read_rows(path)
 
 
 def written_while_read(
     path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> t.Callable[[], t.List[t.Tuple[t.Any, ...]]]:
-    """Reads the table of a database that another program writes to during the first reads."""
+    """A function that reads a table, to which another program writes during the first `times` reads."""
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE found (number INTEGER, text TEXT)")
     connection.executemany("INSERT INTO found VALUES (?, ?)", [(n, "x" * 500) for n in range(300)])
     connection.commit()
     pages = sqlite_file._journal_pages
-    left = [times]
+    remaining = [times]
 
     def write_first(data: bytes) -> t.Any:
-        if left[0]:
-            left[0] -= 1
+        if remaining[0]:
+            remaining[0] -= 1
             connection.execute("DELETE FROM found WHERE number = (SELECT MIN(number) FROM found)")
             connection.execute("INSERT INTO found SELECT MAX(number) + 1, 'y' FROM found")
             connection.commit()
@@ -260,14 +260,14 @@ def written_while_read(
     return lambda: sqlite_file.rows(str(path), "found", ["number"], 1000)
 
 
-def test_what_was_written_meanwhile_is_read_again(
+def test_database_written_during_the_read_is_read_again(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = written_while_read(tmp_path / "db.sql", monkeypatch, 3)
     assert sorted(number for (number,) in read()) == list(range(3, 303))
 
 
-def test_a_database_that_changes_all_the_time_is_an_error(
+def test_database_that_changes_all_the_time_is_an_error(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = written_while_read(tmp_path / "db.sql", monkeypatch, 1000)

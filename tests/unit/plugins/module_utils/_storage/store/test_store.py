@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The store: read without a trace, written in the order that survives kills."""
+"""Tests of Store: reading changes nothing, and the order of writes is safe if the process is killed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ IMAGES: t.List[Json] = [{"id": ONE, "names": ["localhost/a:1"], "layer": B}]
 
 
 class Disk:
-    """A store's files, written by hand."""
+    """The files of a store, which the tests write themselves."""
 
     def __init__(self, base: pathlib.Path) -> None:
         self.graphroot = base / "g"
@@ -107,27 +107,27 @@ def disk(tmp_path: pathlib.Path) -> Disk:
 # Opening
 
 
-def test_a_store_of_an_untested_runtime_is_only_read(disk: Disk) -> None:
-    asked = []
+def test_store_of_an_untested_runtime_is_only_read(disk: Disk) -> None:
+    calls = []
 
     def untested() -> UntestedRuntime:
-        asked.append(1)
+        calls.append(1)
         return UntestedRuntime("podman", "is too new")
 
     before = disk.state()
     store = Store.open(disk.config(), untested=untested)
     assert store.snapshot().images
-    assert asked == []
+    assert calls == []
     for _time in range(2):
         with pytest.raises(UntestedRuntime), store.transaction():
             pass
-    assert asked == [1]
+    assert calls == [1]
     assert disk.state() == before
     with Store.open(disk.config(), untested=lambda: None).transaction():
         pass
 
 
-def test_unwritten(tmp_path: pathlib.Path) -> None:
+def test_store_without_records_is_rejected(tmp_path: pathlib.Path) -> None:
     for path in (tmp_path, tmp_path / "no"):
         with pytest.raises(StoreError, match="no runtime has written to it") as caught:
             Store.open(StoreConfig(str(path), str(tmp_path / "r"), "overlay"))
@@ -136,7 +136,7 @@ def test_unwritten(tmp_path: pathlib.Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_other_driver(disk: Disk) -> None:
+def test_store_of_another_driver_is_rejected(disk: Disk) -> None:
     before = disk.state()
     with pytest.raises(StoreError, match="belongs to driver vfs") as caught:
         Store.open(StoreConfig(str(disk.graphroot), "/r", "overlay"))
@@ -146,12 +146,12 @@ def test_other_driver(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize("driver", ["", "../vfs", "vfs/..", "a b"])
-def test_no_driver_at_all(disk: Disk, driver: str) -> None:
+def test_invalid_driver_names_are_rejected(disk: Disk, driver: str) -> None:
     with pytest.raises(StoreError):
         Store.open(StoreConfig(str(disk.graphroot), "/r", driver))
 
 
-def test_graphroot_is_a_file(tmp_path: pathlib.Path) -> None:
+def test_graphroot_that_is_a_file_is_rejected(tmp_path: pathlib.Path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(StoreError, match="not a directory"):
         Store.open(StoreConfig(str(tmp_path / "f"), "/r", "vfs"))
@@ -160,7 +160,7 @@ def test_graphroot_is_a_file(tmp_path: pathlib.Path) -> None:
 # Reading
 
 
-def test_snapshot(disk: Disk) -> None:
+def test_snapshot_has_all_records_and_changes_nothing(disk: Disk) -> None:
     before = disk.state()
     store = disk.open()
     snapshot = store.snapshot()
@@ -171,7 +171,7 @@ def test_snapshot(disk: Disk) -> None:
     assert disk.state() == before
 
 
-def test_missing_locks_are_not_made(disk: Disk) -> None:
+def test_missing_lock_files_are_not_created_for_reading(disk: Disk) -> None:
     for kind in ("layers", "images", "containers"):
         disk.path(kind, f"{kind}.lock").unlink()
     before = disk.state()
@@ -179,7 +179,7 @@ def test_missing_locks_are_not_made(disk: Disk) -> None:
     assert disk.state() == before
 
 
-def test_sees_other_writers(disk: Disk) -> None:
+def test_changes_of_other_programs_are_read(disk: Disk) -> None:
     store = disk.open()
     assert list(store.snapshot().layers) == [A, B]
     disk.write("layers", [*LAYERS, {"id": C}])
@@ -205,13 +205,13 @@ def test_same_file_with_another_token_is_read_again(disk: Disk) -> None:
     assert store.snapshot().images[ONE].names == ("localhost/a:2",)
 
 
-def test_every_file_counts(disk: Disk) -> None:
+def test_volatile_records_are_read(disk: Disk) -> None:
     disk.write("layers", [{"id": C, "names": ["x"]}, {"id": A}], "volatile-layers.json")
     disk.write("containers", [{"id": C, "layer": C}], "volatile-containers.json")
     disk.write("layers", [{"id": D}], "volatile-layers.json", disk.runroot)
     disk.write("containers", [{"id": D, "layer": D}], "volatile-containers.json", disk.runroot)
     snapshot = disk.open().snapshot()
-    assert {key: one.location for key, one in snapshot.layers.items()} == {
+    assert {key: item.location for key, item in snapshot.layers.items()} == {
         A: "stable",
         B: "stable",
         C: "volatile",
@@ -222,7 +222,7 @@ def test_every_file_counts(disk: Disk) -> None:
     assert list(snapshot.containers) == [C, D]
 
 
-def test_transient_store(disk: Disk) -> None:
+def test_records_of_a_transient_store_are_in_the_run_root(disk: Disk) -> None:
     disk.write("containers", [{"id": C}], "volatile-containers.json", disk.runroot)
     disk.path("containers", "containers.lock", disk.runroot).write_bytes(b"")
     disk.write("layers", [{"id": D}], "volatile-layers.json", disk.runroot)
@@ -235,18 +235,18 @@ def test_transient_store(disk: Disk) -> None:
     assert [item["id"] for item in disk.read("layers")] == [A, B]
 
 
-def test_image_store(disk: Disk, tmp_path: pathlib.Path) -> None:
+def test_store_with_an_imagestore_is_only_read(disk: Disk, tmp_path: pathlib.Path) -> None:
     other = tmp_path / "i"
     disk.write("images", [{"id": TWO, "layer": C}], base=other)
     disk.write("layers", [{"id": C}, {"id": A, "metadata": "hidden"}], base=other)
     store = disk.open(imagestore=str(other))
     snapshot = store.snapshot()
-    assert {key: one.location for key, one in snapshot.layers.items()} == {
+    assert {key: item.location for key, item in snapshot.layers.items()} == {
         A: "stable",
         B: "stable",
         C: "imagestore",
     }
-    assert {key: one.location for key, one in snapshot.images.items()} == {
+    assert {key: item.location for key, item in snapshot.images.items()} == {
         TWO: "imagestore",
         ONE: "stable",
     }
@@ -257,11 +257,11 @@ def test_image_store(disk: Disk, tmp_path: pathlib.Path) -> None:
     assert disk.state() == before
 
 
-def test_additional_stores(disk: Disk, tmp_path: pathlib.Path) -> None:
+def test_additional_stores_are_only_read(disk: Disk, tmp_path: pathlib.Path) -> None:
     extra = tmp_path / "ro"
     disk.write("layers", [{"id": C}, {"id": A, "metadata": "hidden"}], base=extra)
     disk.write("images", [{"id": TWO, "layer": C}], base=extra)
-    # Copied from a read-only medium: no lock files.
+    # Without lock files, as in a copy from a read-only medium.
     before = disk.state()
     store = disk.open(additional_image_stores=(str(extra), str(tmp_path / "gone")))
     snapshot = store.snapshot()
@@ -285,7 +285,7 @@ def test_additional_stores(disk: Disk, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"[", b"{}", b'[{"id":"../x"}]', b"[" * 50000])
-def test_damaged_records(disk: Disk, data: bytes) -> None:
+def test_damaged_records_are_an_error_until_they_are_repaired(disk: Disk, data: bytes) -> None:
     store = disk.open()
     store.snapshot()
     disk.path("layers").write_bytes(data)
@@ -302,15 +302,15 @@ def test_damaged_records(disk: Disk, data: bytes) -> None:
         pass
 
 
-@pytest.mark.parametrize("make", ["link", "fifo", "dir", "large"])
-def test_odd_files(disk: Disk, make: str) -> None:
+@pytest.mark.parametrize("replacement", ["link", "fifo", "dir", "large"])
+def test_irregular_record_files_are_rejected(disk: Disk, replacement: str) -> None:
     path = disk.path("layers")
     os.rename(path, disk.graphroot / "away")
-    if make == "link":
+    if replacement == "link":
         path.symlink_to(disk.graphroot / "away")
-    elif make == "fifo":
+    elif replacement == "fifo":
         os.mkfifo(path)
-    elif make == "dir":
+    elif replacement == "dir":
         path.mkdir()
     else:
         path.write_bytes(b"")
@@ -324,9 +324,9 @@ def test_locks_are_not_held_while_parsing(disk: Disk, monkeypatch: pytest.Monkey
     states = []
     parse = record_files.parse
 
-    def watch(*words: t.Any) -> t.Any:
+    def watch(*args: t.Any) -> t.Any:
         states.append([area.lock.held for areas in store._files.areas.values() for area in areas])
-        return parse(*words)
+        return parse(*args)
 
     monkeypatch.setattr(record_files, "parse", watch)
     with store.transaction():
@@ -369,7 +369,7 @@ def mapped(layer_id: str) -> Json:
     }
 
 
-def test_add_and_take_away(disk: Disk, tmp_path: pathlib.Path) -> None:
+def test_layer_is_added_and_removed(disk: Disk, tmp_path: pathlib.Path) -> None:
     trash = tmp_path / "trash"
     trash.mkdir()
     split = tmp_path / "split"
@@ -396,7 +396,7 @@ def test_add_and_take_away(disk: Disk, tmp_path: pathlib.Path) -> None:
     assert disk.token("layers") != tokens["layers"]
     assert disk.token("images") != tokens["images"]
     assert disk.token("containers") == tokens["containers"]
-    # What was not touched stands as it stood.
+    # Fields that are not changed keep their notation.
     assert b'"x-new":1.5' in disk.path("layers").read_bytes()
 
     os.mkdir(store.layer_data_dir(C))
@@ -412,7 +412,7 @@ def test_add_and_take_away(disk: Disk, tmp_path: pathlib.Path) -> None:
     assert sorted(os.listdir(disk.path("layers").parent)) == ["layers.json", "layers.lock"]
 
 
-def test_nothing_to_change_writes_nothing(disk: Disk) -> None:
+def test_transaction_without_changes_writes_nothing(disk: Disk) -> None:
     before = disk.state()
     store = disk.open()
     with store.transaction(containers=True) as transaction:
@@ -423,7 +423,7 @@ def test_nothing_to_change_writes_nothing(disk: Disk) -> None:
     assert disk.state() == before
 
 
-def test_images_change_in_one_write(disk: Disk) -> None:
+def test_several_images_are_changed_in_a_single_write(disk: Disk) -> None:
     two = "5" * 64
     disk.write("images", [*IMAGES, {"id": two, "names": ["localhost/b:1"], "layer": B}])
     store = disk.open()
@@ -441,7 +441,7 @@ def test_images_change_in_one_write(disk: Disk) -> None:
     assert (written[ONE], written[two]) == (["localhost/b:1"], ["localhost/a:1"])
 
 
-def test_begin_layer_refuses(disk: Disk) -> None:
+def test_begin_layer_rejects_invalid_records(disk: Disk) -> None:
     disk.write("layers", [{"id": A, "names": ["taken"]}, LAYERS[1]])
     before = disk.state()
     with disk.open().transaction() as transaction:
@@ -457,7 +457,7 @@ def test_begin_layer_refuses(disk: Disk) -> None:
     assert disk.state() == before
 
 
-def test_changes_are_checked(disk: Disk) -> None:
+def test_invalid_changes_are_rejected(disk: Disk) -> None:
     before = disk.state()
     with disk.open().transaction() as transaction:
         for change in ({"id": C}, {"parent": "x"}, {"diff-size": 1.5}, {"flags": []}):
@@ -475,7 +475,7 @@ def test_changes_are_checked(disk: Disk) -> None:
     assert disk.state() == before
 
 
-def test_remove_layer_refuses_what_is_used(disk: Disk, tmp_path: pathlib.Path) -> None:
+def test_remove_layer_rejects_layers_in_use(disk: Disk, tmp_path: pathlib.Path) -> None:
     disk.write("layers", [*LAYERS, {"id": C, "parent": A}, {"id": D, "parent": C}])
     disk.write("containers", [{"id": D, "layer": D}])
     with disk.open().transaction(containers=True) as transaction:
@@ -484,7 +484,7 @@ def test_remove_layer_refuses_what_is_used(disk: Disk, tmp_path: pathlib.Path) -
                 transaction.remove_layer(layer_id, str(tmp_path))
 
 
-def test_remove_image(disk: Disk, tmp_path: pathlib.Path) -> None:
+def test_image_is_removed_unless_it_is_in_use(disk: Disk, tmp_path: pathlib.Path) -> None:
     trash = tmp_path / "trash"
     trash.mkdir()
     store = disk.open()
@@ -500,7 +500,7 @@ def test_remove_image(disk: Disk, tmp_path: pathlib.Path) -> None:
     assert os.listdir(trash) == [f"{ONE}.image"]
 
 
-def test_trash(disk: Disk) -> None:
+def test_trash_directory_is_removed_on_exit(disk: Disk) -> None:
     store = disk.open()
     with store.trash("x") as path:
         assert path.startswith(f"{store.root}/trash/x-")
@@ -521,7 +521,9 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("kind", ["layers", "images", "containers"])
-def test_taken_lock(disk: Disk, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_lock_is_reported_after_the_timeout(
+    disk: Disk, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = str(disk.path(kind, f"{kind}.lock"))
     store = Store.open(disk.config(), lock_timeout=0.2)
     store.snapshot()
@@ -530,7 +532,7 @@ def test_taken_lock(disk: Disk, kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        # The message names what was allowed, not what earlier locks left of it.
+        # The message contains the configured timeout, not the time that remained after earlier locks.
         with pytest.raises(LockTimeout, match=f"by process {process.pid} for 0.2 s"):
             store.snapshot()
         with pytest.raises(LockTimeout, match="for 0.2 s"):
@@ -548,9 +550,9 @@ def test_taken_lock(disk: Disk, kind: str, monkeypatch: pytest.MonkeyPatch) -> N
         pass
 
 
-def test_transactions_exclude_each_other(disk: Disk) -> None:
+def test_transaction_holds_only_the_required_locks(disk: Disk) -> None:
     with disk.open().transaction():
-        for kind, taken in (("layers", True), ("images", True), ("containers", False)):
+        for kind, is_locked in (("layers", True), ("images", True), ("containers", False)):
             script = (
                 "import fcntl,os,sys;"
                 "fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)"
@@ -560,14 +562,14 @@ def test_transactions_exclude_each_other(disk: Disk) -> None:
                 stderr=subprocess.DEVNULL,
                 check=False,
             )
-            assert (done.returncode != 0) == taken
+            assert (done.returncode != 0) == is_locked
 
 
-# The order of the steps
+# The order of system calls
 
 
 class Steps:
-    """Every call that changes the disk, with the state it finds."""
+    """Records the system calls that change files, with the names of the files."""
 
     NAMES = ("open", "write", "pwrite", "fdatasync", "fsync", "rename", "unlink", "mkdir", "rmdir")
 
@@ -579,17 +581,17 @@ class Steps:
     def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         real = getattr(os, name)
 
-        def call(*words: t.Any, **options: t.Any) -> t.Any:
-            what = words[0] if isinstance(words[0], str) else ""
-            if not what and isinstance(words[0], int):
-                what = os.readlink(f"/proc/self/fd/{words[0]}")
-            self.log.append((name, os.path.basename(what)))
-            return real(*words, **options)
+        def call(*args: t.Any, **options: t.Any) -> t.Any:
+            path = args[0] if isinstance(args[0], str) else ""
+            if not path and isinstance(args[0], int):
+                path = os.readlink(f"/proc/self/fd/{args[0]}")
+            self.log.append((name, os.path.basename(path)))
+            return real(*args, **options)
 
         monkeypatch.setattr(os, name, call)
 
 
-def test_order_of_one_write(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_is_written_before_the_records(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     with disk.open().transaction() as transaction:
         steps = Steps(monkeypatch)
         transaction.begin_layer(mapped(C))
@@ -606,22 +608,22 @@ def test_order_of_one_write(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
-def test_tokens_come_first_and_records_refer_to_what_is_there(
+def test_records_always_refer_to_existing_layers(
     disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    """At each rename the token differs already, and no image names a layer without record."""
+    """At each rename, the token has already changed, and no image refers to a layer without a record."""
     split = tmp_path / "split"
     split.write_bytes(b"gz")
     trash = tmp_path / "trash"
     trash.mkdir()
-    seen = {kind: disk.token(kind) for kind in ("layers", "images")}
+    tokens = {kind: disk.token(kind) for kind in ("layers", "images")}
     real = os.rename
 
     def rename(source: str, target: str, **options: t.Any) -> None:
         kind = os.path.basename(target).partition(".")[0]
-        if kind in seen:
-            assert disk.token(kind) != seen[kind]
-            seen[kind] = disk.token(kind)
+        if kind in tokens:
+            assert disk.token(kind) != tokens[kind]
+            tokens[kind] = disk.token(kind)
         real(source, target, **options)
         known = {item["id"] for item in disk.read("layers")}
         for image in disk.read("images"):
@@ -651,7 +653,7 @@ def test_tokens_come_first_and_records_refer_to_what_is_there(
     ],
 )
 @pytest.mark.parametrize("step", ["pwrite", "open", "write", "fdatasync", "rename"])
-def test_a_write_that_fails_changes_nothing(
+def test_failed_write_changes_nothing(
     disk: Disk, monkeypatch: pytest.MonkeyPatch, step: str, number: int, kind: t.Any
 ) -> None:
     before = {name: data for name, (*_rest, data) in disk.state().items() if "lock" not in name}
@@ -659,10 +661,10 @@ def test_a_write_that_fails_changes_nothing(
     real = getattr(os, step)
     broken = False
 
-    def fail(*words: t.Any, **options: t.Any) -> t.Any:
-        if broken and (step != "open" or ".tmp-" in str(words[0])):
+    def fail(*args: t.Any, **options: t.Any) -> t.Any:
+        if broken and (step != "open" or ".tmp-" in str(args[0])):
             raise OSError(number, os.strerror(number))
-        return real(*words, **options)
+        return real(*args, **options)
 
     monkeypatch.setattr(os, step, fail)
     with store.transaction() as transaction:
@@ -681,7 +683,7 @@ def test_a_write_that_fails_changes_nothing(
         transaction.begin_layer(mapped(C))
 
 
-def test_what_others_see_already_is_known_though_its_directory_cannot_be_synced(
+def test_visible_records_are_known_if_their_directory_cannot_be_synced(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = disk.open()
@@ -694,7 +696,7 @@ def test_what_others_see_already_is_known_though_its_directory_cannot_be_synced(
             patch.setattr(record_files, "sync_directory", fail)
             with pytest.raises(StoreError):
                 transaction.begin_layer(mapped(C))
-        # Whoever takes the change back must find it.
+        # The caller must be able to revert the change.
         assert list(transaction.snapshot.layers) == [A, B, C]
         transaction.remove_layer(C, str(disk.runroot))
     assert list(store.snapshot().layers) == [A, B]
@@ -702,7 +704,7 @@ def test_what_others_see_already_is_known_though_its_directory_cannot_be_synced(
 
 
 @pytest.mark.parametrize("swept", [False, True])
-def test_leftovers_of_a_killed_writer_go(disk: Disk, swept: bool) -> None:
+def test_leftovers_of_a_killed_writer_are_removed(disk: Disk, swept: bool) -> None:
     for kind in ("layers", "images"):
         disk.path(kind, f".tmp-{kind}.jsonuserns-storage").write_bytes(b"half")
     others = disk.path("layers", ".tmp-layers.json123456")
@@ -722,9 +724,7 @@ def test_leftovers_of_a_killed_writer_go(disk: Disk, swept: bool) -> None:
     assert others.exists()
 
 
-def test_temporary_name_cannot_be_used_to_write_elsewhere(
-    disk: Disk, tmp_path: pathlib.Path
-) -> None:
+def test_link_with_the_temporary_name_is_not_followed(disk: Disk, tmp_path: pathlib.Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("safe")
     disk.path("layers", ".tmp-layers.jsonuserns-storage").symlink_to(victim)
@@ -734,7 +734,7 @@ def test_temporary_name_cannot_be_used_to_write_elsewhere(
     assert not disk.path("layers").is_symlink()
 
 
-def test_no_permission(disk: Disk) -> None:
+def test_missing_permission_is_reported(disk: Disk) -> None:
     os.chmod(disk.path("layers").parent, 0)
     os.chmod(disk.graphroot.parent, 0o755)
     os.chmod(disk.graphroot, 0o755)
@@ -758,7 +758,7 @@ def test_no_permission(disk: Disk) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-# A model: whatever is done, the files hold what was asked for
+# A model of the store: after any operations, the files have the same records
 
 NAMES = [full(item) for item in "abcdef"]
 steps = st.lists(
@@ -775,7 +775,9 @@ steps = st.lists(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps=steps)
-def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
+def test_records_equal_the_model_after_any_operations(
+    tmp_path_factory: pytest.TempPathFactory, steps: t.Any
+) -> None:
     disk = Disk(tmp_path_factory.mktemp("model"))
     disk.write("images", [*IMAGES, {"id": TWO, "layer": A}])
     trash = disk.graphroot / "trash"
@@ -790,7 +792,7 @@ def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
             store = disk.open()
             continue
         if step == "unknown":
-            # Another program, which knows fields that we do not.
+            # Another program writes fields that this collection does not know.
             for layer in layers.values():
                 layer["later"] = {"deep": [1]}
             disk.write("layers", list(layers.values()))
@@ -798,7 +800,7 @@ def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
             tokens["layers"] = disk.token("layers")
             files["layers"] = disk.path("layers").read_bytes()
             continue
-        refused = False
+        is_rejected = False
         with store.transaction(containers=True) as transaction:
             try:
                 if step == "begin":
@@ -818,14 +820,14 @@ def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
                 else:
                     transaction.remove_layer(layer_id, str(trash))
             except StorageError:
-                refused = True
+                is_rejected = True
         known = layer_id in layers
         if step == "begin":
-            assert refused == known
+            assert is_rejected == known
             if not known:
                 layers[layer_id] = {"id": layer_id, "parent": A, "flags": {"incomplete": True}}
         elif step in ("finish", "give_up", "flag"):
-            assert refused == (not known)
+            assert is_rejected == (not known)
             if known:
                 flags = layers[layer_id].setdefault("flags", {})
                 if step == "flag":
@@ -837,13 +839,13 @@ def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
                 if not flags:
                     del layers[layer_id]["flags"]
         elif step == "append":
-            assert refused == (not known)
+            assert is_rejected == (not known)
             if known:
                 listed = images[image_id].setdefault("mapped-layers", [])
                 if layer_id not in listed:
                     listed.append(layer_id)
         elif step == "drop":
-            assert not refused
+            assert not is_rejected
             for image in images.values():
                 image["mapped-layers"] = [
                     item for item in image.get("mapped-layers", ()) if item != layer_id
@@ -855,8 +857,8 @@ def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
                 layer_id in (item["layer"], *item.get("mapped-layers", ()))
                 for item in images.values()
             )
-            assert refused == (used or not known)
-            if not refused:
+            assert is_rejected == (used or not known)
+            if not is_rejected:
                 del layers[layer_id]
         assert disk.read("layers") == list(layers.values())
         assert disk.read("images") == list(images.values())
@@ -865,5 +867,5 @@ def test_model(tmp_path_factory: pytest.TempPathFactory, steps: t.Any) -> None:
             assert (data != files[kind]) == (token != tokens[kind])
             files[kind], tokens[kind] = data, token
         snapshot = store.snapshot()
-        assert {key: one.raw for key, one in snapshot.layers.items()} == layers
-        assert {key: one.raw for key, one in snapshot.images.items()} == images
+        assert {key: item.raw for key, item in snapshot.layers.items()} == layers
+        assert {key: item.raw for key, item in snapshot.images.items()} == images

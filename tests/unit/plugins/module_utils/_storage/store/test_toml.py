@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The TOML reader: what storage.conf needs, and the language's own rules."""
+"""Tests of the TOML reader: the syntax that storage.conf uses, and the rules of the language."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ VALID: t.List[t.Tuple[str, t.Any]] = [
 
 
 @pytest.mark.parametrize(("text", "value"), VALID)
-def test_valid(text: str, value: t.Any) -> None:
+def test_valid_text_is_read(text: str, value: t.Any) -> None:
     assert loads(text.encode(), "f") == value
     assert loads(text.replace("\r\n", "\n").replace("\n", "\r\n").encode(), "f") == value
 
@@ -124,7 +124,7 @@ def test_valid(text: str, value: t.Any) -> None:
         "a = 1979-05-27T07:32:00x",
     ],
 )
-def test_malformed(text: str) -> None:
+def test_malformed_text_is_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match=r"/etc/storage\.conf"):
         loads(text.encode(), "/etc/storage.conf")
 
@@ -142,7 +142,7 @@ def test_message_names_the_line() -> None:
         st.binary(max_size=100), st.text("[]{}=\"'\\.,#ab1 \n-_:eE+", max_size=60).map(str.encode)
     )
 )
-def test_anything(data: bytes) -> None:
+def test_any_bytes_are_read_or_rejected(data: bytes) -> None:
     try:
         loads(data, "f")
     except ConfigError as error:
@@ -150,7 +150,7 @@ def test_anything(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("piece", ["'", '"', "'''", '"""', "\\", "[", "a.", "{", "#", "\n", "='"])
-def test_reading_work_grows_with_the_text_and_no_faster(
+def test_reading_work_is_proportional_to_the_text(
     piece: str, count_calls: t.Callable[[t.Callable[[], t.Any]], int]
 ) -> None:
     for start in ("", "a = ", "a = '''", 'a = """'):
@@ -159,10 +159,10 @@ def test_reading_work_grows_with_the_text_and_no_faster(
             with contextlib.suppress(ConfigError):
                 loads((start + piece * count).encode(), "f")
 
-        few = count_calls(lambda: read(500))
-        # What is quadratic would be 64 times as much.
-        assert count_calls(lambda: read(4000)) < 12 * few
-        # An expression that tries all ways to match never comes to an end here.
+        calls = count_calls(lambda: read(500))
+        # With quadratic work, the factor would be 64.
+        assert count_calls(lambda: read(4000)) < 12 * calls
+        # A regular expression with exponential backtracking would not end here.
         read(200_000)
 
 
@@ -174,7 +174,7 @@ values = st.recursive(
 )
 
 
-def written(value: t.Any) -> str:
+def as_toml(value: t.Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -182,22 +182,22 @@ def written(value: t.Any) -> str:
     if isinstance(value, str):
         return '"' + "".join(f"\\U{ord(item):08X}" for item in value) + '"'
     if isinstance(value, list):
-        return "[" + ", ".join(map(written, value)) + "]"
-    return "{" + ", ".join(f"{key} = {written(one)}" for key, one in value.items()) + "}"
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return "{" + ", ".join(f"{key} = {as_toml(item)}" for key, item in value.items()) + "}"
 
 
 @given(st.dictionaries(keys, st.dictionaries(keys, values, max_size=3), max_size=3))
-def test_round_trip(tables: t.Dict[str, t.Any]) -> None:
+def test_tables_are_read_as_they_were_written(tables: t.Dict[str, t.Any]) -> None:
     lines = []
     for name, table in tables.items():
         lines.append(f"[{name}]")
-        lines += [f"{key} = {written(value)}" for key, value in table.items()]
+        lines += [f"{key} = {as_toml(value)}" for key, value in table.items()]
     assert loads("\n".join(lines).encode(), "f") == tables
 
 
-# Against the reader of Python 3.11 and later. On an older Python the same texts are read, by ours alone.
+# Comparison with tomllib of Python 3.11 and later. With older versions, the same texts are only read.
 
-# All that a text of TOML is made of, and what is almost that.
+# Elements of TOML, and invalid elements that are similar to them.
 PIECES = (
     *("a", "b", "a.b", '"a"', "'a'", "a . b", '""', "''", "-1", "é"),
     *("=", " = ", ".", ",", " ", "\t", "\n", "\r\n", "\r", "#", "# c\n", "\0", "\x7f", "\ufeff"),
@@ -208,54 +208,57 @@ PIECES = (
     *("1.5e+3", "inf", "-inf", "nan", "9223372036854775808", "a = 1\n", 'a = "b"\n'),
     *("b = [1, 2]\n", "b = { a = 1 }\n", "a.b = 1\n", "[a]\nb = 1\n"),
 )
-# Ours leaves dates and times as text.
+# This reader returns dates and times as text.
 _DATE = re.compile(r"\d{4}-\d|\d\d:\d")
 
 
-def same(ours: t.Any, theirs: t.Any) -> bool:
-    """Whether two values are equal, with their types; NaN is equal to itself here."""
+def same(found: t.Any, expected: t.Any) -> bool:
+    """Whether two values and their types are equal. NaN equals NaN."""
     for kind in (dict, list):
-        if isinstance(ours, kind) != isinstance(theirs, kind):
+        if isinstance(found, kind) != isinstance(expected, kind):
             return False
-    if isinstance(ours, dict):
-        return list(ours) == list(theirs) and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    if type(ours) is not type(theirs):
+    if isinstance(found, dict):
+        return list(found) == list(expected) and all(
+            same(found[key], expected[key]) for key in found
+        )
+    if isinstance(found, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    if type(found) is not type(expected):
         return False
-    # Of all values only NaN is unequal to itself.
+    # NaN is the only value that is not equal to itself.
     return bool(
-        ours == theirs or (isinstance(ours, float) and math.isnan(ours) and math.isnan(theirs))
+        found == expected
+        or (isinstance(found, float) and math.isnan(found) and math.isnan(expected))
     )
 
 
 def compare(text: str) -> None:
-    """Ours takes what tomllib takes, refuses what it refuses, and reads the same."""
+    """Assert that this reader and tomllib return the same value, or both reject the text."""
     try:
-        ours: t.Any = loads(text.encode(), "f")
+        found: t.Any = loads(text.encode(), "f")
     except ConfigError:
-        ours = None
+        found = None
     if tomllib is None or _DATE.search(text):
         return
     try:
-        theirs: t.Any = tomllib.loads(text)
+        expected: t.Any = tomllib.loads(text)
     except (ValueError, RecursionError):
-        theirs = None
-    assert same(ours, theirs), (text, ours, theirs)
+        expected = None
+    assert same(found, expected), (text, found, expected)
 
 
 @settings(max_examples=1500)
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
-def test_is_read_as_tomllib_reads_it(text: str) -> None:
+def test_any_text_is_read_as_by_tomllib(text: str) -> None:
     compare(text)
 
 
 @settings(max_examples=500)
 @given(st.lists(st.tuples(st.sampled_from(PIECES[:10]), st.sampled_from(PIECES)), max_size=5))
-def test_assignments_are_read_as_tomllib_reads_them(pairs: t.List[t.Tuple[str, str]]) -> None:
+def test_any_assignments_are_read_as_by_tomllib(pairs: t.List[t.Tuple[str, str]]) -> None:
     compare("".join(f"{key} = {value}\n" for key, value in pairs))
 
 
 @pytest.mark.parametrize("text", [text for text, _expected in VALID])
-def test_what_is_valid_is_so_to_tomllib(text: str) -> None:
+def test_valid_texts_are_read_as_by_tomllib(text: str) -> None:
     compare(text)
