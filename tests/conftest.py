@@ -121,16 +121,16 @@ def make_user(lab: Lab) -> t.Iterator[t.Callable[..., User]]:
     """A function that adds temporary users with subordinate IDs: make_user(machine=None, subordinate=65536)."""
     from support import users
 
-    made: t.List[t.Tuple[User, t.Any]] = []
+    created: t.List[t.Tuple[User, t.Any]] = []
 
     def make(machine: t.Any = None, **options: t.Any) -> User:
         user = users.add_user(lab, machine, **options)
-        made.append((user, machine))
+        created.append((user, machine))
         return user
 
     yield make
-    while made:
-        user, machine = made.pop()
+    while created:
+        user, machine = created.pop()
         users.remove_user(lab, user, machine)
 
 
@@ -139,20 +139,20 @@ def make_store(lab: Lab, make_user: t.Callable[..., User]) -> t.Iterator[t.Calla
     """A function that creates private stores: make_store(kind, *images, machine=None, user=None, options=None ...)."""
     from support import stores
 
-    made: t.List[Store] = []
+    created: t.List[Store] = []
 
     def make(kind: str, *images: Image, **options: t.Any) -> Store:
         if stores.KINDS[kind][2] and not options.get("user"):
             options["user"] = make_user(options.get("machine"))
         store = stores.Store(lab, kind, **options)
-        made.append(store)
+        created.append(store)
         for image in images:
             store.load(image)
         return store
 
     yield make
-    while made:
-        made.pop().close()
+    while created:
+        created.pop().close()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tests that everything that names options agrees with their tables. Failures list what to add and where.
+"""Tests that everything that names options agrees with the tables of options. Failures list the missing parts.
 
 The tables are ``Policy``, ``StoreRequest`` and ``MappingOptions`` in ``plugins/module_utils/_storage/operations``.
 Argument specs, the settings of the service, the action plugin and the prediction of what each rule would free are
@@ -320,8 +320,8 @@ def test_consumers_follow_a_new_rule(
     )
     layers = [gc_plan.Candidate(f"{inodes:064x}", inodes=inodes, created=2e9) for inodes in (2, 9)]
     watch, disk = gc_plan.Watch(), gc_plan.Disk(100, 50)
-    made = gc_plan.plan(layers, (), gc_policy.read({new_rule: 3}, 3e9), disk, watch, 3e9)
-    assert [(item.layer_id, item.rule) for item in made.removals] == [(f"{2:064x}", new_rule)]
+    plan = gc_plan.plan(layers, (), gc_policy.read({new_rule: 3}, 3e9), disk, watch, 3e9)
+    assert [(item.layer_id, item.rule) for item in plan.removals] == [(f"{2:064x}", new_rule)]
     found = gc_plan.prospects(layers, gc_policy.read({}, 3e9), disk, watch, 3e9)
     assert [item for item in found if item.rule == new_rule] == [
         gc_plan.Prospect(new_rule, 5, 1, 0, 2)

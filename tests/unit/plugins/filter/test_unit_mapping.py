@@ -755,7 +755,7 @@ def test_questionable_settings_are_reported(warnings: list[str]) -> None:
     ]
 
 
-# Input that takes endless time without limits
+# Input that would take endless time without limits
 
 LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{chr(98 + number)}: &{chr(98 + number)} [{', '.join([f'*{chr(97 + number)}'] * 9)}]\n"

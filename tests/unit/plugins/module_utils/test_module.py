@@ -80,7 +80,7 @@ def test_warnings_are_escaped() -> None:
 
 
 class TestUnexpectedExceptions:
-    """They are errors of the module or, with several users, of one user only."""
+    """An unexpected exception is an error of the module or, with several users, of one user only."""
 
     def module(self, **params: t.Any) -> Module:
         module = Module()

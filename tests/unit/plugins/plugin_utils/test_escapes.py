@@ -465,7 +465,7 @@ def structure(page: str) -> t.List[t.Any]:
 
 
 def test_no_text_of_a_host_changes_the_page() -> None:
-    """All text fields are filled. A new text field must be added to filled(), otherwise it is not tested."""
+    """filled() sets all text fields. A new text field must be added to it, otherwise the field is not tested."""
     expected = structure(_fleet_page.render(filled("plain"), "plain", "plain"))
     for text in HOSTILE:
         page = _fleet_page.render(filled(text), text, text)

@@ -209,10 +209,10 @@ def test_store_that_is_never_ready_does_not_block_the_play(
     clock = itertools.count(0, 10)
     monkeypatch.setattr(_slices.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(_slices, "display", SimpleNamespace(display=lambda *_args, **_how: None))
-    result, made = run(EndlessResults(make))
+    result, module_calls = run(EndlessResults(make))
     assert result["failed"]
     assert message in result["msg"]
-    assert len(made) == calls
+    assert len(module_calls) == calls
 
 
 def entry_of(user: str, number: int, action: str, **progress: float) -> Json:
@@ -278,10 +278,10 @@ def test_users_take_turns(
     monkeypatch.setattr(_slices, "display", SimpleNamespace(display=lambda *_args, **_how: None))
     hostile = ResultsForUsers(entry_of_mallory)
     users = ["mallory", "bob", "eve"]
-    made: t.List[Json] = []
+    module_calls: t.List[Json] = []
 
     def execute(module_args: Json, **_how: t.Any) -> Json:
-        made.append(module_args)
+        module_calls.append(module_args)
         return hostile(module_args["users"])
 
     result = run_with(execute, {"users": users})

@@ -25,7 +25,7 @@ def removal(**more: t.Any) -> Json:
 def test_summary_counts_images_and_layers_of_each_store() -> None:
     pulled = {"results": [looped("alice", actions=["pulled", "tagged"])]}
     copied = {"results": [looped(["alice", "x=oci:x"], actions=["pulled"]), {"skipped": True}]}
-    made = {
+    template_result = {
         "layers": [
             {"user": "alice", "action": "created", "size_exclusive": GIB},
             {"user": "alice", "action": "created", "size_exclusive": GIB // 2},
@@ -35,13 +35,13 @@ def test_summary_counts_images_and_layers_of_each_store() -> None:
         "stores": [{"user": "eve", "error": "no podman"}],
     }
     stores = ["alice", "bob", "eve", "root"]
-    assert _summaries.store_lines(stores, [pulled, copied], made) == [
+    assert _summaries.store_lines(stores, [pulled, copied], template_result) == [
         "alice: 2 images pulled; 1 image tagged; mapped layers: 2 created (1.5 GiB), 1 not needed",
         "bob: mapped layers: 1 existing",
         "eve: failed: no podman",
         "root: nothing to do",
     ]
-    assert _summaries.store_lines(["alice"], [pulled, copied], made, predicted=True) == [
+    assert _summaries.store_lines(["alice"], [pulled, copied], template_result, predicted=True) == [
         "alice: 2 images would be pulled; 1 image would be tagged; "
         "mapped layers: 2 would be created (1.5 GiB), 1 not needed",
     ]
@@ -98,9 +98,9 @@ def test_summary_counts_shared_images_of_each_user() -> None:
 
 def test_values_of_other_types_do_not_add_lines() -> None:
     """The owner of a store controls the values."""
-    made = {"layers": [{"user": "alice", "action": ["x"], "size_exclusive": "{{ 1 }}"}]}
+    template_result = {"layers": [{"user": "alice", "action": ["x"], "size_exclusive": "{{ 1 }}"}]}
     failures = [("alice", "a\nb\x1b[31m")]
-    (line,) = _summaries.store_lines(["alice"], layers=made, failures=failures)
+    (line,) = _summaries.store_lines(["alice"], layers=template_result, failures=failures)
     assert line.isprintable()
     assert line.startswith("alice: failed: a b")
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tests that the check of many records at once rejects the same records as the check of each record."""
+"""Tests that the check of many records at once accepts no record that the check of one record rejects."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def read_rows(path: pathlib.Path, limit: int = 10**6) -> t.List[Row]:
 
 
 def library_rows(path: pathlib.Path, folder: pathlib.Path) -> t.List[Row]:
-    """The rows that the library reads from a copy. The library may write to the files that it reads."""
+    """The rows that the library reads from a copy, since it may write to the files."""
     folder.mkdir()
     for end in ("", "-wal", "-journal"):
         if os.path.exists(f"{path}{end}"):
@@ -195,7 +195,7 @@ def test_any_damaged_database_is_read_or_rejected(
     for end in data.draw(st.sampled_from([("",), ("", "-wal"), ("", "-journal")])):
         content = bytearray(seeds[end])
         for _round in range(data.draw(st.integers(0, 8))):
-            # Changes in headers have most effects.
+            # Most changes outside of headers have no effect.
             at = data.draw(
                 st.integers(0, data.draw(st.sampled_from([120, 2000, len(content) - 1])))
             )

@@ -53,7 +53,7 @@ IMAGES: t.List[Json] = [{"id": ONE, "names": ["localhost/a:1"], "layer": B}]
 
 
 class Disk:
-    """The files of a store, which the tests write themselves."""
+    """The files of a store, written by the test."""
 
     def __init__(self, base: pathlib.Path) -> None:
         self.graphroot = base / "g"
@@ -758,7 +758,7 @@ def test_missing_permission_is_reported(disk: Disk) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-# A model of the store: after any operations, the files have the same records
+# A model of the store: after any operations, the files have the records of the model
 
 NAMES = [full(item) for item in "abcdef"]
 steps = st.lists(

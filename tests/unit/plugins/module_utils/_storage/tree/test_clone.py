@@ -89,12 +89,12 @@ def test_clone_equals_the_template(tmp_path: pathlib.Path, workers: int) -> None
     expected = listing(root)
     before = os.listdir("/proc/self/fd")
     with LayerStack([str(root)], "trusted") as stack:
-        made = clone(stack, str(copy), SAME, workers=workers)
-        assert survey(stack, SAME, workers)[:4] == made[:4]
+        result = clone(stack, str(copy), SAME, workers=workers)
+        assert survey(stack, SAME, workers)[:4] == result[:4]
     assert listing(copy) == expected
-    assert (made.files, made.directories, made.inodes) == (906, 9, 913)
+    assert (result.files, result.directories, result.inodes) == (906, 9, 913)
     usage = measure([str(root), str(root)])
-    assert (usage.inodes, usage.files, usage.apparent) == (913, 904, made.apparent)
+    assert (usage.inodes, usage.files, usage.apparent) == (913, 904, result.apparent)
     shift_in_place(str(copy), SAME, workers=workers)
     assert listing(copy) == expected
     assert os.listdir("/proc/self/fd") == before
@@ -267,7 +267,7 @@ class TestResumption:
             for _attempt in range(100):
                 sizes.append((target / "large").stat().st_size if number >= 0 else 0)
                 try:
-                    made = clone(
+                    result = clone(
                         stack, str(target), SAME, workers=1, progress=stop, again=number >= 0
                     )
                     break
@@ -280,7 +280,7 @@ class TestResumption:
         assert (target / "large").stat().st_ino == number
         assert (target / "large").read_bytes() == (source / "large").read_bytes()
         assert listing(target) == listing(source)
-        assert made.apparent == 64 << 16
+        assert result.apparent == 64 << 16
         if sparse:
             assert (target / "large").stat().st_blocks < 64 << 7
 

@@ -19,10 +19,10 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.merge
 
 @pytest.fixture
 def layers(tmp_path: pathlib.Path) -> t.List[pathlib.Path]:
-    made = [tmp_path / name for name in ("top", "middle", "base")]
-    for layer in made:
+    folders = [tmp_path / name for name in ("top", "middle", "base")]
+    for layer in folders:
         layer.mkdir()
-    return made
+    return folders
 
 
 def write(layer: pathlib.Path, path: str, text: str) -> None:
