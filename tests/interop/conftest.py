@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Cases: a store with the small image, and our modules called as one way of use has it."""
+"""Fixtures for stores that contain the small image, and the summary of the interop matrix."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if t.TYPE_CHECKING:
 
 @pytest.fixture
 def tmp_path(lab: Lab) -> pathlib.Path:
-    """A folder that the machine under test has at the same path."""
+    """A folder with the same path on the machine under test."""
     return lab.folder()
 
 
 @pytest.fixture
 def make_case(make_store: t.Callable[..., Store], small_image: Image) -> t.Callable[..., Case]:
-    """make_case(setup or kind of store, image=small_image, **options of the store)."""
+    """Creates a Case from a key of SETUPS or a kind of store; takes an image and options of the store."""
     from support.cases import SETUPS, Case
 
     def make(setup: str, image: t.Optional[Image] = None, **options: t.Any) -> Case:
@@ -40,12 +40,12 @@ def make_case(make_store: t.Callable[..., Store], small_image: Image) -> t.Calla
 
 @pytest.fixture(params=["vfs", "overlay-forced", "rootless-as-user", "rootless-as-root"])
 def case(request: pytest.FixtureRequest, make_case: t.Callable[..., Case]) -> Case:
-    """The four ways of use, each with a store of its own and localhost/small:1 in it."""
+    """Each kind of use in SETUPS, with a new store that contains localhost/small:1."""
     return make_case(request.param)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the interop matrix as far as it was found, and keep it where that is asked for."""
+    """Print the cells of the interop matrix that were tested, and update the file that USERNS_STORAGE_MATRIX names."""
     from support import matrix
 
     found = matrix.Matrix()
@@ -55,12 +55,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 if name == "matrix" and report.when == "call":
                     release, versions, mode, column, cells = json.loads(value)
                     found.versions[release] = versions
-                    for form, word in cells.items():
-                        found.cells[release, mode, column, form] = word
+                    for form, result in cells.items():
+                        found.cells[release, mode, column, form] = result
     if not found.cells:
         return
     terminalreporter.section("interop matrix")
     terminalreporter.write_line(matrix.render(found))
-    kept = os.environ.get(matrix.WRITE)
-    if kept:
-        matrix.merge(pathlib.Path(kept), found)
+    path = os.environ.get(matrix.WRITE)
+    if path:
+        matrix.merge(pathlib.Path(path), found)

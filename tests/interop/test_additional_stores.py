@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Mapped layers in an additional image store, which ships with them: made while it is writable, used read-only."""
+"""Test mapped layers in an additional image store: created while the store is writable, used when it is read-only."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def only(found: t.Sequence[t.Any]) -> t.Any:
     return item
 
 
-def in_an_image_of_a_host(store: Store, folder: pathlib.Path) -> None:
-    """What a build of a host's image does with the store that it contains: an archive, and files of it elsewhere."""
+def extract_archive_of_store(store: Store, folder: pathlib.Path) -> None:
+    """Archive the store and extract the archive to a folder, as the build of a host image does."""
     archive = folder.with_suffix(".tar")
-    words = ["--xattrs", "--xattrs-include=*", "--numeric-owner", "-f", str(archive)]
-    store.tool("tar", *words, "-C", str(store.graphroot), "-c", ".")
-    store.tool("tar", *words, "-C", str(folder), "-x")
+    options = ["--xattrs", "--xattrs-include=*", "--numeric-owner", "-f", str(archive)]
+    store.tool("tar", *options, "-C", str(store.graphroot), "-c", ".")
+    store.tool("tar", *options, "-C", str(folder), "-x")
 
 
 @pytest.mark.parametrize(
     ("release", "archived"),
     [*((release, False) for release in matrix.RELEASES), ("experimental", True)],
 )
-def test_a_container_starts_on_the_mapped_layer_of_a_read_only_store(
+def test_container_uses_mapped_layer_of_read_only_store(
     release: str,
     archived: bool,
     make_store: MakeStore,
@@ -50,16 +50,16 @@ def test_a_container_starts_on_the_mapped_layer_of_a_read_only_store(
     host: t.Callable[[str], Host],
 ) -> None:
     machine = hosts.of_release(lab, release, host)
-    # Nobody's main store: no program is configured for it, it is only named.
+    # No program is configured to use it as its main store; only the options of the modules refer to it.
     shipped = make_store("overlay-forced", small_image, machine=machine)
-    maker = Case(shipped, small_image)
-    entry = only(maker.layer_template()["layers"])
+    shipped_case = Case(shipped, small_image)
+    entry = only(shipped_case.layer_template()["layers"])
     assert entry["action"] == "created"
-    assert maker.layer_template()["changed"] is False
+    assert shipped_case.layer_template()["changed"] is False
 
     mount = lab.folder(0o755)
     if archived:
-        in_an_image_of_a_host(shipped, mount)
+        extract_archive_of_store(shipped, mount)
     mounts.mount("--bind", str(mount if archived else shipped.graphroot), str(mount))
     mounts.mount("-o", "remount,bind,ro", "none", str(mount))
     reader = make_store("overlay-forced", machine=machine, read_only=[str(mount)])
@@ -67,18 +67,18 @@ def test_a_container_starts_on_the_mapped_layer_of_a_read_only_store(
     before = shipped.snapshot_of_disk()
     container = reader.container(case.create("--name=first"))
     assert reader.layer(container["layer"])["parent"] == entry["layer_id"]
-    # No layer but the container's own.
+    # The only layer is that of the container.
     assert reader.layer_ids() == {container["layer"]}
     assert case.shell("cat /etc/motd; stat -c %u:%g /home/user") == "second\n1000:1000\n"
-    # The module finds it there, and makes none.
+    # The module finds the mapped layer there, and creates none.
     assert only(case.layer_template()["layers"])["action"] == "existing"
     image = only(case.info()["images"])
     assert image["read_only_store"] == str(mount)
     assert [item["id"] for item in image["mapped_layers"]] == [entry["layer_id"]]
     assert image["private_copies"] == []
-    # A map that is not there is refused with what to do.
-    refused = case.layer_template(options={"fails": True}, uidmap=["0:300000:65536"])
-    assert f"graphroot: {mount}" in refused["msg"]
+    # For a map without a mapped layer, the error explains how to create it.
+    failed = case.layer_template(options={"fails": True}, uidmap=["0:300000:65536"])
+    assert f"graphroot: {mount}" in failed["msg"]
     reader.podman("rm", "first")
     assert case.call("layer_gc", POLICY)["changed"] is False
     assert before.changes(shipped.snapshot_of_disk()) == []
@@ -86,7 +86,7 @@ def test_a_container_starts_on_the_mapped_layer_of_a_read_only_store(
 
 @pytest.fixture
 def etc(lab: Lab) -> t.Iterator[t.Callable[[str, str], pathlib.Path]]:
-    """Writes files below /etc of the laboratory, and removes them in the end."""
+    """Writes files below /etc of the laboratory, and removes them at teardown."""
     made: t.List[pathlib.Path] = []
 
     def write(name: str, text: str) -> pathlib.Path:
@@ -105,14 +105,14 @@ def etc(lab: Lab) -> t.Iterator[t.Callable[[str, str], pathlib.Path]]:
 _DROP_IN = "containers/storage.conf.d/1.conf"
 
 
-class TestConfigurationOfCrio:
-    """CRI-O cannot be installed here: its configuration files and records stand in for it."""
+class TestCrio:
+    """Tests with configuration files and records of CRI-O, which they write because CRI-O is not installed."""
 
     @pytest.fixture
     def store(self, make_store: MakeStore, small_image: Image) -> Store:
         return make_store("vfs", small_image)
 
-    def named(self, store: Store) -> Json:
+    def store_args(self, store: Store) -> Json:
         return {**store.module_args(), "driver": store.driver}
 
     @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ class TestConfigurationOfCrio:
             ('[crio]\nimagestore = "{}"\n', "imagestore"),
         ],
     )
-    def test_nothing_is_taken_from_a_store_that_crio_reads(
+    def test_rules_keep_layers_of_store_that_crio_reads(
         self,
         text: str,
         kind: str,
@@ -135,16 +135,18 @@ class TestConfigurationOfCrio:
         case = Case(store, small_image)
         layer = only(case.layer_template()["layers"])["layer_id"]
         path = etc("crio/crio.conf.d/10-stores.conf", text.format(store.graphroot))
-        told = run_module("image_layers_info", self.named(store))["used_as"]
-        assert [(item["kind"], item["program"], item["source"]) for item in told] == [
+        used_as = run_module("image_layers_info", self.store_args(store))["used_as"]
+        assert [(item["kind"], item["program"], item["source"]) for item in used_as] == [
             (kind, "cri-o", str(path))
         ]
-        kept = only(run_module("layer_gc", {**self.named(store), **POLICY})["kept"])
+        kept = only(run_module("layer_gc", {**self.store_args(store), **POLICY})["kept"])
         assert (kept["id"], kept["rule"]) == (layer, "shared")
         assert str(path) in kept["reason"]
         assert store.mapped_layers(case.image.name) == [layer]
-        named = run_module("layer_gc", {**self.named(store), "layers": [layer], "min_age": "0"})
-        assert [item["id"] for item in named["removed"]] == [layer]
+        result = run_module(
+            "layer_gc", {**self.store_args(store), "layers": [layer], "min_age": "0"}
+        )
+        assert [item["id"] for item in result["removed"]] == [layer]
 
     @pytest.mark.parametrize(
         ("path", "text", "kind"),
@@ -166,7 +168,7 @@ class TestConfigurationOfCrio:
                 "additional",
             ),
             (_DROP_IN, "[storage]\nimagestore = 'BIND'\n", "imagestore"),
-            # As runtimes accept it.
+            # Spellings that runtimes accept.
             (
                 _DROP_IN,
                 "[Storage.Options]\nAdditionalImageStores = ['HERE']\n",
@@ -178,7 +180,7 @@ class TestConfigurationOfCrio:
                 "additional",
             ),
             ("crio/crio.conf", "[crio]\nstorage_option = ['VFS.imagestore=HERE']\n", "additional"),
-            # A program that runs may have read it before it was broken.
+            # A running program may have read the file while it was still valid.
             (_DROP_IN, "[storage\n", "unknown"),
             (
                 _DROP_IN,
@@ -197,7 +199,7 @@ class TestConfigurationOfCrio:
             ),
         ],
     )
-    def test_nothing_is_taken_where_the_configuration_names_the_store_otherwise(
+    def test_rules_keep_layers_if_configuration_spells_store_differently(
         self,
         path: str,
         text: str,
@@ -212,14 +214,14 @@ class TestConfigurationOfCrio:
         bind.mkdir()
         mounts.mount("--bind", str(store.graphroot), str(bind))
         link.symlink_to(store.graphroot)
-        for word, place in (("BIND", bind), ("LINK", link), ("HERE", store.graphroot)):
-            text = text.replace(word, str(place))
+        for placeholder, replacement in (("BIND", bind), ("LINK", link), ("HERE", store.graphroot)):
+            text = text.replace(placeholder, str(replacement))
         etc(path, text)
         if path == _DROP_IN and kind != "additional" and store.has_merging_loader:
-            # The runtime itself reads it, so that the store cannot be used until it is corrected.
+            # The runtime itself reads the file, so the store cannot be used until it is corrected.
             for module in ("image_layers_info", "layer_gc"):
                 options = POLICY if module == "layer_gc" else {}
-                failed = run_module(module, {**self.named(store), **options}, fails=True)
+                failed = run_module(module, {**self.store_args(store), **options}, fails=True)
                 assert f"/etc/{path}" in failed["msg"]
             assert store.mapped_layers(small_image.name) == [layer]
             return
@@ -234,7 +236,7 @@ class TestConfigurationOfCrio:
             ("CONTAINERS_STORAGE_CONF_OVERRIDE", "FILE"),
         ],
     )
-    def test_nothing_is_taken_where_variables_name_the_store(
+    def test_rules_keep_layers_if_variables_name_store(
         self, name: str, value: str, store: Store, small_image: Image, run_module: RunModule
     ) -> None:
         layer = only(Case(store, small_image).layer_template()["layers"])["layer_id"]
@@ -251,14 +253,14 @@ class TestConfigurationOfCrio:
         kind: str,
         environ: t.Optional[t.Dict[str, str]] = None,
     ) -> None:
-        """layer_gc takes the layer by no rule, and info says why."""
-        info = run_module("image_layers_info", self.named(store), environ=environ)
+        """layer_gc keeps the layer as shared, and image_layers_info returns the use of the store."""
+        info = run_module("image_layers_info", self.store_args(store), environ=environ)
         assert kind in {item["kind"] for item in info["used_as"]}, info["used_as"]
-        result = run_module("layer_gc", {**self.named(store), **POLICY}, environ=environ)
+        result = run_module("layer_gc", {**self.store_args(store), **POLICY}, environ=environ)
         assert [(item["id"], item["rule"]) for item in result["kept"]] == [(layer, "shared")]
         assert store.mapped_layers("localhost/small:1") == [layer]
 
-    def test_the_warning_that_crio_removes_layers_of_its_main_store(
+    def test_warning_that_crio_removes_layers_of_its_main_store(
         self, store: Store, small_image: Image, run_module: RunModule, etc: t.Any
     ) -> None:
         etc(
@@ -266,28 +268,28 @@ class TestConfigurationOfCrio:
             f'[crio]\nroot = "{store.graphroot}"\nrunroot = "{store.runroot}"\n'
             'storage_driver = "vfs"\n[crio.image]\npause_image = "example.org/pause:9"\n',
         )
-        asked: Json = {
+        args: Json = {
             "images": [small_image.name],
             "uidmap": [ROOTFUL_MAP],
             "runtime": "cri-o 1.36.3",
         }
-        # Without graphroot, and not in storage.conf.
-        result = run_module("layer_template", asked)
+        # The graph root is neither an option nor in storage.conf.
+        result = run_module("layer_template", args)
         assert result["store"]["graphroot"] == str(store.graphroot)
         assert only(result["layers"])["action"] == "created"
-        said = str(result["warnings"])
-        for word in (
+        warnings = str(result["warnings"])
+        for part in (
             "cri-o 1.36.3 removes a mapped layer",
             "additional image store",
             "example.org/pause:9",
         ):
-            assert word in said
+            assert part in warnings
         info = run_module("image_layers_info", {"runtime": "cri-o 1.36.3"})
         assert [(item["kind"], item["program"]) for item in info["used_as"]] == [("main", "cri-o")]
-        absent = {**asked, "runtime": "podman 5.4.2", **self.named(store), "state": "absent"}
+        absent = {**args, "runtime": "podman 5.4.2", **self.store_args(store), "state": "absent"}
         assert not run_module("layer_template", absent).get("warnings")
 
-    def test_in_an_additional_store_layers_last(
+    def test_no_warning_for_additional_store_of_crio(
         self, store: Store, small_image: Image, run_module: RunModule, etc: t.Any
     ) -> None:
         etc("crio/crio.conf", f'[crio]\nstorage_option = ["vfs.imagestore={store.graphroot}"]\n')
@@ -297,39 +299,41 @@ class TestConfigurationOfCrio:
                 "images": [small_image.name],
                 "uidmap": [ROOTFUL_MAP],
                 "runtime": "cri-o 1.36.3",
-                **self.named(store),
+                **self.store_args(store),
             },
         )
         assert only(result["layers"])["action"] == "created"
         assert "removes a mapped layer" not in str(result["warnings"])
 
-    def test_the_result_names_which_of_two_installed_programs_counts(
+    def test_warning_names_selected_runtime_of_two_installed(
         self, store: Store, small_image: Image, run_module: RunModule
     ) -> None:
-        # A stand-in that tells its version and nothing else.
+        # A replacement for crio that only prints its version.
         folder = store.lab.folder(0o755)
         (folder / "crio").write_text("#!/bin/sh\necho crio version 1.36.3\n")
         (folder / "crio").chmod(0o755)
         environ = {"PATH": f"{folder}:/usr/bin:/bin"}
-        asked: Json = {"images": [small_image.name], **self.named(store)}
-        wanted = {"uidmap": [ROOTFUL_MAP]}
-        said = str(run_module("layer_template", {**asked, **wanted}, environ=environ)["warnings"])
-        assert "set runtime: cri-o" in said
+        args: Json = {"images": [small_image.name], **self.store_args(store)}
+        mapping = {"uidmap": [ROOTFUL_MAP]}
+        warnings = str(
+            run_module("layer_template", {**args, **mapping}, environ=environ)["warnings"]
+        )
+        assert "set runtime: cri-o" in warnings
         version = ".".join(map(str, store.machine.version("podman")))
-        assert f"podman {version}" in said
-        # The runtime of the task counts for its mappings, too.
-        named = {**asked, "mappings": [wanted], "runtime": "cri-o"}
-        said = str(run_module("layer_template", named, environ=environ)["warnings"])
-        assert "set runtime: cri-o" not in said
-        assert "Each pod of CRI-O" in said
+        assert f"podman {version}" in warnings
+        # The runtime of the task also applies to its mappings.
+        runtime_args = {**args, "mappings": [mapping], "runtime": "cri-o"}
+        warnings = str(run_module("layer_template", runtime_args, environ=environ)["warnings"])
+        assert "set runtime: cri-o" not in warnings
+        assert "Each pod of CRI-O" in warnings
 
-    def test_containers_of_crio_keep_layers_and_are_named_with_its_commands(
+    def test_containers_of_crio_keep_layers_and_hints_name_crictl(
         self, store: Store, small_image: Image, run_module: RunModule, etc: t.Any
     ) -> None:
         case = Case(store, small_image)
         layer = only(case.layer_template()["layers"])["layer_id"]
         container = store.container(case.create())
-        # As CRI-O records it.
+        # The record of a container of CRI-O.
         path = store.graphroot / "vfs-containers" / "containers.json"
         records = json.loads(path.read_text())
         name = "k8s_web_web_default_0b8e5d5c_0"
@@ -339,9 +343,9 @@ class TestConfigurationOfCrio:
         assert only(case.info()["images"])["mapped_layers"][0]["containers"] == [
             {"id": container["id"], "name": name, "known_to_podman": False}
         ]
-        refused = case.layer_template(options={"fails": True}, state="absent")
-        assert name in refused["msg"]
-        assert "crictl" in refused["msg"]
-        assert "podman ps" not in refused["msg"]
+        failed = case.layer_template(options={"fails": True}, state="absent")
+        assert name in failed["msg"]
+        assert "crictl" in failed["msg"]
+        assert "podman ps" not in failed["msg"]
         assert case.call("layer_gc", POLICY)["changed"] is False
         assert store.mapped_layers(case.image.name) == [layer]

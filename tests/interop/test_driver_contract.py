@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The contract of the drivers: the same tests for each of them, on real filesystems and stores of the real podman.
+"""Test that every driver fulfils the contract of the base class, on real filesystems and in stores of podman.
 
-A new driver gets an entry in ``DRIVERS``. ``generic`` is a driver that has only what the base class demands, so that
-these tests hold for what every driver inherits.
+A new driver gets an entry in ``DRIVERS``. ``generic`` is a driver that implements only the abstract methods of the base
+class, so that the tests also cover the inherited methods.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MakeStore = t.Callable[..., "Store"]
 
 
 class GenericDriver(Driver):
-    """What a driver must have at the least: trees as vfs has them, and nothing of its own."""
+    """A minimal driver for the directories of vfs, which overrides only the abstract methods."""
 
     name = "generic"
     folders = ("vfs", "dir")
@@ -72,11 +72,11 @@ DRIVERS: t.Mapping[str, t.Tuple[str, str, t.Dict[str, str]]] = {
     "btrfs": ("btrfs", "btrfs", {}),
     "generic": ("generic", "vfs", {}),
 }
-MADE = "0123456789abcdef" * 4
+CREATED = "0123456789abcdef" * 4
 OTHER = "fedcba9876543210" * 4
-NEW = Mapping(IDMap.parse(["0:100000:65536"]), IDMap.parse(["0:100000:65536"]))
-SHIFT = Shift(Mapping(), NEW)
-# In the small image, with the owner that it has there.
+NEW_MAPPING = Mapping(IDMap.parse(["0:100000:65536"]), IDMap.parse(["0:100000:65536"]))
+SHIFT = Shift(Mapping(), NEW_MAPPING)
+# A file in the small image, and its owner there.
 NOTES, OWNER = "home/user/notes", 1000
 
 
@@ -102,7 +102,7 @@ class Case(t.NamedTuple):
     chain: t.List[str]
 
     def run(self, check: t.Callable[..., t.Any], *arguments: t.Any) -> t.Any:
-        """Run a check as operations use a driver: in a child with mounts of its own."""
+        """Run a check in a child process with its own mounts, as operations use a driver."""
         return inside(self.store, check, self.name, self.chain, *arguments)
 
 
@@ -113,7 +113,7 @@ def test_every_driver_has_a_case() -> None:
 # Reading
 
 
-def test_layers_of_a_runtime_are_read(case: Case) -> None:
+def test_layers_of_runtime_are_read(case: Case) -> None:
     before = case.store.snapshot_of_disk()
     case.run(read_layers)
     assert before.changes(case.store.snapshot_of_disk()) == []
@@ -128,7 +128,7 @@ def read_layers(place: Place, name: str, chain: t.List[str]) -> None:
             assert driver.exists(layer_id)
             assert driver.damage(layer_id, chain[number + 1 :]) is None
             assert not driver.is_placeholder(layer_id)
-            # What a layer rests on is told the same way by all that tell it.
+            # All methods that return the dependencies of a layer agree.
             below = driver.dependencies(layer_id)
             assert below in ([], chain[number + 1 :])
             assert driver.resting([layer_id]).get(layer_id, []) == below
@@ -152,13 +152,13 @@ def read_layers(place: Place, name: str, chain: t.List[str]) -> None:
             assert os.stat(NOTES, dir_fd=root).st_uid == OWNER
             names = {*os.listdir(root), ""}
         assert {item for item, _uid, _gid in driver.top_owners(chain)} == names
-        # Nothing that this library reads looks like a container that was created.
+        # Reading a layer does not change the traces, which would look like the creation of a container.
         assert {key: trace.value for key, trace in driver.traces(chain).items()} == {
             key: trace.value for key, trace in traces.items()
         }
 
 
-def test_layers_that_are_missing_and_names_that_are_no_ids(case: Case) -> None:
+def test_missing_layers_and_invalid_ids(case: Case) -> None:
     before = case.store.snapshot_of_disk()
     case.run(read_missing)
     assert before.changes(case.store.snapshot_of_disk()) == []
@@ -173,47 +173,47 @@ def read_missing(place: Place, name: str, _chain: t.List[str]) -> None:
         assert driver.traces([OTHER]) == {}
         assert driver.resting([OTHER]) == {}
         with contextlib.suppress(StoreError):
-            # A driver that has to look at the layer for it may fail.
+            # A driver that has to read the layer may raise an error.
             assert driver.dependencies(OTHER) == []
-        for ask in (driver.measure, lambda item: driver.strategies([item])):
+        for read in (driver.measure, lambda item: driver.strategies([item])):
             with pytest.raises(StoreError, match="Pull or load"):
-                ask(OTHER)
-        for bad in ("", "..", "../../etc", OTHER[:-1], OTHER.upper()):
-            for change in (
+                read(OTHER)
+        for invalid in ("", "..", "../../etc", OTHER[:-1], OTHER.upper()):
+            for method in (
                 lambda item: driver.detach(item, place.graphroot),
                 lambda item: driver.commit(place.graphroot, item),
                 driver.exists,
                 driver.erase,
             ):
                 with pytest.raises(StoreError, match="not a layer ID"):
-                    change(bad)
-            assert not driver.is_placeholder(bad)
+                    method(invalid)
+            assert not driver.is_placeholder(invalid)
 
 
-# Making
+# Creating
 
 
-def test_each_strategy_makes_the_same_layer(case: Case) -> None:
-    found = case.run(make_with_each_strategy)
-    # Every driver can copy, and has its cheapest way first.
-    assert found[-1] == COPY
-    assert len(set(found)) == len(found)
+def test_all_strategies_create_the_same_layer(case: Case) -> None:
+    strategies = case.run(create_with_each_strategy)
+    # Every driver can copy, and its cheapest strategy is the first.
+    assert strategies[-1] == COPY
+    assert len(set(strategies)) == len(strategies)
 
 
-def make_with_each_strategy(place: Place, name: str, chain: t.List[str]) -> t.List[str]:
-    known, found = [*chain], []
+def create_with_each_strategy(place: Place, name: str, chain: t.List[str]) -> t.List[str]:
+    layers, strategies = [*chain], []
     with opened(place, open_named(name)) as driver:
-        for number, way in enumerate(driver.strategies(chain)):
+        for number, strategy in enumerate(driver.strategies(chain)):
             layer_id = f"{number}" * 64
-            make_and_look(place, driver, chain, way.name, layer_id, known)
-            known.append(layer_id)
-            found.append(way.name)
-        with pytest.raises(UnsupportedDriver, match=found[0]):
+            create_and_check(place, driver, chain, strategy.name, layer_id, layers)
+            layers.append(layer_id)
+            strategies.append(strategy.name)
+        with pytest.raises(UnsupportedDriver, match=strategies[0]):
             driver.predict(chain, SHIFT, "magic")
-    return found
+    return strategies
 
 
-def make_and_look(
+def create_and_check(
     place: Place,
     driver: Driver,
     chain: t.List[str],
@@ -221,45 +221,45 @@ def make_and_look(
     layer_id: str,
     known: t.List[str],
 ) -> None:
-    there, layers = everything(place), driver.present()
-    way, told = driver.predict(chain, SHIFT, strategy)
-    assert everything(place) == there
+    before, layers = snapshot(place), driver.present()
+    predicted, figures = driver.predict(chain, SHIFT, strategy)
+    assert snapshot(place) == before
 
-    into = staging_folder(place, layer_id)
-    staged = stage_in_two_calls(driver, chain, strategy, into, layer_id)
-    assert way.name == staged.strategy == strategy
-    assert (told.files, told.apparent) == (staged.files, staged.apparent)
-    # Until the commit there is no layer, at most a placeholder, which nobody takes for an orphan.
+    folder = staging_folder(place, layer_id)
+    staged = stage_in_two_calls(driver, chain, strategy, folder, layer_id)
+    assert predicted.name == staged.strategy == strategy
+    assert (figures.files, figures.apparent) == (staged.files, staged.apparent)
+    # Before the commit the layer does not exist. At most there is a placeholder, which is no orphan.
     assert not driver.exists(layer_id)
-    held = {layer_id} if driver.is_placeholder(layer_id) else set()
-    assert driver.present() - layers == held
+    placeholders = {layer_id} if driver.is_placeholder(layer_id) else set()
+    assert driver.present() - layers == placeholders
     assert driver.orphans(known) == []
 
-    driver.commit(into, layer_id)
+    driver.commit(folder, layer_id)
     assert driver.exists(layer_id)
     assert not driver.is_placeholder(layer_id)
     assert driver.damage(layer_id, chain) is None
-    whole = [layer_id, *chain[1:]]
-    with driver.tree(chain) as old, driver.tree(whole) as new:
+    mapped_chain = [layer_id, *chain[1:]]
+    with driver.tree(chain) as old, driver.tree(mapped_chain) as new:
         assert owners(new) == {
             path: (uid + 100000, gid + 100000) for path, (uid, gid) in owners(old).items()
         }
-    assert driver.read_text(whole, "etc/motd") == "second\n"
+    assert driver.read_text(mapped_chain, "etc/motd") == "second\n"
     driver.flush()
 
 
 def stage_in_two_calls(
-    driver: Driver, chain: t.List[str], strategy: str, into: str, layer_id: str
+    driver: Driver, chain: t.List[str], strategy: str, folder: str, layer_id: str
 ) -> Staged:
-    """Stage a layer and stop at the first progress; the second call goes on, or the first has ended all the same."""
+    """Stage a layer with a call that stops at the first progress, if it reports any, and a second call that resumes."""
 
     def stop(_files: int, _bytes: int) -> None:
         raise Suspended
 
     try:
-        return driver.stage(chain, SHIFT, strategy, into, layer_id, stop)
+        return driver.stage(chain, SHIFT, strategy, folder, layer_id, stop)
     except Suspended:
-        return driver.stage(chain, SHIFT, strategy, into, layer_id)
+        return driver.stage(chain, SHIFT, strategy, folder, layer_id)
 
 
 def owners(root: int) -> t.Dict[str, t.Tuple[int, int]]:
@@ -271,8 +271,8 @@ def owners(root: int) -> t.Dict[str, t.Tuple[int, int]]:
     return found
 
 
-def everything(place: Place) -> t.List[t.Tuple[str, int, int]]:
-    """All that is below the graphroot."""
+def snapshot(place: Place) -> t.List[t.Tuple[str, int, int]]:
+    """Path, inode and change time of everything below the graph root."""
     found = []
     for folder, names, others in os.walk(place.graphroot):
         for name in [*names, *others]:
@@ -281,133 +281,133 @@ def everything(place: Place) -> t.List[t.Tuple[str, int, int]]:
     return sorted(found)
 
 
-def test_a_commit_never_replaces_a_layer(case: Case) -> None:
+def test_commit_does_not_replace_a_layer(case: Case) -> None:
     case.run(commit_over_a_layer)
 
 
 def commit_over_a_layer(place: Place, name: str, chain: t.List[str]) -> None:
     with opened(place, open_named(name)) as driver:
-        make(place, driver, chain, MADE)
-        into = staging_folder(place, "again")
-        driver.stage(chain, SHIFT, COPY, into, OTHER)
-        driver.commit(into, OTHER)
-        for layer_id in (MADE, OTHER):
+        create(place, driver, chain, CREATED)
+        folder = staging_folder(place, "again")
+        driver.stage(chain, SHIFT, COPY, folder, OTHER)
+        driver.commit(folder, OTHER)
+        for layer_id in (CREATED, OTHER):
             assert driver.damage(layer_id, chain) is None
-        before = everything(place)
+        before = snapshot(place)
         with pytest.raises(StoreError):
-            driver.commit(into, MADE)
-        assert driver.damage(MADE, chain) is None
-        assert [item[0] for item in everything(place)] == [item[0] for item in before]
+            driver.commit(folder, CREATED)
+        assert driver.damage(CREATED, chain) is None
+        assert [item[0] for item in snapshot(place)] == [item[0] for item in before]
 
 
-def make(place: Place, driver: Driver, chain: t.List[str], layer_id: str) -> None:
-    into = staging_folder(place, layer_id)
-    driver.stage(chain, SHIFT, "auto", into, layer_id)
-    driver.commit(into, layer_id)
+def create(place: Place, driver: Driver, chain: t.List[str], layer_id: str) -> None:
+    folder = staging_folder(place, layer_id)
+    driver.stage(chain, SHIFT, "auto", folder, layer_id)
+    driver.commit(folder, layer_id)
 
 
 # Removing
 
 
-def test_a_removed_layer_leaves_nothing(case: Case) -> None:
+def test_removal_leaves_no_files(case: Case) -> None:
     layers = sorted(entry.name for entry in case.store.layer_folder("").iterdir())
     case.run(remove_layer)
     assert sorted(entry.name for entry in case.store.layer_folder("").iterdir()) == layers
-    assert [path for path in case.store.leftovers(MADE) if "staging" not in path] == []
+    assert [path for path in case.store.leftovers(CREATED) if "staging" not in path] == []
 
 
 def remove_layer(place: Place, name: str, chain: t.List[str]) -> None:
     trash = os.path.join(place.graphroot, "userns-storage", "trash")
     with opened(place, open_named(name)) as driver:
-        make(place, driver, chain, MADE)
+        create(place, driver, chain, CREATED)
         os.mkdir(trash)
-        driver.detach(MADE, trash)
-        # What is gone already is no error.
-        driver.detach(MADE, trash)
+        driver.detach(CREATED, trash)
+        # Missing layers are ignored.
+        driver.detach(CREATED, trash)
         driver.detach(OTHER, trash)
-        gone(driver, chain)
-        assert os.listdir(trash) == [MADE]
+        assert_removed(driver, chain)
+        assert os.listdir(trash) == [CREATED]
         descriptor = os.open(trash, os.O_RDONLY)
-        if not driver.destroy(descriptor, MADE):
-            remove_tree(os.path.join(trash, MADE), driver.destroy)
-        assert not driver.destroy(descriptor, MADE)
+        if not driver.destroy(descriptor, CREATED):
+            remove_tree(os.path.join(trash, CREATED), driver.destroy)
+        assert not driver.destroy(descriptor, CREATED)
         os.close(descriptor)
     assert os.listdir(trash) == []
 
 
-def gone(driver: Driver, chain: t.List[str]) -> None:
-    """A layer is gone, and its place, where one is held, can be given up once."""
-    assert not driver.exists(MADE)
-    assert "missing" in (driver.damage(MADE) or "")
+def assert_removed(driver: Driver, chain: t.List[str]) -> None:
+    """The layer does not exist, and its placeholder, if there is one, can be removed once."""
+    assert not driver.exists(CREATED)
+    assert "missing" in (driver.damage(CREATED) or "")
     assert driver.orphans(chain) == []
-    held = driver.is_placeholder(MADE)
-    assert driver.remove_placeholder(MADE) == held
-    assert not driver.is_placeholder(MADE)
-    assert not driver.remove_placeholder(MADE)
-    assert MADE not in driver.present()
+    has_placeholder = driver.is_placeholder(CREATED)
+    assert driver.remove_placeholder(CREATED) == has_placeholder
+    assert not driver.is_placeholder(CREATED)
+    assert not driver.remove_placeholder(CREATED)
+    assert CREATED not in driver.present()
 
 
-def test_a_layer_is_removed_on_a_full_disk(case: Case) -> None:
-    """There is no room for a trash folder, so its files are deleted where they are."""
+def test_layer_is_removed_on_full_filesystem(case: Case) -> None:
+    """There is no space for a trash folder, so the files are deleted in place."""
     case.run(erase_layer)
 
 
 def erase_layer(place: Place, name: str, chain: t.List[str]) -> None:
     with opened(place, open_named(name)) as driver:
-        make(place, driver, chain, MADE)
-        before = driver.measure(MADE).files
-        driver.thin(MADE, lambda: True)
-        assert driver.measure(MADE).files == before
-        driver.thin(MADE, lambda: False)
-        assert driver.measure(MADE).files < before
+        create(place, driver, chain, CREATED)
+        before = driver.measure(CREATED).files
+        driver.thin(CREATED, lambda: True)
+        assert driver.measure(CREATED).files == before
+        driver.thin(CREATED, lambda: False)
+        assert driver.measure(CREATED).files < before
         driver.thin(OTHER, lambda: False)
-        driver.erase(MADE)
-        gone(driver, chain)
+        driver.erase(CREATED)
+        assert_removed(driver, chain)
 
 
-def test_orphans_are_dropped_and_other_names_are_not_touched(case: Case) -> None:
+def test_orphans_are_removed_and_other_files_are_kept(case: Case) -> None:
     folder = case.store.layer_folder("")
-    strange = folder / "lost+found"
-    strange.mkdir()
+    other = folder / "lost+found"
+    other.mkdir()
     (folder / "notes").write_text("not a layer")
     case.run(drop_orphan)
-    assert strange.is_dir()
+    assert other.is_dir()
     assert (folder / "notes").is_file()
 
 
 def drop_orphan(place: Place, name: str, chain: t.List[str]) -> None:
     trash = os.path.join(place.graphroot, "userns-storage", "trash")
     with opened(place, open_named(name)) as driver:
-        make(place, driver, chain, MADE)
+        create(place, driver, chain, CREATED)
         os.mkdir(trash)
-        assert driver.orphans([*chain, MADE]) == []
+        assert driver.orphans([*chain, CREATED]) == []
         (orphan,) = driver.orphans(chain)
-        assert (orphan.kind, orphan.name) == ("directory", MADE)
+        assert (orphan.kind, orphan.name) == ("directory", CREATED)
         assert abs(orphan.changed - time.time()) < 3600
         assert orphan.usage().files > 0
-        assert driver.orphans(chain, present=driver.present())[0].name == MADE
+        assert driver.orphans(chain, present=driver.present())[0].name == CREATED
         driver.drop(orphan, trash)
-        gone(driver, chain)
-        assert os.listdir(trash) == [MADE]
-        remove_tree(os.path.join(trash, MADE), driver.destroy)
+        assert_removed(driver, chain)
+        assert os.listdir(trash) == [CREATED]
+        remove_tree(os.path.join(trash, CREATED), driver.destroy)
 
 
-def test_a_driver_opened_to_look_writes_nothing(case: Case) -> None:
+def test_read_only_driver_writes_nothing(case: Case) -> None:
     before = case.store.snapshot_of_disk()
     case.run(predict_read_only)
     assert before.changes(case.store.snapshot_of_disk()) == []
 
 
 def predict_read_only(place: Place, name: str, chain: t.List[str]) -> None:
-    def make_driver(asked: str, home: DriverHome) -> Driver:
-        looking = DriverHome(
+    def make_driver(driver_name: str, home: DriverHome) -> Driver:
+        read_only_home = DriverHome(
             **{**{key: getattr(home, key) for key in home.__dataclass_fields__}, "read_only": True}
         )
-        return open_named(name)(asked, looking)
+        return open_named(name)(driver_name, read_only_home)
 
     with opened(place, make_driver) as driver:
-        looked = driver.predict(chain, SHIFT)[0].name
+        predicted = driver.predict(chain, SHIFT)[0].name
     with opened(place, open_named(name)) as driver:
-        assert driver.predict(chain, SHIFT)[0].name == looked
+        assert driver.predict(chain, SHIFT)[0].name == predicted
     assert files.filesystem_type(place.graphroot)
     assert not pathlib.Path(place.graphroot, "userns-storage", "staging").exists()

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Drivers on stores of the real podman: each strategy's layer is a faithful one that podman takes."""
+"""Test that podman uses the layers that drivers create with each strategy, and that their content is correct."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if t.TYPE_CHECKING:
 MakeStore = t.Callable[..., "Store"]
 
 METACOPY = {"mountopt": "nodev,metacopy=on"}
-# Kind of store, options, strategy asked for, strategy that comes of it.
+# Kind of store, options, requested strategy, resulting strategy.
 CASES = [
     ("vfs", {}, "auto", "copy"),
     ("vfs-xfs", {}, "auto", "reflink"),
@@ -69,7 +69,7 @@ CASES = [
 ]
 
 
-class Made(t.NamedTuple):
+class Created(t.NamedTuple):
     layer_id: str
     strategy: str
     reason: str
@@ -78,8 +78,10 @@ class Made(t.NamedTuple):
     exclusive: int
 
 
-def make(place: Place, image_id: str, items: t.Sequence[str], strategy: str) -> t.Tuple[t.Any, ...]:
-    """A whole mapped layer, as the operations make it."""
+def create(
+    place: Place, image_id: str, items: t.Sequence[str], strategy: str
+) -> t.Tuple[t.Any, ...]:
+    """Create a complete mapped layer as the operations do."""
     mapping = Mapping(IDMap.parse(items), IDMap.parse(items))
     with opened(place) as driver:
         records = OurStore.open(config_of(place))
@@ -87,72 +89,72 @@ def make(place: Place, image_id: str, items: t.Sequence[str], strategy: str) -> 
         image = snapshot.images[image_id]
         chain = snapshot.chain(image.layer)
         layer_id = new_layer_id(snapshot.layers)
-        into = staging_folder(place, layer_id)
+        folder = staging_folder(place, layer_id)
         ids = [layer.id for layer in chain]
         shift = Shift(chain[0].mapping, mapping, False)
-        way, found = driver.predict(ids, shift, strategy)
-        staged = driver.stage(ids, shift, strategy, into, layer_id)
-        assert (way.name, found.files, found.apparent) == (
+        predicted, usage = driver.predict(ids, shift, strategy)
+        staged = driver.stage(ids, shift, strategy, folder, layer_id)
+        assert (predicted.name, usage.files, usage.apparent) == (
             staged.strategy,
             staged.files,
             staged.apparent,
         )
         record = mapped_record(layer_id, chain[0], mapping, time.time_ns(), None)
-        tar_split = os.path.join(into, "tar-split")
+        tar_split = os.path.join(folder, "tar-split")
         with open(records.tar_split_path(chain[0].id), "rb") as source:
             pathlib.Path(tar_split).write_bytes(source.read())
         with records.transaction() as transaction:
             transaction.begin_layer(record)
-            driver.commit(into, layer_id)
+            driver.commit(folder, layer_id)
             transaction.install_tar_split(layer_id, tar_split)
             transaction.finish_layer(layer_id)
             transaction.append_mapped_layer(image_id, layer_id)
         assert driver.exists(layer_id)
         assert driver.damage(layer_id, ids) is None
         assert not driver.orphans(records.snapshot().layers)
-    return (layer_id, *told(staged))
+    return (layer_id, *figures(staged))
 
 
-def told(staged: Staged) -> t.Tuple[str, str, int, int, int]:
+def figures(staged: Staged) -> t.Tuple[str, str, int, int, int]:
     return staged.strategy, staged.reason, staged.files, staged.apparent, staged.exclusive
 
 
-# The differ
+# Comparison
 
 
 def entries(root: pathlib.Path) -> t.Dict[str, t.Dict[str, t.Any]]:
-    """All of a tree but owners, which stand apart."""
+    """All entries of a tree with their attributes and content."""
     found: t.Dict[str, t.Dict[str, t.Any]] = {}
     links: t.Dict[t.Tuple[int, int], t.List[str]] = {}
 
-    def look(path: str, name: str) -> None:
+    def add(path: str, name: str) -> None:
         status = os.lstat(path)
-        about: t.Dict[str, t.Any] = {
+        attributes: t.Dict[str, t.Any] = {
             "mode": oct(status.st_mode),
             "mtime": status.st_mtime_ns,
             "owner": (status.st_uid, status.st_gid),
             "device": status.st_rdev,
         }
         if not stat.S_ISDIR(status.st_mode):
-            about["size"] = status.st_size
+            attributes["size"] = status.st_size
             links.setdefault((status.st_dev, status.st_ino), []).append(name)
         if stat.S_ISREG(status.st_mode):
             with open(path, "rb") as content:
-                about["content"] = hashlib.sha256(content.read()).hexdigest()
+                attributes["content"] = hashlib.sha256(content.read()).hexdigest()
         if stat.S_ISLNK(status.st_mode):
-            about["target"] = os.readlink(path)
-        about["xattrs"] = {
+            attributes["target"] = os.readlink(path)
+        attributes["xattrs"] = {
             attribute: os.getxattr(path, attribute, follow_symlinks=False)
             for attribute in os.listxattr(path, follow_symlinks=False)
             if ".overlay." not in attribute
         }
-        found[name] = about
+        found[name] = attributes
 
-    look(str(root), ".")
+    add(str(root), ".")
     for parent, folders, files in os.walk(root):
         for name in [*folders, *files]:
             path = os.path.join(parent, name)
-            look(path, os.path.relpath(path, root))
+            add(path, os.path.relpath(path, root))
     for names in links.values():
         for name in names:
             found[name]["names"] = sorted(names)
@@ -165,35 +167,35 @@ def check_same(store: Store, template: str, layer: str, new_id: t.Callable[[int]
     with store.mounted(layer) as root:
         new = entries(root)
     assert sorted(new) == sorted(old)
-    for name, about in old.items():
-        about["owner"] = tuple(new_id(item) for item in about["owner"])
-        assert new[name] == about, name
+    for name, attributes in old.items():
+        attributes["owner"] = tuple(new_id(item) for item in attributes["owner"])
+        assert new[name] == attributes, name
 
 
 def container_id(store: Store, host_id: int) -> int:
-    """Inverse of an unmapped record's owner on this machine's disk."""
+    """The container ID of an owner on disk in a layer without a map."""
     if store.user is None:
         return host_id
     return 0 if host_id == store.user.uid else host_id - store.user.subuid_start + 1
 
 
-@pytest.mark.parametrize(("kind", "options", "asked", "strategy"), CASES)
-def test_podman_takes_the_layer(
+@pytest.mark.parametrize(("kind", "options", "requested", "strategy"), CASES)
+def test_podman_uses_created_layer(
     make_store: MakeStore,
     small_image: Image,
     kind: str,
     options: t.Dict[str, str],
-    asked: str,
+    requested: str,
     strategy: str,
 ) -> None:
     store = make_store(kind, small_image, options=options)
     items = ["0:1:20000"] if store.user else ["0:100000:65536"]
     image = store.image(small_image.name)
     before = store.layer_ids()
-    made = Made(*inside(store, make, image["id"], items, asked))
-    assert made.strategy == strategy
-    assert made.reason
-    assert store.layer_ids() == before | {made.layer_id}
+    created = Created(*inside(store, create, image["id"], items, requested))
+    assert created.strategy == strategy
+    assert created.reason
+    assert store.layer_ids() == before | {created.layer_id}
 
     maps = [
         {"container_id": int(c), "host_id": int(h), "size": int(n)}
@@ -202,12 +204,12 @@ def test_podman_takes_the_layer(
     check_same(
         store,
         image["layer"],
-        made.layer_id,
+        created.layer_id,
         lambda item: store.host_id(maps, container_id(store, item)),
     )
-    arguments = [word for item in items for word in ("--uidmap", item, "--gidmap", item)]
+    arguments = [argument for item in items for argument in ("--uidmap", item, "--gidmap", item)]
     container = store.create(small_image.name, *arguments)
-    assert store.layer(store.container(container)["layer"])["parent"] == made.layer_id
+    assert store.layer(store.container(container)["layer"])["parent"] == created.layer_id
     assert len(store.layer_ids()) == len(before) + 2
 
     script = "stat -c '%u:%g:%a' /home/user/notes /usr/bin/suid /usr/lib/two; cat /etc/motd"
@@ -217,20 +219,20 @@ def test_podman_takes_the_layer(
     store.podman("rm", container)
     store.podman("rmi", small_image.name)
     inside(store, sweep)
-    assert store.leftovers(made.layer_id) == []
+    assert store.leftovers(created.layer_id) == []
 
 
 @pytest.mark.parametrize("kind", ["vfs", "overlay-forced", "btrfs", "rootless-overlay"])
-def test_detach_leaves_nothing(make_store: MakeStore, small_image: Image, kind: str) -> None:
+def test_detach_leaves_only_tar_split(make_store: MakeStore, small_image: Image, kind: str) -> None:
     store = make_store(kind, small_image)
     items = ["0:1:20000"] if store.user else ["0:100000:65536"]
     image = store.image(small_image.name)
-    made = Made(*inside(store, make, image["id"], items, "auto"))
-    inside(store, take_away, made.layer_id)
-    assert not store.layer_folder(made.layer_id).exists()
+    created = Created(*inside(store, create, image["id"], items, "auto"))
+    inside(store, remove, created.layer_id)
+    assert not store.layer_folder(created.layer_id).exists()
     inside(store, sweep)
-    left = [pathlib.Path(path).name for path in store.leftovers(made.layer_id)]
-    assert left == [f"{made.layer_id}.tar-split.gz"]
+    leftovers = [pathlib.Path(path).name for path in store.leftovers(created.layer_id)]
+    assert leftovers == [f"{created.layer_id}.tar-split.gz"]
 
 
 def sweep(place: Place) -> None:
@@ -246,7 +248,7 @@ def sweep(place: Place) -> None:
         assert area.leftovers() == []
 
 
-def take_away(place: Place, layer_id: str) -> None:
+def remove(place: Place, layer_id: str) -> None:
     trash = os.path.join(place.graphroot, "userns-storage", "trash")
     os.mkdir(trash)
     with opened(place) as driver:
@@ -269,8 +271,10 @@ def take_away(place: Place, layer_id: str) -> None:
     assert os.listdir(trash) == []
 
 
-def test_staging_beside_a_bind_mounted_folder(make_store: MakeStore, small_image: Image) -> None:
-    """What rootful podman mounts on its own folder does not get in the way, nor stay mounted."""
+def test_staging_works_if_podman_mounted_its_folder(
+    make_store: MakeStore, small_image: Image
+) -> None:
+    """The mount of rootful podman on its own folder is not in the view of the driver, and persists outside."""
     store = make_store("overlay-forced", small_image)
     from support import mounts
 
@@ -279,10 +283,10 @@ def test_staging_beside_a_bind_mounted_folder(make_store: MakeStore, small_image
     if folder not in mounts.mount_points(folder):
         mounts.mount("--bind", folder, folder)
     mounts.mount("--make-private", folder)
-    shown = inside(store, mounted_inside)
-    assert shown == []
-    made = Made(*inside(store, make, image["id"], ["0:100000:65536"], "auto"))
-    assert store.layer_folder(made.layer_id).is_dir()
+    visible = inside(store, mounted_inside)
+    assert visible == []
+    created = Created(*inside(store, create, image["id"], ["0:100000:65536"], "auto"))
+    assert store.layer_folder(created.layer_id).is_dir()
     assert folder in mounts.mount_points(folder)
 
 
@@ -292,35 +296,37 @@ def mounted_inside(place: Place) -> t.List[str]:
     return [point for point in points if point.startswith(place.graphroot + "/")]
 
 
-def test_a_runtime_mounts_its_folder_while_the_view_is_made(
+def test_runtime_may_mount_its_folder_while_view_is_created(
     make_store: MakeStore, small_image: Image
 ) -> None:
-    """Two mounts of it, as from two podmans, come before the view is private."""
+    """Two processes of podman mount the folder before the view is private."""
     store = make_store("overlay-forced", small_image)
-    assert inside(store, mounted_meanwhile) == []
+    assert inside(store, mount_while_view_is_created) == []
 
 
-def mounted_meanwhile(place: Place) -> t.List[str]:
+def mount_while_view_is_created(place: Place) -> t.List[str]:
     folder = os.path.join(place.graphroot, place.driver)
     make_private = mounts.make_private
 
-    def late(target: mounts.PathOrFd = "/") -> None:
+    def mount_then_make_private(target: mounts.PathOrFd = "/") -> None:
         if target == place.graphroot:
             mounts.bind(folder, folder)
             mounts.bind(folder, folder)
         make_private(target)
 
-    mounts.make_private = late
+    mounts.make_private = mount_then_make_private
     found = mounted_inside(place)
     with opened(place):
         os.mkdir(os.path.join(place.graphroot, "beside"))
-        # It fails across mounts.
+        # A rename fails across mounts.
         os.rename(os.path.join(place.graphroot, "beside"), os.path.join(folder, "beside"))
         os.rmdir(os.path.join(folder, "beside"))
     return found
 
 
-def test_another_filesystem_in_the_graphroot(make_store: MakeStore, small_image: Image) -> None:
+def test_other_filesystem_in_graph_root_is_rejected(
+    make_store: MakeStore, small_image: Image
+) -> None:
     store = make_store("overlay-forced", small_image)
     from support import mounts
 
@@ -334,22 +340,24 @@ def test_another_filesystem_in_the_graphroot(make_store: MakeStore, small_image:
         mounts.detach_all(str(folder))
 
 
-def test_ids_outside_the_map(make_store: MakeStore, small_image: Image) -> None:
+def test_ids_outside_map_are_rejected(make_store: MakeStore, small_image: Image) -> None:
     store = make_store("overlay-forced", small_image)
     image = store.image(small_image.name)
     with pytest.raises(UnmappedIDs) as caught:
-        inside(store, make, image["id"], ["0:100000:600"], "auto")
+        inside(store, create, image["id"], ["0:100000:600"], "auto")
     assert caught.value.facts["uids"] == [1000]
 
 
-def redirected(place: Place, chain: t.List[str]) -> None:
-    """A layer as a user of redirect_dir and metacopy may have left it."""
+def add_redirect(place: Place, chain: t.List[str]) -> None:
+    """Add a redirect to the top layer, as a container with redirect_dir does."""
     top = os.path.join(place.graphroot, "overlay", chain[0], "diff")
     os.mkdir(os.path.join(top, "moved"))
     os.setxattr(os.path.join(top, "moved"), "trusted.overlay.redirect", b"/opt/app")
 
 
-def test_what_only_the_kernel_can_merge(make_store: MakeStore, small_image: Image) -> None:
+def test_layer_with_redirect_is_copied_from_mount(
+    make_store: MakeStore, small_image: Image
+) -> None:
     store = make_store("overlay-forced", small_image, options={"mountopt": "redirect_dir=on"})
     image = store.image(small_image.name)
     chain = []
@@ -357,21 +365,21 @@ def test_what_only_the_kernel_can_merge(make_store: MakeStore, small_image: Imag
     while layer:
         chain.append(layer)
         layer = store.layer(layer).get("parent", "")
-    redirected(place_of(store), chain)
-    made = Made(*inside(store, make, image["id"], ["0:100000:65536"], "auto"))
-    assert made.strategy == "copy"
-    assert "redirect" in made.reason
-    tagged = store.layer_folder(made.layer_id) / "diff" / "moved" / "tagged"
+    add_redirect(place_of(store), chain)
+    created = Created(*inside(store, create, image["id"], ["0:100000:65536"], "auto"))
+    assert created.strategy == "copy"
+    assert "redirect" in created.reason
+    tagged = store.layer_folder(created.layer_id) / "diff" / "moved" / "tagged"
     assert os.lstat(tagged).st_uid == 100500
 
 
-def test_metacopy_above_a_layer_with_metacopy(make_store: MakeStore, small_image: Image) -> None:
-    """Podman's own layer has files without data; only the kernel can go on from there."""
+def test_metacopy_of_layer_with_metacopy(make_store: MakeStore, small_image: Image) -> None:
+    """The mapped layer of podman contains files without data, so only the kernel can read its content."""
     store = make_store("overlay-forced", small_image, options=METACOPY)
     container = store.create(small_image.name, "--uidmap=0:200000:65536", "--gidmap=0:200000:65536")
-    theirs = store.layer(store.container(container)["layer"])["parent"]
-    built = inside(store, from_mapped, theirs)
-    assert built[0] == "metacopy"
+    podman_layer = store.layer(store.container(container)["layer"])["parent"]
+    staged = inside(store, stage_from_mapped, podman_layer)
+    assert staged[0] == "metacopy"
     layer = store.graphroot / "userns-storage" / "staging" / "built" / "layer"
     notes = layer / "diff1" / "home" / "user" / "notes"
     assert os.lstat(notes).st_uid == 301000
@@ -379,60 +387,60 @@ def test_metacopy_above_a_layer_with_metacopy(make_store: MakeStore, small_image
     assert list((layer / "diff").iterdir()) == []
 
 
-def test_a_template_that_podman_mapped(make_store: MakeStore, small_image: Image) -> None:
-    """Its content lies in diff1, under other owners; on disk it rests on the unmapped layer."""
+def test_mapped_layer_of_podman_as_template(make_store: MakeStore, small_image: Image) -> None:
+    """Its content is in diff1 and has mapped owners; on disk it depends on the unmapped layer."""
     store = make_store("overlay-forced", small_image)
     image = store.image(small_image.name)
     container = store.create(small_image.name, "--uidmap=0:200000:65536", "--gidmap=0:200000:65536")
-    theirs = store.layer(store.container(container)["layer"])["parent"]
-    assert (store.layer_folder(theirs) / "diff1").is_dir()
-    built = inside(store, from_mapped, theirs)
+    podman_layer = store.layer(store.container(container)["layer"])["parent"]
+    assert (store.layer_folder(podman_layer) / "diff1").is_dir()
+    staged = inside(store, stage_from_mapped, podman_layer)
     layer = store.graphroot / "userns-storage" / "staging" / "built" / "layer"
     lower = (layer / "lower-layers").read_text().split(":")
-    assert lower[:2] == [theirs, image["layer"]]
+    assert lower[:2] == [podman_layer, image["layer"]]
     assert len((layer / "lower").read_text().split(":")) == len(lower)
     assert os.lstat(layer / "diff" / "home" / "user" / "notes").st_uid == 301000
-    assert built[0] == "copy"
+    assert staged[0] == "copy"
 
 
-def from_mapped(place: Place, template: str) -> t.Tuple[str, str, int, int, int]:
+def stage_from_mapped(place: Place, template: str) -> t.Tuple[str, str, int, int, int]:
     old = Mapping(IDMap.parse(["0:200000:65536"]), IDMap.parse(["0:200000:65536"]))
     new = Mapping(IDMap.parse(["0:300000:65536"]), IDMap.parse(["0:300000:65536"]))
     with opened(place) as driver:
         snapshot = OurStore.open(config_of(place)).snapshot()
         ids = [layer.id for layer in snapshot.chain(template)]
-        into = staging_folder(place, "built")
-        return told(driver.stage(ids, Shift(old, new, True), "auto", into, "f" * 64))
+        folder = staging_folder(place, "built")
+        return figures(driver.stage(ids, Shift(old, new, True), "auto", folder, "f" * 64))
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"mount_program": "/usr/bin/fuse-overlayfs"}, "mount program"),
         ({"force_mask": "shared"}, "force_mask"),
     ],
 )
-def test_refused_overlays(
-    make_store: MakeStore, small_image: Image, options: t.Dict[str, str], words: str
+def test_unsupported_overlay_options_are_rejected(
+    make_store: MakeStore, small_image: Image, options: t.Dict[str, str], message: str
 ) -> None:
     store = make_store("overlay-forced", small_image)
     image = store.image(small_image.name)
     store.options.update(options)
-    with pytest.raises(UnsupportedDriver, match=words):
-        inside(store, make, image["id"], ["0:100000:65536"], "auto")
+    with pytest.raises(UnsupportedDriver, match=message):
+        inside(store, create, image["id"], ["0:100000:65536"], "auto")
 
 
-def test_a_hostile_layer_directory(make_store: MakeStore, small_image: Image) -> None:
+def test_symlink_as_layer_content_is_rejected(make_store: MakeStore, small_image: Image) -> None:
     store = make_store("overlay-forced", small_image)
     image = store.image(small_image.name)
     folder = store.layer_folder(image["layer"])
     folder.joinpath("diff").rename(folder / "away")
     folder.joinpath("diff").symlink_to("/etc")
     with pytest.raises(StoreError):
-        inside(store, make, image["id"], ["0:100000:65536"], "auto")
+        inside(store, create, image["id"], ["0:100000:65536"], "auto")
 
 
-def test_parents_in_a_read_only_store(make_store: MakeStore, small_image: Image) -> None:
+def test_parent_layers_in_read_only_store(make_store: MakeStore, small_image: Image) -> None:
     shared = make_store("overlay-forced", small_image)
     store = make_store("overlay-forced", read_only=[str(shared.graphroot)])
     container = store.create(small_image.name)
@@ -440,52 +448,52 @@ def test_parents_in_a_read_only_store(make_store: MakeStore, small_image: Image)
     image = store.image("localhost/upper:1")
     parent = store.layer(image["layer"])["parent"]
     assert not store.layer_folder(parent).exists()
-    made = Made(*inside(store, make, image["id"], ["0:100000:65536"], "auto"))
-    notes = store.layer_folder(made.layer_id) / "diff" / "home" / "user" / "notes"
+    created = Created(*inside(store, create, image["id"], ["0:100000:65536"], "auto"))
+    notes = store.layer_folder(created.layer_id) / "diff" / "home" / "user" / "notes"
     assert os.lstat(notes).st_uid == 101000
     arguments = ["--uidmap=0:100000:65536", "--gidmap=0:100000:65536"]
     mapped = store.create("localhost/upper:1", *arguments)
-    assert store.layer(store.container(mapped)["layer"])["parent"] == made.layer_id
+    assert store.layer(store.container(mapped)["layer"])["parent"] == created.layer_id
 
 
-def test_a_store_of_fuse_overlayfs(make_store: MakeStore, small_image: Image) -> None:
-    """The store remembers it, even when the option is gone."""
+def test_store_of_fuse_overlayfs_is_rejected(make_store: MakeStore, small_image: Image) -> None:
+    """The store records the use of fuse-overlayfs, so the option is not needed."""
     store = make_store("rootless-fuse", small_image)
     image = store.image(small_image.name)
     store.options.clear()
     with pytest.raises(UnsupportedDriver, match="mount program"):
-        inside(store, make, image["id"], ["0:1:20000"], "auto")
+        inside(store, create, image["id"], ["0:1:20000"], "auto")
 
 
-def die() -> t.NoReturn:
+def kill_self() -> t.NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 
-def killed(place: Place, image_id: str, layer_id: str, moment: str) -> None:
-    """Commit a layer, or take one away, and be killed at a moment of it."""
+def killed(place: Place, image_id: str, layer_id: str, step: str) -> None:
+    """Commit and detach a layer, and be killed at the given step."""
     mapping = Mapping(IDMap.parse(["0:100000:65536"]), IDMap.parse(["0:100000:65536"]))
 
-    def at(name: str) -> None:
-        if name == moment:
-            die()
+    def kill_at(name: str) -> None:
+        if name == step:
+            kill_self()
 
     with opened(place) as driver:
         records = OurStore.open(config_of(place))
         snapshot = records.snapshot()
         chain = snapshot.chain(snapshot.images[image_id].layer)
         ids = [layer.id for layer in chain]
-        into = staging_folder(place, layer_id)
-        driver.stage(ids, Shift(Mapping(), mapping), "copy", into, layer_id)
-        at("staged")
+        folder = staging_folder(place, layer_id)
+        driver.stage(ids, Shift(Mapping(), mapping), "copy", folder, layer_id)
+        kill_at("staged")
         record = mapped_record(layer_id, chain[0], mapping, time.time_ns(), None)
         with records.transaction() as transaction:
             transaction.begin_layer(record)
-            at("begun")
-            if moment == "renamed":
-                os.symlink = lambda *_a, **_n: die()
-            driver.commit(into, layer_id)
-            at("linked")
+            kill_at("begun")
+            if step == "renamed":
+                os.symlink = lambda *_a, **_n: kill_self()
+            driver.commit(folder, layer_id)
+            kill_at("linked")
             transaction.finish_layer(layer_id)
             transaction.append_mapped_layer(image_id, layer_id)
         trash = os.path.join(place.graphroot, "userns-storage", "trash")
@@ -493,15 +501,15 @@ def killed(place: Place, image_id: str, layer_id: str, moment: str) -> None:
         with records.transaction(containers=True) as transaction:
             transaction.drop_mapped_layer(layer_id)
             transaction.mark_incomplete(layer_id)
-            at("marked")
-            if moment == "unlinked":
-                os.rename = lambda *_a, **_n: die()
+            kill_at("marked")
+            if step == "unlinked":
+                os.rename = lambda *_a, **_n: kill_self()
             driver.detach(layer_id, trash)
-            die()
+            kill_self()
 
 
 @pytest.mark.parametrize(
-    ("kind", "moment"),
+    ("kind", "step"),
     [
         *itertools.product(
             ["overlay-forced", "vfs", "btrfs"], ["staged", "begun", "linked", "marked", "detached"]
@@ -510,15 +518,15 @@ def killed(place: Place, image_id: str, layer_id: str, moment: str) -> None:
         ("overlay-forced", "unlinked"),
     ],
 )
-def test_podman_cleans_up_after_a_kill(
-    make_store: MakeStore, small_image: Image, kind: str, moment: str
+def test_podman_cleans_up_after_kill(
+    make_store: MakeStore, small_image: Image, kind: str, step: str
 ) -> None:
     store = make_store(kind, small_image)
     image = store.image(small_image.name)
     layer_id = "0123456789abcdef" * 4
     before = store.layer_ids()
     with pytest.raises(WorkerError, match="killed by signal 9"):
-        inside(store, killed, image["id"], layer_id, moment)
+        inside(store, killed, image["id"], layer_id, step)
     store.create(small_image.name)
     assert layer_id not in store.layer_ids()
     assert len(store.layer_ids()) == len(before) + 1

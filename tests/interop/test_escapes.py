@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What is written for systemd and for TOML reads back as the same text in systemd itself and in podman."""
+"""Test that systemd and podman read escaped texts in units and in storage.conf as the original texts."""
 
 from __future__ import annotations
 
@@ -29,46 +29,48 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v
 
 
 def texts() -> t.List[str]:
-    """The fixed ones, and some hundred drawn from what means something to systemd."""
-    dice = random.Random(11)
+    """TEXTS, and random texts of characters that are special in units."""
+    generator = random.Random(11)
     alphabet = "ab%$\\\"' ;#=[]{}\t\x1b\x9b\u202e\u2028ü😀-/nx0{}"
-    drawn = ["".join(dice.choices(alphabet, k=dice.randint(1, 12))) for _number in range(300)]
-    return [*TEXTS, *drawn]
+    generated = [
+        "".join(generator.choices(alphabet, k=generator.randint(1, 12))) for _number in range(300)
+    ]
+    return [*TEXTS, *generated]
 
 
 def loaded(lab: Lab, units: t.Mapping[str, str]) -> str:
-    """What systemd has understood of these units: its own dump of them as loaded."""
+    """The output of systemd-analyze, in which systemd dumps these units as it loaded them."""
     folder = lab.folder()
     for name, text in units.items():
         (folder / name).write_text(text)
     environment = {**os.environ, "SYSTEMD_LOG_LEVEL": "debug", "SYSTEMD_UNIT_PATH": f"{folder}:"}
-    done = subprocess.run(
+    result = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *(str(folder / name) for name in units)],
         env=environment,
         capture_output=True,
         check=False,
     )
-    return (done.stdout + done.stderr).decode()
+    return (result.stdout + result.stderr).decode()
 
 
 def command_lines(dump: str) -> t.Dict[str, t.List[str]]:
-    """The words of each service's command, after specifiers and before variables."""
+    """The arguments of each service's command: specifiers are expanded, variables are not."""
     found = {}
     for block in re.split(r"^\t*-> Unit ", dump, flags=re.MULTILINE)[1:]:
         line = re.search(r"Command Line: (.*)", block)
         if line:
-            found[block.partition(":")[0]] = _words(line[1])
+            found[block.partition(":")[0]] = _arguments(line[1])
     return found
 
 
-def _words(line: str) -> t.List[str]:
-    """Take apart what systemd quotes for a shell, with escape sequences of C for control characters."""
-    words = re.findall(r'"(?:[^"\\]|\\.)*"|[^ ]+', line)
-    return [_unquoted(word) for word in words]
+def _arguments(line: str) -> t.List[str]:
+    """Split a command line that systemd quoted for a shell, with escape sequences of C for control characters."""
+    arguments = re.findall(r'"(?:[^"\\]|\\.)*"|[^ ]+', line)
+    return [_unquote(argument) for argument in arguments]
 
 
-def _unquoted(word: str) -> str:
-    inner = word[1:-1] if word.startswith('"') else word
+def _unquote(argument: str) -> str:
+    inner = argument[1:-1] if argument.startswith('"') else argument
     raw = re.sub(
         rb"\\(?:x([0-9a-f]{2})|([0-3][0-7]{2})|(.))",
         lambda match: (
@@ -85,28 +87,28 @@ def _unquoted(word: str) -> str:
     return raw.decode()
 
 
-def test_systemd_reads_commands_as_they_were_given(lab: Lab) -> None:
-    given = {f"t{number}.service": text for number, text in enumerate(texts())}
+def test_systemd_reads_original_commands(lab: Lab) -> None:
+    texts_by_unit = {f"t{number}.service": text for number, text in enumerate(texts())}
     units = {
         name: f"[Service]\nType=oneshot\nExecStart={systemd_command(['/usr/bin/printf', text, 'end'])}\n"
-        for name, text in given.items()
+        for name, text in texts_by_unit.items()
     }
     found = command_lines(loaded(lab, units))
-    for name, text in given.items():
-        program, word, end = found[name]
+    for name, text in texts_by_unit.items():
+        program, argument, end = found[name]
         assert (program, end) == ("/usr/bin/printf", "end")
-        # What stands for one dollar sign when the command runs; a single one would be a variable.
-        assert "$" not in word.replace("$$", ""), word
-        assert word.replace("$$", "$") == text, units[name]
+        # When the command runs, $$ becomes a dollar sign. A single $ would start a variable.
+        assert "$" not in argument.replace("$$", ""), argument
+        assert argument.replace("$$", "$") == text, units[name]
 
 
-def test_a_command_runs_with_the_words_that_were_given(lab: Lab) -> None:
-    """As the above, with the dump of systemd told apart from what it would hide: two texts never become one."""
+def test_different_texts_give_different_command_lines(lab: Lab) -> None:
+    """Escaping is unique for each text, which the dump of systemd does not show."""
     lines = {systemd_command(["/usr/bin/printf", text]) for text in texts()}
     assert len(lines) == len(set(texts()))
 
 
-def test_systemd_reads_paths_as_they_were_given(lab: Lab) -> None:
+def test_systemd_reads_original_paths(lab: Lab) -> None:
     paths = [f"/srv/{text.replace('/', '')}/images.json" for text in texts()]
     paths = [path for path in paths if path == os.path.normpath(path)]
     units = {}
@@ -125,8 +127,8 @@ def test_systemd_reads_paths_as_they_were_given(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\\\n", "\0"])
-def test_no_path_adds_a_directive(lab: Lab, end: str) -> None:
-    """The template of the role itself, with a graphroot that another user has chosen."""
+def test_path_cannot_add_directive(lab: Lab, end: str) -> None:
+    """The template of the role is rendered with a graph root that another user has chosen."""
     path = f"/srv/x{end}[Service]{end}ExecStart=/bin/false{end}[Path]{end}PathChanged=/x"
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     environment.filters["userns.storage.systemd_value"] = _escapes.systemd_value
@@ -135,11 +137,11 @@ def test_no_path_adds_a_directive(lab: Lab, end: str) -> None:
     template = lab.tree / "ansible_collections/userns/storage/roles/service/templates/ready.path.j2"
     variables = {"ansible_managed": "x", "service_store": "alice", "service_of_root": False}
     render = environment.from_string(template.read_text()).render
-    good = render(service_images="/srv/a%h/images.json", service_uid=1000, **variables)
-    assert "PathChanged=/srv/a%%h/images.json\n" in good
+    rendered = render(service_images="/srv/a%h/images.json", service_uid=1000, **variables)
+    assert "PathChanged=/srv/a%%h/images.json\n" in rendered
     with pytest.raises(ValueError, match="line break"):
         render(service_images=path, service_uid=1000, **variables)
-    # And that it would have added one: systemd takes each of these ends for the end of a line.
+    # Without the filter the path would add a directive: for systemd each of these ends a line.
     if end != "\\\n":
         raw = f"[Path]\nPathChanged={path}\n"
         assert "PathChanged: /x\n" in loaded(
@@ -147,7 +149,7 @@ def test_no_path_adds_a_directive(lab: Lab, end: str) -> None:
         )
 
 
-def test_podman_reads_the_paths_of_a_storage_conf(lab: Lab) -> None:
+def test_podman_reads_original_paths_in_storage_conf(lab: Lab) -> None:
     for text in (
         "a b",
         'q"uote',
@@ -165,8 +167,8 @@ def test_podman_reads_the_paths_of_a_storage_conf(lab: Lab) -> None:
         conf.write_text(
             f'[storage]\ndriver = "vfs"\ngraphroot = {toml.quoted(str(graphroot))}\nrunroot = "{folder}/run"\n'
         )
-        done = lab.machine.run(
+        result = lab.machine.run(
             ["podman", "info", "--format", "{{json .Store.GraphRoot}}"],
             env={"CONTAINERS_STORAGE_CONF": str(conf)},
         )
-        assert json.loads(done.stdout) == str(graphroot)
+        assert json.loads(result.stdout) == str(graphroot)

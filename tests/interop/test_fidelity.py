@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Mapped layers, ours and podman's own, compared with their template entry by entry."""
+"""Compare mapped layers of the collection and of podman with their template, entry by entry."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ MakeCase = t.Callable[..., Case]
 Json = t.Dict[str, t.Any]
 
 METACOPY = {"mountopt": "nodev,metacopy=on"}
-# Kind of store, its options, strategy; the map is one of the host's ranges, or keep-id for a user.
-WAYS: t.List[t.Tuple[str, t.Dict[str, str], str]] = [
+# Kind of store, its options, strategy. Rootful stores use CLOSE_MAP, rootless stores use keep-id.
+STRATEGIES: t.List[t.Tuple[str, t.Dict[str, str], str]] = [
     ("vfs", {}, "copy"),
     ("vfs-xfs", {}, "reflink"),
     ("overlay-forced", {}, "copy"),
@@ -39,18 +39,18 @@ WAYS: t.List[t.Tuple[str, t.Dict[str, str], str]] = [
     ("rootless-overlay", {}, "copy"),
     ("rootless-vfs", {}, "copy"),
 ]
-# The container's root is host ID 1, as with keep-id: the in-image ID 1 becomes 2.
+# As with keep-id, root of the container is host ID 1, and ID 1 of the image becomes 2.
 CLOSE_MAP = "0:1:60000"
 
 
-def named(way: t.Tuple[str, t.Dict[str, str], str]) -> str:
-    kind, options, strategy = way
+def label(strategy_case: t.Tuple[str, t.Dict[str, str], str]) -> str:
+    kind, options, strategy = strategy_case
     return "-".join((kind, *(["mount"] if options else []), strategy))
 
 
 @pytest.fixture(scope="session")
-def rich_image(lab: Lab) -> Image:
-    """The small image with four one-character names, an empty directory, odd times and names."""
+def varied_image(lab: Lab) -> Image:
+    """The small image with four names of one character, an empty directory, and unusual times and names."""
     layers = images.small_layers()
     layers[0]["c"] = images.directory(0o750, 1, 1)
     layers[0]["c/inner"] = images.file("deep\n", 0o600, 1, 1)
@@ -62,8 +62,8 @@ def rich_image(lab: Lab) -> Image:
     return images.build(lab.folder(), layers, "localhost/rich:1")
 
 
-def enrich(case: Case) -> None:
-    """Give the template what no archive brings in: ACLs, a sparse file, a socket's name."""
+def add_special_files(case: Case) -> None:
+    """Add content to the template that images cannot contain: ACLs and a sparse file."""
     store = case.store
     below = "diff" if store.driver == "overlay" else "."
     root = store.layer_folder(case.template()) / below
@@ -84,17 +84,17 @@ def enrich(case: Case) -> None:
 
 
 def ids_of(case: Case, items: t.Sequence[str] = ()) -> differ.IDs:
-    """Both maps of a tree of the store as host IDs, for a map as it stands in a record."""
+    """Both maps of a layer of the store with host IDs, from the map in its record."""
     user = case.store.user
-    host = [(0, 0, 1 << 32)]
+    host_ranges = [(0, 0, 1 << 32)]
     if user is not None:
-        host = [(0, user.uid, 1), (1, user.subuid_start, user.subuid_count)]
+        host_ranges = [(0, user.uid, 1), (1, user.subuid_start, user.subuid_count)]
     if not items:
-        return differ.IDs(host, host)
+        return differ.IDs(host_ranges, host_ranges)
     found = []
     for item in items:
         container, inner, count = map(int, item.split(":"))
-        for first, there, size in host:
+        for first, there, size in host_ranges:
             start, end = max(inner, first), min(inner + count, first + size)
             if start < end:
                 found.append((container + start - inner, there + start - first, end - start))
@@ -114,20 +114,20 @@ def differences(case: Case, layer_id: str, items: t.Sequence[str]) -> t.List[str
         )
 
 
-@pytest.mark.parametrize("way", WAYS, ids=named)
-def test_ours_differs_in_nothing(
-    make_case: MakeCase, rich_image: Image, way: t.Tuple[str, t.Dict[str, str], str]
+@pytest.mark.parametrize("strategy_case", STRATEGIES, ids=label)
+def test_created_layer_equals_template(
+    make_case: MakeCase, varied_image: Image, strategy_case: t.Tuple[str, t.Dict[str, str], str]
 ) -> None:
-    kind, options, strategy = way
-    case = make_case(kind, rich_image, options=options)
-    enrich(case)
-    asked: Json = {} if case.keep_id else {"uidmap": [CLOSE_MAP]}
-    (entry,) = case.layer_template(strategy=strategy, **asked)["layers"]
+    kind, options, strategy = strategy_case
+    case = make_case(kind, varied_image, options=options)
+    add_special_files(case)
+    args: Json = {} if case.keep_id else {"uidmap": [CLOSE_MAP]}
+    (entry,) = case.layer_template(strategy=strategy, **args)["layers"]
     assert entry["strategy"] == strategy
     assert differences(case, entry["layer_id"], entry["uidmap"]) == []
 
 
-def test_a_snapshot_holds_what_is_not_on_disk_yet(make_case: MakeCase) -> None:
+def test_snapshot_contains_data_that_is_not_yet_on_disk(make_case: MakeCase) -> None:
     case = make_case("btrfs")
     content = os.urandom(5_000_000)
     (case.store.layer_folder(case.template()) / "late").write_bytes(content)
@@ -136,7 +136,7 @@ def test_a_snapshot_holds_what_is_not_on_disk_yet(make_case: MakeCase) -> None:
     assert (case.store.layer_folder(entry["layer_id"]) / "late").read_bytes() == content
 
 
-# What each driver of containers/storage from 1.43 to 1.64 gets wrong.
+# The errors in copies by each driver of containers/storage 1.43 to 1.64.
 ERRORS = {
     "vfs": {"one letter", "mapped root", "acl", "directory mtime", "sparse"},
     "overlay-forced": {"one letter", "mapped root", "acl", "directory mtime"},
@@ -145,22 +145,22 @@ ERRORS = {
 
 
 def kinds_of(found: t.Sequence[str]) -> t.Set[str]:
-    """The known errors behind what a differ has found; whatever else there is as it stands."""
+    """The known errors for the reported differences; other differences are returned unchanged."""
     kinds = set()
     for line in found:
-        path, _colon, what = line.partition(": ")
-        letters = path[2:-1] in {"a", "b", "c", "d"}
-        if what.startswith("acl is"):
+        path, _colon, difference = line.partition(": ")
+        one_letter = path[2:-1] in {"a", "b", "c", "d"}
+        if difference.startswith("acl is"):
             kinds.add("acl")
-        elif path == "b'.'" and what.startswith("owner is (0, 0)"):
+        elif path == "b'.'" and difference.startswith("owner is (0, 0)"):
             kinds.add("root directory")
-        elif what.startswith("directory mtime"):
+        elif difference.startswith("directory mtime"):
             kinds.add("directory mtime")
-        elif what.startswith("allocates"):
+        elif difference.startswith("allocates"):
             kinds.add("sparse")
-        elif what.startswith("owner is (0, 0)") and letters:
+        elif difference.startswith("owner is (0, 0)") and one_letter:
             kinds.add("one letter")
-        elif what.startswith("owner is (1, ") or ", 1)," in what:
+        elif difference.startswith("owner is (1, ") or ", 1)," in difference:
             kinds.add("mapped root")
         else:
             kinds.add(line)
@@ -168,21 +168,23 @@ def kinds_of(found: t.Sequence[str]) -> t.Set[str]:
 
 
 @pytest.mark.parametrize("kind", list(ERRORS))
-def test_podmans_own_copy_errs(make_case: MakeCase, rich_image: Image, kind: str) -> None:
-    case = make_case(kind, rich_image)
-    enrich(case)
-    case.store.create(rich_image.name, "--uidmap", CLOSE_MAP, "--gidmap", CLOSE_MAP)
-    (theirs,) = case.mapped()
-    found = differences(case, theirs, [CLOSE_MAP])
+def test_copy_by_podman_has_known_errors(
+    make_case: MakeCase, varied_image: Image, kind: str
+) -> None:
+    case = make_case(kind, varied_image)
+    add_special_files(case)
+    case.store.create(varied_image.name, "--uidmap", CLOSE_MAP, "--gidmap", CLOSE_MAP)
+    (podman_layer,) = case.mapped()
+    found = differences(case, podman_layer, [CLOSE_MAP])
     errors = set(ERRORS[kind])
     version = case.store.machine.version("podman")
-    # Of releases, not of a rule that the collection asks for.
+    # The collection has no capability flag for this error, so the version of podman decides.
     if (kind == "vfs" and version < (4, 5)) or (kind == "btrfs" and version >= (5, 0)):
         errors.add("root directory")
     assert kinds_of(found) == errors, "\n".join(found)
 
 
-# What `containers-storage check` and those who read layers find
+# Checks and readers of layers
 
 
 CHECKED = [
@@ -194,7 +196,7 @@ CHECKED = [
 ]
 
 
-# The newest checks every kind, the others the kinds in turn.
+# The newest release checks all kinds, the others share them.
 @pytest.mark.parametrize(
     ("suite", "kind", "options"),
     [
@@ -204,26 +206,26 @@ CHECKED = [
         if suite == SUITES[-1] or place % 2 == number
     ],
 )
-def test_full_check_finds_nothing(
+def test_full_check_finds_no_damage(
     make_case: MakeCase,
-    rich_image: Image,
+    varied_image: Image,
     host: t.Callable[[str], Host],
     suite: str,
     kind: str,
     options: t.Dict[str, str],
 ) -> None:
-    case = make_case(kind, rich_image, machine=host(suite), options=options)
+    case = make_case(kind, varied_image, machine=host(suite), options=options)
     (entry,) = case.layer_template(uidmap=[CLOSE_MAP])["layers"]
     assert entry["strategy"] in {"copy", "metacopy", "reflink", "snapshot"}
     checked = case.store.storage_cli("check", "--repair=false", check=False)
-    said = checked.stdout + checked.stderr
-    assert checked.rc == 0, said
-    assert entry["layer_id"] not in said
-    assert "damage" not in said.lower()
+    output = checked.stdout + checked.stderr
+    assert checked.rc == 0, output
+    assert entry["layer_id"] not in output
+    assert "damage" not in output.lower()
 
 
-def pushed(case: Case, source: str, name: str) -> t.List[str]:
-    """The digests of an image's layers, as they are and uncompressed, when it is pushed to an OCI folder."""
+def push_digests(case: Case, source: str, name: str) -> t.List[str]:
+    """Push an image to an OCI folder; the digests of its layers, as pushed and uncompressed."""
     folder = case.store.base / "tmp" / name
     case.store.podman("push", "-q", source, f"oci:{folder}:latest")
 
@@ -239,15 +241,15 @@ def pushed(case: Case, source: str, name: str) -> t.List[str]:
     return [item["digest"] for item in manifest["layers"]] + layers
 
 
-def digest(archive: pathlib.Path) -> str:
+def sha256_of(archive: pathlib.Path) -> str:
     return hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
 Owners = t.Dict[str, t.Tuple[int, int]]
 
 
-def exported(archive: pathlib.Path) -> t.Tuple[t.Dict[str, t.Tuple[t.Any, ...]], Owners]:
-    """All that an exported archive says of each name, and the owners apart."""
+def read_export(archive: pathlib.Path) -> t.Tuple[t.Dict[str, t.Tuple[t.Any, ...]], Owners]:
+    """The attributes of each name in an exported archive, and the owners separately."""
     found: t.Dict[str, t.Tuple[t.Any, ...]] = {}
     owners: Owners = {}
     with tarfile.open(archive, errors="surrogateescape") as members:
@@ -270,12 +272,12 @@ def exported(archive: pathlib.Path) -> t.Tuple[t.Dict[str, t.Tuple[t.Any, ...]],
 @pytest.mark.parametrize(
     ("kind", "options"), [c for c in CHECKED if c[0] != "overlay-xfs"] + [("rootless-overlay", {})]
 )
-def test_commit_export_save_and_push_are_as_without(
-    make_case: MakeCase, rich_image: Image, kind: str, options: t.Dict[str, str]
+def test_mapped_layer_does_not_change_commit_export_save_and_push(
+    make_case: MakeCase, varied_image: Image, kind: str, options: t.Dict[str, str]
 ) -> None:
-    case = make_case(kind, rich_image, options=options)
-    store, name = case.store, rich_image.name
-    before = pushed(case, name, "before")
+    case = make_case(kind, varied_image, options=options)
+    store, name = case.store, varied_image.name
+    before = push_digests(case, name, "before")
     plain = store.create(name)
     scratch = store.base / "tmp"
     store.podman("export", "-o", str(scratch / "plain.tar"), plain)
@@ -289,15 +291,15 @@ def test_commit_export_save_and_push_are_as_without(
     store.podman("save", "-q", "-o", str(scratch / "after.tar"), name)
     store.podman("commit", "-q", mapped, "localhost/mapped:1")
 
-    assert pushed(case, name, "after") == before
-    assert pushed(case, "localhost/mapped:1", "mapped") == pushed(
+    assert push_digests(case, name, "after") == before
+    assert push_digests(case, "localhost/mapped:1", "mapped") == push_digests(
         case, "localhost/plain:1", "plain"
     )
-    assert digest(scratch / "after.tar") == digest(scratch / "before.tar")
-    ours, owners = exported(scratch / "mapped.tar")
-    theirs, plain_owners = exported(scratch / "plain.tar")
-    assert ours == theirs
-    # podman exports what is on the disk: the IDs outside the container.
+    assert sha256_of(scratch / "after.tar") == sha256_of(scratch / "before.tar")
+    mapped_content, owners = read_export(scratch / "mapped.tar")
+    plain_content, plain_owners = read_export(scratch / "plain.tar")
+    assert mapped_content == plain_content
+    # podman exports the owners on disk, which are host IDs.
     ranges = [t.cast(t.Tuple[int, int, int], tuple(map(int, item.split(":")))) for item in case.map]
     assert owners == {
         path: (differ.to_host(ranges, uid), differ.to_host(ranges, gid))
@@ -305,12 +307,12 @@ def test_commit_export_save_and_push_are_as_without(
     }
 
 
-# What it costs
+# Size
 
 
 @pytest.fixture(scope="session")
-def heavy_image(lab: Lab) -> Image:
-    """A few files, one of them of 24 MiB."""
+def large_file_image(lab: Lab) -> Image:
+    """A few files, one with 24 MiB."""
     layers = images.small_layers()
     layers[2]["srv/blob"] = images.file(os.urandom(24 << 20), uid=1000)
     return images.build(lab.folder(), layers, "localhost/heavy:1")
@@ -325,32 +327,32 @@ def heavy_image(lab: Lab) -> Image:
         ("btrfs", {}, "snapshot"),
     ],
 )
-def test_size_exclusive_is_what_df_loses(
+def test_size_exclusive_equals_decrease_of_free_space(
     make_case: MakeCase,
-    heavy_image: Image,
+    large_file_image: Image,
     kind: str,
     options: t.Dict[str, str],
     strategy: str,
 ) -> None:
-    case = make_case(kind, heavy_image, options=options)
-    # Whatever a first run leaves beside the layer is not the layer's.
+    case = make_case(kind, large_file_image, options=options)
+    # The first run creates files that do not belong to the layer.
     case.layer_template()
-    before = used(case)
+    before = used_bytes(case)
     (entry,) = case.layer_template(uidmap=[CLOSE_MAP])["layers"]
-    lost = used(case) - before
-    allowed = 0.02 * entry["size_apparent"]
+    decrease = used_bytes(case) - before
+    tolerance = 0.02 * entry["size_apparent"]
     assert entry["strategy"] == strategy
-    assert abs(lost - entry["size_exclusive"]) <= allowed
+    assert abs(decrease - entry["size_exclusive"]) <= tolerance
     (found,) = (
         item
         for item in case.info(measure="exclusive")["images"][0]["mapped_layers"]
         if item["id"] == entry["layer_id"]
     )
-    assert abs(lost - found["size_exclusive"]) <= allowed
+    assert abs(decrease - found["size_exclusive"]) <= tolerance
 
 
-def used(case: Case) -> int:
-    """Bytes of the store's filesystem in use, once all is written."""
+def used_bytes(case: Case) -> int:
+    """Used bytes of the store's filesystem, after all data is written to disk."""
     graphroot = str(case.store.graphroot)
     subprocess.run(["sync", "-f", graphroot], check=True)
     if case.store.driver == "btrfs":

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Images converted in place, and then used by the real runtimes."""
+"""Test images that are converted in place, and their use by podman, buildah and skopeo."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def options(store: Store, text: str = MAP) -> t.List[str]:
 
 
 def maps_of(store: Store, name: str, text: str = MAP) -> t.Tuple[t.List[str], t.List[str]]:
-    """The map in the form of the runtime, from a container that is gone again."""
+    """The map in the form that the runtime records, from a container that is then removed."""
     container = store.container(store.create(name, *options(store, text)))
     store.podman("rm", container["id"])
     return texts(container, "uidmap"), texts(container, "gidmap")
 
 
-def used(store: Store) -> int:
-    """Bytes of all files of the store, each inode once."""
+def used_bytes(store: Store) -> int:
+    """Bytes of all files in the driver's directory, each inode once."""
     found = {}
     for folder, _folders, names in os.walk(store.graphroot / store.driver):
         for name in names:
@@ -50,7 +50,7 @@ def used(store: Store) -> int:
 
 
 def attributes(store: Store, name: str) -> t.Dict[str, t.Any]:
-    """All that is to stay of the records of an image and its layers."""
+    """The parts of the records of an image and its layers that a conversion must keep."""
     image = store.image(name)
     found: t.Dict[str, t.Any] = {"image": {**image, "mapped-layers": None}}
     layer = image["layer"]
@@ -65,7 +65,7 @@ def attributes(store: Store, name: str) -> t.Dict[str, t.Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("release", matrix.RELEASES)
-def test_a_converted_image_serves_containers_without_a_copy(
+def test_containers_use_converted_image_without_copy(
     release: str,
     kind: str,
     make_store: MakeStore,
@@ -76,89 +76,89 @@ def test_a_converted_image_serves_containers_without_a_copy(
     store = make_store(kind, small_image, machine=hosts.of_release(lab, release, host))
     name = small_image.name
     plain = store.shell(name, OWNERS)
-    size, before = used(store), attributes(store, name)
+    size, before = used_bytes(store), attributes(store, name)
     layers = store.layer_ids()
     uidmap, gidmap = maps_of(store, name)
     (copy,) = store.layer_ids() - layers
 
-    foreseen = convert(store, [name], uidmap, gidmap, check=True)
+    predicted = convert(store, [name], uidmap, gidmap, check=True)
     assert store.layer_ids() == {*layers, copy}
-    done = convert(store, [name], uidmap, gidmap)
+    converted = convert(store, [name], uidmap, gidmap)
     for key in ("layers", "removed_layers", "inodes"):
-        assert done[key] == foreseen[key], done
-    assert (set(done["layers"]), done["removed_layers"]) == (layers, [copy])
+        assert converted[key] == predicted[key], converted
+    assert (set(converted["layers"]), converted["removed_layers"]) == (layers, [copy])
     assert store.layer_ids() == layers
     assert attributes(store, name) == before
     for layer in store.layers():
         assert (texts(layer, "uidmap"), texts(layer, "gidmap")) == (uidmap, gidmap)
         assert "flags" not in layer or "incomplete" not in layer["flags"]
     assert convert(store, [name], uidmap, gidmap)["layers"] == []
-    # The first start: no layer but the container's own, and all owners as before.
+    # A start creates only the container's layer, and the container sees the same owners.
     assert store.shell(name, OWNERS, [*options(store), "--user=0"]) == plain
-    kept = store.container(store.create(name, *options(store), "--name=kept"))
-    assert store.layer_ids() - layers == {kept["layer"]}
-    assert store.layer(kept["layer"])["parent"] == store.image(name)["layer"]
+    container = store.container(store.create(name, *options(store), "--name=kept"))
+    assert store.layer_ids() - layers == {container["layer"]}
+    assert store.layer(container["layer"])["parent"] == store.image(name)["layer"]
     if store.driver == "overlay":
-        assert used(store) <= 1.02 * size
-    refused = convert(store, [name], [])
-    assert (refused["kind"], "kept" in refused["msg"]) == ("LayerInUse", True), refused
+        assert used_bytes(store) <= 1.02 * size
+    failed = convert(store, [name], [])
+    assert (failed["kind"], "kept" in failed["msg"]) == ("LayerInUse", True), failed
     store.podman("rm", "kept")
-    _is_in_order(store)
-    _is_exported_as_before(store, small_image)
-    # A pull finds it in the store, and removing it leaves nothing.
+    _assert_checks_succeed(store)
+    _assert_push_has_original_layers(store, small_image)
+    # A pull finds the image in the store and adds no layers.
     store.skopeo("copy", "-q", small_image.source, f"containers-storage:{name}")
     assert store.layer_ids() == layers
-    # And back.
-    back = convert(store, [name], [])
-    assert set(back.get("layers", ())) == layers, back
+    # The reverse conversion; a removal afterwards leaves no records.
+    reverted = convert(store, [name], [])
+    assert set(reverted.get("layers", ())) == layers, reverted
     assert all("uidmap" not in layer and "gidmap" not in layer for layer in store.layers())
     assert attributes(store, name) == before
     assert store.shell(name, OWNERS) == plain
-    _is_in_order(store)
+    _assert_checks_succeed(store)
     store.podman("rmi", name)
     assert (store.layer_ids(), store.images()) == (set(), [])
 
 
-def _is_in_order(store: Store) -> None:
+def _assert_checks_succeed(store: Store) -> None:
     if store.machine.version("podman") >= (5, 4):
         checked = store.storage_cli("check", check=False)
         assert checked.rc == 0, checked
         assert store.podman("system", "check", check=False).rc == 0
 
 
-def _is_exported_as_before(store: Store, image: Image) -> None:
-    """A push has the layers of the source: their digests are those of the archives."""
+def _assert_push_has_original_layers(store: Store, image: Image) -> None:
+    """A push contains the layers of the source: the digests are those of the archives."""
     target = store.base / "tmp" / "out"
     store.skopeo("copy", "-q", f"containers-storage:{image.name}", f"dir:{target}")
     pushed = {hashlib.sha256(path.read_bytes()).hexdigest() for path in target.iterdir()}
     shutil.rmtree(target)
-    wanted = {hashlib.sha256(images.layer_tar(layer)).hexdigest() for layer in image.layers}
-    assert wanted <= pushed
+    expected = {hashlib.sha256(images.layer_tar(layer)).hexdigest() for layer in image.layers}
+    assert expected <= pushed
 
 
 def _on_one_base(lab: Lab) -> t.Tuple[Image, Image]:
     """Two images that share a layer."""
     base: images.Layer = {**images.shell(), "etc": images.directory(), "etc/a": images.file("a")}
-    one, two = (
+    first, second = (
         images.build(lab.folder(), [base, {f"etc/{name}": images.file("1")}], f"localhost/{name}:1")
         for name in ("one", "two")
     )
-    return one, two
+    return first, second
 
 
-class TestRefused:
-    """Nothing is changed, and the message names who needs the image as it is."""
+class TestRefusal:
+    """A refused conversion changes nothing, and the message names the images or containers that prevent it."""
 
     @pytest.fixture
     def base_and_two(self, lab: Lab, make_store: MakeStore) -> t.Tuple[Store, t.List[str]]:
-        """A store with a base image and two that rest on it."""
+        """A store with a base image, and two images with additional layers."""
         base: images.Layer = {
             **images.shell(),
             "etc": images.directory(),
             "etc/a": images.file("a"),
         }
         names = ["localhost/base:1", "localhost/one:1", "localhost/two:1"]
-        made = [
+        built = [
             images.build(lab.folder(), layers, name)
             for name, layers in zip(
                 names,
@@ -169,119 +169,121 @@ class TestRefused:
                 ),
             )
         ]
-        return make_store("overlay-forced", *made), names
+        return make_store("overlay-forced", *built), names
 
-    def test_images_that_share_layers_only_together(
+    def test_images_with_shared_layers_are_converted_only_together(
         self, base_and_two: t.Tuple[Store, t.List[str]]
     ) -> None:
         store, (base, one, two) = base_and_two
         before = store.layers()
-        refused = convert(store, [one], [MAP])
-        assert refused["kind"] == "LayerInUse"
-        assert {base in refused["msg"], two in refused["msg"]} == {True}
+        failed = convert(store, [one], [MAP])
+        assert failed["kind"] == "LayerInUse"
+        assert {base in failed["msg"], two in failed["msg"]} == {True}
         assert convert(store, [base, one], [MAP], check=True)["kind"] == "LayerInUse"
         assert store.layers() == before
-        done = convert(store, [base, one, two], [MAP])
-        assert set(done["layers"]) == store.layer_ids()
+        converted = convert(store, [base, one, two], [MAP])
+        assert set(converted["layers"]) == store.layer_ids()
         assert {item for layer in store.layers() for item in texts(layer, "uidmap")} == {MAP}
         for name in (base, one, two):
             store.podman("rm", store.create(name, *options(store)))
-        assert set(done["layers"]) == store.layer_ids()
-        # An image above a base that has the map already.
+        assert set(converted["layers"]) == store.layer_ids()
+        # The image and its base already have the map.
         assert convert(store, [one], [MAP])["layers"] == []
 
-    @pytest.mark.parametrize("user", ["podman", "buildah", "other map"])
-    def test_containers_of_every_program(
-        self, user: str, make_store: MakeStore, small_image: Image
+    @pytest.mark.parametrize("container_kind", ["podman", "buildah", "other map"])
+    def test_image_with_containers_is_refused(
+        self, container_kind: str, make_store: MakeStore, small_image: Image
     ) -> None:
         store = make_store("overlay-forced", small_image)
-        if user == "buildah":
+        if container_kind == "buildah":
             name = store.buildah("from", "--pull-never", small_image.name).stdout.split()[-1]
         else:
             name = "in-the-way"
-            maps = options(store, OTHER_MAP) if user == "other map" else []
+            maps = options(store, OTHER_MAP) if container_kind == "other map" else []
             store.create(small_image.name, *maps, f"--name={name}")
         before = store.snapshot_of_disk()
         for check in (True, False):
-            refused = convert(store, [small_image.name], [MAP], check=check)
-            assert (refused["kind"], name in refused["msg"]) == ("LayerInUse", True), refused
+            failed = convert(store, [small_image.name], [MAP], check=check)
+            assert (failed["kind"], name in failed["msg"]) == ("LayerInUse", True), failed
             assert before.changes(store.snapshot_of_disk()) == []
 
-    def test_a_mounted_image(self, make_store: MakeStore, small_image: Image) -> None:
+    def test_mounted_image_is_refused(self, make_store: MakeStore, small_image: Image) -> None:
         store = make_store("vfs", small_image)
         store.podman("image", "mount", small_image.name)
-        refused = convert(store, [small_image.name], [MAP])
-        assert (refused["kind"], "is mounted" in refused["msg"]) == ("LayerInUse", True), refused
+        failed = convert(store, [small_image.name], [MAP])
+        assert (failed["kind"], "is mounted" in failed["msg"]) == ("LayerInUse", True), failed
         store.podman("image", "unmount", "--all")
         assert convert(store, [small_image.name], [MAP])["changed"]
 
-    def test_ids_outside_the_map(self, make_store: MakeStore, small_image: Image) -> None:
+    def test_ids_outside_map_are_refused(self, make_store: MakeStore, small_image: Image) -> None:
         store = make_store("overlay-forced", small_image)
         before = store.snapshot_of_disk()
         for check in (True, False):
-            refused = convert(store, [small_image.name], ["0:100000:900"], check=check)
-            assert refused["kind"] == "UnmappedIDs", refused
-            assert (refused["facts"]["uids"], refused["facts"]["gids"]) == ([1000], [1000])
+            failed = convert(store, [small_image.name], ["0:100000:900"], check=check)
+            assert failed["kind"] == "UnmappedIDs", failed
+            assert (failed["facts"]["uids"], failed["facts"]["gids"]) == ([1000], [1000])
             assert before.changes(store.snapshot_of_disk()) == []
 
-    def test_ids_outside_the_users_namespace(
+    def test_host_ids_outside_user_namespace_are_refused(
         self, make_store: MakeStore, small_image: Image
     ) -> None:
         store = make_store("rootless-overlay", small_image)
         before = store.snapshot_of_disk()
-        refused = convert(store, [small_image.name], [MAP])
-        assert (refused["kind"], "UID 100000" in refused["msg"]) == ("MapError", True), refused
+        failed = convert(store, [small_image.name], [MAP])
+        assert (failed["kind"], "UID 100000" in failed["msg"]) == ("MapError", True), failed
         assert before.changes(store.snapshot_of_disk()) == []
 
-    def test_an_image_of_a_store_that_others_read(
+    def test_image_of_shared_store_is_refused(
         self, make_store: MakeStore, small_image: Image
     ) -> None:
-        """A container of another store may rest on the layers, and no record here names it."""
+        """A container of another store may use the layers, and this store has no record of it."""
         store = make_store("overlay-forced", small_image)
         folder = store.graphroot / "userns-storage"
         folder.mkdir(mode=0o700)
         (folder / "shared").touch()
         before = store.snapshot_of_disk()
         for check in (True, False):
-            refused = convert(store, [small_image.name], [MAP], check=check)
-            assert refused["kind"] == "LayerInUse", refused
-            assert f"{folder}/shared" in refused["msg"]
+            failed = convert(store, [small_image.name], [MAP], check=check)
+            assert failed["kind"] == "LayerInUse", failed
+            assert f"{folder}/shared" in failed["msg"]
             assert before.changes(store.snapshot_of_disk()) == []
         (folder / "shared").unlink()
         assert convert(store, [small_image.name], [MAP])["changed"]
 
-    def test_an_image_in_a_read_only_store(self, make_store: MakeStore, small_image: Image) -> None:
+    def test_image_in_read_only_store_is_refused(
+        self, make_store: MakeStore, small_image: Image
+    ) -> None:
         below = make_store("overlay-forced", small_image)
         store = make_store("overlay-forced", read_only=[str(below.graphroot)])
         store.podman("images")
         before = below.snapshot_of_disk()
-        refused = convert(store, [below.image(small_image.name)["id"]], [MAP])
-        assert refused["kind"] == "ReadOnlyStore", refused
+        failed = convert(store, [below.image(small_image.name)["id"]], [MAP])
+        assert failed["kind"] == "ReadOnlyStore", failed
         assert before.changes(below.snapshot_of_disk()) == []
 
     @pytest.mark.parametrize("other", ["image", "mapped layer"])
-    def test_layers_that_an_additional_store_has_too(
+    def test_layers_that_additional_store_also_uses_are_refused(
         self, other: str, lab: Lab, make_store: MakeStore
     ) -> None:
-        """A runtime mounts those of the store itself below the images of both."""
+        """A runtime mounts the layers of this store for the images of both stores."""
         one, two = _on_one_base(lab)
         below = make_store("overlay-forced", one if other == "mapped layer" else two)
         if other == "mapped layer":
             below.podman("rm", below.create(one.name, *options(below)))
-        # Shown under its ID only, for a mapped layer belongs to the same image.
+        # A mapped layer in the additional store belongs to the image itself.
         name = one.name if other == "mapped layer" else two.name
         store = make_store("overlay-forced", one)
         store.add_read_only(below.graphroot)
         before = store.snapshot_of_disk()
         for check in (True, False):
-            refused = convert(store, [one.name], [MAP], check=check)
-            assert refused["kind"] == "LayerInUse", refused
-            assert str(below.graphroot) in refused["msg"]
-            assert name in refused["msg"]
+            failed = convert(store, [one.name], [MAP], check=check)
+            assert failed["kind"] == "LayerInUse", failed
+            assert str(below.graphroot) in failed["msg"]
+            assert name in failed["msg"]
             assert before.changes(store.snapshot_of_disk()) == []
 
     @pytest.mark.parametrize(("release", "owner"), [("trixie", 0), ("experimental", 100000)])
-    def test_what_their_containers_would_see(
+    def test_runtime_uses_converted_layers_for_other_image(
         self,
         release: str,
         owner: int,
@@ -289,7 +291,7 @@ class TestRefused:
         make_store: MakeStore,
         host: t.Callable[[str], Host],
     ) -> None:
-        """Why they are refused: since containers/storage 1.63 the store's own layers are mounted below both images."""
+        """The reason for the refusal: containers/storage 1.63 and later mount this store's layers for both images."""
         machine = hosts.of_release(lab, release, host)
         one, two = _on_one_base(lab)
         below = make_store("overlay-forced", two, machine=machine)
@@ -301,55 +303,55 @@ class TestRefused:
             "0",
         ]
 
-    def test_an_image_that_an_additional_store_has_too_is_converted(
+    def test_image_that_additional_store_also_has_is_converted(
         self, make_store: MakeStore, small_image: Image
     ) -> None:
         below = make_store("overlay-forced", small_image)
         store = make_store("overlay-forced", small_image)
         store.add_read_only(below.graphroot)
-        done = convert(store, [small_image.name], [MAP])
-        assert len(done["layers"]) == len(below.layers())
+        converted = convert(store, [small_image.name], [MAP])
+        assert len(converted["layers"]) == len(below.layers())
         assert store.run(small_image.name, "id", "-u", args=options(store)).split() == ["0"]
         assert len(store.layers()) == len(below.layers())
 
 
 @pytest.mark.parametrize("kind", ["overlay-forced", "vfs"])
-def test_check_mode_writes_nothing_and_tells_how_long_the_store_will_be_locked(
+def test_check_mode_writes_nothing_and_predicts_lock_time(
     kind: str, make_store: MakeStore, many_files_image: t.Callable[[int], Image]
 ) -> None:
     image = many_files_image(3000)
     store = make_store(kind, image)
     before = store.snapshot_of_disk()
-    foreseen = convert(store, [image.name], [MAP], check=True)
+    predicted = convert(store, [image.name], [MAP], check=True)
     assert before.changes(store.snapshot_of_disk()) == []
-    assert foreseen["lock_seconds"] == 0 < foreseen["expected_lock_seconds"]
-    assert foreseen["inodes"] >= 3000
-    done = convert(store, [image.name], [MAP])
-    assert done["inodes"] == foreseen["inodes"]
-    assert done["lock_seconds"] > 0
+    assert predicted["lock_seconds"] == 0 < predicted["expected_lock_seconds"]
+    assert predicted["inodes"] >= 3000
+    converted = convert(store, [image.name], [MAP])
+    assert converted["inodes"] == predicted["inodes"]
+    assert converted["lock_seconds"] > 0
 
 
-def test_a_copy_that_is_whole_stays(
+def test_independent_mapped_layer_is_kept(
     make_store: MakeStore, small_image: Image, run_module: t.Any
 ) -> None:
-    """layer_template copies the whole tree, so its layers for other maps are right afterwards as well."""
+    """layer_template copies the whole tree, so its layers for other maps remain correct after the conversion."""
     store = make_store("overlay-forced", small_image)
     plain = store.shell(small_image.name, OWNERS)
-    words = {"image": small_image.name, "uidmap": [OTHER_MAP], "gidmap": [OTHER_MAP]}
+    args = {"image": small_image.name, "uidmap": [OTHER_MAP], "gidmap": [OTHER_MAP]}
     environ = store.module_environ()
-    (made,) = run_module("layer_template", {**store.module_args(), **words}, environ=environ)[
-        "layers"
-    ]
-    done = convert(store, [small_image.name], [MAP])
-    assert done["removed_layers"] == []
-    assert store.mapped_layers(small_image.name) == [made["layer_id"]]
+    (mapped_layer,) = run_module(
+        "layer_template", {**store.module_args(), **args}, environ=environ
+    )["layers"]
+    converted = convert(store, [small_image.name], [MAP])
+    assert converted["removed_layers"] == []
+    assert store.mapped_layers(small_image.name) == [mapped_layer["layer_id"]]
     for text in (MAP, OTHER_MAP):
         assert store.shell(small_image.name, OWNERS, options(store, text)) == plain
-    assert store.layer_ids() == {*done["layers"], made["layer_id"]}
+    assert store.layer_ids() == {*converted["layers"], mapped_layer["layer_id"]}
 
 
 class TestModule:
-    """image_layers with the option convert."""
+    """The option convert of image_layers."""
 
     @pytest.fixture
     def declare(self, run_module: t.Any) -> t.Callable[..., Json]:
@@ -357,17 +359,17 @@ class TestModule:
             check, fails = options.pop("check", False), options.pop("fails", False)
             maps = {"uidmap": [MAP], "gidmap": [MAP]} if not store.user else {"userns": "keep-id"}
             given = {key: value for key, value in {**maps, **options}.items() if value is not None}
-            words = {**store.module_args(), "images": list(names), **given}
+            args = {**store.module_args(), "images": list(names), **given}
             environ = {key: value for key, value in store.env().items() if key.startswith("_CONT")}
-            done: Json = run_module(
-                "image_layers", words, check=check, diff=True, fails=fails, environ=environ
+            result: Json = run_module(
+                "image_layers", args, check=check, diff=True, fails=fails, environ=environ
             )
-            return done
+            return result
 
         return run
 
     @pytest.mark.parametrize("kind", ["rootless-overlay", "vfs"])
-    def test_asked_for_predicted_done_and_left_alone(
+    def test_conversion_is_required_predicted_done_and_idempotent(
         self,
         kind: str,
         make_store: MakeStore,
@@ -377,12 +379,12 @@ class TestModule:
     ) -> None:
         store = make_store(kind, small_image)
         before = store.snapshot_of_disk()
-        told = declare(store, small_image.name, fails=True)
-        assert "convert: true" in told["msg"], told
-        foreseen = declare(store, small_image.name, convert=True, check=True)
+        failed = declare(store, small_image.name, fails=True)
+        assert "convert: true" in failed["msg"], failed
+        predicted = declare(store, small_image.name, convert=True, check=True)
         assert before.changes(store.snapshot_of_disk()) == []
-        done = declare(store, small_image.name, convert=True)
-        for result in (foreseen, done):
+        converted = declare(store, small_image.name, convert=True)
+        for result in (predicted, converted):
             assert (result["changed"], result["actions"]) == (True, ["converted"])
             (entry,) = result["mappings"]
             assert entry["status"] == "mapped"
@@ -392,22 +394,22 @@ class TestModule:
             (was,), (now,) = (result["diff"][side]["images"] for side in ("before", "after"))
             assert (was["uidmap"], now["uidmap"]) == ([], entry["uidmap"])
         before = store.snapshot_of_disk()
-        again = declare(store, small_image.name, convert=True)
-        assert (again["changed"], again["conversions"]) == (False, [])
+        repeated = declare(store, small_image.name, convert=True)
+        assert (repeated["changed"], repeated["conversions"]) == (False, [])
         assert before.changes(store.snapshot_of_disk()) == []
         layers = store.layer_ids()
         maps = {"uidmap": [MAP], "gidmap": [MAP]} if not store.user else {"userns": "keep-id"}
-        words = {**store.module_args(), "image": small_image.name, **maps}
-        (made,) = run_module("layer_template", words)["layers"]
-        assert (made["action"], store.layer_ids()) == ("existing", layers)
+        args = {**store.module_args(), "image": small_image.name, **maps}
+        (mapped_layer,) = run_module("layer_template", args)["layers"]
+        assert (mapped_layer["action"], store.layer_ids()) == ("existing", layers)
         mapped = store.shell(small_image.name, OWNERS, [*options(store), "--user=0"])
         none = {"uidmap": None, "gidmap": None, "userns": "host"}
-        back = declare(store, small_image.name, convert=True, **none)
-        assert back["actions"] == ["converted"]
+        reverted = declare(store, small_image.name, convert=True, **none)
+        assert reverted["actions"] == ["converted"]
         assert all("uidmap" not in layer for layer in store.layers())
         assert store.shell(small_image.name, OWNERS) == mapped
 
-    def test_images_that_share_a_base_and_one_that_is_pulled_onto_it(
+    def test_conversion_of_image_whose_base_is_shared(
         self, lab: Lab, make_store: MakeStore, declare: t.Callable[..., Json]
     ) -> None:
         base: images.Layer = {**images.shell(), "etc": images.directory()}
@@ -418,25 +420,25 @@ class TestModule:
             for name in ("one", "two")
         )
         store = make_store("vfs", one)
-        refused = declare(store, two.name, source=two.source, fails=True)
-        assert one.name in refused["msg"], refused
-        done = declare(store, one.name, convert=True, source=one.source)
-        assert done["actions"] == ["converted"]
+        failed = declare(store, two.name, source=two.source, fails=True)
+        assert one.name in failed["msg"], failed
+        result = declare(store, one.name, convert=True, source=one.source)
+        assert result["actions"] == ["converted"]
         pulled = declare(store, two.name, convert=True, source=two.source)
         assert (pulled["actions"], pulled["conversions"]) == (["pulled"], [])
-        refused = declare(
+        failed = declare(
             store, one.name, convert=True, uidmap=None, gidmap=None, userns="host", fails=True
         )
-        assert two.name in refused["msg"], refused
+        assert two.name in failed["msg"], failed
         both = declare(
             store, one.name, two.name, convert=True, uidmap=None, gidmap=None, userns="host"
         )
         assert both["actions"] == ["converted", "converted"]
         assert len(both["conversions"]) == 1
 
-    def test_a_map_is_needed(
+    def test_convert_requires_map(
         self, make_store: MakeStore, small_image: Image, run_module: t.Any
     ) -> None:
         store = make_store("vfs", small_image)
-        words = {**store.module_args(), "image": small_image.name, "convert": True}
-        assert "convert is True" in run_module("image_layers", words, fails=True)["msg"]
+        args = {**store.module_args(), "image": small_image.name, "convert": True}
+        assert "convert is True" in run_module("image_layers", args, fails=True)["msg"]

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""image_layers against the real skopeo and podman."""
+"""Test image_layers with skopeo and podman."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def declare(run_module: RunModule) -> Declare:
     """Runs image_layers on a store."""
 
     def run(store: Store, *, check: bool = False, fails: bool = False, **args: t.Any) -> Json:
-        words = {**store.module_args(), **args}
-        return run_module("image_layers", words, check=check, fails=fails)
+        all_args = {**store.module_args(), **args}
+        return run_module("image_layers", all_args, check=check, fails=fails)
 
     return run
 
 
 @pytest.fixture
-def empty(make_store: MakeStore) -> t.Callable[[str], Store]:
-    """Makes a store that podman has written, without images."""
+def make_empty_store(make_store: MakeStore) -> t.Callable[[str], Store]:
+    """Creates a store that podman has initialized, without images."""
 
     def make(kind: str) -> Store:
         store = make_store(kind)
@@ -59,123 +59,127 @@ def empty(make_store: MakeStore) -> t.Callable[[str], Store]:
 
 class TestPresent:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_brought_tagged_and_then_left_alone(
-        self, kind: str, empty: t.Callable[[str], Store], declare: Declare, small_image: Image
+    def test_image_is_pulled_and_tagged_once(
+        self,
+        kind: str,
+        make_empty_store: t.Callable[[str], Store],
+        declare: Declare,
+        small_image: Image,
     ) -> None:
-        store = empty(kind)
-        asked: Json = {
+        store = make_empty_store(kind)
+        args: Json = {
             "images": ["localhost/app:1", "app:stable"],
             "source": small_image.source,
         }
         before = store.snapshot_of_disk()
-        foreseen = declare(store, check=True, **asked)
+        predicted = declare(store, check=True, **args)
         assert before.changes(store.snapshot_of_disk()) == []
-        assert (foreseen["changed"], foreseen["actions"]) == (True, ["pulled", "tagged"])
-        done = declare(store, **asked)
-        assert (done["changed"], done["actions"]) == (True, ["pulled", "tagged"])
-        image = only(done["images"])
+        assert (predicted["changed"], predicted["actions"]) == (True, ["pulled", "tagged"])
+        result = declare(store, **args)
+        assert (result["changed"], result["actions"]) == (True, ["pulled", "tagged"])
+        image = only(result["images"])
         assert image["names"] == ["localhost/app:1", "localhost/app:stable"]
         assert len(image["layers"]) == 4
         assert image["layers"][0]["size_apparent"] > 0
-        told = store.podman("images", "--no-trunc", "--quiet").stdout.split()
-        assert set(told) == {f"sha256:{image['id']}"}
+        listed = store.podman("images", "--no-trunc", "--quiet").stdout.split()
+        assert set(listed) == {f"sha256:{image['id']}"}
         store.create("localhost/app:stable", *options(store))
 
         before = store.snapshot_of_disk()
-        again = declare(store, **asked)
-        assert (again["changed"], again["actions"]) == (False, [])
-        assert only(again["images"])["id"] == image["id"]
+        repeated = declare(store, **args)
+        assert (repeated["changed"], repeated["actions"]) == (False, [])
+        assert only(repeated["images"])["id"] == image["id"]
         assert before.changes(store.snapshot_of_disk()) == []
 
     @pytest.mark.parametrize(
         "name", ["docker.io/nextcloud:stable", "index.docker.io/nextcloud:stable"]
     )
-    def test_a_name_of_docker_hub_is_the_one_that_is_recorded(
+    def test_short_docker_hub_name_matches_recorded_name(
         self,
         name: str,
-        empty: t.Callable[[str], Store],
+        make_empty_store: t.Callable[[str], Store],
         declare: Declare,
         run_module: RunModule,
         small_image: Image,
     ) -> None:
-        store = empty("vfs")
-        asked: Json = {"images": [name], "source": small_image.source}
-        assert declare(store, check=True, **asked)["changed"]
-        done = declare(store, **asked)
-        assert done["changed"]
-        assert only(done["images"])["names"] == ["docker.io/library/nextcloud:stable"]
-        assert not declare(store, **asked)["changed"]
-        words = {**store.module_args(), "images": [name], "uidmap": [MAP], "gidmap": [MAP]}
-        assert only(run_module("layer_template", words)["layers"])["action"] == "created"
+        store = make_empty_store("vfs")
+        args: Json = {"images": [name], "source": small_image.source}
+        assert declare(store, check=True, **args)["changed"]
+        result = declare(store, **args)
+        assert result["changed"]
+        assert only(result["images"])["names"] == ["docker.io/library/nextcloud:stable"]
+        assert not declare(store, **args)["changed"]
+        layer_args = {**store.module_args(), "images": [name], "uidmap": [MAP], "gidmap": [MAP]}
+        assert only(run_module("layer_template", layer_args)["layers"])["action"] == "created"
         info = run_module("image_layers_info", {**store.module_args(), "images": [name]})
         assert len(only(info["images"])["mapped_layers"]) == 1
-        gone = declare(store, images=[name], state="absent")
-        assert (gone["changed"], gone["actions"]) == (True, ["removed"])
+        removed = declare(store, images=[name], state="absent")
+        assert (removed["changed"], removed["actions"]) == (True, ["removed"])
         assert store.images() == []
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_pull_into_a_store_that_no_runtime_has_written(
+    def test_pull_into_uninitialized_store(
         self, kind: str, make_store: MakeStore, declare: Declare, small_image: Image
     ) -> None:
         store = make_store(kind)
-        asked: Json = {"images": "localhost/app:1", "source": small_image.source}
+        args: Json = {"images": "localhost/app:1", "source": small_image.source}
         assert not declare(store, images="localhost/app:1", state="absent")["changed"]
         before = store.snapshot_of_disk()
-        foreseen = declare(store, check=True, **asked)
+        predicted = declare(store, check=True, **args)
         assert before.changes(store.snapshot_of_disk()) == []
-        assert (foreseen["changed"], foreseen["images"]) == (True, [])
-        assert foreseen["store"]["graphroot"] == str(store.graphroot)
-        done = declare(store, **asked)
-        assert only(done["images"])["names"] == ["localhost/app:1"]
+        assert (predicted["changed"], predicted["images"]) == (True, [])
+        assert predicted["store"]["graphroot"] == str(store.graphroot)
+        result = declare(store, **args)
+        assert only(result["images"])["names"] == ["localhost/app:1"]
         store.create("localhost/app:1", *options(store))
-        assert not declare(store, **asked)["changed"]
+        assert not declare(store, **args)["changed"]
 
     @pytest.mark.parametrize("transport", ["oci-archive", "docker-archive", "dir"])
-    def test_any_transport(
+    def test_image_is_pulled_from_any_transport(
         self,
         transport: str,
         lab: Lab,
-        empty: t.Callable[[str], Store],
+        make_empty_store: t.Callable[[str], Store],
         declare: Declare,
         small_image: Image,
     ) -> None:
-        store = empty("vfs")
+        store = make_empty_store("vfs")
         source = f"{transport}:{lab.folder()}/image"
         store.skopeo("copy", "-q", small_image.source, source)
         for pull in ("missing", "newer", "always"):
             result = declare(store, image="localhost/app:1", source=source, pull=pull)
             assert result["changed"] is (pull == "missing"), pull
 
-    def test_newer_brings_what_differs_and_missing_does_not(
-        self, lab: Lab, empty: t.Callable[[str], Store], declare: Declare
+    def test_newer_pulls_different_image_and_missing_does_not(
+        self, lab: Lab, make_empty_store: t.Callable[[str], Store], declare: Declare
     ) -> None:
-        store = empty("vfs")
+        store = make_empty_store("vfs")
         folder = lab.folder()
         first = images.build(folder, [{"etc/release": images.file("1\n")}], "localhost/app:1")
-        asked: Json = {"image": "localhost/app:1", "source": first.source}
-        old = only(declare(store, **asked)["images"])["id"]
+        args: Json = {"image": "localhost/app:1", "source": first.source}
+        old = only(declare(store, **args)["images"])["id"]
         shutil.rmtree(folder / "blobs")
         images.build(folder, [{"etc/release": images.file("2\n")}], "localhost/app:1")
-        assert declare(store, **asked)["changed"] is False
-        foreseen = declare(store, check=True, **asked, pull="newer")
-        assert foreseen["changed"] is True
-        assert only(declare(store, **asked)["images"])["id"] == old
-        done = declare(store, **asked, pull="newer")
-        assert (done["changed"], done["actions"]) == (True, ["pulled"])
-        new = only(done["images"])["id"]
+        assert declare(store, **args)["changed"] is False
+        predicted = declare(store, check=True, **args, pull="newer")
+        assert predicted["changed"] is True
+        assert only(declare(store, **args)["images"])["id"] == old
+        result = declare(store, **args, pull="newer")
+        assert (result["changed"], result["actions"]) == (True, ["pulled"])
+        new = only(result["images"])["id"]
         assert new != old
         assert store.image("localhost/app:1")["id"] == new
-        assert declare(store, **asked, pull="newer")["changed"] is False
-        assert declare(store, **asked, pull="always")["changed"] is False
+        assert declare(store, **args, pull="newer")["changed"] is False
+        assert declare(store, **args, pull="always")["changed"] is False
 
-    def test_a_name_moves_from_another_image(
+    def test_missing_name_is_added_to_image_with_existing_name(
         self,
         lab: Lab,
-        empty: t.Callable[[str], Store],
+        make_empty_store: t.Callable[[str], Store],
         declare: Declare,
         small_image: Image,
     ) -> None:
-        store = empty("vfs")
+        store = make_empty_store("vfs")
         other = images.build(lab.folder(), [{"x": images.file("y")}], "localhost/other:1")
         store.load(other)
         store.podman("tag", "localhost/other:1", "localhost/app:stable")
@@ -183,18 +187,18 @@ class TestPresent:
             store, images=["localhost/app:1", "localhost/app:stable"], source=small_image.source
         )
         assert result["changed"] is True
-        # The name that was found is the image's; the one that was missing is added to it.
+        # The missing name is added to the image that has the existing name.
         assert store.image("localhost/app:1")["id"] == store.image("localhost/app:stable")["id"]
         store.podman("images")
 
-    def test_without_skopeo_podman_brings_it(
+    def test_podman_pulls_image_without_skopeo(
         self,
         lab: Lab,
-        empty: t.Callable[[str], Store],
+        make_empty_store: t.Callable[[str], Store],
         run_module: RunModule,
         small_image: Image,
     ) -> None:
-        store = empty("vfs")
+        store = make_empty_store("vfs")
         programs = lab.folder()
         for name in ("podman", "crun", "runc", "conmon", "python3"):
             found = shutil.which(name)
@@ -209,50 +213,50 @@ class TestPresent:
         assert "localhost/app:1" in only(result["images"])["names"]
 
     @pytest.mark.parametrize(
-        ("args", "words"),
+        ("args", "message"),
         [
             ({"image": "localhost/app:1", "source": "oci:/nowhere:1"}, "/nowhere"),
             ({"image": "localhost/app:1", "source": "carrier-pigeon:x"}, "carrier-pigeon"),
             ({"image": "sha256:" + "0" * 64, "source": "oci:/nowhere:1"}, "is an ID"),
         ],
     )
-    def test_bad_input_is_reported_and_nothing_changed(
-        self, args: Json, words: str, empty: t.Callable[[str], Store], declare: Declare
+    def test_invalid_input_is_reported_and_changes_nothing(
+        self, args: Json, message: str, make_empty_store: t.Callable[[str], Store], declare: Declare
     ) -> None:
-        store = empty("vfs")
+        store = make_empty_store("vfs")
         result = declare(store, fails=True, **args)
-        assert words in result["msg"]
+        assert message in result["msg"]
         assert "exception" not in result
         assert store.images() == []
 
 
 class TestAbsent:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_the_image_goes_with_all_its_layers(
+    def test_image_is_removed_with_all_its_layers(
         self, kind: str, make_store: MakeStore, declare: Declare, small_image: Image
     ) -> None:
         store = make_store(kind, small_image)
         store.podman("rm", store.create(small_image.name, *options(store)))
         (mapped,) = store.mapped_layers(small_image.name)
-        every = store.layer_ids()
+        layers = store.layer_ids()
         before = store.snapshot_of_disk()
-        foreseen = declare(store, check=True, image=small_image.name, state="absent")
+        predicted = declare(store, check=True, image=small_image.name, state="absent")
         assert before.changes(store.snapshot_of_disk()) == []
-        done = declare(store, image=small_image.name, state="absent")
-        assert (done["changed"], done["actions"]) == (True, ["removed"])
-        assert done["removed_layers"] == foreseen["removed_layers"]
-        assert done["removed_layers"][0] == mapped
-        assert set(done["removed_layers"]) == every
-        assert only(only(done["images"])["mapped_layers"])["id"] == mapped
+        result = declare(store, image=small_image.name, state="absent")
+        assert (result["changed"], result["actions"]) == (True, ["removed"])
+        assert result["removed_layers"] == predicted["removed_layers"]
+        assert result["removed_layers"][0] == mapped
+        assert set(result["removed_layers"]) == layers
+        assert only(only(result["images"])["mapped_layers"])["id"] == mapped
         assert store.layer_ids() == set()
         assert store.images() == []
-        for layer_id in every:
+        for layer_id in layers:
             assert store.leftovers(layer_id) == []
         store.podman("images", "-a")
         store.podman("system", "df")
         assert declare(store, image=small_image.name, state="absent")["changed"] is False
 
-    def test_layers_that_other_images_share_stay(
+    def test_layers_shared_with_other_images_are_kept(
         self, lab: Lab, make_store: MakeStore, declare: Declare
     ) -> None:
         base: images.Layer = {"base": images.file("b" * 5000)}
@@ -260,12 +264,12 @@ class TestAbsent:
         two = images.build(lab.folder(), [base, {"two": images.file("2")}], "localhost/two:1")
         store = make_store("overlay-forced", one, two)
         assert len(store.layer_ids()) == 3
-        done = declare(store, image="localhost/one:1", state="absent")
-        assert len(done["removed_layers"]) == 1
+        result = declare(store, image="localhost/one:1", state="absent")
+        assert len(result["removed_layers"]) == 1
         assert len(store.layer_ids()) == 2
         store.create("localhost/two:1", "--uidmap", MAP, "--gidmap", MAP)
 
-    def test_refused_while_containers_use_it(
+    def test_image_used_by_containers_is_not_removed(
         self, make_store: MakeStore, declare: Declare, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
@@ -280,52 +284,52 @@ class TestAbsent:
             assert len(result["users"]) == 3
         assert before.changes(store.snapshot_of_disk()) == []
 
-    def test_a_name_goes_alone_while_there_are_others(
+    def test_only_name_is_removed_if_image_has_other_names(
         self, make_store: MakeStore, declare: Declare, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
         store.podman("tag", small_image.name, "localhost/other:1")
-        done = declare(store, image="other:1", state="absent")
-        assert (done["actions"], done["removed_layers"]) == (["untagged"], [])
+        result = declare(store, image="other:1", state="absent")
+        assert (result["actions"], result["removed_layers"]) == (["untagged"], [])
         assert store.image(small_image.name)["names"] == [small_image.name]
         store.podman("tag", small_image.name, "localhost/other:1")
-        done = declare(store, image=store.image(small_image.name)["id"], state="absent")
-        assert done["actions"] == ["removed"]
+        result = declare(store, image=store.image(small_image.name)["id"], state="absent")
+        assert result["actions"] == ["removed"]
         assert store.images() == []
 
     @pytest.mark.parametrize("setup", ["vfs", "rootless-as-root"])
-    def test_a_source_in_a_store_that_does_not_exist_is_not_created(
+    def test_missing_store_of_source_is_not_created(
         self, make_case: t.Callable[..., t.Any], setup: str
     ) -> None:
         case = make_case(setup)
         missing = case.store.base / "missing"
         case.store.base.chmod(0o777)
         for check in (True, False):
-            # The last one is a directory, but no store.
-            for inside in (
+            # The last path is a directory that is not a store.
+            for specifier in (
                 f"[vfs@{missing}+{missing}-run]",
                 f"[{missing}]",
                 f"[{case.store.base}]",
             ):
-                refused = case.call(
+                failed = case.call(
                     "image_layers",
-                    {"images": ["localhost/new:1"], "source": f"containers-storage:{inside}x:1"},
+                    {"images": ["localhost/new:1"], "source": f"containers-storage:{specifier}x:1"},
                     check=check,
                     fails=True,
                 )
-                assert "there is no container store in " in refused["msg"]
+                assert "there is no container store in " in failed["msg"]
                 assert not missing.exists()
-            inside = f"[{case.store.driver}@{case.store.graphroot}+{missing}]"
-            refused = case.call(
+            specifier = f"[{case.store.driver}@{case.store.graphroot}+{missing}]"
+            failed = case.call(
                 "image_layers",
-                {"images": ["localhost/new:1"], "source": f"containers-storage:{inside}x:1"},
+                {"images": ["localhost/new:1"], "source": f"containers-storage:{specifier}x:1"},
                 check=check,
                 fails=True,
             )
-            assert f"the runroot {missing} does not exist" in refused["msg"]
+            assert f"the runroot {missing} does not exist" in failed["msg"]
             assert not missing.exists()
 
-    def test_an_image_of_a_read_only_store_stays(
+    def test_image_of_read_only_store_is_not_removed(
         self, make_store: MakeStore, declare: Declare, small_image: Image
     ) -> None:
         shared = make_store("vfs", small_image)
@@ -334,7 +338,7 @@ class TestAbsent:
         result = declare(store, fails=True, image=small_image.name, state="absent")
         assert "read-only" in result["msg"]
 
-    def test_all_layers_go_that_an_additional_store_has_too(
+    def test_layers_that_additional_store_also_has_are_removed(
         self, make_store: MakeStore, declare: Declare, small_image: Image
     ) -> None:
         below = make_store("overlay-forced", small_image)
@@ -343,7 +347,7 @@ class TestAbsent:
         store = make_store("overlay-forced", small_image)
         layers = store.layer_ids()
         store.add_read_only(below.graphroot)
-        done = declare(store, image=small_image.name, state="absent")
-        assert (done["actions"], set(done["removed_layers"])) == (["removed"], layers)
+        result = declare(store, image=small_image.name, state="absent")
+        assert (result["actions"], set(result["removed_layers"])) == (["removed"], layers)
         assert (store.layers(), store.images()) == ([], [])
         assert before.changes(below.snapshot_of_disk()) == []

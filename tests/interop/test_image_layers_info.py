@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""image_layers_info against the real podman: what the disk holds, and stores that are broken."""
+"""Test that image_layers_info reports sizes on disk, containers, and damage of stores written by podman."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MIB = 1 << 20
 
 
 def options(text: str) -> t.List[str]:
-    """podman's options for one map."""
+    """podman's options for a map."""
     return ["--uidmap", text, "--gidmap", text]
 
 
 @pytest.fixture(scope="session")
 def big_image(lab: Lab) -> Image:
-    """The image of E01 (test_podman_issues.py lists the cases): 20 MB, 5 MB and 3 bytes in three layers."""
+    """The image for E01 (test_podman_issues.py lists the cases): layers with 20 MB, 5 MB and 3 bytes."""
     body = os.urandom(20 * MIB)
     return images.build(
         lab.folder(),
@@ -50,7 +50,7 @@ def big_image(lab: Lab) -> Image:
 
 @pytest.fixture(scope="session")
 def flat_image(lab: Lab) -> Image:
-    """One layer with one file of 20 MB."""
+    """One layer that contains a file of 20 MB."""
     return images.build(
         lab.folder(),
         [{"data": images.directory(), "data/large": images.file(os.urandom(20 * MIB))}],
@@ -59,7 +59,7 @@ def flat_image(lab: Lab) -> Image:
 
 
 @pytest.fixture
-def look(run_module: RunModule) -> t.Callable[..., Json]:
+def get_info(run_module: RunModule) -> t.Callable[..., Json]:
     """Runs image_layers_info on a store."""
 
     def run(store: Store, **args: t.Any) -> Json:
@@ -70,7 +70,7 @@ def look(run_module: RunModule) -> t.Callable[..., Json]:
     return run
 
 
-Look = t.Callable[..., Json]
+GetInfo = t.Callable[..., Json]
 
 
 def only(items: t.List[Json]) -> Json:
@@ -78,66 +78,66 @@ def only(items: t.List[Json]) -> Json:
     return item
 
 
-class TestRealCost:
+class TestSizesAndContainers:
     @pytest.mark.parametrize("kind", ["vfs", "overlay-forced"])
-    def test_e01_podman_tells_a_fifth_of_what_the_disk_holds(
-        self, kind: str, make_store: MakeStore, look: Look, big_image: Image
+    def test_e01_podman_reports_a_fifth_of_size_on_disk(
+        self, kind: str, make_store: MakeStore, get_info: GetInfo, big_image: Image
     ) -> None:
         store = make_store(kind, big_image)
         for number, text in enumerate(MAPS):
             store.create(big_image.name, "--name", f"c{number}", *options(text))
             store.podman("rm", f"c{number}")
-        result = look(store)
+        result = get_info(store)
         image = only(result["images"])
         assert len(image["layers"]) == 3
         assert [item["uidmap"] for item in image["mapped_layers"]] == [[text] for text in MAPS]
         for item in image["mapped_layers"]:
-            # podman 4.3 leaves the root directory of vfs as it is (E05).
+            # podman 4.3 does not change the owner of the root directory with vfs (E05).
             assert item["problem"] in (None, "outside its map: / belongs to 0:0")
             assert item["recorded_size"] < 20_000
             assert item["size_apparent"] == pytest.approx(25 * MIB, rel=0.01)
             assert item["containers"] == []
         assert result["totals"]["mapped"]["apparent"] == pytest.approx(100 * MIB, rel=0.01)
-        told = json.loads(store.podman("images", "--format", "json").stdout)
-        assert only(told)["Size"] < 27 * MIB
-        assert result["totals"]["recorded"] == pytest.approx(only(told)["Size"], rel=0.02)
+        listed = json.loads(store.podman("images", "--format", "json").stdout)
+        assert only(listed)["Size"] < 27 * MIB
+        assert result["totals"]["recorded"] == pytest.approx(only(listed)["Size"], rel=0.02)
 
     def test_containers_of_all_programs_are_listed(
-        self, make_store: MakeStore, look: Look, small_image: Image
+        self, make_store: MakeStore, get_info: GetInfo, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
         store.create(small_image.name, "--name", "web", *options(MAPS[0]))
-        made = store.storage_cli(
+        created = store.storage_cli(
             "create-container", "--uidmap", MAPS[0], "--gidmap", MAPS[0], "-n", "hidden",
             store.image(small_image.name)["id"],
         )  # fmt: skip
-        assert made.rc == 0
-        one = only(only(look(store, measure="none")["images"])["mapped_layers"])
-        assert sorted((c["name"], c["known_to_podman"]) for c in one["containers"]) == [
+        assert created.rc == 0
+        layer = only(only(get_info(store, measure="none")["images"])["mapped_layers"])
+        assert sorted((c["name"], c["known_to_podman"]) for c in layer["containers"]) == [
             ("hidden", False),
             ("web", True),
         ]
-        assert one["size_apparent"] is None
-        assert one["inodes"] is None
+        assert layer["size_apparent"] is None
+        assert layer["inodes"] is None
 
-    def test_e05_an_unmapped_root_directory_is_reported(
-        self, make_store: MakeStore, look: Look, big_image: Image
+    def test_e05_unmapped_root_directory_is_reported(
+        self, make_store: MakeStore, get_info: GetInfo, big_image: Image
     ) -> None:
         store = make_store("vfs", big_image)
         store.create(big_image.name, *options(MAPS[0]))
-        one = only(only(look(store)["images"])["mapped_layers"])
-        mapped_root = store.layer_folder(one["id"]).stat()
+        layer = only(only(get_info(store)["images"])["mapped_layers"])
+        mapped_root = store.layer_folder(layer["id"]).stat()
         if mapped_root.st_uid == 100000:
-            os.chown(store.layer_folder(one["id"]), 0, 0)
-            one = only(only(look(store)["images"])["mapped_layers"])
-        assert one["status"] == "foreign_root"
-        assert "/ belongs to 0:0" in one["problem"]
-        os.chown(store.layer_folder(one["id"]), 100000, 100000)
-        assert only(only(look(store)["images"])["mapped_layers"])["status"] == "ok"
+            os.chown(store.layer_folder(layer["id"]), 0, 0)
+            layer = only(only(get_info(store)["images"])["mapped_layers"])
+        assert layer["status"] == "foreign_root"
+        assert "/ belongs to 0:0" in layer["problem"]
+        os.chown(store.layer_folder(layer["id"]), 100000, 100000)
+        assert only(only(get_info(store)["images"])["mapped_layers"])["status"] == "ok"
 
     @pytest.mark.parametrize("kind", ["vfs", "overlay-forced"])
-    def test_names_that_podman_did_not_map_are_reported(
-        self, kind: str, make_store: MakeStore, look: Look, lab: Lab
+    def test_files_that_podman_did_not_map_are_reported(
+        self, kind: str, make_store: MakeStore, get_info: GetInfo, lab: Lab
     ) -> None:
         image = images.build(
             lab.folder(),
@@ -146,33 +146,37 @@ class TestRealCost:
         )
         store = make_store(kind, image)
         store.create(image.name, *options(MAPS[0]))
-        one = only(only(look(store)["images"])["mapped_layers"])
+        layer = only(only(get_info(store)["images"])["mapped_layers"])
         if store.machine.version("podman") < (5, 5):
-            assert one["status"] == "foreign_root"
-            assert "/a belongs to 0:0" in one["problem"]
-            assert "/long" not in one["problem"]
+            assert layer["status"] == "foreign_root"
+            assert "/a belongs to 0:0" in layer["problem"]
+            assert "/long" not in layer["problem"]
 
-    def test_a_copy_to_which_podman_gave_no_owner_is_damaged(
-        self, make_store: MakeStore, look: Look, small_image: Image
+    def test_copy_with_unmapped_owners_is_damaged(
+        self, make_store: MakeStore, get_info: GetInfo, small_image: Image
     ) -> None:
         store = make_store("overlay-forced", small_image)
         store.create(small_image.name, *options(MAPS[0]))
         (copy,) = store.mapped_layers(small_image.name)
-        assert only(only(look(store)["images"])["mapped_layers"])["status"] != "damaged"
+        assert only(only(get_info(store)["images"])["mapped_layers"])["status"] != "damaged"
         store.forget_owners(copy)
-        one = only(only(look(store)["images"])["mapped_layers"])
-        assert one["status"] == "damaged"
-        assert "its owners are still the owners of the image: /etc belongs to 0:0" in one["problem"]
+        layer = only(only(get_info(store)["images"])["mapped_layers"])
+        assert layer["status"] == "damaged"
+        assert (
+            "its owners are still the owners of the image: /etc belongs to 0:0" in layer["problem"]
+        )
 
-    def test_e07_a_map_written_in_another_way_is_a_duplicate(
-        self, make_store: MakeStore, look: Look, small_image: Image
+    def test_e07_equivalent_map_is_a_duplicate(
+        self, make_store: MakeStore, get_info: GetInfo, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
         halves = ["0:100000:1000", "1000:101000:64536"]
         for parts in (["0:100000:65536"], halves, halves[::-1]):
-            words = [word for part in parts for word in ("--uidmap", part, "--gidmap", part)]
-            store.podman("rm", store.create(small_image.name, *words))
-        mapped = only(look(store)["images"])["mapped_layers"]
+            arguments = [
+                argument for part in parts for argument in ("--uidmap", part, "--gidmap", part)
+            ]
+            store.podman("rm", store.create(small_image.name, *arguments))
+        mapped = only(get_info(store)["images"])["mapped_layers"]
         if store.machine.version("podman") < (4, 7):
             assert len(mapped) == 3
             assert [layer["duplicate_of"] for layer in mapped] == [
@@ -184,13 +188,13 @@ class TestRealCost:
             assert only(mapped)["duplicate_of"] is None
 
     @pytest.mark.parametrize("kind", ["vfs", "overlay-forced"])
-    def test_e10_a_read_only_store_costs_each_container_the_image(
-        self, kind: str, make_store: MakeStore, look: Look, flat_image: Image
+    def test_e10_read_only_store_causes_private_copies(
+        self, kind: str, make_store: MakeStore, get_info: GetInfo, flat_image: Image
     ) -> None:
         shared = make_store(kind, flat_image)
         store = make_store(kind, read_only=[str(shared.graphroot)])
         containers = [store.create(flat_image.name, *options(MAPS[0])) for _round in range(3)]
-        image = only(look(store)["images"])
+        image = only(get_info(store)["images"])
         assert image["read_only_store"] == str(shared.graphroot)
         assert image["mapped_layers"] == []
         assert sorted(item["id"] for item in image["private_copies"]) == sorted(containers)
@@ -199,62 +203,62 @@ class TestRealCost:
             assert item["known_to_podman"] is True
 
     @pytest.mark.parametrize("kind", ["overlay-xfs", "btrfs"])
-    def test_e11_shared_data_is_not_counted_as_a_layers_own(
-        self, kind: str, make_store: MakeStore, look: Look, flat_image: Image
+    def test_e11_shared_data_is_not_in_exclusive_size(
+        self, kind: str, make_store: MakeStore, get_info: GetInfo, flat_image: Image
     ) -> None:
         store = make_store(kind, flat_image)
         store.create(flat_image.name, *options(MAPS[0]))
-        one = only(only(look(store, measure="exclusive")["images"])["mapped_layers"])
-        assert one["size_apparent"] == pytest.approx(20 * MIB, rel=0.02)
-        assert one["size_exclusive"] < MIB
+        layer = only(only(get_info(store, measure="exclusive")["images"])["mapped_layers"])
+        assert layer["size_apparent"] == pytest.approx(20 * MIB, rel=0.02)
+        assert layer["size_exclusive"] < MIB
 
-    def test_e12_a_metadata_only_copy_is_small_and_rests_on_its_template(
-        self, make_store: MakeStore, look: Look, flat_image: Image
+    def test_e12_metacopy_layer_is_small_and_depends_on_template(
+        self, make_store: MakeStore, get_info: GetInfo, flat_image: Image
     ) -> None:
         store = make_store("overlay-forced", flat_image, options={"mountopt": "nodev,metacopy=on"})
         store.create(flat_image.name, *options(MAPS[0]))
-        one = only(only(look(store, measure="exclusive")["images"])["mapped_layers"])
-        assert one["recorded_size"] > 20 * MIB
-        assert one["size_exclusive"] < MIB
-        assert one["depends_on"][0] == store.image(flat_image.name)["layer"]
+        layer = only(only(get_info(store, measure="exclusive")["images"])["mapped_layers"])
+        assert layer["recorded_size"] > 20 * MIB
+        assert layer["size_exclusive"] < MIB
+        assert layer["depends_on"][0] == store.image(flat_image.name)["layer"]
 
-    def test_a_rootless_store_is_seen_by_root_and_by_its_user(
-        self, make_store: MakeStore, look: Look, run_module: RunModule, small_image: Image
+    def test_root_and_user_get_same_result_for_rootless_store(
+        self, make_store: MakeStore, get_info: GetInfo, run_module: RunModule, small_image: Image
     ) -> None:
         store = make_store("rootless-overlay", small_image)
         store.create(small_image.name, "--name", "box", "--userns", "keep-id")
-        from_outside = look(store, measure="exclusive")
-        one = only(only(from_outside["images"])["mapped_layers"])
-        assert one["status"] in ("ok", "foreign_root")
-        assert only(one["containers"])["name"] == "box"
-        assert one["uidmap"][0].startswith("0:1:")
+        from_outside = get_info(store, measure="exclusive")
+        layer = only(only(from_outside["images"])["mapped_layers"])
+        assert layer["status"] in ("ok", "foreign_root")
+        assert only(layer["containers"])["name"] == "box"
+        assert layer["uidmap"][0].startswith("0:1:")
         own = run_module(
             "image_layers_info", {"measure": "exclusive"}, user=store.user, environ=store.env()
         )
-        assert own["images"][0]["mapped_layers"][0]["id"] == one["id"]
+        assert own["images"][0]["mapped_layers"][0]["id"] == layer["id"]
         assert own["totals"] == from_outside["totals"]
 
 
 class TestOrigin:
-    def test_origin_of_layers_and_podman_keeps_the_flags(
-        self, make_store: MakeStore, look: Look, run_module: RunModule, small_image: Image
+    def test_origin_is_kept_when_podman_rewrites_records(
+        self, make_store: MakeStore, get_info: GetInfo, run_module: RunModule, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
         run_module(
             "layer_template",
             {**store.module_args(), "images": [small_image.name], "uidmap": [MAPS[0]]},
         )
-        # Each of these makes podman write the records anew.
+        # podman rewrites the records for each of these commands.
         store.create(small_image.name, "--name", "one", *options(MAPS[0]))
         store.create(small_image.name, "--name", "two", *options(MAPS[1]))
         store.podman("tag", small_image.name, "localhost/other:1")
         store.podman("rm", "one")
-        ours, theirs = only(look(store)["images"])["mapped_layers"]
-        assert (ours["uidmap"], ours["origin"]) == ([MAPS[0]], "ours")
-        assert (theirs["uidmap"], theirs["origin"]) == ([MAPS[1]], "runtime")
+        by_collection, by_podman = only(get_info(store)["images"])["mapped_layers"]
+        assert (by_collection["uidmap"], by_collection["origin"]) == ([MAPS[0]], "ours")
+        assert (by_podman["uidmap"], by_podman["origin"]) == ([MAPS[1]], "runtime")
 
-    def test_a_lease_survives_podmans_rewrites(
-        self, make_store: MakeStore, look: Look, run_module: RunModule, small_image: Image
+    def test_lease_is_kept_when_podman_rewrites_records(
+        self, make_store: MakeStore, get_info: GetInfo, run_module: RunModule, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
         run_module(
@@ -266,17 +270,17 @@ class TestOrigin:
                 "lease": "30d",
             },
         )
-        before = only(only(look(store)["images"])["mapped_layers"])
+        before = only(only(get_info(store)["images"])["mapped_layers"])
         assert before["lease"] is not None
         store.create(small_image.name, "--name", "two", *options(MAPS[1]))
         store.podman("rm", "two")
-        after = only(look(store)["images"])["mapped_layers"][0]
+        after = only(get_info(store)["images"])["mapped_layers"][0]
         assert (after["id"], after["lease"]) == (before["id"], before["lease"])
 
 
-class TestChoice:
-    def test_images_are_chosen_by_name_id_digest_and_pattern(
-        self, make_store: MakeStore, look: Look, small_image: Image, flat_image: Image
+class TestSelection:
+    def test_images_are_selected_by_name_id_digest_and_pattern(
+        self, make_store: MakeStore, get_info: GetInfo, small_image: Image, flat_image: Image
     ) -> None:
         store = make_store("vfs", small_image, flat_image)
         small, flat = (store.image(item.name) for item in (small_image, flat_image))
@@ -289,19 +293,19 @@ class TestChoice:
             "*/small:*",
             "small*",
         ):
-            result = look(store, images=[reference], measure="none")
+            result = get_info(store, images=[reference], measure="none")
             assert [item["id"] for item in result["images"]] == [small["id"]], reference
-        both = look(store, images=["*:1"], measure="none")
+        both = get_info(store, images=["*:1"], measure="none")
         assert {item["id"] for item in both["images"]} == {small["id"], flat["id"]}
-        assert look(store, images=["nothing"], measure="none")["images"] == []
+        assert get_info(store, images=["nothing"], measure="none")["images"] == []
 
     def test_nothing_is_written(
-        self, make_store: MakeStore, look: Look, small_image: Image
+        self, make_store: MakeStore, get_info: GetInfo, small_image: Image
     ) -> None:
         store = make_store("overlay-forced", small_image)
         store.create(small_image.name, *options(MAPS[0]))
         before = store.snapshot_of_disk()
-        look(store, measure="exclusive")
+        get_info(store, measure="exclusive")
         assert before.changes(store.snapshot_of_disk()) == []
 
 
@@ -310,70 +314,74 @@ class TestDamage:
     def damaged(
         self, request: pytest.FixtureRequest, make_store: MakeStore, small_image: Image
     ) -> t.Tuple[Store, t.List[str]]:
-        """A store with two mapped layers of one image, on which no container is."""
+        """A store with two mapped layers of one image, and without containers."""
         store = make_store(request.param, small_image)
         for text in MAPS[:2]:
             store.podman("rm", store.create(small_image.name, *options(text)))
         return store, store.mapped_layers(small_image.name)
 
-    def test_an_entry_without_a_layer(
-        self, damaged: t.Tuple[Store, t.List[str]], look: Look
+    def test_mapped_layer_without_record_is_missing(
+        self, damaged: t.Tuple[Store, t.List[str]], get_info: GetInfo
     ) -> None:
         store, (first, second) = damaged
         store.storage_cli("delete", first)
         store.assert_image_is_not_listed("localhost/small:1")
-        mapped = only(look(store)["images"])["mapped_layers"]
+        mapped = only(get_info(store)["images"])["mapped_layers"]
         assert [layer["id"] for layer in mapped] == [first, second]
         assert mapped[0]["status"] == "missing"
         assert "no record" in mapped[0]["problem"]
         assert mapped[0]["recorded_size"] is None
         assert mapped[1]["status"] != "missing"
 
-    def test_a_layer_without_data(self, damaged: t.Tuple[Store, t.List[str]], look: Look) -> None:
+    def test_layer_without_data_is_missing(
+        self, damaged: t.Tuple[Store, t.List[str]], get_info: GetInfo
+    ) -> None:
         store, (_first, second) = damaged
         shutil.rmtree(store.layer_folder(second))
-        mapped = only(look(store, measure="exclusive")["images"])["mapped_layers"]
+        mapped = only(get_info(store, measure="exclusive")["images"])["mapped_layers"]
         assert mapped[1]["status"] == "missing"
         assert mapped[1]["size_exclusive"] is None
         assert mapped[0]["size_exclusive"] > 0
 
-    def test_an_image_whose_own_layer_is_gone(
-        self, damaged: t.Tuple[Store, t.List[str]], look: Look, small_image: Image
+    def test_missing_image_layer_is_reported(
+        self, damaged: t.Tuple[Store, t.List[str]], get_info: GetInfo, small_image: Image
     ) -> None:
         store, _ids = damaged
         base = store.layer(store.image(small_image.name)["layer"])["parent"]
         shutil.rmtree(store.layer_folder(base))
-        image = only(look(store)["images"])
+        image = only(get_info(store)["images"])
         assert [item["status"] for item in image["layers"]].count("missing") == 1
         assert base[:12] in image["problem"]
 
-    def test_a_chain_that_ends_nowhere(
-        self, damaged: t.Tuple[Store, t.List[str]], look: Look, small_image: Image
+    def test_missing_parent_record_is_reported(
+        self, damaged: t.Tuple[Store, t.List[str]], get_info: GetInfo, small_image: Image
     ) -> None:
         store, _ids = damaged
         base = store.layer(store.image(small_image.name)["layer"])["parent"]
         edit(
             store, "layers", lambda records: [record for record in records if record["id"] != base]
         )
-        image = only(look(store)["images"])
+        image = only(get_info(store)["images"])
         assert [item["status"] for item in image["layers"]] == ["ok", "missing"]
         assert "no record" in image["problem"]
 
-    def test_an_incomplete_layer(self, damaged: t.Tuple[Store, t.List[str]], look: Look) -> None:
+    def test_incomplete_layer_is_reported(
+        self, damaged: t.Tuple[Store, t.List[str]], get_info: GetInfo
+    ) -> None:
         store, (first, _second) = damaged
 
-        def half(records: t.List[Json]) -> t.List[Json]:
+        def mark_incomplete(records: t.List[Json]) -> t.List[Json]:
             for record in records:
                 if record["id"] == first:
                     record["flags"] = {"incomplete": True}
             return records
 
-        edit(store, "layers", half)
-        mapped = only(look(store)["images"])["mapped_layers"]
+        edit(store, "layers", mark_incomplete)
+        mapped = only(get_info(store)["images"])["mapped_layers"]
         assert mapped[0]["status"] == "incomplete"
 
-    def test_a_mapped_layer_that_no_image_lists(
-        self, damaged: t.Tuple[Store, t.List[str]], look: Look
+    def test_mapped_layer_without_image_is_an_orphan(
+        self, damaged: t.Tuple[Store, t.List[str]], get_info: GetInfo
     ) -> None:
         store, (first, second) = damaged
 
@@ -382,15 +390,15 @@ class TestDamage:
             return records
 
         edit(store, "images", forget)
-        result = look(store)
+        result = get_info(store)
         assert [item["id"] for item in only(result["images"])["mapped_layers"]] == [second]
         orphan = only(result["orphans"])
         assert (orphan["kind"], orphan["id"]) == ("layer", first)
         assert orphan["status"] == "unreferenced"
         assert orphan["size_apparent"] > 0
 
-    def test_folders_and_links_without_a_record(
-        self, damaged: t.Tuple[Store, t.List[str]], look: Look
+    def test_folders_and_links_without_record_are_orphans(
+        self, damaged: t.Tuple[Store, t.List[str]], get_info: GetInfo
     ) -> None:
         store, _ids = damaged
         stray = store.layer_folder("e" * 64)
@@ -405,18 +413,18 @@ class TestDamage:
             link.symlink_to(f"../{'d' * 64}/diff")
             expected["link", "A" * 26] = 0
         found = {
-            (item["kind"], item["id"]): item["size_apparent"] for item in look(store)["orphans"]
+            (item["kind"], item["id"]): item["size_apparent"] for item in get_info(store)["orphans"]
         }
         assert found == expected
-        assert all(item["age"] < 600 for item in look(store)["orphans"])
+        assert all(item["age"] < 600 for item in get_info(store)["orphans"])
 
-    def test_records_that_cannot_be_read_are_described_with_the_rest(
-        self, damaged: t.Tuple[Store, t.List[str]], look: Look
+    def test_unreadable_records_are_a_contradiction(
+        self, damaged: t.Tuple[Store, t.List[str]], get_info: GetInfo
     ) -> None:
         store, _ids = damaged
         path = store.graphroot / f"{store.driver}-layers" / "layers.json"
         path.write_text(path.read_text()[:-20])
-        result = look(store)
+        result = get_info(store)
         unreadable = result["contradictions"][0]
         assert (unreadable["kind"], unreadable["path"]) == ("unreadable", str(path))
         assert "backup" in unreadable["hint"]
@@ -424,14 +432,14 @@ class TestDamage:
 
 
 class TestOtherRuntimes:
-    def test_a_map_on_a_containers_layer_alone_is_no_copy(
+    def test_container_layer_with_map_is_not_a_copy(
         self, make_store: MakeStore, run_module: RunModule, host: t.Any, small_image: Image
     ) -> None:
         machine = host("sid")
         store = make_store("overlay", small_image, machine=machine)
         store.create(small_image.name, "--name", "box", *options(MAPS[0]))
         (container,) = store.containers()
-        # containers/storage 1.64 records the map though the mount shifts the IDs.
+        # containers/storage 1.64 records the map although the mount shifts the IDs.
         assert store.layer(container["layer"])["uidmap"]
         result = run_module("image_layers_info", store.module_args(), machine=machine)
         image = only(result["images"])
@@ -439,7 +447,7 @@ class TestOtherRuntimes:
         assert image["private_copies"] == []
         assert result["contradictions"] == []
 
-    def test_lost_short_names_are_no_damage_where_nothing_reads_them(
+    def test_missing_short_name_is_no_damage_if_runtime_ignores_it(
         self, make_store: MakeStore, run_module: RunModule, host: t.Any, small_image: Image
     ) -> None:
         machine = host("sid")
@@ -449,68 +457,68 @@ class TestOtherRuntimes:
         link = store.layer_folder(layer) / "link"
         (store.graphroot / "overlay" / "l" / link.read_text()).unlink()
 
-        def looked_at() -> Json:
+        def mapped_layer() -> Json:
             result = run_module("image_layers_info", store.module_args(), machine=machine)
             return only(only(result["images"])["mapped_layers"])
 
-        assert looked_at()["status"] in ("ok", "foreign_root")
+        assert mapped_layer()["status"] in ("ok", "foreign_root")
         store.podman("rm", store.create(small_image.name, *options(MAPS[0])))
         assert store.mapped_layers(small_image.name) == [layer]
-        # Even new runtimes put no container on a layer without this file.
+        # Even new runtimes cannot create a container on a layer without this file.
         link.unlink()
-        assert looked_at()["status"] == "damaged"
+        assert mapped_layer()["status"] == "damaged"
         assert store.podman("create", *options(MAPS[0]), small_image.name, check=False).rc != 0
 
-    def test_a_store_whose_images_lie_apart(
+    def test_store_with_imagestore_is_read_only(
         self, make_store: MakeStore, run_module: RunModule, host: t.Any, small_image: Image
     ) -> None:
         machine = host("trixie")
         store = make_store("overlay-forced", machine=machine)
-        apart = store.base / "images"
+        imagestore = store.base / "images"
         text = store.storage_conf.read_text()
         store.storage_conf.write_text(
-            text.replace("[storage]\n", f'[storage]\nimagestore = "{apart}"\n')
+            text.replace("[storage]\n", f'[storage]\nimagestore = "{imagestore}"\n')
         )
         store.skopeo("copy", "-q", small_image.source, f"containers-storage:{small_image.name}")
         store.create(small_image.name, "--name", "box")
-        words = {"storage_conf": str(store.storage_conf)}
-        result = run_module("image_layers_info", words, machine=machine)
+        args = {"storage_conf": str(store.storage_conf)}
+        result = run_module("image_layers_info", args, machine=machine)
         image = only(result["images"])
         assert {item["status"] for item in image["layers"]} == {"ok"}
         assert image["problem"] is None
         assert {item["status"] for item in image["mapped_layers"]} <= {"ok", "foreign_root"}
         assert result["contradictions"] == []
         for check in (True, False):
-            gone = run_module(
+            result = run_module(
                 "layer_gc",
-                {**words, "min_age": "0", "created_before": "0", "orphans": "remove"},
+                {**args, "min_age": "0", "created_before": "0", "orphans": "remove"},
                 check=check,
                 machine=machine,
             )
-            assert (gone["changed"], gone["removed"], gone["repaired"]) == (False, [], [])
-            assert str(apart) in str(gone["warnings"])
-        refused = run_module(
+            assert (result["changed"], result["removed"], result["repaired"]) == (False, [], [])
+            assert str(imagestore) in str(result["warnings"])
+        failed = run_module(
             "layer_template",
-            {**words, "images": [small_image.name], "uidmap": [MAPS[1]], "force": True},
+            {**args, "images": [small_image.name], "uidmap": [MAPS[1]], "force": True},
             machine=machine,
             fails=True,
         )
-        assert str(apart) in refused["msg"]
-        assert f"remove `imagestore` from {store.storage_conf}" in refused["msg"]
+        assert str(imagestore) in failed["msg"]
+        assert f"remove `imagestore` from {store.storage_conf}" in failed["msg"]
 
 
 def edit(store: Store, kind: str, change: t.Callable[[t.List[Json]], t.List[Json]]) -> None:
-    """Change a file of records as a killed or foolish program would have left it."""
+    """Change a file of records, as a killed or faulty program may have done."""
     path = pathlib.Path(store.graphroot) / f"{store.driver}-{kind}" / f"{kind}.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def test_the_folder_of_the_driver_may_be_a_mount_of_its_own(
-    make_store: MakeStore, look: Look, small_image: Image
+def test_folder_of_driver_may_be_a_mount(
+    make_store: MakeStore, get_info: GetInfo, small_image: Image
 ) -> None:
     store = make_store("overlay-forced", small_image)
     store.create(small_image.name, *options(MAPS[0]))
     home = str(store.graphroot / "overlay")
     if home not in mounts.mount_points(str(store.graphroot)):
         mounts.mount("--bind", home, home)
-    assert only(only(look(store)["images"])["mapped_layers"])["inodes"] > 10
+    assert only(only(get_info(store)["images"])["mapped_layers"])["inodes"] > 10
