@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The laboratory itself: without these facts the other tests would prove nothing."""
+"""Test the laboratory, the hosts, the stores and the images on which the other tests depend."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COPIES = {
 }
 
 
-def test_hosts_are_of_different_generations(host: t.Callable[[str], Host]) -> None:
+def test_hosts_have_different_generations_of_podman(host: t.Callable[[str], Host]) -> None:
     versions = [host(suite).version("podman") for suite in hosts.SUITES]
     assert versions[0][:2] == (5, 4)
     assert versions[1] >= (5, 8)
@@ -48,7 +48,7 @@ def test_hosts_are_of_different_generations(host: t.Callable[[str], Host]) -> No
     assert host("experimental").version("buildah") >= (1, 45)
 
 
-# Each kind on one machine and each machine with several kinds; test_matrix.py has them all.
+# Each kind runs on one machine, and each machine with several kinds; test_matrix.py runs all combinations.
 @pytest.mark.parametrize(
     ("kind", "machine"),
     [
@@ -56,15 +56,15 @@ def test_hosts_are_of_different_generations(host: t.Callable[[str], Host]) -> No
         for number, kind in enumerate(stores.KINDS)
     ],
 )
-def test_store_loads_starts_and_maps(
+def test_store_loads_image_and_runs_mapped_container(
     kind: str,
     machine: str,
     make_store: t.Callable[..., Store],
     small_image: Image,
     host: t.Callable[[str], Host],
 ) -> None:
-    place = None if machine == "local" else host(machine)
-    store = make_store(kind, small_image, machine=place)
+    host_machine = None if machine == "local" else host(machine)
+    store = make_store(kind, small_image, machine=host_machine)
     before = store.layer_ids()
     assert len(before) == len(small_image.layers)
     assert store.mapped_layers(small_image.name) == []
@@ -74,9 +74,13 @@ def test_store_loads_starts_and_maps(
     uid, *uid_map, home, motd = store.shell(small_image.name, script, args).splitlines()
     ranges = [tuple(map(int, line.split())) for line in uid_map]
     if store.user:
-        mine = store.user.uid
-        assert uid == str(mine)
-        assert ranges == [(0, 1, mine), (mine, 0, 1), (mine + 1, mine + 1, 65536 - mine)]
+        user_id = store.user.uid
+        assert uid == str(user_id)
+        assert ranges == [
+            (0, 1, user_id),
+            (user_id, 0, 1),
+            (user_id + 1, user_id + 1, 65536 - user_id),
+        ]
     else:
         assert uid == "0"
         assert ranges == [(0, 100000, 65536)]
@@ -89,7 +93,7 @@ def test_store_loads_starts_and_maps(
     assert store.containers() == []
 
 
-def test_described_tree_is_what_a_store_holds(
+def test_described_tree_equals_tree_in_store(
     make_store: t.Callable[..., Store], small_image: Image
 ) -> None:
     store = make_store("vfs", small_image)
@@ -100,9 +104,9 @@ def test_described_tree_is_what_a_store_holds(
             for parent, folders, files in os.walk(tree)
             for name in [*folders, *files]
         }
-        wanted = small_image.tree()
-        assert found == set(wanted)
-        for path, entry in wanted.items():
+        expected = small_image.tree()
+        assert found == set(expected)
+        for path, entry in expected.items():
             info = os.lstat(tree / path)
             assert (info.st_uid, info.st_gid) == (entry.uid, entry.gid), path
             if entry.kind != "symlink":
@@ -116,7 +120,7 @@ def test_described_tree_is_what_a_store_holds(
 
 
 @pytest.mark.parametrize("kind", ["overlay", "rootless-overlay"])
-def test_overlay_layers_can_be_seen_mounted(
+def test_overlay_layers_can_be_mounted(
     kind: str, make_store: t.Callable[..., Store], small_image: Image
 ) -> None:
     store = make_store(kind, small_image)
@@ -127,14 +131,14 @@ def test_overlay_layers_can_be_seen_mounted(
         assert owner == store.host_id([], 1000)
 
 
-def test_recorded_sizes_are_the_archives(
+def test_recorded_sizes_are_sizes_of_archives(
     make_store: t.Callable[..., Store], small_image: Image
 ) -> None:
     store = make_store("overlay", small_image)
     assert sorted(layer["diff-size"] for layer in store.layers()) == sorted(small_image.sizes)
 
 
-def test_disk_snapshot_sees_each_write(
+def test_disk_snapshot_detects_each_write(
     make_store: t.Callable[..., Store], small_image: Image
 ) -> None:
     store = make_store("vfs", small_image)
@@ -149,7 +153,7 @@ def test_disk_snapshot_sees_each_write(
     assert [line.partition(": ")[0] for line in changes] == [str(lock)]
 
 
-def test_service_answers_and_ends(
+def test_service_responds_and_ends(
     lab: Lab, make_store: t.Callable[..., Store], small_image: Image
 ) -> None:
     store = make_store("vfs", small_image)
@@ -160,7 +164,7 @@ def test_service_answers_and_ends(
 
 
 @pytest.mark.parametrize("kind", ["vfs", "rootless-overlay"])
-def test_nothing_is_left_of_a_store(
+def test_closed_store_leaves_no_mounts_files_or_processes(
     kind: str, lab: Lab, small_image: Image, make_user: t.Callable[..., User]
 ) -> None:
     user = make_user() if kind.startswith("rootless") else None
@@ -168,20 +172,22 @@ def test_nothing_is_left_of_a_store(
     store.load(small_image)
     store.podman("run", "-d", small_image.name, "sleep", "1000")
     store.close()
-    places = [str(store.base)] + ([user.home] if user else [])
+    paths = [str(store.base)] + ([user.home] if user else [])
     with open("/proc/self/mountinfo", encoding="utf-8") as table:
-        assert not any(place in table.read() for place in places)
+        assert not any(path in table.read() for path in paths)
     assert not store.graphroot.exists()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            words = pathlib.Path(f"/proc/{pid}/environ").read_bytes()
+            environment = pathlib.Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:
             continue
         if int(pid) != os.getpid():
-            assert not any(f"{place}/".encode() in words for place in places)
+            assert not any(f"{path}/".encode() in environment for path in paths)
 
 
-def test_users_do_not_overlap(lab: Lab, make_user: t.Callable[..., User]) -> None:
+def test_subordinate_ids_of_users_do_not_overlap(
+    lab: Lab, make_user: t.Callable[..., User]
+) -> None:
     first, second = make_user(), make_user()
     ranges = [range(u.subuid_start, u.subuid_start + u.subuid_count) for u in (first, second)]
     assert [len(r) for r in ranges] == [65536, 65536]
@@ -195,7 +201,7 @@ def test_users_do_not_overlap(lab: Lab, make_user: t.Callable[..., User]) -> Non
     assert bare.name not in pathlib.Path("/etc/subuid").read_text()
 
 
-def test_stores_are_shared_between_a_host_and_outside(
+def test_store_of_host_is_accessible_outside_host(
     make_store: t.Callable[..., Store], host: t.Callable[[str], Host], small_image: Image
 ) -> None:
     trixie = host("trixie")
@@ -205,13 +211,13 @@ def test_stores_are_shared_between_a_host_and_outside(
     (mapped,) = store.mapped_layers(small_image.name)
     with store.mounted(mapped) as tree:
         assert os.lstat(tree / "home/user/notes").st_uid == 101000
-    # The cached root is below an overlay: writes go to memory.
+    # The cached root directory is the lower directory of an overlay, so writes go to memory.
     trixie.run(["touch", "/etc/written"])
     assert pathlib.Path(f"{trixie.root}/etc/written").exists()
     assert not pathlib.Path("/etc/written").exists()
 
 
-def test_host_is_reached_by_ssh(
+def test_host_is_accessible_by_ssh(
     lab: Lab,
     host: t.Callable[[str], Host],
     sshd: t.Callable[[Host], Sshd],
@@ -237,28 +243,28 @@ def test_modules_run(
     target = lab.folder() / "made"
     args = {"path": str(target), "state": "directory"}
     if path == "direct":
-        foreseen = run_module("ansible.builtin.file", args, check=True)
-        assert foreseen["changed"]
+        predicted = run_module("ansible.builtin.file", args, check=True)
+        assert predicted["changed"]
         assert not target.exists()
-        made = run_module("ansible.builtin.file", args)
-        refused = run_module(
+        created = run_module("ansible.builtin.file", args)
+        failed = run_module(
             "ansible.builtin.file", {**args, "state": "absent"}, user=make_user(), fails=True
         )
     else:
         task = {"ansible.builtin.file": args}
-        (foreseen,) = run_playbook([task], check=True)
-        assert foreseen["changed"]
+        (predicted,) = run_playbook([task], check=True)
+        assert predicted["changed"]
         assert not target.exists()
-        made, refused = run_playbook(
+        created, failed = run_playbook(
             [task, {"ansible.builtin.file": {**args, "state": "file"}}],
         )
-        assert refused["failed"]
-    assert made["changed"]
+        assert failed["failed"]
+    assert created["changed"]
     assert target.is_dir()
-    assert refused["msg"]
+    assert failed["msg"]
 
 
-def test_images_with_hostile_names_are_kept(lab: Lab, make_store: t.Callable[..., Store]) -> None:
+def test_image_keeps_unusual_file_names(lab: Lab, make_store: t.Callable[..., Store]) -> None:
     names = ["new\nline", "\udcff\udcfe not UTF-8", " spaces ", "q'\"$(x)", "x" * 200]
     described = {
         f"d/{name}": images.file(name.encode("utf-8", "surrogateescape")) for name in names

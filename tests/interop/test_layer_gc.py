@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""layer_gc against the real podman: what goes, what stays, and what the disk gets back."""
+"""Test which layers layer_gc removes and keeps in stores of podman, and how much space this frees."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KINDS = ["vfs", "overlay-forced"]
 
 
 def options(text: str) -> t.List[str]:
-    """podman's options for one map."""
+    """podman's options for a map."""
     return ["--uidmap", text, "--gidmap", text]
 
 
@@ -55,17 +55,17 @@ def heavy_image(lab: Lab) -> Image:
 
 @pytest.fixture
 def collect(run_module: RunModule) -> Collect:
-    """Runs layer_gc on a store, by default with nothing too young to go."""
+    """Runs layer_gc on a store, by default without a minimum age."""
 
     def run(store: Store, *, check: bool = False, fails: bool = False, **args: t.Any) -> Json:
-        words = {**store.module_args(), "min_age": "0", **args}
-        return run_module("layer_gc", words, check=check, fails=fails)
+        all_args = {**store.module_args(), "min_age": "0", **args}
+        return run_module("layer_gc", all_args, check=check, fails=fails)
 
     return run
 
 
-def unused(store: Store, image: Image, *maps: str) -> t.List[str]:
-    """Make podman map an image, and remove the containers; IDs of the mapped layers, in order."""
+def create_unused_layers(store: Store, image: Image, *maps: str) -> t.List[str]:
+    """Let podman create mapped layers, and remove the containers; returns the IDs of the layers in order."""
     before = store.mapped_layers(image.name)
     for text in maps:
         store.podman("rm", store.create(image.name, *options(text)))
@@ -76,11 +76,11 @@ def unused(store: Store, image: Image, *maps: str) -> t.List[str]:
     ]
 
 
-def assert_well(store: Store, *gone: str) -> None:
-    """podman can list everything, and nothing speaks of the layers that are gone."""
+def assert_store_is_intact(store: Store, *removed: str) -> None:
+    """podman can list all objects, and the store contains nothing of the removed layers."""
     store.podman("images", "-a")
     store.podman("system", "df", "-v")
-    for layer_id in gone:
+    for layer_id in removed:
         assert store.leftovers(layer_id) == []
         assert layer_id not in store.layer_ids()
     trash = store.graphroot / "userns-storage" / "trash"
@@ -88,7 +88,7 @@ def assert_well(store: Store, *gone: str) -> None:
 
 
 def edit(store: Store, kind: str, change: t.Callable[[t.List[Json]], None]) -> None:
-    """Change a file of records as a killed or foolish program would have left it."""
+    """Change a file of records, as a killed or faulty program may have done."""
     path = pathlib.Path(store.graphroot) / f"{store.driver}-{kind}" / f"{kind}.json"
     before = path.stat()
     records = json.loads(path.read_text())
@@ -97,94 +97,94 @@ def edit(store: Store, kind: str, change: t.Callable[[t.List[Json]], None]) -> N
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def watched(store: Store, seconds: float, idle: t.Dict[str, float]) -> None:
-    """Let the ledger have watched for so long, with layers that were idle for so long; all in seconds."""
+def set_ledger(store: Store, seconds: float, unused: t.Dict[str, float]) -> None:
+    """Set in the ledger for how long the store was inspected, and for how long layers were unused, in seconds."""
     path = store.graphroot / "userns-storage" / "ledger.json"
     content = json.loads(path.read_text())
     content["watched"] = seconds
-    for layer_id, length in idle.items():
-        content["layers"][layer_id]["idle_from"] = seconds - length
+    for layer_id, duration in unused.items():
+        content["layers"][layer_id]["idle_from"] = seconds - duration
     path.write_text(json.dumps(content))
 
 
-def right_owners(store: Store, layer_id: str, start: int) -> None:
-    """Map what an old podman has left to the host's root: directories of one letter."""
+def map_unmapped_owners(store: Store, layer_id: str, start: int) -> None:
+    """Map the owners that old versions of podman do not map: those of directories with one letter."""
     for path in pathlib.Path(store.layer_folder(layer_id)).rglob("*"):
         status = path.lstat()
         if status.st_uid < start and path.name not in ("diff", "diff1", "work", "merged", "link"):
             os.chown(path, start + status.st_uid, start + status.st_gid, follow_symlinks=False)
 
 
-class TestWhatGoes:
+class TestRules:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_e02_just_the_layer_that_no_container_uses(
+    def test_e02_only_unused_layer_is_removed(
         self, kind: str, make_store: MakeStore, collect: Collect, small_image: Image
     ) -> None:
         store = make_store(kind, small_image)
         store.create(small_image.name, "--name", "k", *options(MAPS[0]))
         (kept,) = store.mapped_layers(small_image.name)
-        (gone,) = unused(store, small_image, MAPS[1])
+        (unused,) = create_unused_layers(store, small_image, MAPS[1])
         result = collect(store, created_before="0")
         assert result["changed"] is True
         entry = only(result["removed"])
-        assert entry["id"] == gone
+        assert entry["id"] == unused
         assert entry["uidmap"] == [MAPS[1]]
         assert entry["image_names"] == [small_image.name]
         assert entry["rule"] == "created_before"
         assert entry["size"] > 2 * MIB
-        stays = only(result["kept"])
-        assert (stays["id"], stays["rule"]) == (kept, "in_use")
-        assert "container k" in stays["reason"]
+        kept_entry = only(result["kept"])
+        assert (kept_entry["id"], kept_entry["rule"]) == (kept, "in_use")
+        assert "container k" in kept_entry["reason"]
         assert store.mapped_layers(small_image.name) == [kept]
-        assert_well(store, gone)
+        assert_store_is_intact(store, unused)
         store.podman("rm", "k")
         store.create(small_image.name, "--name", "k", *options(MAPS[0]))
         assert store.mapped_layers(small_image.name) == [kept]
 
         before = store.snapshot_of_disk()
-        again = collect(store, created_before="0")
-        assert again["changed"] is False
-        assert again["removed"] == []
-        assert (again["space_reclaimed"], again["inodes_reclaimed"]) == (0, 0)
+        repeated = collect(store, created_before="0")
+        assert repeated["changed"] is False
+        assert repeated["removed"] == []
+        assert (repeated["space_reclaimed"], repeated["inodes_reclaimed"]) == (0, 0)
         assert before.changes(store.snapshot_of_disk()) == []
 
-    def test_without_a_rule_nothing_is_removed_and_the_yield_of_each_rule_is_returned(
+    def test_without_rule_only_predictions_for_rules_are_returned(
         self, make_store: MakeStore, collect: Collect, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
-        unused(store, small_image, *MAPS[:3])
+        create_unused_layers(store, small_image, *MAPS[:3])
         result = collect(store)
         assert result["changed"] is False
         assert len(result["kept"]) == 3
         assert {item["reason"] for item in result["kept"]} == {"no rule is set"}
-        yields = {(item["rule"], item["value"]): item for item in result["would_free"]}
-        assert yields["max_copies_per_image", 1]["layers"] == 2
-        assert yields["max_copies_per_image", 0]["bytes"] > 6 * MIB
+        predictions = {(item["rule"], item["value"]): item for item in result["would_free"]}
+        assert predictions["max_copies_per_image", 1]["layers"] == 2
+        assert predictions["max_copies_per_image", 0]["bytes"] > 6 * MIB
         # A rule that would free nothing is not listed.
-        assert "created_before" not in [rule for rule, _value in yields]
+        assert "created_before" not in [rule for rule, _value in predictions]
         assert len(store.mapped_layers(small_image.name)) == 3
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_check_mode_foresees_and_writes_nothing(
+    def test_check_mode_predicts_removal_and_writes_nothing(
         self, kind: str, make_store: MakeStore, collect: Collect, heavy_image: Image
     ) -> None:
         store = make_store(kind, heavy_image)
-        unused(store, heavy_image, *MAPS[:3])
+        create_unused_layers(store, heavy_image, *MAPS[:3])
         before = store.snapshot_of_disk()
-        foreseen = collect(store, check=True, max_copies_per_image=1)
+        predicted = collect(store, check=True, max_copies_per_image=1)
         assert before.changes(store.snapshot_of_disk()) == []
-        done = collect(store, max_copies_per_image=1)
-        assert foreseen["changed"] is done["changed"] is True
-        assert ids(foreseen["removed"]) == ids(done["removed"])
-        assert ids(foreseen["kept"]) == ids(done["kept"])
-        assert foreseen["inodes_reclaimed"] >= 2 * 64
-        assert foreseen["space_reclaimed"] == pytest.approx(60 * MIB, rel=0.05)
+        result = collect(store, max_copies_per_image=1)
+        assert predicted["changed"] is result["changed"] is True
+        assert ids(predicted["removed"]) == ids(result["removed"])
+        assert ids(predicted["kept"]) == ids(result["kept"])
+        assert predicted["inodes_reclaimed"] >= 2 * 64
+        assert predicted["space_reclaimed"] == pytest.approx(60 * MIB, rel=0.05)
 
-    def test_diff_shows_the_mapped_layers_before_and_after(
+    def test_diff_contains_mapped_layers_before_and_after(
         self, make_store: MakeStore, run_module: RunModule, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
-        first, second = unused(store, small_image, *MAPS[:2])
+        first, second = create_unused_layers(store, small_image, *MAPS[:2])
         result = run_module(
             "layer_gc",
             {**store.module_args(), "min_age": "0", "max_copies_per_image": 1},
@@ -194,20 +194,20 @@ class TestWhatGoes:
         assert sorted(ids(result["diff"]["before"]["mapped_layers"])) == sorted([first, second])
         assert len(result["diff"]["after"]["mapped_layers"]) == 1
 
-    def test_min_age_covers_what_was_just_made(
+    def test_min_age_keeps_new_layer(
         self, make_store: MakeStore, run_module: RunModule, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
-        unused(store, small_image, MAPS[0])
+        create_unused_layers(store, small_image, MAPS[0])
         result = run_module("layer_gc", {**store.module_args(), "max_copies_per_image": 0})
         assert only(result["kept"])["rule"] == "min_age"
 
-    def test_pins_and_choices(
+    def test_keep_options_and_selection(
         self, make_store: MakeStore, collect: Collect, small_image: Image, heavy_image: Image
     ) -> None:
         store = make_store("vfs", small_image, heavy_image)
-        (small_one, small_two) = unused(store, small_image, *MAPS[:2])
-        (heavy,) = unused(store, heavy_image, MAPS[0])
+        (small_one, small_two) = create_unused_layers(store, small_image, *MAPS[:2])
+        (heavy,) = create_unused_layers(store, heavy_image, MAPS[0])
         rule: Json = {"max_copies_per_image": 0, "check": True}
         assert ids(collect(store, keep_images=["*/small:*"], **rule)["removed"]) == [heavy]
         assert ids(collect(store, keep_images=["small:1"], **rule)["removed"]) == [heavy]
@@ -217,7 +217,7 @@ class TestWhatGoes:
         assert ids(result["removed"]) == [small_one]
         assert collect(store, origin="ours", **rule)["removed"] == []
 
-    def test_containers_that_podman_does_not_show_protect_their_layer(
+    def test_layer_of_container_unknown_to_podman_is_kept(
         self, make_store: MakeStore, collect: Collect, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
@@ -229,7 +229,7 @@ class TestWhatGoes:
         assert result["changed"] is False
         assert "hidden" in only(result["kept"])["reason"]
 
-    def test_a_lease_holds_until_it_is_over(
+    def test_layer_is_kept_until_lease_expires(
         self,
         make_store: MakeStore,
         collect: Collect,
@@ -237,23 +237,23 @@ class TestWhatGoes:
         small_image: Image,
     ) -> None:
         store = make_store("vfs", small_image)
-        asked = {**store.module_args(), "images": [small_image.name]}
+        args = {**store.module_args(), "images": [small_image.name]}
         for text, lease in ((MAPS[0], "30d"), (MAPS[1], "1s")):
-            run_module("layer_template", {**asked, "uidmap": [text], "lease": lease})
+            run_module("layer_template", {**args, "uidmap": [text], "lease": lease})
         leased, expired = store.mapped_layers(small_image.name)
         time.sleep(1.1)
         result = collect(store, max_copies_per_image=0, origin="ours")
         assert ids(result["removed"]) == [expired]
         assert only(result["kept"])["rule"] == "lease"
         assert only(result["kept"])["id"] == leased
-        again = run_module("layer_template", {**asked, "uidmap": [MAPS[0]], "lease": "60d"})
-        assert again["changed"] is False
+        repeated = run_module("layer_template", {**args, "uidmap": [MAPS[0]], "lease": "60d"})
+        assert repeated["changed"] is False
 
-    def test_a_layer_in_a_read_only_store_stays(
+    def test_layer_in_read_only_store_is_kept(
         self, make_store: MakeStore, collect: Collect, small_image: Image
     ) -> None:
         shared = make_store("vfs", small_image)
-        unused(shared, small_image, MAPS[0])
+        create_unused_layers(shared, small_image, MAPS[0])
         store = make_store("vfs", read_only=[str(shared.graphroot)])
         store.podman("info")
         before = shared.snapshot_of_disk()
@@ -262,25 +262,25 @@ class TestWhatGoes:
         assert only(result["kept"])["rule"] == "read_only"
         assert before.changes(shared.snapshot_of_disk()) == []
 
-    def test_duplicates_are_a_rule_of_their_own(
+    def test_rule_duplicates_removes_duplicate(
         self, make_store: MakeStore, collect: Collect, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
-        (one, other) = unused(store, small_image, *MAPS[:2])
+        (first, second) = create_unused_layers(store, small_image, *MAPS[:2])
 
-        def same(records: t.List[Json]) -> None:
+        def make_maps_equal(records: t.List[Json]) -> None:
             maps = {record["id"]: record.get("uidmap") for record in records}
             for record in records:
-                if record["id"] == other:
-                    record["uidmap"] = record["gidmap"] = maps[one]
+                if record["id"] == second:
+                    record["uidmap"] = record["gidmap"] = maps[first]
 
-        edit(store, "layers", same)
+        edit(store, "layers", make_maps_equal)
         result = collect(store, duplicates=True)
-        assert ids(result["removed"]) == [other]
-        assert one in only(result["removed"])["reason"]
-        assert_well(store, other)
+        assert ids(result["removed"]) == [second]
+        assert first in only(result["removed"])["reason"]
+        assert_store_is_intact(store, second)
 
-    def test_the_rule_for_unusable_maps(
+    def test_rule_unusable_maps_removes_layer(
         self, make_store: MakeStore, collect: Collect, small_image: Image
     ) -> None:
         store = make_store("rootless-overlay", small_image)
@@ -299,55 +299,55 @@ class TestWhatGoes:
             ]
             with open(path, "w", encoding="utf-8") as stream:
                 stream.write("\n".join(shrunk) + "\n")
-        foreseen = collect(store, check=True, unusable_maps=True)
-        assert "is no longer a subordinate range" in only(foreseen["removed"])["reason"]
+        predicted = collect(store, check=True, unusable_maps=True)
+        assert "is no longer a subordinate range" in only(predicted["removed"])["reason"]
 
 
-class TestUse:
-    def test_unused_for_rests_on_the_ledger(
+class TestUnusedFor:
+    def test_unused_for_depends_on_ledger(
         self, make_store: MakeStore, collect: Collect, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
-        fresh, stale = unused(store, small_image, *MAPS[:2])
+        fresh, stale = create_unused_layers(store, small_image, *MAPS[:2])
         first = collect(store, unused_for="1w")
         assert first["changed"] is False
         assert "unused_for has no effect before" in first["notes"][0]
         assert {item["rule"] for item in first["kept"]} == {"unused_for"}
         assert {item["unused_seconds"] for item in first["kept"]} == {0}
 
-        watched(store, 30 * DAY, {fresh: 7 * DAY, stale: 9 * DAY})
+        set_ledger(store, 30 * DAY, {fresh: 7 * DAY, stale: 9 * DAY})
         second = collect(store, unused_for="1w")
         assert ids(second["removed"]) == [stale]
         assert second["notes"] == []
-        stays = only(second["kept"])
-        assert stays["id"] == fresh
-        # Access times may be a day behind.
-        assert stays["unused_seconds"] // DAY == 6
+        kept = only(second["kept"])
+        assert kept["id"] == fresh
+        # Access times can lag behind by a day.
+        assert kept["unused_seconds"] // DAY == 6
 
-    def test_recreating_a_container_again_and_again_does_not_lose_its_layer(
+    def test_layer_of_recreated_container_is_kept(
         self, make_store: MakeStore, collect: Collect, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
-        (layer,) = unused(store, small_image, MAPS[0])
+        (layer,) = create_unused_layers(store, small_image, MAPS[0])
         collect(store)
-        watched(store, 30 * DAY, {layer: 30 * DAY})
+        set_ledger(store, 30 * DAY, {layer: 30 * DAY})
         for _round in range(3):
             name = store.create(small_image.name, *options(MAPS[0]))
             assert collect(store, unused_for="1d")["removed"] == []
             store.podman("rm", name)
-            # No container holds it right now.
+            # At this moment no container uses the layer.
             assert collect(store, unused_for="1d")["removed"] == []
         assert store.mapped_layers(small_image.name) == [layer]
 
 
-class TestStoresThatOthersRead:
-    """A container of another store is on a layer, and no record here knows of it."""
+class TestSharedStores:
+    """A container of another store uses a layer, and this store has no record of the container."""
 
     @pytest.fixture
     def pair(self, make_store: MakeStore, small_image: Image) -> t.Tuple[Store, Store, str]:
-        """A store, another one that reads it, and the layer here that a container there is on."""
+        """A store, a store that reads it, and the layer of the first that a container of the second uses."""
         shared = make_store("overlay-forced", small_image)
-        (layer,) = unused(shared, small_image, MAPS[0])
+        (layer,) = create_unused_layers(shared, small_image, MAPS[0])
         reader = make_store("overlay-forced", read_only=[str(shared.graphroot)])
         reader.create(small_image.name, "--name", "far", *options(MAPS[0]))
         own = reader.container("far")["layer"]
@@ -361,32 +361,34 @@ class TestStoresThatOthersRead:
         "orphans": "remove",
     }
 
-    @pytest.mark.parametrize("way", ["marker", "/etc", "drop-in", "option"])
-    def test_their_layers_stay(
-        self, way: str, pair: t.Tuple[Store, Store, str], collect: Collect
+    @pytest.mark.parametrize("declaration", ["marker", "/etc", "drop-in", "option"])
+    def test_layers_of_shared_store_are_kept(
+        self, declaration: str, pair: t.Tuple[Store, Store, str], collect: Collect
     ) -> None:
         shared, reader, layer = pair
-        words = dict(self.RULES)
-        written, kept = pathlib.Path("/nowhere"), None
-        if way == "marker":
+        args = dict(self.RULES)
+        path, original = pathlib.Path("/nowhere"), None
+        if declaration == "marker":
             (shared.graphroot / "userns-storage").mkdir(exist_ok=True)
             (shared.graphroot / "userns-storage" / "shared").touch()
-        elif way == "option":
-            words["shared"] = True
+        elif declaration == "option":
+            args["shared"] = True
         else:
-            name = "storage.conf" if way == "/etc" else "storage.rootless.conf.d/shared.conf"
-            written = shared.machine.path(f"/etc/containers/{name}")
-            written.parent.mkdir(parents=True, exist_ok=True)
-            kept = written.read_bytes() if written.exists() else None
+            name = (
+                "storage.conf" if declaration == "/etc" else "storage.rootless.conf.d/shared.conf"
+            )
+            path = shared.machine.path(f"/etc/containers/{name}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            original = path.read_bytes() if path.exists() else None
             text = f'[storage.options]\nadditionalimagestores = ["/x", "{shared.graphroot}/"]\n'
-            written.write_text(f'[storage]\ndriver = "overlay"\n{text}')
+            path.write_text(f'[storage]\ndriver = "overlay"\n{text}')
         try:
-            result = collect(shared, **words)
+            result = collect(shared, **args)
         finally:
-            if written.exists():
-                written.unlink()
-                if kept is not None:
-                    written.write_bytes(kept)
+            if path.exists():
+                path.unlink()
+                if original is not None:
+                    path.write_bytes(original)
         assert result["removed"] == []
         assert only(result["kept"])["rule"] == "shared"
         reader.podman("mount", "far")
@@ -394,7 +396,7 @@ class TestStoresThatOthersRead:
 
         assert ids(collect(shared, layers=[layer])["removed"]) == [layer]
 
-    def test_a_mounted_container_of_theirs_is_seen(
+    def test_mounted_container_of_other_store_is_detected(
         self, pair: t.Tuple[Store, Store, str], collect: Collect
     ) -> None:
         shared, reader, layer = pair
@@ -403,14 +405,14 @@ class TestStoresThatOthersRead:
         assert kept["rule"] == "shared"
         assert "belongs to another store" in kept["reason"]
         reader.podman("umount", "far")
-        # Told that nobody reads it, the rules act.
+        # With shared=false the rules apply.
         assert ids(collect(shared, **self.RULES, shared=False)["removed"]) == [layer]
 
 
 class TestSpace:
     @pytest.mark.parametrize("data", ["as it was made", "rewritten"])
     @pytest.mark.parametrize("kind", ["overlay-ext4", "overlay-xfs", "vfs-xfs", "btrfs"])
-    def test_exclusive_bytes_are_what_df_gains(
+    def test_exclusive_size_equals_increase_of_free_space(
         self,
         kind: str,
         data: str,
@@ -430,71 +432,71 @@ class TestSpace:
             environ=store.env(),
         )
         if data == "rewritten":
-            # So that nothing is shared any more.
+            # The layer then shares no data.
             for path in store.layer_folder(store.mapped_layers(heavy_image.name)[0]).rglob("*"):
                 if path.is_file() and path.stat().st_size > 100_000:
                     path.write_bytes(path.read_bytes())
         collect(store)
         report = run_module("image_layers_info", {**store.module_args(), "measure": "exclusive"})
-        told = report["images"][0]["mapped_layers"][0]
-        assert report["totals"]["reclaimable"] == told["size_exclusive"]
-        before = free(store)
+        layer = report["images"][0]["mapped_layers"][0]
+        assert report["totals"]["reclaimable"] == layer["size_exclusive"]
+        before = free_bytes(store)
         result = collect(store, max_copies_per_image=0)
-        gained = free(store) - before
-        allowed = 0.02 * told["size_apparent"]
-        assert only(result["removed"])["size"] == told["size_exclusive"]
-        assert abs(gained - told["size_exclusive"]) <= allowed, (gained, told)
-        assert abs(gained - result["space_reclaimed"]) <= allowed
+        increase = free_bytes(store) - before
+        tolerance = 0.02 * layer["size_apparent"]
+        assert only(result["removed"])["size"] == layer["size_exclusive"]
+        assert abs(increase - layer["size_exclusive"]) <= tolerance, (increase, layer)
+        assert abs(increase - result["space_reclaimed"]) <= tolerance
         if data == "rewritten" or kind == "overlay-ext4":
-            assert gained > 29 * MIB
+            assert increase > 29 * MIB
         else:
-            assert gained < 3 * MIB
-        assert_well(store)
+            assert increase < 3 * MIB
+        assert_store_is_intact(store)
 
-    def test_podmans_own_copies_are_measured_as_well(
+    def test_copies_by_podman_are_measured(
         self, make_store: MakeStore, collect: Collect, heavy_image: Image
     ) -> None:
         store = make_store("overlay-ext4", heavy_image)
-        unused(store, heavy_image, *MAPS[:2])
-        # The first run makes the ledger.
+        create_unused_layers(store, heavy_image, *MAPS[:2])
+        # The first run creates the ledger.
         collect(store)
-        before, inodes = free(store), free_inodes(store)
+        before, inodes = free_bytes(store), free_inodes(store)
         result = collect(store, max_copies_per_image=0)
-        gained = free(store) - before
-        assert sum(item["size"] for item in result["removed"]) == pytest.approx(gained, rel=0.02)
-        assert result["space_reclaimed"] == pytest.approx(gained, rel=0.02)
+        increase = free_bytes(store) - before
+        assert sum(item["size"] for item in result["removed"]) == pytest.approx(increase, rel=0.02)
+        assert result["space_reclaimed"] == pytest.approx(increase, rel=0.02)
         assert result["inodes_reclaimed"] == free_inodes(store) - inodes
         assert sum(item["inodes"] for item in result["removed"]) == pytest.approx(
             result["inodes_reclaimed"], abs=6
         )
 
-    def test_e12_a_metadata_only_copy_goes_and_its_template_stays(
+    def test_e12_metacopy_layer_is_removed_and_template_kept(
         self, make_store: MakeStore, collect: Collect, heavy_image: Image
     ) -> None:
         store = make_store("overlay-forced", heavy_image, options={"mountopt": "nodev,metacopy=on"})
-        (gone,) = unused(store, heavy_image, MAPS[0])
+        (unused,) = create_unused_layers(store, heavy_image, MAPS[0])
         result = collect(store, max_copies_per_image=0)
-        assert ids(result["removed"]) == [gone]
+        assert ids(result["removed"]) == [unused]
         assert only(result["removed"])["size"] < 2 * MIB
-        assert_well(store, gone)
+        assert_store_is_intact(store, unused)
         store.create(heavy_image.name, *options(MAPS[0]))
 
-    def test_rules_of_space_stop_at_their_target(
+    def test_space_rules_stop_at_target(
         self, make_store: MakeStore, collect: Collect, heavy_image: Image
     ) -> None:
         store = make_store("overlay-ext4", heavy_image)
-        unused(store, heavy_image, *MAPS)
+        create_unused_layers(store, heavy_image, *MAPS)
         result = collect(store, check=True, max_used_space="70MiB")
         assert len(result["removed"]) == 2
         assert result["target_met"] is True
         total = os.statvfs(store.graphroot)
-        wanted = total.f_bavail * total.f_frsize + 40 * MIB
-        result = collect(store, min_free_space=str(wanted))
+        target = total.f_bavail * total.f_frsize + 40 * MIB
+        result = collect(store, min_free_space=str(target))
         assert len(result["removed"]) == 2
         assert result["target_met"] is True
-        assert collect(store, min_free_space=str(wanted))["changed"] is False
+        assert collect(store, min_free_space=str(target))["changed"] is False
 
-    def test_an_unreachable_target_is_reported(
+    def test_unreachable_target_is_reported(
         self, make_store: MakeStore, run_module: RunModule, small_image: Image
     ) -> None:
         store = make_store("vfs", small_image)
@@ -507,8 +509,8 @@ class TestSpace:
         assert "max_used_space" in str(result["warnings"])
 
 
-def free(store: Store) -> int:
-    """Free bytes of the store's filesystem, once it has freed all that was deleted."""
+def free_bytes(store: Store) -> int:
+    """Free bytes of the store's filesystem, after it has freed all deleted files."""
     seen: t.List[int] = []
 
     def at_rest() -> bool:
@@ -523,7 +525,7 @@ def free(store: Store) -> int:
         seen.append(found.f_bfree * found.f_frsize)
         return len(seen) > 4 and len(set(seen[-5:])) == 1
 
-    wait_until(at_rest, describe=lambda: f"the filesystem does not come to rest: {seen}", pause=0.3)
+    wait_until(at_rest, describe=lambda: f"the free space still changes: {seen}", pause=0.3)
     return seen[-1]
 
 
@@ -536,14 +538,14 @@ class TestRepair:
     def damaged(
         self, request: pytest.FixtureRequest, make_store: MakeStore, small_image: Image
     ) -> t.Tuple[Store, str, str]:
-        """A store with two mapped layers of one image, on which no container is."""
+        """A store with two mapped layers of one image, and without containers."""
         store = make_store(request.param, small_image)
-        first, second = unused(store, small_image, *MAPS[:2])
+        first, second = create_unused_layers(store, small_image, *MAPS[:2])
         for layer_id, text in ((first, MAPS[0]), (second, MAPS[1])):
-            right_owners(store, layer_id, int(text.split(":")[1]))
+            map_unmapped_owners(store, layer_id, int(text.split(":")[1]))
         return store, first, second
 
-    def test_an_entry_without_a_layer_is_dropped_and_podman_works_again(
+    def test_mapped_layer_without_record_is_removed_from_image(
         self, damaged: t.Tuple[Store, str, str], collect: Collect, small_image: Image
     ) -> None:
         store, first, second = damaged
@@ -554,64 +556,66 @@ class TestRepair:
         finding = only(report["findings"])
         assert (finding["kind"], finding["id"]) == ("entry", first)
         assert "broken=repair" in finding["reason"]
-        foreseen = collect(store, check=True, broken="repair")
-        done = collect(store, broken="repair")
-        assert ids(foreseen["repaired"]) == ids(done["repaired"]) == [first]
-        assert done["changed"] is True
+        predicted = collect(store, check=True, broken="repair")
+        result = collect(store, broken="repair")
+        assert ids(predicted["repaired"]) == ids(result["repaired"]) == [first]
+        assert result["changed"] is True
         assert store.mapped_layers(small_image.name) == [second]
-        assert_well(store, first)
+        assert_store_is_intact(store, first)
         assert collect(store, broken="repair")["changed"] is False
 
-    def test_a_record_without_data_goes(
+    def test_record_without_data_is_removed(
         self, damaged: t.Tuple[Store, str, str], collect: Collect, small_image: Image
     ) -> None:
         store, first, second = damaged
         shutil.rmtree(store.layer_folder(first))
         assert store.podman("create", *options(MAPS[0]), small_image.name, check=False).rc != 0
-        done = collect(store, broken="repair")
-        assert [(item["kind"], item["id"]) for item in done["repaired"]] == [("missing", first)]
-        assert_well(store)
+        result = collect(store, broken="repair")
+        assert [(item["kind"], item["id"]) for item in result["repaired"]] == [("missing", first)]
+        assert_store_is_intact(store)
         assert store.mapped_layers(small_image.name) == [second]
         store.create(small_image.name, *options(MAPS[0]))
 
-    def test_a_copy_to_which_podman_gave_no_owner_goes(
+    def test_copy_with_unmapped_owners_is_removed(
         self, make_store: MakeStore, collect: Collect, small_image: Image
     ) -> None:
         store = make_store("overlay-forced", small_image)
-        (first,) = unused(store, small_image, MAPS[0])
+        (first,) = create_unused_layers(store, small_image, MAPS[0])
         assert collect(store)["findings"] == []
         store.forget_owners(first)
-        done = collect(store, broken="repair")
-        assert [(item["kind"], item["id"]) for item in done["repaired"]] == [("damaged", first)]
-        assert_well(store)
+        result = collect(store, broken="repair")
+        assert [(item["kind"], item["id"]) for item in result["repaired"]] == [("damaged", first)]
+        assert_store_is_intact(store)
         assert store.mapped_layers(small_image.name) == []
 
-    def test_an_incomplete_layer_goes(
+    def test_incomplete_layer_is_removed(
         self, damaged: t.Tuple[Store, str, str], collect: Collect
     ) -> None:
         store, first, _second = damaged
 
-        def half(records: t.List[Json]) -> None:
+        def mark_incomplete(records: t.List[Json]) -> None:
             for record in records:
                 if record["id"] == first:
                     record["flags"] = {"incomplete": True}
 
-        edit(store, "layers", half)
-        done = collect(store, broken="repair")
-        assert [(item["kind"], item["id"]) for item in done["repaired"]] == [("incomplete", first)]
-        assert_well(store, first)
+        edit(store, "layers", mark_incomplete)
+        result = collect(store, broken="repair")
+        assert [(item["kind"], item["id"]) for item in result["repaired"]] == [
+            ("incomplete", first)
+        ]
+        assert_store_is_intact(store, first)
 
-    def test_an_images_own_layers_are_never_touched(
+    def test_damaged_image_layer_is_kept(
         self, damaged: t.Tuple[Store, str, str], collect: Collect, small_image: Image
     ) -> None:
         store, _first, _second = damaged
         own = store.image(small_image.name)["layer"]
         shutil.rmtree(store.layer_folder(own))
-        done = collect(store, broken="repair", orphans="remove")
+        result = collect(store, broken="repair", orphans="remove")
         assert own in store.layer_ids()
-        assert own not in ids(done["repaired"])
+        assert own not in ids(result["repaired"])
 
-    def test_what_no_record_accounts_for_goes_once_it_is_old_enough(
+    def test_old_directories_and_links_without_record_are_removed(
         self, damaged: t.Tuple[Store, str, str], run_module: RunModule
     ) -> None:
         store, first, second = damaged
@@ -620,19 +624,19 @@ class TestRepair:
         (stray / "diff" / "file").write_bytes(b"x" * 50_000)
         if store.driver == "overlay":
             (store.graphroot / "overlay" / "l" / ("A" * 26)).symlink_to(f"../{'d' * 64}/diff")
-        asked = {**store.module_args(), "orphans": "remove"}
-        young = run_module("layer_gc", asked)
+        args = {**store.module_args(), "orphans": "remove"}
+        young = run_module("layer_gc", args)
         assert young["changed"] is False
         assert {item["rule"] for item in young["findings"]} == {"min_age"}
-        done = run_module("layer_gc", {**asked, "min_age": "0"})
-        kinds = sorted(item["kind"] for item in done["repaired"])
+        result = run_module("layer_gc", {**args, "min_age": "0"})
+        kinds = sorted(item["kind"] for item in result["repaired"])
         assert kinds == (["directory", "link"] if store.driver == "overlay" else ["directory"])
         assert not stray.exists()
-        assert sorted(item["id"] for item in done["kept"]) == sorted([first, second])
-        assert_well(store)
-        assert run_module("layer_gc", {**asked, "min_age": "0"})["changed"] is False
+        assert sorted(item["id"] for item in result["kept"]) == sorted([first, second])
+        assert_store_is_intact(store)
+        assert run_module("layer_gc", {**args, "min_age": "0"})["changed"] is False
 
-    def test_a_mapped_layer_of_no_image_goes_after_a_day(
+    def test_old_mapped_layer_without_image_is_removed(
         self, damaged: t.Tuple[Store, str, str], collect: Collect
     ) -> None:
         store, first, second = damaged
@@ -650,34 +654,34 @@ class TestRepair:
                 record["created"] = "2021-01-01T00:00:00Z"
 
         edit(store, "layers", age)
-        done = collect(store, orphans="remove")
-        assert [(item["kind"], item["id"]) for item in done["repaired"]] == [
+        result = collect(store, orphans="remove")
+        assert [(item["kind"], item["id"]) for item in result["repaired"]] == [
             ("unreferenced", first)
         ]
-        assert_well(store, first)
+        assert_store_is_intact(store, first)
 
-    def test_leftovers_of_a_killed_run_go_in_a_run_that_may_remove(
+    def test_leftovers_of_killed_run_are_removed_if_a_rule_is_set(
         self, damaged: t.Tuple[Store, str, str], collect: Collect
     ) -> None:
         store, _first, _second = damaged
         for kind in ("staging", "trash"):
-            rubbish = store.graphroot / "userns-storage" / kind / "old"
-            rubbish.mkdir(parents=True)
-            (rubbish / "file").write_bytes(b"x" * 50_000)
+            leftover = store.graphroot / "userns-storage" / kind / "old"
+            leftover.mkdir(parents=True)
+            (leftover / "file").write_bytes(b"x" * 50_000)
         report = collect(store)
         assert [item["kind"] for item in report["findings"]] == ["staging", "trash"]
-        done = collect(store, unused_for="4w")
-        assert [item["kind"] for item in done["repaired"]] == ["staging", "trash"]
+        result = collect(store, unused_for="4w")
+        assert [item["kind"] for item in result["repaired"]] == ["staging", "trash"]
         assert collect(store, unused_for="4w")["changed"] is False
 
 
 class TestFailure:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_one_layer_that_cannot_go_does_not_stop_the_others(
+    def test_failed_removal_does_not_stop_other_removals(
         self, kind: str, make_store: MakeStore, collect: Collect, small_image: Image
     ) -> None:
         store = make_store(kind, small_image)
-        stuck, free_one, other = unused(store, small_image, *MAPS[:3])
+        stuck, first, second = create_unused_layers(store, small_image, *MAPS[:3])
         folder = str(store.layer_folder(stuck))
         subprocess.run(["chattr", "+i", folder], check=True)
         try:
@@ -686,15 +690,15 @@ class TestFailure:
             subprocess.run(["chattr", "-i", folder], check=True)
         assert only(result["failures"])["id"] == stuck
         assert "1 of 3" in result["msg"]
-        assert sorted(ids(result["removed"])) == sorted([free_one, other])
+        assert sorted(ids(result["removed"])) == sorted([first, second])
         assert result["changed"] is True
         store.podman("images", "-a")
         collect(store, max_copies_per_image=0, broken="repair")
-        assert_well(store, stuck, free_one, other)
+        assert_store_is_intact(store, stuck, first, second)
         assert store.mapped_layers(small_image.name) == []
 
     @pytest.mark.parametrize(
-        ("args", "words"),
+        ("args", "message"),
         [
             ({"unused_for": "soon"}, "unused_for"),
             ({"unused_for": "-2w"}, "cannot be negative"),
@@ -707,10 +711,10 @@ class TestFailure:
             ({"min_age": "young"}, "min_age"),
         ],
     )
-    def test_bad_input_is_refused_by_name(
+    def test_invalid_input_is_rejected_with_name_of_option(
         self,
         args: Json,
-        words: str,
+        message: str,
         make_store: MakeStore,
         collect: Collect,
         small_image: Image,
@@ -718,31 +722,31 @@ class TestFailure:
         store = make_store("vfs", small_image)
         before = store.snapshot_of_disk()
         result = collect(store, fails=True, **args)
-        assert words in result["msg"]
+        assert message in result["msg"]
         assert "exception" not in result
         assert before.changes(store.snapshot_of_disk()) == []
 
 
 class TestRootless:
-    def test_root_and_the_user_collect_alike(
+    def test_root_and_user_remove_the_same_layers(
         self, make_store: MakeStore, collect: Collect, run_module: RunModule, small_image: Image
     ) -> None:
         store = make_store("rootless-overlay", small_image)
         store.create(small_image.name, "--name", "box", "--userns", "keep-id")
         store.podman("rm", store.create(small_image.name, "--userns", "keep-id:uid=200,gid=210"))
-        kept, gone = store.mapped_layers(small_image.name)
-        foreseen = run_module(
+        kept, unused = store.mapped_layers(small_image.name)
+        predicted = run_module(
             "layer_gc",
             {"min_age": "0", "max_copies_per_image": 0},
             check=True,
             user=store.user,
             environ=store.env(),
         )
-        assert ids(foreseen["removed"]) == [gone]
-        done = collect(store, max_copies_per_image=0)
-        assert ids(done["removed"]) == [gone]
-        assert only(done["kept"])["id"] == kept
-        assert_well(store, gone)
+        assert ids(predicted["removed"]) == [unused]
+        result = collect(store, max_copies_per_image=0)
+        assert ids(result["removed"]) == [unused]
+        assert only(result["kept"])["id"] == kept
+        assert_store_is_intact(store, unused)
         info = os.stat(store.graphroot / "userns-storage")
         assert store.user is not None
         assert info.st_uid == store.user.uid

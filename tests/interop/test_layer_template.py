@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""layer_template against the real podman and buildah."""
+"""Test layer_template with podman and buildah."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ OTHER_MAP = "0:300000:65536"
 
 
 def only(result: Json) -> Json:
-    """The one entry of a result."""
+    """The only entry of a result."""
     (entry,) = result["layers"]
     return t.cast(Json, entry)
 
 
-def unchanged(case: Case, before: DiskState) -> None:
-    """Nothing of the store was written since `before`."""
+def assert_unchanged(case: Case, before: DiskState) -> None:
+    """Assert that nothing was written to the store since `before`."""
     changes = before.changes(case.store.snapshot_of_disk())
     assert not changes, "\n".join(changes)
 
 
-# Making
+# Creating layers
 
 
-def test_podman_takes_our_layer(case: Case) -> None:
+def test_podman_uses_our_layer(case: Case) -> None:
     store = case.store
     before = store.layer_ids()
     template = store.layer(case.template())
@@ -71,13 +71,13 @@ def test_podman_takes_our_layer(case: Case) -> None:
     layer_id = entry["layer_id"]
     assert store.layer_ids() - before == {layer_id}
     assert case.mapped() == [layer_id]
-    place = result["store"]
-    assert place["graphroot"] == str(store.graphroot)
-    assert place["runroot"] == str(store.runroot)
-    assert place["driver"] == store.driver
-    assert place["backing_filesystem"]
-    assert place["rootless"] is case.keep_id
-    assert place["shifting"] is False
+    store_result = result["store"]
+    assert store_result["graphroot"] == str(store.graphroot)
+    assert store_result["runroot"] == str(store.runroot)
+    assert store_result["driver"] == store.driver
+    assert store_result["backing_filesystem"]
+    assert store_result["rootless"] is case.keep_id
+    assert store_result["shifting"] is False
 
     container = case.create()
     own = store.container(container)["layer"]
@@ -87,7 +87,7 @@ def test_podman_takes_our_layer(case: Case) -> None:
     case.assert_podman_is_well()
 
 
-def test_record_is_as_the_runtime_writes_it(case: Case) -> None:
+def test_record_equals_record_of_runtime(case: Case) -> None:
     store = case.store
     layer_id = only(case.layer_template())["layer_id"]
     ours, template = store.layer(layer_id), store.layer(case.template())
@@ -97,38 +97,38 @@ def test_record_is_as_the_runtime_writes_it(case: Case) -> None:
     )
     for field in copied:
         assert ours.get(field) == template.get(field), field
-    parts = [
+    map_entries = [
         dict(zip(("container_id", "host_id", "size"), map(int, m.split(":")))) for m in case.map
     ]
-    assert ours["uidmap"] == parts
-    assert ours["gidmap"] == parts
+    assert ours["uidmap"] == map_entries
+    assert ours["gidmap"] == map_entries
     assert "names" not in ours
     assert not (ours.get("flags") or {}).get("incomplete")
     assert ours["created"] > template["created"]
     folder = store.graphroot / f"{store.driver}-layers"
-    split = folder / f"{layer_id}.tar-split.gz"
-    assert split.read_bytes() == (folder / f"{template['id']}.tar-split.gz").read_bytes()
-    assert split.stat().st_mode & 0o777 == 0o600
+    tar_split = folder / f"{layer_id}.tar-split.gz"
+    assert tar_split.read_bytes() == (folder / f"{template['id']}.tar-split.gz").read_bytes()
+    assert tar_split.stat().st_mode & 0o777 == 0o600
 
-    # And the container's map is, entry by entry, the one that we have written.
+    # Entry by entry, the container's map equals that of our record.
     container = store.container(case.create())
-    assert store.layer(container["layer"]).get("uidmap", parts) == parts
-    assert container["uidmap"] == parts
-    assert container["gidmap"] == parts
+    assert store.layer(container["layer"]).get("uidmap", map_entries) == map_entries
+    assert container["uidmap"] == map_entries
+    assert container["gidmap"] == map_entries
 
 
-def test_tree_is_the_images_with_the_map_applied(case: Case) -> None:
+def test_tree_is_that_of_image_with_map_applied(case: Case) -> None:
     case.assert_tree(only(case.layer_template())["layer_id"])
 
 
-def test_figures_are_those_of_the_disk(case: Case) -> None:
+def test_returned_sizes_equal_sizes_on_disk(case: Case) -> None:
     entry = only(case.layer_template())
     with case.store.mounted(entry["layer_id"]) as tree:
         found = [os.lstat(tree / name) for name in names_below(tree) if not _is_folder(tree / name)]
         assert entry["files"] == len(found)
-        once = {info.st_ino: info.st_size for info in found}
-        assert entry["size_apparent"] == sum(once.values())
-    # Nothing is shared on the laboratory's filesystem: all that is allocated is the layer's own.
+        inode_sizes = {info.st_ino: info.st_size for info in found}
+        assert entry["size_apparent"] == sum(inode_sizes.values())
+    # Files share no data on the laboratory's filesystem, so all allocated bytes belong to the layer.
     assert entry["size_exclusive"] >= sum(len(f.content) for f in _files(case.image)) - 65536
 
 
@@ -140,7 +140,7 @@ def _files(image: Image) -> t.List[images.Entry]:
     return [entry for entry in image.tree().values() if entry.kind == "file"]
 
 
-# Inside a container; what podman itself puts there is left out.
+# Lists the files in a container, without the files that podman adds.
 _LIST = r"""
 find / -xdev \( -path /dev -o -path /proc -o -path /sys -o -path /run -o -path /etc/hosts \
   -o -path /etc/hostname -o -path /etc/resolv.conf -o -path /etc/mtab -o -path /etc/passwd \
@@ -148,7 +148,7 @@ find / -xdev \( -path /dev -o -path /proc -o -path /sys -o -path /run -o -path /
 """
 
 
-def test_started_container_sees_the_images_owners(case: Case) -> None:
+def test_started_container_sees_owners_of_image(case: Case) -> None:
     layer_id = only(case.layer_template())["layer_id"]
     lines = case.shell(
         _LIST + "echo --; readlink /home/user/link; cat /home/user/link"
@@ -159,25 +159,25 @@ def test_started_container_sees_the_images_owners(case: Case) -> None:
         uid, gid, mode, path = line.split(" ", 3)
         found[path.lstrip("/") or "."] = (int(uid), int(gid), int(mode, 8))
     hidden = ("dev", "proc", "sys", "run", "etc/passwd", "etc/group")
-    wanted = {
+    expected = {
         path: (entry.uid, entry.gid, entry.mode)
         for path, entry in case.image.tree().items()
         if path not in hidden
     }
     with case.store.mounted(case.template()) as tree:
-        wanted["."] = (0, 0, os.lstat(tree).st_mode & 0o7777)
-    assert found == wanted
+        expected["."] = (0, 0, os.lstat(tree).st_mode & 0o7777)
+    assert found == expected
     assert lines[split + 1 :] == ["/home/user/notes", "mine"]
     assert case.mapped() == [layer_id]
 
 
 @pytest.mark.parametrize("setup", ["vfs", "overlay-forced", "rootless-as-root"])
-def test_setuid_program_changes_the_user(setup: str, lab: Lab, make_case: MakeCase) -> None:
-    described = images.small_layers()
-    # Of busybox only su and its like keep what the setuid bit gives; root has an empty password.
-    described[1]["usr/bin/su"] = images.file(described[0]["bin/busybox"].content, 0o4755)
-    described[1]["etc/passwd"] = images.file("root::0:0::/:/bin/sh\ndaemon:x:1:1::/:/bin/sh\n")
-    case = make_case(setup, images.build(lab.folder(), described, "localhost/suid:1"))
+def test_setuid_program_changes_user(setup: str, lab: Lab, make_case: MakeCase) -> None:
+    layers = images.small_layers()
+    # In busybox only applets such as su keep the privileges of the setuid bit; root has an empty password.
+    layers[1]["usr/bin/su"] = images.file(layers[0]["bin/busybox"].content, 0o4755)
+    layers[1]["etc/passwd"] = images.file("root::0:0::/:/bin/sh\ndaemon:x:1:1::/:/bin/sh\n")
+    case = make_case(setup, images.build(lab.folder(), layers, "localhost/suid:1"))
     layer_id = only(case.layer_template())["layer_id"]
     args = [*case.podman_args, "--user=1:1"]
     script = "id -u; /usr/bin/su -c 'id -u' root"
@@ -185,7 +185,7 @@ def test_setuid_program_changes_the_user(setup: str, lab: Lab, make_case: MakeCa
     assert case.mapped() == [layer_id]
 
 
-def test_gidmap_alone_and_two_different_maps(make_case: MakeCase) -> None:
+def test_gidmap_alone_and_different_uidmap_and_gidmap(make_case: MakeCase) -> None:
     case = make_case("vfs")
     entry = only(case.layer_template(gidmap=[OTHER_MAP]))
     assert (entry["uidmap"], entry["gidmap"]) == ([OTHER_MAP], [OTHER_MAP])
@@ -198,7 +198,7 @@ def test_gidmap_alone_and_two_different_maps(make_case: MakeCase) -> None:
 
 
 @pytest.mark.parametrize("reference", ["id", "short", "sha256", "untagged", "digest"])
-def test_images_are_named_as_podman_names_them(
+def test_image_references_of_podman_are_accepted(
     reference: str, lab: Lab, make_case: MakeCase
 ) -> None:
     image = images.build(lab.folder(), images.small_layers(), "localhost/named:latest")
@@ -216,7 +216,7 @@ def test_images_are_named_as_podman_names_them(
     assert entry["image_id"] == record["id"]
 
 
-def test_equal_requests_are_one(make_case: MakeCase) -> None:
+def test_duplicate_image_references_create_one_layer(make_case: MakeCase) -> None:
     case = make_case("vfs")
     record = case.store.image(case.image.name)
     result = case.layer_template(images=[case.image.name, record["id"]])
@@ -226,7 +226,7 @@ def test_equal_requests_are_one(make_case: MakeCase) -> None:
 
 @pytest.mark.parametrize("kind", ["vfs", "overlay-forced", "rootless-overlay"])
 @pytest.mark.parametrize("suite", SUITES)
-def test_newer_podmans_take_our_layer_and_find_no_damage(
+def test_newer_podman_uses_our_layer_and_finds_no_damage(
     kind: str, suite: str, make_case: MakeCase, host: t.Callable[[str], Host]
 ) -> None:
     case = make_case(kind, machine=host(suite))
@@ -246,11 +246,11 @@ def test_newer_podmans_take_our_layer_and_find_no_damage(
 
 
 @pytest.mark.parametrize("kind", ["vfs", "overlay-forced"])
-def test_store_of_a_newer_podman_is_worked_on_from_outside(
+def test_store_of_newer_podman_is_managed_from_outside_its_host(
     kind: str, make_case: MakeCase, host: t.Callable[[str], Host], lab: Lab
 ) -> None:
     case = make_case(kind, machine=host("trixie"))
-    # The podman outside is another one and may well shift where this one is told not to.
+    # The podman outside has another version, and may shift although this one is configured not to.
     result = case.layer_template(force=True, options={"machine": lab.machine})
     layer_id = only(result)["layer_id"]
     before = case.store.layer_ids()
@@ -260,15 +260,15 @@ def test_store_of_a_newer_podman_is_worked_on_from_outside(
 
 
 @pytest.mark.parametrize("setup", ["vfs", "overlay-forced", "rootless-as-root"])
-def test_first_container_costs_no_more_than_the_second(
+def test_first_container_adds_no_more_files_than_second(
     setup: str, make_case: MakeCase, many_files_image: t.Callable[[int], Image]
 ) -> None:
-    """It adds a layer of its own and as many files as the second one, and touches none of ours."""
+    """It adds its own layer with as many files as the second container, and does not change our layer."""
     case = make_case(setup, many_files_image(500))
     case.layer_template()
     (ours,) = case.mapped()
     folder = case.store.layer_folder(ours)
-    kept = disk_state(folder)
+    before = disk_state(folder)
     added: t.List[int] = []
     for _container in range(2):
         layers, paths = case.store.layer_ids(), set(disk_state(case.store.graphroot).entries)
@@ -277,69 +277,69 @@ def test_first_container_costs_no_more_than_the_second(
         assert case.store.layer(own)["parent"] == ours
         new = set(disk_state(case.store.layer_folder(own)).entries) - paths
         added.append(len(new))
-    # vfs copies all of a layer for each container, overlay makes a few empty folders.
+    # vfs copies the whole layer for each container, overlay creates a few empty folders.
     assert added[0] == added[1]
     assert (added[0] > 500) == (case.store.driver == "vfs")
-    changed = [line for line in kept.changes(disk_state(folder)) if "/merged" not in line]
+    changed = [line for line in before.changes(disk_state(folder)) if "/merged" not in line]
     assert changed == []
     assert case.mapped() == [ours]
 
 
-# Once more
+# Repeated runs
 
 
 def test_second_run_writes_nothing(case: Case) -> None:
     first = only(case.layer_template())
     before = case.store.snapshot_of_disk()
-    again = case.layer_template()
-    assert again["changed"] is False
-    assert only(again)["action"] == "existing"
-    assert only(again)["layer_id"] == first["layer_id"]
-    unchanged(case, before)
+    second = case.layer_template()
+    assert second["changed"] is False
+    assert only(second)["action"] == "existing"
+    assert only(second)["layer_id"] == first["layer_id"]
+    assert_unchanged(case, before)
 
 
-def test_check_mode_writes_nothing_and_foresees_all(case: Case) -> None:
+def test_check_mode_predicts_result_and_writes_nothing(case: Case) -> None:
     before = case.store.snapshot_of_disk()
-    foreseen = case.layer_template(options={"check": True, "diff": True})
-    unchanged(case, before)
-    assert foreseen["changed"] is True
-    made = case.layer_template(options={"diff": True})
-    told = ("action", "files", "size_apparent", "strategy", "uidmap", "gidmap", "template_id")
-    for field in told:
-        assert only(foreseen)[field] == only(made)[field], field
-    assert only(foreseen)["layer_id"] == ""
-    assert foreseen["diff"] == made["diff"]
-    assert made["diff"]["before"] != made["diff"]["after"]
+    predicted = case.layer_template(options={"check": True, "diff": True})
+    assert_unchanged(case, before)
+    assert predicted["changed"] is True
+    result = case.layer_template(options={"diff": True})
+    fields = ("action", "files", "size_apparent", "strategy", "uidmap", "gidmap", "template_id")
+    for field in fields:
+        assert only(predicted)[field] == only(result)[field], field
+    assert only(predicted)["layer_id"] == ""
+    assert predicted["diff"] == result["diff"]
+    assert result["diff"]["before"] != result["diff"]["after"]
     maps = {"uidmap": case.map, "gidmap": case.map}
-    assert made["diff"]["before"] == {case.image.name: []}
-    assert made["diff"]["after"] == {case.image.name: [maps]}
+    assert result["diff"]["before"] == {case.image.name: []}
+    assert result["diff"]["after"] == {case.image.name: [maps]}
 
     before = case.store.snapshot_of_disk()
-    again = case.layer_template(options={"check": True, "diff": True})
-    assert again["changed"] is False
-    assert again["diff"]["before"] == again["diff"]["after"]
-    gone = case.layer_template(state="absent", options={"check": True, "diff": True})
-    assert gone["changed"] is True
-    assert only(gone)["action"] == "removed"
-    assert gone["diff"]["after"] == {case.image.name: []}
-    unchanged(case, before)
+    repeated = case.layer_template(options={"check": True, "diff": True})
+    assert repeated["changed"] is False
+    assert repeated["diff"]["before"] == repeated["diff"]["after"]
+    removal = case.layer_template(state="absent", options={"check": True, "diff": True})
+    assert removal["changed"] is True
+    assert only(removal)["action"] == "removed"
+    assert removal["diff"]["after"] == {case.image.name: []}
+    assert_unchanged(case, before)
 
 
-def test_layer_made_by_podman_is_found(case: Case) -> None:
+def test_layer_created_by_podman_is_found(case: Case) -> None:
     case.create()
-    (theirs,) = case.mapped()
+    (podman_layer,) = case.mapped()
     before = case.store.snapshot_of_disk()
     result = case.layer_template()
     assert result["changed"] is False
     assert only(result)["action"] == "existing"
-    assert only(result)["layer_id"] == theirs
-    unchanged(case, before)
+    assert only(result)["layer_id"] == podman_layer
+    assert_unchanged(case, before)
 
 
-# The image goes
+# Removing the image
 
 
-def test_removed_image_leaves_nothing_of_ours(case: Case) -> None:
+def test_removal_of_image_removes_our_files(case: Case) -> None:
     store = case.store
     layer_id = only(case.layer_template())["layer_id"]
     case.assert_podman_is_well()
@@ -357,7 +357,7 @@ def test_removed_image_leaves_nothing_of_ours(case: Case) -> None:
     case.assert_podman_is_well()
 
 
-# Beside a running reader
+# With a running podman service
 
 
 def _nsmode(case: Case) -> Json:
@@ -368,14 +368,14 @@ def _nsmode(case: Case) -> Json:
     return {"userns": {"nsmode": "private"}, "idmappings": maps}
 
 
-def test_running_reader_sees_us_and_we_see_it(case: Case) -> None:
+def test_running_service_and_module_see_each_others_changes(case: Case) -> None:
     store = case.store
     name = case.image.name
     with store.service() as service:
         (old,) = service.call("GET", "images/json")
         layer_id = only(case.layer_template())["layer_id"]
         (new,) = service.call("GET", "images/json")
-        # The runtime adds each mapped layer's recorded size, which is the template's.
+        # The runtime adds the recorded size of each mapped layer, which is that of the template.
         assert new["Size"] - old["Size"] == case.image.sizes[-1]
 
         before = store.layer_ids()
@@ -385,10 +385,10 @@ def test_running_reader_sees_us_and_we_see_it(case: Case) -> None:
         assert store.layer_ids() - before == {own}
         assert store.layer(own)["parent"] == layer_id
 
-        refusal = case.layer_template(state="absent", options={"fails": True})
+        failed = case.layer_template(state="absent", options={"fails": True})
         assert (
-            container[:12] in refusal["msg"]
-            or store.container(container)["names"][0] in refusal["msg"]
+            container[:12] in failed["msg"]
+            or store.container(container)["names"][0] in failed["msg"]
         )
         service.call("DELETE", f"containers/{container}?force=true")
         assert case.layer_template(state="absent")["changed"] is True
@@ -396,16 +396,16 @@ def test_running_reader_sees_us_and_we_see_it(case: Case) -> None:
         assert last["Size"] == old["Size"]
 
         container = service.call("POST", "containers/create", spec)["Id"]
-        (theirs,) = case.mapped()
-        assert theirs != layer_id
+        (podman_layer,) = case.mapped()
+        assert podman_layer != layer_id
         found = case.layer_template()
-        assert (found["changed"], only(found)["layer_id"]) == (False, theirs)
+        assert (found["changed"], only(found)["layer_id"]) == (False, podman_layer)
 
 
-# Absent
+# state=absent
 
 
-def test_absent_takes_just_that_layer(case: Case) -> None:
+def test_absent_removes_only_that_layer(case: Case) -> None:
     store = case.store
     before, images_before = store.layers(), store.images()
     kept: t.List[str] = []
@@ -421,18 +421,18 @@ def test_absent_takes_just_that_layer(case: Case) -> None:
     assert {layer["id"] for layer in before} | set(kept) == store.layer_ids()
     if not kept:
         assert (store.layers(), store.images()) == (before, images_before)
-    # Before podman reads the other layer, which would be noted as its use.
+    # Take the snapshot before podman reads the other layer, because the ledger would record that as use.
     state = store.snapshot_of_disk()
-    again = case.layer_template(state="absent")
-    assert again["changed"] is False
-    unchanged(case, state)
+    repeated = case.layer_template(state="absent")
+    assert repeated["changed"] is False
+    assert_unchanged(case, state)
     case.assert_podman_is_well()
-    # podman makes its own again, and works.
+    # podman creates its own copy again.
     assert case.shell("cat /etc/motd") == "second\n"
 
 
 @pytest.mark.parametrize("setup", ["overlay-forced", "rootless-as-root"])
-def test_a_copy_with_wrong_owners_from_podman_is_replaced(
+def test_copy_by_podman_with_wrong_owners_is_replaced(
     setup: str, make_case: MakeCase, small_image: Image
 ) -> None:
     case = make_case(setup, small_image)
@@ -443,13 +443,13 @@ def test_a_copy_with_wrong_owners_from_podman_is_replaced(
     if not case.keep_id:
         assert store.podman("start", "first", check=False).rc != 0
 
-    refusal = case.layer_template(options={"fails": True})
-    assert "first" in refusal["msg"]
+    failed = case.layer_template(options={"fails": True})
+    assert "first" in failed["msg"]
     store.podman("rm", "first")
-    foreseen = case.layer_template(options={"check": True})
+    predicted = case.layer_template(options={"check": True})
     assert case.mapped() == [copy]
     result = case.layer_template()
-    assert foreseen["changed"] is result["changed"] is True
+    assert predicted["changed"] is result["changed"] is True
     entry = only(result)
     assert entry["action"] == "created"
     assert "its owners are still the owners of the image: /etc belongs to 0:0" in entry["reason"]
@@ -459,74 +459,74 @@ def test_a_copy_with_wrong_owners_from_podman_is_replaced(
     assert case.layer_template()["changed"] is False
 
 
-def test_absent_spares_a_layer_in_use(case: Case) -> None:
+def test_absent_keeps_layer_in_use(case: Case) -> None:
     store = case.store
     layer_id = only(case.layer_template())["layer_id"]
     ran = case.create("--name=ran")
     store.podman("start", "--attach", "ran")
-    # podman's clean-up of a container, whose processes name it, writes to the store after the container's end.
+    # podman's cleanup processes, whose arguments contain the ID, write to the store after the container's end.
     wait_until(lambda: not busy_pids(ran))
     created = case.create("--name=merely-created")
     before = store.snapshot_of_disk()
-    refusal = case.layer_template(state="absent", options={"fails": True})
+    failed = case.layer_template(state="absent", options={"fails": True})
     for name, identity in (("ran", ran), ("merely-created", created)):
-        assert name in refusal["msg"] or identity[:12] in refusal["msg"], refusal["msg"]
-    assert only(refusal)["action"] == "refused"
+        assert name in failed["msg"] or identity[:12] in failed["msg"], failed["msg"]
+    assert only(failed)["action"] == "refused"
     changes = before.changes(case.store.snapshot_of_disk())
-    # That the layer was seen in use may be noted in our own ledger; the store stays as it was.
+    # Our ledger may record the use of the layer. Nothing else in the store changes.
     own = (f"{store.graphroot}/userns-storage", f"{store.graphroot}/db.sql")
     paths = {line.partition(": ")[0] for line in changes} - {str(store.graphroot)}
     assert not [path for path in paths if not path.startswith(own)]
     before = case.store.snapshot_of_disk()
-    foreseen = case.layer_template(state="absent", options={"fails": True, "check": True})
-    assert foreseen["msg"] == refusal["msg"]
-    unchanged(case, before)
+    predicted = case.layer_template(state="absent", options={"fails": True, "check": True})
+    assert predicted["msg"] == failed["msg"]
+    assert_unchanged(case, before)
     assert case.mapped() == [layer_id]
     store.podman("rm", "ran", "merely-created")
     assert case.layer_template(state="absent")["changed"] is True
     assert case.mapped() == []
 
 
-def test_absent_spares_a_layer_that_buildah_uses(make_case: MakeCase) -> None:
+def test_absent_keeps_layer_used_by_buildah(make_case: MakeCase) -> None:
     case = make_case("vfs")
     case.layer_template()
     maps = [f"--userns-uid-map={ROOTFUL_MAP}", f"--userns-gid-map={ROOTFUL_MAP}"]
     name = case.store.buildah("from", *maps, case.image.name).stdout.strip()
     assert len(case.mapped()) == 1
-    refusal = case.layer_template(state="absent", options={"fails": True})
-    assert name in refusal["msg"]
+    failed = case.layer_template(state="absent", options={"fails": True})
+    assert name in failed["msg"]
     case.store.buildah("rm", name)
     assert case.layer_template(state="absent")["changed"] is True
 
 
-def test_absent_of_an_unknown_image_is_done(make_case: MakeCase) -> None:
+def test_absent_for_unknown_image_changes_nothing(make_case: MakeCase) -> None:
     case = make_case("vfs")
     before = case.store.snapshot_of_disk()
     result = case.layer_template(images=["localhost/never:1"], state="absent")
     assert (result["changed"], result["layers"]) == (False, [])
-    unchanged(case, before)
+    assert_unchanged(case, before)
 
 
-# Where no copy is needed
+# Stores that need no copy
 
 
 @pytest.mark.parametrize("kind", ["overlay", "rootless-fuse"])
-def test_shifting_stores_need_nothing(kind: str, make_case: MakeCase) -> None:
+def test_shifting_store_needs_no_layer(kind: str, make_case: MakeCase) -> None:
     case = make_case(kind)
     before = case.store.snapshot_of_disk()
     result = case.layer_template()
-    unchanged(case, before)
+    assert_unchanged(case, before)
     entry = only(result)
     assert (result["changed"], entry["action"]) == (False, "not_needed")
     assert result["store"]["shifting"] is True
     assert ("idmapped" if kind == "overlay" else "fuse-overlayfs") in entry["reason"].lower()
     assert entry["layer_id"] == ""
-    # As it said: podman makes no copy.
+    # As predicted, podman creates no copy.
     case.shell("true")
     assert case.mapped() == []
 
 
-def test_force_makes_the_layer_where_the_runtime_shifts(make_case: MakeCase) -> None:
+def test_force_creates_layer_although_runtime_shifts(make_case: MakeCase) -> None:
     case = make_case("overlay")
     assert "force" in only(case.layer_template())["reason"]
     forced = case.layer_template(force=True)
@@ -539,36 +539,38 @@ def test_force_makes_the_layer_where_the_runtime_shifts(make_case: MakeCase) -> 
     assert case.store.layers() == []
 
 
-def test_mount_programs_layers_are_not_made(make_case: MakeCase) -> None:
-    # fuse-overlayfs would shift a mapped layer once more; so the way out is not to force it.
+def test_force_is_rejected_with_mount_program(make_case: MakeCase) -> None:
+    # fuse-overlayfs would shift a mapped layer a second time, so the reason does not suggest force.
     case = make_case("rootless-fuse")
     assert "force" not in only(case.layer_template())["reason"]
-    refused(case, "fuse-overlayfs", force=True)
+    assert_rejected(case, "fuse-overlayfs", force=True)
 
 
-def test_host_namespace_needs_nothing(case: Case) -> None:
+def test_host_namespace_needs_no_layer(case: Case) -> None:
     before = case.store.snapshot_of_disk()
     result = case.layer_template(userns="host")
     assert (result["changed"], only(result)["action"]) == (False, "not_needed")
-    unchanged(case, before)
+    assert_unchanged(case, before)
 
 
-# Bad input: a clear message each, and nothing changed
+# Invalid input: an error message, and no change
 
 
-def refused(case: Case, *words: str, options: t.Optional[Json] = None, **args: t.Any) -> str:
-    """The module fails, its message has all `words`, in check mode too, and nothing was written."""
+def assert_rejected(
+    case: Case, *parts: str, options: t.Optional[Json] = None, **args: t.Any
+) -> str:
+    """Assert that the module fails with all `parts` in its message, also in check mode, and writes nothing."""
     before = case.store.snapshot_of_disk()
     messages = []
     for check in (False, True):
         settings: Json = {"fails": True, "check": check, **(options or {})}
         result = case.layer_template(options=settings, **args)
         messages.append(str(result["msg"]))
-        for word in words:
-            assert word in messages[-1], messages[-1]
+        for part in parts:
+            assert part in messages[-1], messages[-1]
         assert "Traceback" not in messages[-1]
         assert not result.get("changed")
-    unchanged(case, before)
+    assert_unchanged(case, before)
     assert messages[0] == messages[1]
     return messages[0]
 
@@ -576,18 +578,18 @@ def refused(case: Case, *words: str, options: t.Optional[Json] = None, **args: t
 @pytest.mark.parametrize(
     "reference", ["localhost/never:1", "small:2", "f" * 64, "no spaces please"]
 )
-def test_unknown_image(reference: str, make_case: MakeCase) -> None:
-    refused(make_case("vfs"), reference, images=[reference])
+def test_unknown_image_is_rejected(reference: str, make_case: MakeCase) -> None:
+    assert_rejected(make_case("vfs"), reference, images=[reference])
 
 
-def test_ambiguous_image(lab: Lab, make_store: MakeStore) -> None:
+def test_ambiguous_image_id_is_rejected(lab: Lab, make_store: MakeStore) -> None:
     seen: t.Dict[str, int] = {}
     layers = [images.shell()]
     number, prefix = 0, ""
     while not prefix:
         config = {"Labels": {"number": str(number)}}
         start = images.image_id(layers, config)[:3]
-        # A name would win over an ID; three digits only are none.
+        # Names take precedence over IDs; no image has a name of only three digits.
         if start in seen:
             prefix = start
         else:
@@ -602,11 +604,11 @@ def test_ambiguous_image(lab: Lab, make_store: MakeStore) -> None:
     store = make_store("vfs", *pair)
     ids = [store.image(image.name)["id"] for image in pair]
     assert [identity[:3] for identity in ids] == [prefix, prefix]
-    refused(Case(store, pair[0]), prefix, ids[0][:12], ids[1][:12], images=[prefix])
+    assert_rejected(Case(store, pair[0]), prefix, ids[0][:12], ids[1][:12], images=[prefix])
 
 
 @pytest.mark.parametrize(
-    ("maps", "words"),
+    ("maps", "parts"),
     [
         (["0:abc:1"], ["0:abc:1"]),
         (["-1:100000:10"], ["-1:100000:10"]),
@@ -616,28 +618,30 @@ def test_ambiguous_image(lab: Lab, make_store: MakeStore) -> None:
         (["0:100000:1000", "1000:100500:1000"], ["1000:100500:1000", "overlap"]),
     ],
 )
-def test_bad_map(maps: t.List[str], words: t.List[str], make_case: MakeCase) -> None:
-    refused(make_case("vfs"), *words, uidmap=maps)
+def test_invalid_map_is_rejected(
+    maps: t.List[str], parts: t.List[str], make_case: MakeCase
+) -> None:
+    assert_rejected(make_case("vfs"), *parts, uidmap=maps)
 
 
-def test_map_without_a_size(make_case: MakeCase) -> None:
-    """A range of one ID to the runtimes that know the grammar with flags, a mistake to older ones."""
+def test_map_without_size(make_case: MakeCase) -> None:
+    """Runtimes that support map flags read it as a range of one ID, older runtimes reject it."""
     case = make_case("vfs")
     version = case.store.machine.version("podman")
     if capabilities("podman", version, released_storage("podman", version)).map_flags:
-        made = case.layer_template(uidmap=["0:100000"], unmapped_ids="overflow")
-        assert only(made)["uidmap"] == ["0:100000:1"]
+        result = case.layer_template(uidmap=["0:100000"], unmapped_ids="overflow")
+        assert only(result)["uidmap"] == ["0:100000:1"]
     else:
-        refused(case, "0:100000", uidmap=["0:100000"])
+        assert_rejected(case, "0:100000", uidmap=["0:100000"])
 
 
-def test_userns_that_is_none(make_case: MakeCase) -> None:
+def test_invalid_userns_is_rejected(make_case: MakeCase) -> None:
     case = make_case("rootless-as-root")
-    refused(case, "keep-it", userns="keep-it")
-    refused(case, "uid=x", userns="keep-id:uid=x")
+    assert_rejected(case, "keep-it", userns="keep-it")
+    assert_rejected(case, "uid=x", userns="keep-id:uid=x")
 
 
-def test_two_ways_to_say_it_or_none(make_case: MakeCase) -> None:
+def test_userns_with_uidmap_and_neither_are_rejected(make_case: MakeCase) -> None:
     case = make_case("vfs")
     before = case.store.snapshot_of_disk()
     both = case.layer_template(userns="host", uidmap=[ROOTFUL_MAP], options={"fails": True})
@@ -645,13 +649,15 @@ def test_two_ways_to_say_it_or_none(make_case: MakeCase) -> None:
     bare = {"images": [case.image.name]}
     neither = case.call("layer_template", bare, fails=True)
     assert "uidmap" in neither["msg"]
-    unchanged(case, before)
+    assert_unchanged(case, before)
 
 
 @pytest.mark.parametrize("setup", ["vfs", "overlay-forced"])
-def test_ids_outside_the_map(setup: str, make_case: MakeCase) -> None:
+def test_ids_outside_map_are_rejected_or_mapped_to_overflow(
+    setup: str, make_case: MakeCase
+) -> None:
     case = make_case(setup)
-    message = refused(case, "1000", case.image.name, uidmap=["0:100000:1000"])
+    message = assert_rejected(case, "1000", case.image.name, uidmap=["0:100000:1000"])
     assert "500" not in re.findall(r"\d+", message)
 
     result = case.layer_template(uidmap=["0:100000:1000"], unmapped_ids="overflow")
@@ -664,8 +670,8 @@ def test_ids_outside_the_map(setup: str, make_case: MakeCase) -> None:
         assert os.lstat(tree / "usr/bin/sgid").st_gid == 65534
 
 
-def test_ids_outside_the_map_that_the_record_does_not_name(make_case: MakeCase) -> None:
-    # Old stores have no uidset: what the tree really holds decides.
+def test_ids_outside_map_are_found_in_tree_without_uidset(make_case: MakeCase) -> None:
+    # Records in old stores have no uidset, so the owners of the files decide.
     case = make_case("vfs")
     path = case.store.graphroot / "vfs-layers/layers.json"
     records = json.loads(path.read_text())
@@ -673,37 +679,41 @@ def test_ids_outside_the_map_that_the_record_does_not_name(make_case: MakeCase) 
         record.pop("uidset", None)
         record.pop("gidset", None)
     path.write_text(json.dumps(records))
-    refused(case, "1000", uidmap=["0:100000:1000"])
+    assert_rejected(case, "1000", uidmap=["0:100000:1000"])
 
 
 @pytest.mark.parametrize("kind", ["vfs", "overlay-forced"])
-def test_image_in_a_read_only_store(kind: str, make_store: MakeStore, small_image: Image) -> None:
+def test_image_in_read_only_store_is_rejected(
+    kind: str, make_store: MakeStore, small_image: Image
+) -> None:
     shared = make_store(kind, small_image)
     store = make_store(kind, read_only=[str(shared.graphroot)])
     store.podman("images")
     case = Case(store, small_image)
     before = shared.snapshot_of_disk()
-    refused(case, "read-only", str(shared.graphroot), small_image.name)
+    assert_rejected(case, "read-only", str(shared.graphroot), small_image.name)
     assert before.changes(shared.snapshot_of_disk()) == []
 
 
-def test_wrong_driver(make_case: MakeCase) -> None:
+def test_wrong_driver_is_rejected(make_case: MakeCase) -> None:
     case = make_case("vfs")
-    refused(case, "overlay", "vfs", str(case.store.graphroot), driver="overlay")
+    assert_rejected(case, "overlay", "vfs", str(case.store.graphroot), driver="overlay")
     assert not [p.name for p in case.store.graphroot.iterdir() if p.name.startswith("overlay")]
-    refused(case, "zfs", driver="zfs")
-    refused(case, "tape", driver="tape")
+    assert_rejected(case, "zfs", driver="zfs")
+    assert_rejected(case, "tape", driver="tape")
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_store_that_no_runtime_has_written(there: bool, lab: Lab, make_case: MakeCase) -> None:
+@pytest.mark.parametrize("graphroot_exists", [False, True])
+def test_uninitialized_store_is_rejected(
+    graphroot_exists: bool, lab: Lab, make_case: MakeCase
+) -> None:
     case = make_case("vfs")
-    place = lab.folder()
-    graphroot, runroot = place / "g", place / "r"
-    if there:
+    folder = lab.folder()
+    graphroot, runroot = folder / "g", folder / "r"
+    if graphroot_exists:
         graphroot.mkdir(0o700)
-    refused(case, str(graphroot), graphroot=str(graphroot), runroot=str(runroot))
-    assert sorted(p.name for p in place.rglob("*")) == (["g"] if there else [])
+    assert_rejected(case, str(graphroot), graphroot=str(graphroot), runroot=str(runroot))
+    assert sorted(p.name for p in folder.rglob("*")) == (["g"] if graphroot_exists else [])
 
 
 @pytest.mark.parametrize(
@@ -719,62 +729,66 @@ def test_store_that_no_runtime_has_written(there: bool, lab: Lab, make_case: Mak
         ("containers", "string ID"),
     ],
 )
-def test_broken_json(name: str, damage: str, make_case: MakeCase) -> None:
+def test_damaged_json_is_rejected(name: str, damage: str, make_case: MakeCase) -> None:
     case = make_case("vfs")
     case.create()
     path = case.store.graphroot / f"vfs-{name}" / f"{name}.json"
-    whole = path.read_bytes()
-    records = json.loads(whole)
+    original = path.read_bytes()
+    records = json.loads(original)
     records[0]["id"] = 5
-    broken = {
-        "half": whole[: len(whole) // 2],
-        "garbage": b"\0" * len(whole),
+    contents = {
+        "half": original[: len(original) // 2],
+        "garbage": b"\0" * len(original),
         "object": b'{"id": "x"}',
         "wrong type": json.dumps(records).encode(),
         "string ID": b'["' + b"a" * 64 + b'"]',
         "not UTF-8": b'[{"id": "\xff\xfe"}]',
     }
-    path.write_bytes(broken[damage])
-    refused(case, str(path))
-    path.write_bytes(whole)
+    path.write_bytes(contents[damage])
+    assert_rejected(case, str(path))
+    path.write_bytes(original)
     assert case.layer_template()["changed"] is False
 
 
-def test_unreadable_json(make_case: MakeCase) -> None:
+def test_unreadable_json_is_rejected(make_case: MakeCase) -> None:
     case = make_case("vfs")
     path = case.store.graphroot / "vfs-images/images.json"
     path.unlink()
     path.mkdir()
-    refused(case, str(path))
+    assert_rejected(case, str(path))
 
 
-def test_no_permission(make_case: MakeCase, make_user: t.Callable[..., User]) -> None:
+def test_store_without_permission_is_rejected(
+    make_case: MakeCase, make_user: t.Callable[..., User]
+) -> None:
     case = make_case("vfs")
-    # Let the user find the store, but not open it.
-    refused(case, str(case.store.graphroot), options={"user": make_user()})
+    # The user can find the store, but cannot open it.
+    assert_rejected(case, str(case.store.graphroot), options={"user": make_user()})
 
 
-def test_only_root_works_in_anothers_store(
+def test_only_root_can_use_store_of_other_user(
     make_case: MakeCase, make_user: t.Callable[..., User]
 ) -> None:
     case = make_case("rootless-as-root")
-    refused(case, case.store.user.name if case.store.user else "", options={"user": make_user()})
-    refused(case, "nobody-of-that-name", user="nobody-of-that-name")
+    assert_rejected(
+        case, case.store.user.name if case.store.user else "", options={"user": make_user()}
+    )
+    assert_rejected(case, "nobody-of-that-name", user="nobody-of-that-name")
 
 
 @pytest.mark.parametrize("as_user", [True, False])
-def test_user_without_subordinate_ids(as_user: bool, make_case: MakeCase) -> None:
+def test_user_without_subordinate_ids_is_rejected(as_user: bool, make_case: MakeCase) -> None:
     case = make_case("rootless-as-user" if as_user else "rootless-as-root")
     user, machine = case.store.user, case.store.machine
     assert user is not None
-    # A namespace held by the pause process keeps the ranges that the files no longer give.
+    # The pause process keeps a namespace with ranges that the files no longer contain.
     case.store.lab.kill(user.home)
     machine.path(f"{user.runtime_dir}/libpod/tmp/pause.pid").unlink(missing_ok=True)
     for name in ("subuid", "subgid"):
         path = machine.path(f"/etc/{name}")
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if not line.startswith(f"{user.name}:")))
-    message = refused(case, "/etc/subuid", user.name)
+    message = assert_rejected(case, "/etc/subuid", user.name)
     line = re.search(rf"{user.name}:(\d+):65536", message)
     assert line, message
     taken = [
@@ -787,23 +801,23 @@ def test_user_without_subordinate_ids(as_user: bool, make_case: MakeCase) -> Non
     assert not any(r.start < proposed.stop and proposed.start < r.stop for r in taken)
 
 
-# No space
+# Full filesystem
 
 
-def test_no_room_is_seen_before_the_copy(make_case: MakeCase) -> None:
+def test_missing_space_is_detected_before_copy(make_case: MakeCase) -> None:
     case = make_case("vfs-ext4", mib=64)
     filler = case.store.graphroot.parent / "filler"
     fill(filler, leave=1 << 20)
-    refused(case, "free", "may need", str(case.store.graphroot))
-    facts = case.layer_template(options={"fails": True})
-    # What an earlier call has used and given back may be a few blocks more.
-    assert abs(facts["free"] - (1 << 20)) < 64 << 10
-    assert facts["free"] < facts["needed"]
+    assert_rejected(case, "free", "may need", str(case.store.graphroot))
+    failed = case.layer_template(options={"fails": True})
+    # An earlier call may have changed the free space by a few blocks.
+    assert abs(failed["free"] - (1 << 20)) < 64 << 10
+    assert failed["free"] < failed["needed"]
     filler.unlink()
     assert case.layer_template()["changed"] is True
 
 
-def test_disk_that_fills_up_meanwhile(
+def test_nothing_changes_if_filesystem_fills_up_during_copy(
     make_case: MakeCase, many_files_image: t.Callable[[int], Image]
 ) -> None:
     case = make_case("vfs-ext4", many_files_image(6000), mib=256)
@@ -812,7 +826,7 @@ def test_disk_that_fills_up_meanwhile(
     staging = store.graphroot / "userns-storage" / "staging"
     filler = store.graphroot.parent / "filler"
     process = case.start("layer_template", {"images": [case.image.name], **case.wanted})
-    # Half-way through: the room was enough when it began.
+    # In the middle of the copy: there was enough space at its start.
     wait_until(
         lambda: sum(1 for _path in staging.rglob("*")) >= 500, while_running=process, pause=0.002
     )
@@ -831,7 +845,7 @@ def test_disk_that_fills_up_meanwhile(
 
 
 def fill(path: pathlib.Path, leave: int) -> None:
-    """Take all free bytes of a filesystem but `leave`."""
+    """Use all free bytes of a filesystem except `leave`."""
     with open(path, "wb") as filler:
         size = 0
         step = 64 << 20
@@ -847,10 +861,10 @@ def fill(path: pathlib.Path, leave: int) -> None:
                 size += step
 
 
-# Through Ansible itself
+# In playbooks
 
 
-def test_playbook_runs_it_three_ways(
+def test_playbook_for_rootful_and_rootless_stores(
     make_store: MakeStore,
     small_image: Image,
     run_playbook: t.Callable[..., t.List[Json]],
@@ -861,7 +875,7 @@ def test_playbook_runs_it_three_ways(
     assert user is not None
     name = "userns.storage.layer_template"
     image = {"images": small_image.name}
-    own = {
+    become_task = {
         name: {**image, "userns": "keep-id"},
         "become": True,
         "become_user": user.name,
@@ -870,50 +884,50 @@ def test_playbook_runs_it_three_ways(
     tasks = [
         {name: {**image, **rootful.wanted, **rootful.store.module_args()}},
         {name: {**image, **rootless.wanted, "user": user.name}},
-        own,
+        become_task,
         {name: {**image, "userns": "keep-it", "user": user.name}},
     ]
-    first, second, third, bad = run_playbook(tasks, diff=True)
+    first, second, third, failed = run_playbook(tasks, diff=True)
     assert [first["changed"], second["changed"], third["changed"]] == [True, True, False]
     assert not third.get("failed"), third["msg"]
     assert only(third)["layer_id"] == only(second)["layer_id"]
-    assert bad["failed"]
-    assert "keep-it" in bad["msg"]
+    assert failed["failed"]
+    assert "keep-it" in failed["msg"]
     for case in (rootful, rootless):
         before = case.store.layer_ids()
         case.create()
         assert len(case.store.layer_ids() - before) == 1
 
 
-def test_a_runtime_above_the_ceiling(make_store: MakeStore, small_image: Image) -> None:
-    """A podman that does not exist yet, named by its version: the store is read, and written only when told to."""
+def test_store_is_read_only_for_untested_runtime(make_store: MakeStore, small_image: Image) -> None:
+    """For a future version of podman, the store is only read unless allow_untested_runtime is set."""
     case = Case(make_store("vfs", small_image), small_image)
-    wanted: Json = {"runtime": "podman 99.0"}
+    untested: Json = {"runtime": "podman 99.0"}
     before = case.store.snapshot_of_disk()
     for check in (True, False):
-        refusal = case.layer_template(options={"fails": True, "check": check}, **wanted)
-        assert "newer than this version of the collection was tested with (1.64)" in refusal["msg"]
-        assert "allow_untested_runtime" in refusal["msg"]
+        failed = case.layer_template(options={"fails": True, "check": check}, **untested)
+        assert "newer than this version of the collection was tested with (1.64)" in failed["msg"]
+        assert "allow_untested_runtime" in failed["msg"]
     assert case.call("image_layers_info", {}, check=False)["images"]
     assert before.changes(case.store.snapshot_of_disk()) == []
-    made = case.layer_template(**wanted, allow_untested_runtime=True)
-    assert made["changed"]
+    created = case.layer_template(**untested, allow_untested_runtime=True)
+    assert created["changed"]
     before = case.store.snapshot_of_disk()
     collect = {"max_copies_per_image": 0, "min_age": "0s", "runtime": "podman 99.0"}
-    foreseen = case.call("layer_gc", collect, check=True)
-    assert foreseen["changed"]
-    assert "so the store is read-only for this task" in str(foreseen["warnings"])
-    refusal = case.call("layer_gc", collect, fails=True)
-    assert "so the store is read-only for this task" in refusal["msg"]
+    predicted = case.call("layer_gc", collect, check=True)
+    assert predicted["changed"]
+    assert "so the store is read-only for this task" in str(predicted["warnings"])
+    failed = case.call("layer_gc", collect, fails=True)
+    assert "so the store is read-only for this task" in failed["msg"]
     assert case.mapped() != []
     assert case.call("layer_gc", {**collect, "allow_untested_runtime": True})["changed"]
     assert case.mapped() == []
 
 
-def test_leftovers_under_a_runtime_above_the_ceiling(
+def test_leftovers_are_removed_for_untested_runtime(
     make_store: MakeStore, small_image: Image
 ) -> None:
-    """What lies in our own folder is deleted, what a begun removal needs stays, and nothing else is written."""
+    """Leftovers in our own folder are removed, except those of an interrupted removal; nothing else is written."""
     case = Case(make_store("vfs", small_image), small_image)
     layer_id = only(case.layer_template())["layer_id"]
     own = case.store.graphroot / "userns-storage"
@@ -934,8 +948,8 @@ def test_leftovers_under_a_runtime_above_the_ceiling(
     assert case.mapped() == [layer_id]
 
 
-def test_inside_podman_unshare(make_store: MakeStore, small_image: Image) -> None:
-    """As the become method podman_unshare runs modules: root of the namespace is the user, and so is the store."""
+def test_module_runs_inside_podman_unshare(make_store: MakeStore, small_image: Image) -> None:
+    """The become method podman_unshare runs modules as root of the namespace, which is the user who owns the store."""
     case = Case(make_store("rootless-overlay", small_image), small_image, as_user=True)
     store = case.store
     assert store.user is not None
@@ -952,28 +966,33 @@ def test_inside_podman_unshare(make_store: MakeStore, small_image: Image) -> Non
             prefix=("podman", "unshare"),
         )
 
-    asked = {"images": [small_image.name], "userns": "keep-id"}
-    made = call("layer_template", asked)
-    assert only(made)["action"] == "created"
-    assert made["store"]["graphroot"] == str(store.graphroot)
-    assert made["store"]["rootless"]
-    assert only(made)["uidmap"] == case.map
-    assert only(call("layer_template", {**asked, "user": store.user.name}))["action"] == "existing"
-    # The same from outside, and podman uses it.
+    layer_args = {"images": [small_image.name], "userns": "keep-id"}
+    created = call("layer_template", layer_args)
+    assert only(created)["action"] == "created"
+    assert created["store"]["graphroot"] == str(store.graphroot)
+    assert created["store"]["rootless"]
+    assert only(created)["uidmap"] == case.map
+    assert (
+        only(call("layer_template", {**layer_args, "user": store.user.name}))["action"]
+        == "existing"
+    )
+    # The module finds the layer outside the namespace too, and podman uses it.
     assert only(case.layer_template())["action"] == "existing"
-    assert store.layer(store.container(case.create())["layer"])["parent"] == only(made)["layer_id"]
-    # What root has left there: a file of records, and a folder.
+    assert (
+        store.layer(store.container(case.create())["layer"])["parent"] == only(created)["layer_id"]
+    )
+    # A file of records and a folder that belong to root are reported.
     folder = store.graphroot / "overlay-layers"
     for path, mode in ((folder / "layers.json", 0o600), (folder, 0o700)):
         os.chown(path, 0, 0)
         os.chmod(path, mode)
-        for refusal in (
+        for failed in (
             call("image_layers_info", {}, fails=True),
             case.info(options={"fails": True}),
             Case(store, small_image).info(options={"fails": True}),
             call("layer_gc", {"max_copies_per_image": 0}, fails=True),
         ):
-            assert f"cannot be used by {store.user.name}" in refusal["msg"]
-            assert f"chown -h {store.user.name}:" in refusal["msg"]
-            assert "user: root" not in refusal["msg"]
-            assert "contradict" not in refusal["msg"]
+            assert f"cannot be used by {store.user.name}" in failed["msg"]
+            assert f"chown -h {store.user.name}:" in failed["msg"]
+            assert "user: root" not in failed["msg"]
+            assert "contradict" not in failed["msg"]

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What leaves a mapped container by commit, export, save and push, with the capabilities of its files."""
+"""Test that commit, export, save and push of a mapped container keep the capabilities of files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if t.TYPE_CHECKING:
     from support.lab import Lab
 
 KINDS = ("vfs", "overlay-forced", "btrfs", "rootless-overlay")
-# A program with a capability.
+# A program of the image with a capability.
 PROGRAM = "usr/bin/ping"
-# One that gets its capability in the container.
+# A program that gets its capability in the container.
 NEW = "usr/bin/new"
 SETCAP = "/usr/sbin/setcap"
 HEADER = "SCHILY.xattr.security.capability"
@@ -39,7 +39,7 @@ def receiver() -> t.Iterator[Receiver]:
 
 @pytest.fixture(scope="module")
 def image(lab: Lab) -> images.Image:
-    """The small image with setcap, and the libraries that it needs."""
+    """The small image, setcap, and the libraries that setcap needs."""
     found = subprocess.run(["ldd", SETCAP], capture_output=True, text=True, check=True).stdout
     layer = {"usr/bin/setcap": images.file(pathlib.Path(SETCAP).read_bytes(), 0o755)}
     for path in re.findall(r"(/\S+) \(", found):
@@ -49,8 +49,8 @@ def image(lab: Lab) -> images.Image:
     )
 
 
-def granted(archive: tarfile.TarFile) -> t.Dict[str, bytes]:
-    """The capabilities that an archive gives to its files, as they stand in it."""
+def capabilities_in(archive: tarfile.TarFile) -> t.Dict[str, bytes]:
+    """The capabilities of the files in an archive, in the form of the archive."""
     return {
         item.name.lstrip("./"): item.pax_headers[HEADER].encode("utf-8", "surrogateescape")
         for item in archive
@@ -58,32 +58,36 @@ def granted(archive: tarfile.TarFile) -> t.Dict[str, bytes]:
     }
 
 
-def left(case: Case, receiver: Receiver, name: str, options: t.Sequence[str]) -> t.Dict[str, t.Any]:
-    """What leaves a container that has touched the program, by each way."""
+def run_and_export(
+    case: Case, receiver: Receiver, name: str, options: t.Sequence[str]
+) -> t.Dict[str, t.Any]:
+    """The capabilities and layers in the results of each command, for a container that changed the program."""
     store, scratch = case.store, case.store.base / "tmp"
     script = f"touch -d 2020-01-01 /{PROGRAM}; cp /{PROGRAM} /{NEW}; setcap cap_net_raw+ep /{NEW}"
     command = ["sh", "-c", script]
     identity = store.create(case.image.name, *options, "--user=0", command=command)
     store.podman("start", "-a", identity)
-    made = f"localhost/{name}:1"
-    store.podman("commit", "-q", identity, made)
+    committed = f"localhost/{name}:1"
+    store.podman("commit", "-q", identity, committed)
     store.podman("export", "-o", str(scratch / f"{name}.tar"), identity)
-    store.podman("save", "-q", "--format=oci-archive", "-o", str(scratch / f"{name}.oci"), made)
+    store.podman(
+        "save", "-q", "--format=oci-archive", "-o", str(scratch / f"{name}.oci"), committed
+    )
     target = f"{receiver.address}/{store.base.name}/{name}:1"
-    store.podman("push", "-q", "--tls-verify=false", made, target)
+    store.podman("push", "-q", "--tls-verify=false", committed, target)
     store.podman("push", "-q", "--tls-verify=false", case.image.name, f"{target}.base")
     store.podman("rm", identity)
     path = f"{store.base.name}/{name}:1"
-    *below, top = receiver.layers(path)
+    *lower, top = receiver.layers(path)
     with (
         tarfile.open(scratch / f"{name}.oci") as saved,
         tarfile.open(scratch / f"{name}.tar", errors="surrogateescape") as exported,
     ):
         digests = sorted(item.name for item in saved if item.name.startswith("blobs/"))
         return {
-            "export": granted(exported),
-            "commit": granted(top),
-            "the image's layers": [granted(item) for item in below],
+            "export": capabilities_in(exported),
+            "commit": capabilities_in(top),
+            "the image's layers": [capabilities_in(item) for item in lower],
             "the image itself": receiver.tags[f"{path}.base"],
             "saved layers": len(digests),
         }
@@ -91,7 +95,7 @@ def left(case: Case, receiver: Receiver, name: str, options: t.Sequence[str]) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("release", matrix.RELEASES)
-def test_capabilities_leave_as_from_a_copy_of_podmans_own(
+def test_capabilities_are_the_same_as_with_copy_by_podman(
     release: str,
     kind: str,
     make_case: t.Callable[..., Case],
@@ -102,21 +106,23 @@ def test_capabilities_leave_as_from_a_copy_of_podmans_own(
 ) -> None:
     case = make_case(kind, image, machine=hosts.of_release(lab, release, host))
     store = case.store
-    theirs = left(case, receiver, "podman", case.podman_args)
+    with_podman_layer = run_and_export(case, receiver, "podman", case.podman_args)
     (copied,) = case.mapped()
     store.podman("rmi", "localhost/podman:1")
     store.storage_cli("delete-layer", copied)
-    plain = left(case, receiver, "plain", [])
+    without_userns = run_and_export(case, receiver, "plain", [])
     (entry,) = case.layer_template()["layers"]
-    ours = left(case, receiver, "ours", case.podman_args)
+    with_our_layer = run_and_export(case, receiver, "ours", case.podman_args)
     assert case.mapped() == [entry["layer_id"]]
-    assert ours == theirs
-    # The image and its layers, and the capabilities that came with it, are as without a user namespace.
-    old = capability(CAP_NET_RAW)
-    for way in ("export", "commit"):
-        assert ours[way].pop(PROGRAM) == plain[way].pop(PROGRAM) == old
-        assert plain[way].pop(NEW) == old
-        # Upstream carries the ID outside of the root that has granted it (container-libs 1126).
+    assert with_our_layer == with_podman_layer
+    # The image, its layers and its capabilities are the same as without a user namespace.
+    original = capability(CAP_NET_RAW)
+    for command in ("export", "commit"):
+        assert (
+            with_our_layer[command].pop(PROGRAM) == without_userns[command].pop(PROGRAM) == original
+        )
+        assert without_userns[command].pop(NEW) == original
+        # Upstream keeps the host ID of the root user that set the capability (container-libs 1126).
         first = int(case.map[0].split(":")[1])
-        assert ours[way].pop(NEW) in (old, capability(CAP_NET_RAW, rootid=first))
-    assert ours == plain
+        assert with_our_layer[command].pop(NEW) in (original, capability(CAP_NET_RAW, rootid=first))
+    assert with_our_layer == without_userns
