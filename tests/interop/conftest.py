@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Fixtures for stores that contain the small image, and the summary of the interop matrix."""
+"""Fixtures for stores and for runs of layer_gc, and the summary of the interop matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if t.TYPE_CHECKING:
     from support.cases import Case
     from support.images import Image
     from support.lab import Lab
-    from support.stores import Store
+    from support.stores import Json, Store
 
 
 @pytest.fixture
@@ -42,6 +42,25 @@ def make_case(make_store: t.Callable[..., Store], small_image: Image) -> t.Calla
 def case(request: pytest.FixtureRequest, make_case: t.Callable[..., Case]) -> Case:
     """Each kind of use in SETUPS, with a new store that contains localhost/small:1."""
     return make_case(request.param)
+
+
+@pytest.fixture(scope="session")
+def heavy_image(lab: Lab) -> Image:
+    """Two layers, 30 MB in 63 files; localhost/heavy:1."""
+    from support.unused_layers import build_heavy_image
+
+    return build_heavy_image(lab)
+
+
+@pytest.fixture
+def collect(run_module: t.Callable[..., Json]) -> t.Callable[..., Json]:
+    """Runs layer_gc on a store, by default without a minimum age."""
+
+    def run(store: Store, *, check: bool = False, fails: bool = False, **args: t.Any) -> Json:
+        all_args = {**store.module_args(), "min_age": "0", **args}
+        return run_module("layer_gc", all_args, check=check, fails=fails)
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

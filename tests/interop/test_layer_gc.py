@@ -1,100 +1,37 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Test which layers layer_gc removes and keeps in stores of podman, and how much space this frees."""
+"""Test which mapped layers layer_gc removes and keeps in stores of podman."""
 
 from __future__ import annotations
 
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import time
 import typing as t
 
 import pytest
-from support import images
 from support.images import Image
-from support.lab import Lab
-from support.stores import Store
-from support.waiting import wait_until
+from support.stores import Json, Store
+from support.unused_layers import (
+    KINDS,
+    MAPS,
+    MIB,
+    Collect,
+    assert_store_is_intact,
+    create_unused_layers,
+    edit_records,
+    ids,
+    only,
+    options,
+)
 
 MakeStore = t.Callable[..., Store]
-RunModule = t.Callable[..., t.Dict[str, t.Any]]
-Json = t.Dict[str, t.Any]
-Collect = t.Callable[..., Json]
+RunModule = t.Callable[..., Json]
 
-MAPS = [f"0:{start}:65536" for start in (100000, 200000, 300000, 400000)]
-MIB = 1 << 20
 DAY = 86400
-KINDS = ["vfs", "overlay-forced"]
-
-
-def options(text: str) -> t.List[str]:
-    """podman's options for a map."""
-    return ["--uidmap", text, "--gidmap", text]
-
-
-def only(items: t.List[Json]) -> Json:
-    (item,) = items
-    return item
-
-
-def ids(entries: t.List[Json]) -> t.List[str]:
-    return [entry["id"] for entry in entries]
-
-
-@pytest.fixture(scope="session")
-def heavy_image(lab: Lab) -> Image:
-    """Two layers, 30 MB in 63 files."""
-    data = {"data": images.directory(), "data/large": images.file(os.urandom(20 * MIB))}
-    more = {f"data/{number}": images.file(os.urandom(160 * 1024)) for number in range(62)}
-    return images.build(lab.folder(), [data, more], "localhost/heavy:1")
-
-
-@pytest.fixture
-def collect(run_module: RunModule) -> Collect:
-    """Runs layer_gc on a store, by default without a minimum age."""
-
-    def run(store: Store, *, check: bool = False, fails: bool = False, **args: t.Any) -> Json:
-        all_args = {**store.module_args(), "min_age": "0", **args}
-        return run_module("layer_gc", all_args, check=check, fails=fails)
-
-    return run
-
-
-def create_unused_layers(store: Store, image: Image, *maps: str) -> t.List[str]:
-    """Let podman create mapped layers, and remove the containers; returns the IDs of the layers in order."""
-    before = store.mapped_layers(image.name)
-    for text in maps:
-        store.podman("rm", store.create(image.name, *options(text)))
-    return [
-        mapped_layer
-        for mapped_layer in store.mapped_layers(image.name)
-        if mapped_layer not in before
-    ]
-
-
-def assert_store_is_intact(store: Store, *removed: str) -> None:
-    """podman can list all objects, and the store contains nothing of the removed layers."""
-    store.podman("images", "-a")
-    store.podman("system", "df", "-v")
-    for layer_id in removed:
-        assert store.leftovers(layer_id) == []
-        assert layer_id not in store.layer_ids()
-    trash = store.graphroot / "userns-storage" / "trash"
-    assert not trash.exists() or list(trash.iterdir()) == []
-
-
-def edit(store: Store, kind: str, change: t.Callable[[t.List[Json]], None]) -> None:
-    """Change a file of records, as a killed or faulty program may have done."""
-    path = pathlib.Path(store.graphroot) / f"{store.driver}-{kind}" / f"{kind}.json"
-    before = path.stat()
-    records = json.loads(path.read_text())
-    change(records)
-    path.write_text(json.dumps(records))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def set_ledger(store: Store, seconds: float, unused: t.Dict[str, float]) -> None:
@@ -105,14 +42,6 @@ def set_ledger(store: Store, seconds: float, unused: t.Dict[str, float]) -> None
     for layer_id, duration in unused.items():
         content["layers"][layer_id]["idle_from"] = seconds - duration
     path.write_text(json.dumps(content))
-
-
-def map_unmapped_owners(store: Store, layer_id: str, start: int) -> None:
-    """Map the owners that old versions of podman do not map: those of directories with one letter."""
-    for path in pathlib.Path(store.layer_folder(layer_id)).rglob("*"):
-        status = path.lstat()
-        if status.st_uid < start and path.name not in ("diff", "diff1", "work", "merged", "link"):
-            os.chown(path, start + status.st_uid, start + status.st_gid, follow_symlinks=False)
 
 
 class TestRules:
@@ -274,7 +203,7 @@ class TestRules:
                 if record["id"] == second:
                     record["uidmap"] = record["gidmap"] = maps[first]
 
-        edit(store, "layers", make_maps_equal)
+        edit_records(store, "layers", make_maps_equal)
         result = collect(store, duplicates=True)
         assert ids(result["removed"]) == [second]
         assert first in only(result["removed"])["reason"]
@@ -407,272 +336,6 @@ class TestSharedStores:
         reader.podman("umount", "far")
         # With shared=false the rules apply.
         assert ids(collect(shared, **self.RULES, shared=False)["removed"]) == [layer]
-
-
-class TestSpace:
-    @pytest.mark.parametrize("data", ["as it was made", "rewritten"])
-    @pytest.mark.parametrize("kind", ["overlay-ext4", "overlay-xfs", "vfs-xfs", "btrfs"])
-    def test_exclusive_size_equals_increase_of_free_space(
-        self,
-        kind: str,
-        data: str,
-        make_store: MakeStore,
-        collect: Collect,
-        run_module: RunModule,
-        heavy_image: Image,
-    ) -> None:
-        store = make_store(kind, heavy_image)
-        run_module(
-            "layer_template",
-            {
-                **store.module_args(),
-                "images": [heavy_image.name],
-                "uidmap": [MAPS[0]],
-            },
-            environ=store.env(),
-        )
-        if data == "rewritten":
-            # The layer then shares no data.
-            for path in store.layer_folder(store.mapped_layers(heavy_image.name)[0]).rglob("*"):
-                if path.is_file() and path.stat().st_size > 100_000:
-                    path.write_bytes(path.read_bytes())
-        collect(store)
-        report = run_module("image_layers_info", {**store.module_args(), "measure": "exclusive"})
-        layer = report["images"][0]["mapped_layers"][0]
-        assert report["totals"]["reclaimable"] == layer["size_exclusive"]
-        before = free_bytes(store)
-        result = collect(store, max_copies_per_image=0)
-        increase = free_bytes(store) - before
-        tolerance = 0.02 * layer["size_apparent"]
-        assert only(result["removed"])["size"] == layer["size_exclusive"]
-        assert abs(increase - layer["size_exclusive"]) <= tolerance, (increase, layer)
-        assert abs(increase - result["space_reclaimed"]) <= tolerance
-        if data == "rewritten" or kind == "overlay-ext4":
-            assert increase > 29 * MIB
-        else:
-            assert increase < 3 * MIB
-        assert_store_is_intact(store)
-
-    def test_copies_by_podman_are_measured(
-        self, make_store: MakeStore, collect: Collect, heavy_image: Image
-    ) -> None:
-        store = make_store("overlay-ext4", heavy_image)
-        create_unused_layers(store, heavy_image, *MAPS[:2])
-        # The first run creates the ledger.
-        collect(store)
-        before, inodes = free_bytes(store), free_inodes(store)
-        result = collect(store, max_copies_per_image=0)
-        increase = free_bytes(store) - before
-        assert sum(item["size"] for item in result["removed"]) == pytest.approx(increase, rel=0.02)
-        assert result["space_reclaimed"] == pytest.approx(increase, rel=0.02)
-        assert result["inodes_reclaimed"] == free_inodes(store) - inodes
-        assert sum(item["inodes"] for item in result["removed"]) == pytest.approx(
-            result["inodes_reclaimed"], abs=6
-        )
-
-    def test_e12_metacopy_layer_is_removed_and_template_kept(
-        self, make_store: MakeStore, collect: Collect, heavy_image: Image
-    ) -> None:
-        store = make_store("overlay-forced", heavy_image, options={"mountopt": "nodev,metacopy=on"})
-        (unused,) = create_unused_layers(store, heavy_image, MAPS[0])
-        result = collect(store, max_copies_per_image=0)
-        assert ids(result["removed"]) == [unused]
-        assert only(result["removed"])["size"] < 2 * MIB
-        assert_store_is_intact(store, unused)
-        store.create(heavy_image.name, *options(MAPS[0]))
-
-    def test_space_rules_stop_at_target(
-        self, make_store: MakeStore, collect: Collect, heavy_image: Image
-    ) -> None:
-        store = make_store("overlay-ext4", heavy_image)
-        create_unused_layers(store, heavy_image, *MAPS)
-        result = collect(store, check=True, max_used_space="70MiB")
-        assert len(result["removed"]) == 2
-        assert result["target_met"] is True
-        total = os.statvfs(store.graphroot)
-        target = total.f_bavail * total.f_frsize + 40 * MIB
-        result = collect(store, min_free_space=str(target))
-        assert len(result["removed"]) == 2
-        assert result["target_met"] is True
-        assert collect(store, min_free_space=str(target))["changed"] is False
-
-    def test_unreachable_target_is_reported(
-        self, make_store: MakeStore, run_module: RunModule, small_image: Image
-    ) -> None:
-        store = make_store("vfs", small_image)
-        store.create(small_image.name, "--name", "k", *options(MAPS[0]))
-        result = run_module(
-            "layer_gc", {**store.module_args(), "min_age": "0", "max_used_space": "1MiB"}
-        )
-        assert result["changed"] is False
-        assert result["target_met"] is False
-        assert "max_used_space" in str(result["warnings"])
-
-
-def free_bytes(store: Store) -> int:
-    """Free bytes of the store's filesystem, after it has freed all deleted files."""
-    seen: t.List[int] = []
-
-    def at_rest() -> bool:
-        if store.driver == "btrfs":
-            subprocess.run(
-                ["btrfs", "subvolume", "sync", str(store.graphroot)],
-                check=True,
-                capture_output=True,
-            )
-        subprocess.run(["sync", "-f", str(store.graphroot)], check=True)
-        found = os.statvfs(store.graphroot)
-        seen.append(found.f_bfree * found.f_frsize)
-        return len(seen) > 4 and len(set(seen[-5:])) == 1
-
-    wait_until(at_rest, describe=lambda: f"the free space still changes: {seen}", pause=0.3)
-    return seen[-1]
-
-
-def free_inodes(store: Store) -> int:
-    return os.statvfs(store.graphroot).f_ffree
-
-
-class TestRepair:
-    @pytest.fixture(params=KINDS)
-    def damaged(
-        self, request: pytest.FixtureRequest, make_store: MakeStore, small_image: Image
-    ) -> t.Tuple[Store, str, str]:
-        """A store with two mapped layers of one image, and without containers."""
-        store = make_store(request.param, small_image)
-        first, second = create_unused_layers(store, small_image, *MAPS[:2])
-        for layer_id, text in ((first, MAPS[0]), (second, MAPS[1])):
-            map_unmapped_owners(store, layer_id, int(text.split(":")[1]))
-        return store, first, second
-
-    def test_mapped_layer_without_record_is_removed_from_image(
-        self, damaged: t.Tuple[Store, str, str], collect: Collect, small_image: Image
-    ) -> None:
-        store, first, second = damaged
-        store.storage_cli("delete", first)
-        store.assert_image_is_not_listed(small_image.name)
-        report = collect(store)
-        assert report["changed"] is False
-        finding = only(report["findings"])
-        assert (finding["kind"], finding["id"]) == ("entry", first)
-        assert "broken=repair" in finding["reason"]
-        predicted = collect(store, check=True, broken="repair")
-        result = collect(store, broken="repair")
-        assert ids(predicted["repaired"]) == ids(result["repaired"]) == [first]
-        assert result["changed"] is True
-        assert store.mapped_layers(small_image.name) == [second]
-        assert_store_is_intact(store, first)
-        assert collect(store, broken="repair")["changed"] is False
-
-    def test_record_without_data_is_removed(
-        self, damaged: t.Tuple[Store, str, str], collect: Collect, small_image: Image
-    ) -> None:
-        store, first, second = damaged
-        shutil.rmtree(store.layer_folder(first))
-        assert store.podman("create", *options(MAPS[0]), small_image.name, check=False).rc != 0
-        result = collect(store, broken="repair")
-        assert [(item["kind"], item["id"]) for item in result["repaired"]] == [("missing", first)]
-        assert_store_is_intact(store)
-        assert store.mapped_layers(small_image.name) == [second]
-        store.create(small_image.name, *options(MAPS[0]))
-
-    def test_copy_with_unmapped_owners_is_removed(
-        self, make_store: MakeStore, collect: Collect, small_image: Image
-    ) -> None:
-        store = make_store("overlay-forced", small_image)
-        (first,) = create_unused_layers(store, small_image, MAPS[0])
-        assert collect(store)["findings"] == []
-        store.forget_owners(first)
-        result = collect(store, broken="repair")
-        assert [(item["kind"], item["id"]) for item in result["repaired"]] == [("damaged", first)]
-        assert_store_is_intact(store)
-        assert store.mapped_layers(small_image.name) == []
-
-    def test_incomplete_layer_is_removed(
-        self, damaged: t.Tuple[Store, str, str], collect: Collect
-    ) -> None:
-        store, first, _second = damaged
-
-        def mark_incomplete(records: t.List[Json]) -> None:
-            for record in records:
-                if record["id"] == first:
-                    record["flags"] = {"incomplete": True}
-
-        edit(store, "layers", mark_incomplete)
-        result = collect(store, broken="repair")
-        assert [(item["kind"], item["id"]) for item in result["repaired"]] == [
-            ("incomplete", first)
-        ]
-        assert_store_is_intact(store, first)
-
-    def test_damaged_image_layer_is_kept(
-        self, damaged: t.Tuple[Store, str, str], collect: Collect, small_image: Image
-    ) -> None:
-        store, _first, _second = damaged
-        own = store.image(small_image.name)["layer"]
-        shutil.rmtree(store.layer_folder(own))
-        result = collect(store, broken="repair", orphans="remove")
-        assert own in store.layer_ids()
-        assert own not in ids(result["repaired"])
-
-    def test_old_directories_and_links_without_record_are_removed(
-        self, damaged: t.Tuple[Store, str, str], run_module: RunModule
-    ) -> None:
-        store, first, second = damaged
-        stray = store.layer_folder("e" * 64)
-        (stray / "diff").mkdir(parents=True)
-        (stray / "diff" / "file").write_bytes(b"x" * 50_000)
-        if store.driver == "overlay":
-            (store.graphroot / "overlay" / "l" / ("A" * 26)).symlink_to(f"../{'d' * 64}/diff")
-        args = {**store.module_args(), "orphans": "remove"}
-        young = run_module("layer_gc", args)
-        assert young["changed"] is False
-        assert {item["rule"] for item in young["findings"]} == {"min_age"}
-        result = run_module("layer_gc", {**args, "min_age": "0"})
-        kinds = sorted(item["kind"] for item in result["repaired"])
-        assert kinds == (["directory", "link"] if store.driver == "overlay" else ["directory"])
-        assert not stray.exists()
-        assert sorted(item["id"] for item in result["kept"]) == sorted([first, second])
-        assert_store_is_intact(store)
-        assert run_module("layer_gc", {**args, "min_age": "0"})["changed"] is False
-
-    def test_old_mapped_layer_without_image_is_removed(
-        self, damaged: t.Tuple[Store, str, str], collect: Collect
-    ) -> None:
-        store, first, second = damaged
-
-        def forget(records: t.List[Json]) -> None:
-            records[0]["mapped-layers"] = [second]
-
-        edit(store, "images", forget)
-        young = collect(store, orphans="remove")
-        assert young["changed"] is False
-        assert only(young["findings"])["rule"] == "min_age"
-
-        def age(records: t.List[Json]) -> None:
-            for record in records:
-                record["created"] = "2021-01-01T00:00:00Z"
-
-        edit(store, "layers", age)
-        result = collect(store, orphans="remove")
-        assert [(item["kind"], item["id"]) for item in result["repaired"]] == [
-            ("unreferenced", first)
-        ]
-        assert_store_is_intact(store, first)
-
-    def test_leftovers_of_killed_run_are_removed_if_a_rule_is_set(
-        self, damaged: t.Tuple[Store, str, str], collect: Collect
-    ) -> None:
-        store, _first, _second = damaged
-        for kind in ("staging", "trash"):
-            leftover = store.graphroot / "userns-storage" / kind / "old"
-            leftover.mkdir(parents=True)
-            (leftover / "file").write_bytes(b"x" * 50_000)
-        report = collect(store)
-        assert [item["kind"] for item in report["findings"]] == ["staging", "trash"]
-        result = collect(store, unused_for="4w")
-        assert [item["kind"] for item in result["repaired"]] == ["staging", "trash"]
-        assert collect(store, unused_for="4w")["changed"] is False
 
 
 class TestFailure:
