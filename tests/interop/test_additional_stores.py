@@ -87,18 +87,18 @@ def test_container_uses_mapped_layer_of_read_only_store(
 @pytest.fixture
 def etc(lab: Lab) -> t.Iterator[t.Callable[[str, str], pathlib.Path]]:
     """Writes files below /etc of the laboratory, and removes them at teardown."""
-    made: t.List[pathlib.Path] = []
+    written: t.List[pathlib.Path] = []
 
     def write(name: str, text: str) -> pathlib.Path:
         path = lab.machine.path(f"/etc/{name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         assert not path.exists()
         path.write_text(text)
-        made.append(path)
+        written.append(path)
         return pathlib.Path("/etc", name)
 
     yield write
-    for path in made:
+    for path in written:
         path.unlink()
 
 

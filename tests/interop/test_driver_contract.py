@@ -152,7 +152,7 @@ def read_layers(place: Place, name: str, chain: t.List[str]) -> None:
             assert os.stat(NOTES, dir_fd=root).st_uid == OWNER
             names = {*os.listdir(root), ""}
         assert {item for item, _uid, _gid in driver.top_owners(chain)} == names
-        # Reading a layer does not change the traces, which would look like the creation of a container.
+        # Reading does not change the traces: a changed trace means that a container was created.
         assert {key: trace.value for key, trace in driver.traces(chain).items()} == {
             key: trace.value for key, trace in traces.items()
         }

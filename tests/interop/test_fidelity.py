@@ -202,8 +202,8 @@ CHECKED = [
     [
         (suite, kind, options)
         for number, suite in enumerate(SUITES)
-        for place, (kind, options) in enumerate(CHECKED)
-        if suite == SUITES[-1] or place % 2 == number
+        for index, (kind, options) in enumerate(CHECKED)
+        if suite == SUITES[-1] or index % 2 == number
     ],
 )
 def test_full_check_finds_no_damage(

@@ -136,7 +136,7 @@ def _assert_push_has_original_layers(store: Store, image: Image) -> None:
     assert expected <= pushed
 
 
-def _on_one_base(lab: Lab) -> t.Tuple[Image, Image]:
+def _images_with_shared_base(lab: Lab) -> t.Tuple[Image, Image]:
     """Two images that share a layer."""
     base: images.Layer = {**images.shell(), "etc": images.directory(), "etc/a": images.file("a")}
     first, second = (
@@ -174,21 +174,21 @@ class TestRefusal:
     def test_images_with_shared_layers_are_converted_only_together(
         self, base_and_two: t.Tuple[Store, t.List[str]]
     ) -> None:
-        store, (base, one, two) = base_and_two
+        store, (base, first, second) = base_and_two
         before = store.layers()
-        failed = convert(store, [one], [MAP])
+        failed = convert(store, [first], [MAP])
         assert failed["kind"] == "LayerInUse"
-        assert {base in failed["msg"], two in failed["msg"]} == {True}
-        assert convert(store, [base, one], [MAP], check=True)["kind"] == "LayerInUse"
+        assert {base in failed["msg"], second in failed["msg"]} == {True}
+        assert convert(store, [base, first], [MAP], check=True)["kind"] == "LayerInUse"
         assert store.layers() == before
-        converted = convert(store, [base, one, two], [MAP])
+        converted = convert(store, [base, first, second], [MAP])
         assert set(converted["layers"]) == store.layer_ids()
         assert {item for layer in store.layers() for item in texts(layer, "uidmap")} == {MAP}
-        for name in (base, one, two):
+        for name in (base, first, second):
             store.podman("rm", store.create(name, *options(store)))
         assert set(converted["layers"]) == store.layer_ids()
         # The image and its base already have the map.
-        assert convert(store, [one], [MAP])["layers"] == []
+        assert convert(store, [first], [MAP])["layers"] == []
 
     @pytest.mark.parametrize("container_kind", ["podman", "buildah", "other map"])
     def test_image_with_containers_is_refused(
@@ -266,17 +266,17 @@ class TestRefusal:
         self, other: str, lab: Lab, make_store: MakeStore
     ) -> None:
         """A runtime mounts the layers of this store for the images of both stores."""
-        one, two = _on_one_base(lab)
-        below = make_store("overlay-forced", one if other == "mapped layer" else two)
+        first, second = _images_with_shared_base(lab)
+        below = make_store("overlay-forced", first if other == "mapped layer" else second)
         if other == "mapped layer":
-            below.podman("rm", below.create(one.name, *options(below)))
+            below.podman("rm", below.create(first.name, *options(below)))
         # A mapped layer in the additional store belongs to the image itself.
-        name = one.name if other == "mapped layer" else two.name
-        store = make_store("overlay-forced", one)
+        name = first.name if other == "mapped layer" else second.name
+        store = make_store("overlay-forced", first)
         store.add_read_only(below.graphroot)
         before = store.snapshot_of_disk()
         for check in (True, False):
-            failed = convert(store, [one.name], [MAP], check=check)
+            failed = convert(store, [first.name], [MAP], check=check)
             assert failed["kind"] == "LayerInUse", failed
             assert str(below.graphroot) in failed["msg"]
             assert name in failed["msg"]
@@ -293,12 +293,12 @@ class TestRefusal:
     ) -> None:
         """The reason for the refusal: containers/storage 1.63 and later mount this store's layers for both images."""
         machine = hosts.of_release(lab, release, host)
-        one, two = _on_one_base(lab)
-        below = make_store("overlay-forced", two, machine=machine)
-        store = make_store("overlay-forced", one, machine=machine)
-        assert convert(store, [one.name], [MAP])["changed"]
+        first, second = _images_with_shared_base(lab)
+        below = make_store("overlay-forced", second, machine=machine)
+        store = make_store("overlay-forced", first, machine=machine)
+        assert convert(store, [first.name], [MAP])["changed"]
         store.add_read_only(below.graphroot)
-        assert store.run(two.name, "stat", "-c", "%u", "/etc/a", "/etc/two").split() == [
+        assert store.run(second.name, "stat", "-c", "%u", "/etc/a", "/etc/two").split() == [
             str(owner),
             "0",
         ]
@@ -413,25 +413,25 @@ class TestModule:
         self, lab: Lab, make_store: MakeStore, declare: t.Callable[..., Json]
     ) -> None:
         base: images.Layer = {**images.shell(), "etc": images.directory()}
-        one, two = (
+        first, second = (
             images.build(
                 lab.folder(), [base, {f"etc/{name}": images.file(name)}], f"localhost/{name}:1"
             )
             for name in ("one", "two")
         )
-        store = make_store("vfs", one)
-        failed = declare(store, two.name, source=two.source, fails=True)
-        assert one.name in failed["msg"], failed
-        result = declare(store, one.name, convert=True, source=one.source)
+        store = make_store("vfs", first)
+        failed = declare(store, second.name, source=second.source, fails=True)
+        assert first.name in failed["msg"], failed
+        result = declare(store, first.name, convert=True, source=first.source)
         assert result["actions"] == ["converted"]
-        pulled = declare(store, two.name, convert=True, source=two.source)
+        pulled = declare(store, second.name, convert=True, source=second.source)
         assert (pulled["actions"], pulled["conversions"]) == (["pulled"], [])
         failed = declare(
-            store, one.name, convert=True, uidmap=None, gidmap=None, userns="host", fails=True
+            store, first.name, convert=True, uidmap=None, gidmap=None, userns="host", fails=True
         )
-        assert two.name in failed["msg"], failed
+        assert second.name in failed["msg"], failed
         both = declare(
-            store, one.name, two.name, convert=True, uidmap=None, gidmap=None, userns="host"
+            store, first.name, second.name, convert=True, uidmap=None, gidmap=None, userns="host"
         )
         assert both["actions"] == ["converted", "converted"]
         assert len(both["conversions"]) == 1

@@ -260,9 +260,9 @@ class TestAbsent:
         self, lab: Lab, make_store: MakeStore, declare: Declare
     ) -> None:
         base: images.Layer = {"base": images.file("b" * 5000)}
-        one = images.build(lab.folder(), [base, {"one": images.file("1")}], "localhost/one:1")
-        two = images.build(lab.folder(), [base, {"two": images.file("2")}], "localhost/two:1")
-        store = make_store("overlay-forced", one, two)
+        first = images.build(lab.folder(), [base, {"one": images.file("1")}], "localhost/one:1")
+        second = images.build(lab.folder(), [base, {"two": images.file("2")}], "localhost/two:1")
+        store = make_store("overlay-forced", first, second)
         assert len(store.layer_ids()) == 3
         result = declare(store, image="localhost/one:1", state="absent")
         assert len(result["removed_layers"]) == 1

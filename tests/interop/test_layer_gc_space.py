@@ -53,7 +53,7 @@ def free_inodes(store: Store) -> int:
 
 
 class TestSpace:
-    @pytest.mark.parametrize("data", ["as it was made", "rewritten"])
+    @pytest.mark.parametrize("data", ["original", "rewritten"])
     @pytest.mark.parametrize("kind", ["overlay-ext4", "overlay-xfs", "vfs-xfs", "btrfs"])
     def test_exclusive_size_equals_increase_of_free_space(
         self,

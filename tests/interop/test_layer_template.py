@@ -90,21 +90,21 @@ def test_podman_uses_our_layer(case: Case) -> None:
 def test_record_equals_record_of_runtime(case: Case) -> None:
     store = case.store
     layer_id = only(case.layer_template())["layer_id"]
-    ours, template = store.layer(layer_id), store.layer(case.template())
+    record, template = store.layer(layer_id), store.layer(case.template())
     copied = (
         *("parent", "metadata", "mountlabel", "compressed-diff-digest", "compressed-size"),
         *("diff-digest", "diff-size", "toc-digest", "compression", "uidset", "gidset"),
     )
     for field in copied:
-        assert ours.get(field) == template.get(field), field
+        assert record.get(field) == template.get(field), field
     map_entries = [
         dict(zip(("container_id", "host_id", "size"), map(int, m.split(":")))) for m in case.map
     ]
-    assert ours["uidmap"] == map_entries
-    assert ours["gidmap"] == map_entries
-    assert "names" not in ours
-    assert not (ours.get("flags") or {}).get("incomplete")
-    assert ours["created"] > template["created"]
+    assert record["uidmap"] == map_entries
+    assert record["gidmap"] == map_entries
+    assert "names" not in record
+    assert not (record.get("flags") or {}).get("incomplete")
+    assert record["created"] > template["created"]
     folder = store.graphroot / f"{store.driver}-layers"
     tar_split = folder / f"{layer_id}.tar-split.gz"
     assert tar_split.read_bytes() == (folder / f"{template['id']}.tar-split.gz").read_bytes()
@@ -266,15 +266,15 @@ def test_first_container_adds_no_more_files_than_second(
     """It adds its own layer with as many files as the second container, and does not change our layer."""
     case = make_case(setup, many_files_image(500))
     case.layer_template()
-    (ours,) = case.mapped()
-    folder = case.store.layer_folder(ours)
+    (layer_id,) = case.mapped()
+    folder = case.store.layer_folder(layer_id)
     before = disk_state(folder)
     added: t.List[int] = []
     for _container in range(2):
         layers, paths = case.store.layer_ids(), set(disk_state(case.store.graphroot).entries)
         own = case.store.container(case.create())["layer"]
         assert case.store.layer_ids() - layers == {own}
-        assert case.store.layer(own)["parent"] == ours
+        assert case.store.layer(own)["parent"] == layer_id
         new = set(disk_state(case.store.layer_folder(own)).entries) - paths
         added.append(len(new))
     # vfs copies the whole layer for each container, overlay creates a few empty folders.
@@ -282,7 +282,7 @@ def test_first_container_adds_no_more_files_than_second(
     assert (added[0] > 500) == (case.store.driver == "vfs")
     changed = [line for line in before.changes(disk_state(folder)) if "/merged" not in line]
     assert changed == []
-    assert case.mapped() == [ours]
+    assert case.mapped() == [layer_id]
 
 
 # Repeated runs
@@ -352,8 +352,8 @@ def test_removal_of_image_removes_our_files(case: Case) -> None:
     assert [p.name for p in folder.iterdir() if re.fullmatch("[0-9a-f]{64}", p.name)] == []
     if store.driver == "overlay":
         assert list((folder / "l").iterdir()) == []
-    ours = store.graphroot / "userns-storage"
-    assert [*ours.glob("staging/*"), *ours.glob("trash/*")] == []
+    own_folder = store.graphroot / "userns-storage"
+    assert [*own_folder.glob("staging/*"), *own_folder.glob("trash/*")] == []
     case.assert_podman_is_well()
 
 
