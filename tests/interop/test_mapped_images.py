@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Images whose own layers carry a map: pulled by image_layers, used by the real podman and buildah."""
+"""Test images whose own layers carry a map: image_layers pulls them, podman and buildah use them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Json = t.Dict[str, t.Any]
 MakeCase = t.Callable[..., Case]
 
 NAME = "localhost/app:1"
-# Its first version with `podman system check`.
-CHECKS = (5, 4)
+# podman has `podman system check` since this version.
+CHECK_COMMAND_SINCE = (5, 4)
 PLAIN: t.List[str] = []
 
 
@@ -40,14 +40,14 @@ def only(items: t.Sequence[Json]) -> Json:
 
 
 def maps(record: Json, key: str = "uidmap") -> t.List[str]:
-    """A record's map as the modules write it."""
+    """The map of a record, in the form of the modules' results."""
     return [
         f"{part['container_id']}:{part['host_id']}:{part['size']}" for part in record.get(key) or ()
     ]
 
 
 def chain(store: Store, name: str) -> t.List[Json]:
-    """Records of an image's own layers, top first."""
+    """The records of an image's own layers, from the top."""
     found, layer_id = [], store.image(name)["layer"]
     while layer_id:
         found.append(store.layer(layer_id))
@@ -55,23 +55,23 @@ def chain(store: Store, name: str) -> t.List[Json]:
     return found
 
 
-def emptied(case: Case) -> Case:
-    """The case with a store that was written and has no images; its image is to be pulled."""
+def without_images(case: Case) -> Case:
+    """Remove the image from the case's store, so that a test can pull it."""
     case.store.podman("rmi", case.image.name)
     case.image = dataclasses.replace(case.image, name=NAME)
     return case
 
 
 def pull(case: Case, **args: t.Any) -> Json:
-    """image_layers for the case's namespace."""
+    """Run image_layers for the case's namespace."""
     options = args.pop("options", {})
-    asked = {"image": NAME, "source": case.image.source, **case.wanted, **args}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    return case.call("image_layers", asked, **options)
+    module_args = {"image": NAME, "source": case.image.source, **case.wanted, **args}
+    module_args = {key: value for key, value in module_args.items() if value is not None}
+    return case.call("image_layers", module_args, **options)
 
 
-def used(case: Case) -> int:
-    """Bytes on disk of the store: what its own filesystem has given away, or what its files take."""
+def disk_usage(case: Case) -> int:
+    """Bytes that the store uses: the used space of its btrfs filesystem, or the disk usage of its files."""
     local, graphroot = case.store.lab.local, str(case.store.graphroot)
     if case.store.driver == "btrfs":
         local.run(["btrfs", "filesystem", "sync", graphroot])
@@ -80,16 +80,16 @@ def used(case: Case) -> int:
     return int(local.run(["du", "-s", "-B1", graphroot]).stdout.split()[0])
 
 
-def assert_checks(store: Store) -> None:
-    """The runtimes' own checks find nothing."""
-    if store.machine.version("podman") >= CHECKS:
-        for run, words in ((store.podman, ("system", "check")), (store.storage_cli, ("check",))):
-            checked = run(*words, check=False)
+def assert_runtime_checks_pass(store: Store) -> None:
+    """Assert that `podman system check` and `containers-storage check` report no error."""
+    if store.machine.version("podman") >= CHECK_COMMAND_SINCE:
+        for run, args in ((store.podman, ("system", "check")), (store.storage_cli, ("check",))):
+            checked = run(*args, check=False)
             assert checked.rc == 0, checked
 
 
-def files(store: Store, folder: pathlib.Path) -> t.Dict[str, str]:
-    """What podman pushes of the image: names and SHA-256 of its manifest, configuration and layers."""
+def exported_files(store: Store, folder: pathlib.Path) -> t.Dict[str, str]:
+    """Names and SHA-256 of the manifest, configuration and layers that podman pushes and saves."""
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
     store.podman("push", "-q", NAME, f"dir:{folder}/pushed")
@@ -101,8 +101,8 @@ def files(store: Store, folder: pathlib.Path) -> t.Dict[str, str]:
     }
 
 
-def owners(store: Store, name: str, folder: pathlib.Path) -> t.List[t.Tuple[t.Any, ...]]:
-    """The entries of an image's top layer, as they leave the store."""
+def exported_owners(store: Store, name: str, folder: pathlib.Path) -> t.List[t.Tuple[t.Any, ...]]:
+    """The entries of an image's top layer in an exported archive."""
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
     store.skopeo("copy", "-q", f"containers-storage:{name}", f"dir:{folder}/image")
@@ -113,7 +113,7 @@ def owners(store: Store, name: str, folder: pathlib.Path) -> t.List[t.Tuple[t.An
 
 
 def large(lab: Lab) -> Image:
-    """The small image with eight megabytes more, so that a container's own files are a small part of it."""
+    """The small image and another layer of 8 MiB, so that a container's own files are small compared with the image."""
     more: images.Layer = {"data": images.file(os.urandom(8 << 20), uid=1000, gid=1000)}
     return images.build(lab.folder(), [*images.small_layers(), more], "localhost/large:1")
 
@@ -131,27 +131,26 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("release", "kind"), COMBINATIONS)
-def test_containers_start_on_the_images_own_layers(
+def test_containers_use_own_layers_of_mapped_image(
     release: str, kind: str, make_case: MakeCase, lab: Lab, host: t.Callable[[str], Host]
 ) -> None:
     machine = hosts.of_release(lab, release, host)
-    case = emptied(make_case(kind, large(lab), machine=machine))
+    case = without_images(make_case(kind, large(lab), machine=machine))
     case.as_user = case.keep_id and release == "sid"
     store = case.store
 
     before = store.snapshot_of_disk()
-    foreseen = pull(case, options={"check": True, "diff": True})
+    predicted = pull(case, options={"check": True, "diff": True})
     assert before.changes(store.snapshot_of_disk()) == []
-    empty = used(case)
+    empty = disk_usage(case)
     done = pull(case, options={"diff": True})
-    for result in (foreseen, done):
+    for result in (predicted, done):
         assert (result["changed"], result["actions"]) == (True, ["pulled"])
         entry = only(result["mappings"])
         assert (entry["status"], entry["uidmap"], entry["gidmap"]) == ("mapped", case.map, case.map)
         assert entry["image_id"] == only(store.images())["id"]
-    assert foreseen["diff"] == done["diff"]
-    assert (foreseen["images"], foreseen["mappings"][0]["layers"]) == ([], [])
-    # By the records, and by the names that are asked for.
+    assert predicted["diff"] == done["diff"]
+    assert (predicted["images"], predicted["mappings"][0]["layers"]) == ([], [])
     own = chain(store, NAME)
     assert len(own) == 5
     assert {tuple(maps(layer, key)) for layer in own for key in ("uidmap", "gidmap")} == {
@@ -159,23 +158,23 @@ def test_containers_start_on_the_images_own_layers(
     }
     assert only(store.images())["names"] == [NAME]
     assert only(done["images"])["uidmap"] == case.map
-    image_size = used(case) - empty
+    image_size = disk_usage(case) - empty
 
-    # A container adds nothing but its own layer.
+    # A container adds only its own layer.
     container = store.container(case.create("--name=kept"))
     assert store.layer_ids() - {layer["id"] for layer in own} == {container["layer"]}
     assert store.layer(container["layer"])["parent"] == own[0]["id"]
     if store.driver != "vfs":
-        # vfs copies the whole image into the layer of each container, with every map and without.
-        assert used(case) - empty <= image_size * 1.02
+        # vfs copies the whole image into the layer of each container, with or without a map.
+        assert disk_usage(case) - empty <= image_size * 1.02
     assert case.shell("cat /etc/motd; stat -c %u:%g /home/user /data") == (
         "second\n1000:1000\n1000:1000\n"
     )
     assert case.mapped() == []
-    assert_checks(store)
+    assert_runtime_checks_pass(store)
     case.assert_podman_is_well()
 
-    # layer_template has nothing to do, and a second task neither.
+    # layer_template and a second image_layers task change nothing.
     entry = only(case.layer_template()["layers"])
     assert (entry["action"], entry["layer_id"]) == ("existing", own[0]["id"])
     before = store.snapshot_of_disk()
@@ -183,7 +182,7 @@ def test_containers_start_on_the_images_own_layers(
     assert pull(case, pull="always", options={"check": True})["changed"] is False
     assert before.changes(store.snapshot_of_disk()) == []
 
-    # Gone without a trace.
+    # podman removes the image without leftovers.
     store.podman("rm", "kept")
     store.podman("rmi", NAME)
     assert (store.layer_ids(), store.images()) == (set(), [])
@@ -192,11 +191,11 @@ def test_containers_start_on_the_images_own_layers(
 
 
 @pytest.mark.parametrize("release", ["bookworm", "trixie", "sid", "experimental"])
-def test_what_leaves_the_store_is_that_of_an_unmapped_image(
+def test_exported_content_equals_that_of_unmapped_image(
     release: str, make_case: MakeCase, lab: Lab, host: t.Callable[[str], Host]
 ) -> None:
     machine = hosts.of_release(lab, release, host)
-    pair = [emptied(make_case("rootless-overlay", machine=machine)) for _number in range(2)]
+    pair = [without_images(make_case("rootless-overlay", machine=machine)) for _number in range(2)]
     mapped, plain = pair
     pull(mapped)
     pull(plain, userns=None)
@@ -205,7 +204,7 @@ def test_what_leaves_the_store_is_that_of_an_unmapped_image(
         [],
     )
     folder = lab.folder(0o777)
-    shown: t.List[t.List[t.Any]] = []
+    exported: t.List[t.List[t.Any]] = []
     for number, case in enumerate(pair):
         store = case.store
         container = case.create("--name=changed")
@@ -218,16 +217,16 @@ def test_what_leaves_the_store_is_that_of_an_unmapped_image(
         store.podman("rm", "changed")
         (folder / "Containerfile").write_text(f"FROM {NAME}\nCOPY Containerfile /srv/built\n")
         store.podman("build", "-q", "-t", "localhost/built:1", str(folder))
-        again = pull(case, pull="always", **({} if case is mapped else {"userns": None}))
-        assert again["changed"] is False
-        shown.append(
+        second = pull(case, pull="always", **({} if case is mapped else {"userns": None}))
+        assert second["changed"] is False
+        exported.append(
             [
-                files(store, folder / f"files{number}"),
-                owners(store, "localhost/committed:1", folder / f"committed{number}"),
-                owners(store, "localhost/built:1", folder / f"built{number}"),
+                exported_files(store, folder / f"files{number}"),
+                exported_owners(store, "localhost/committed:1", folder / f"committed{number}"),
+                exported_owners(store, "localhost/built:1", folder / f"built{number}"),
             ]
         )
-    assert shown[0] == shown[1]
+    assert exported[0] == exported[1]
     assert only(mapped.info(images=[NAME])["images"])["uidmap"] == mapped.map
     for case in pair:
         case.store.podman("rmi", "-af")
@@ -236,7 +235,7 @@ def test_what_leaves_the_store_is_that_of_an_unmapped_image(
 
 @pytest.fixture
 def registry(lab: Lab) -> t.Iterator[Receiver]:
-    """A registry without TLS that the programs of the laboratory, whose /etc is its own, trust."""
+    """A registry without TLS that the programs of the laboratory trust; its /etc is private."""
     receiver = Receiver()
     trusted = lab.machine.path("/etc/containers/registries.conf.d/mapped-images.conf")
     trusted.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +247,7 @@ def registry(lab: Lab) -> t.Iterator[Receiver]:
 
 class TestSources:
     @pytest.mark.parametrize("tool", ["buildah", "podman", "podman without skopeo"])
-    def test_every_source(
+    def test_image_is_pulled_from_every_source(
         self,
         tool: str,
         registry: Receiver,
@@ -256,14 +255,14 @@ class TestSources:
         lab: Lab,
         make_store: t.Callable[..., Store],
     ) -> None:
-        case = emptied(make_case("vfs"))
+        case = without_images(make_case("vfs"))
         store, image = case.store, case.image
         other = images.build(lab.folder(), [{"x": images.file("y")}], "localhost/other:1")
         store.load(other)
         folder = lab.folder()
         remote = f"docker://{registry.address}/app:1"
         archive = f"docker-archive:{folder}/docker.tar"
-        # The archive says that the image has the name of another image.
+        # The archive gives the image the name of another image.
         store.skopeo("copy", "-q", image.source, f"{archive}:localhost/other:1")
         store.skopeo("copy", "-q", image.source, remote)
         environ = {"CONTAINERS_CONF": str(store.containers_conf)}
@@ -277,7 +276,7 @@ class TestSources:
                     (programs / name).symlink_to(found)
             environ["PATH"] = str(programs)
         else:
-            # buildah 1.28 takes the path for the image's name, which this cannot be.
+            # buildah 1.28 uses the path as the image's name, for which this path is not valid.
             shutil.copytree(image.path, folder / "_No-Name_")
             elsewhere = make_store("vfs", dataclasses.replace(image, name="localhost/there:1"))
             inside = f"[vfs@{elsewhere.graphroot}+{elsewhere.runroot}]localhost/there:1"
@@ -294,10 +293,10 @@ class TestSources:
             assert store.containers() == []
             case.call("image_layers", {"image": NAME, "state": "absent"})
 
-    def test_copies_that_a_killed_pull_has_left_are_removed_after_a_day(
+    def test_temporary_copies_of_killed_pull_are_removed_after_one_day(
         self, make_case: MakeCase, make_store: t.Callable[..., Store]
     ) -> None:
-        case = emptied(make_case("vfs"))
+        case = without_images(make_case("vfs"))
         there = dataclasses.replace(case.image, name="localhost/there:1")
         elsewhere = make_store("vfs", there)
         temporary = case.store.machine.path("/var/tmp")
@@ -305,9 +304,9 @@ class TestSources:
         for folder in folders:
             folder.mkdir()
             (folder / "image").write_text("x")
-        old, _young, of_a_user = folders
-        os.chown(of_a_user, 1000, 1000)
-        for folder in (old, of_a_user):
+        old, _recent, owned_by_user = folders
+        os.chown(owned_by_user, 1000, 1000)
+        for folder in (old, owned_by_user):
             os.utime(folder, (0, 0))
         inside = f"[vfs@{elsewhere.graphroot}+{elsewhere.runroot}]{there.name}"
         assert pull(case, source=f"containers-storage:{inside}")["changed"] is True
@@ -315,15 +314,15 @@ class TestSources:
         for folder in folders[1:]:
             shutil.rmtree(folder)
 
-    def test_a_source_without_the_image_is_told(self, make_case: MakeCase) -> None:
-        case = emptied(make_case("vfs"))
+    def test_source_without_the_image_is_reported(self, make_case: MakeCase) -> None:
+        case = without_images(make_case("vfs"))
         result = pull(case, source="oci:/nowhere:1", options={"fails": True})
         assert "/nowhere" in result["msg"]
         assert case.store.images() == []
 
 
 class TestMixedMaps:
-    """A layer inherits the map of the layer below it, whatever map a pull asks for."""
+    """A layer inherits the map of its parent layer, and a pull with another map fails."""
 
     @pytest.fixture
     def base_and_app(self, lab: Lab) -> t.List[Image]:
@@ -336,29 +335,29 @@ class TestMixedMaps:
 
     @pytest.mark.parametrize("kind", ["overlay-forced", "rootless-overlay"])
     @pytest.mark.parametrize("first", ["plain", "mapped", "other map"])
-    def test_what_is_there_decides(
+    def test_map_of_present_base_layers_is_used(
         self, first: str, kind: str, make_case: MakeCase, base_and_app: t.List[Image]
     ) -> None:
         base, app = base_and_app
         case = make_case(kind, base)
         store = case.store
         other = {"uidmap": ["0:1:2000"]} if case.keep_id else {"uidmap": ["0:300000:65536"]}
-        wanted: Json = {"source": app.source, "image": NAME, **case.wanted}
+        requested: Json = {"source": app.source, "image": NAME, **case.wanted}
         present: t.List[str] = PLAIN
         if first != "plain":
             store.podman("rmi", base.name)
-            asked = other if first == "other map" else case.wanted
-            args = {"image": base.name, "source": base.source, **asked}
+            mapping = other if first == "other map" else case.wanted
+            args = {"image": base.name, "source": base.source, **mapping}
             case.call("image_layers", args)
             present = other["uidmap"] if first == "other map" else case.map
         if first == "mapped":
-            # A plain pull is mapped then; that no map is wanted can be said.
-            wanted = {"source": app.source, "image": NAME, "userns": "host"}
+            # A pull without a mapping would get mapped layers; `userns: host` requests layers without a map.
+            requested = {"source": app.source, "image": NAME, "userns": "host"}
 
-        # Refused before anything is pulled, in check mode too.
+        # The request is refused before anything is pulled, also in check mode.
         before = store.snapshot_of_disk()
         for check in (True, False):
-            result = case.call("image_layers", wanted, check=check, fails=True)
+            result = case.call("image_layers", requested, check=check, fails=True)
             assert (result["changed"], result["actions"]) == (False, [])
             entry = only(result["mappings"])
             assert (entry["status"], entry["image_names"]) == ("different", [NAME])
@@ -369,7 +368,7 @@ class TestMixedMaps:
             assert "state: absent" in result["msg"]
         assert before.changes(store.snapshot_of_disk()) == []
 
-        # What the runtime itself makes of it is what was foreseen.
+        # The runtime itself creates the layers that the module predicted.
         flags = []
         for item in [] if first == "mapped" else case.map:
             flags += ["--userns-uid-map", item, "--userns-gid-map", item]
@@ -379,29 +378,29 @@ class TestMixedMaps:
         store.podman("untag", name, name)
         assert {tuple(maps(item)) for item in chain(store, NAME)} == {tuple(present)}
         for check in (True, False):
-            result = case.call("image_layers", wanted, check=check, fails=True)
+            result = case.call("image_layers", requested, check=check, fails=True)
             assert (result["changed"], result["actions"]) == (False, [])
             entry = only(result["mappings"])
             assert [item["uidmap"] for item in entry["layers"]] == [present] * 3
             assert [item["images"] for item in entry["layers"]] == [[], [], [base.name]]
             assert "is in the store with" in result["msg"]
 
-        # The way out that the message tells.
+        # The hint of the message works.
         for name in (NAME, base.name):
             case.call("image_layers", {"image": name, "state": "absent"})
-        done = case.call("image_layers", wanted)
+        done = case.call("image_layers", requested)
         assert only(done["mappings"])["status"] == ("not_needed" if first == "mapped" else "mapped")
         form = PLAIN if first == "mapped" else case.map
         assert {tuple(maps(item)) for item in chain(store, NAME)} == {tuple(form)}
 
-    def test_each_image_gets_its_own_answer(
+    def test_refused_image_does_not_stop_pull_of_others(
         self, registry: Receiver, make_case: MakeCase, lab: Lab
     ) -> None:
-        """Two images of a registry: one is there in another form, the other one is pulled."""
-        names = [f"{registry.address}/{word}:1" for word in ("plain", "app")]
-        pictures = [images.build(lab.folder(), [{"x": images.file(name)}], name) for name in names]
-        case = make_case("vfs", pictures[0])
-        case.store.skopeo("copy", "-q", pictures[1].source, f"docker://{names[1]}")
+        """Of two images of a registry, the first is present without the map, and the second is pulled."""
+        names = [f"{registry.address}/{name}:1" for name in ("plain", "app")]
+        built = [images.build(lab.folder(), [{"x": images.file(name)}], name) for name in names]
+        case = make_case("vfs", built[0])
+        case.store.skopeo("copy", "-q", built[1].source, f"docker://{names[1]}")
         result = case.call("image_layers", {"images": names, **case.wanted}, fails=True)
         assert [item["status"] for item in result["mappings"]] == ["different", "mapped"]
         assert (result["changed"], result["actions"]) == (True, ["pulled"])
@@ -410,15 +409,15 @@ class TestMixedMaps:
         assert {tuple(maps(item)) for item in chain(case.store, names[1])} == {(ROOTFUL_MAP,)}
 
     def test_automatic_ranges_are_refused(self, make_case: MakeCase) -> None:
-        case = emptied(make_case("vfs"))
+        case = without_images(make_case("vfs"))
         for check in (True, False):
             result = pull(case, userns="auto", uidmap=None, options={"fails": True, "check": check})
             assert "a range of IDs of its own" in result["msg"]
             assert "layer_template" in result["msg"]
         assert case.store.images() == []
 
-    def test_where_the_kernel_shifts_no_map_is_needed(self, make_case: MakeCase) -> None:
-        case = emptied(make_case("overlay"))
+    def test_no_map_is_needed_where_kernel_shifts_ids(self, make_case: MakeCase) -> None:
+        case = without_images(make_case("overlay"))
         for check in (True, False):
             done = pull(case, options={"check": check})
             entry = only(done["mappings"])
@@ -432,23 +431,23 @@ class TestMixedMaps:
 
 
 @pytest.mark.parametrize("kind", ["vfs", "rootless-overlay"])
-def test_copies_of_a_mapped_image(kind: str, make_case: MakeCase) -> None:
-    """Containers without a map, and with another one, copy the image; these copies are mapped layers as any."""
-    case = emptied(make_case(kind))
+def test_mapped_image_can_have_mapped_layers(kind: str, make_case: MakeCase) -> None:
+    """Containers without a map or with another map need copies of a mapped image, which are ordinary mapped layers."""
+    case = without_images(make_case(kind))
     store = case.store
     pull(case)
     own = [layer["id"] for layer in chain(store, NAME)]
     other = {"uidmap": ["0:1:2000"]} if case.keep_id else {"uidmap": ["0:300000:65536"]}
-    foreseen = case.layer_template(userns="host", options={"check": True})
-    assert only(foreseen["layers"])["action"] == "created"
-    for asked in ({"userns": "host"}, other):
-        entry = only(case.layer_template(**asked)["layers"])
+    predicted = case.layer_template(userns="host", options={"check": True})
+    assert only(predicted["layers"])["action"] == "created"
+    for mapping in ({"userns": "host"}, other):
+        entry = only(case.layer_template(**mapping)["layers"])
         assert entry["action"] == "created"
-        assert entry["uidmap"] == asked.get("uidmap", PLAIN)
+        assert entry["uidmap"] == mapping.get("uidmap", PLAIN)
         assert entry["template_id"] == own[0]
         case.assert_tree(entry["layer_id"])
     identity, another = case.mapped()
-    # The runtime takes both, and makes none of its own.
+    # The runtime uses both, and creates no copies.
     before = store.layer_ids()
     plain = store.container(store.create(NAME))
     flags = [f"--{name}={other['uidmap'][0]}" for name in ("uidmap", "gidmap")]
@@ -458,18 +457,18 @@ def test_copies_of_a_mapped_image(kind: str, make_case: MakeCase) -> None:
     assert store.layer(shifted["layer"])["parent"] == another
     assert store.shell(NAME, "stat -c %u:%g /home/user /etc") == "1000:1000\n0:0\n"
 
-    # Told with their cost.
+    # image_layers_info lists them with their sizes.
     image = only(case.info(measure="exclusive")["images"])
     assert (image["uidmap"], image["identity_copy"]) == (case.map, identity)
-    told = {item["id"]: item for item in image["mapped_layers"]}
-    assert {item["status"] for item in [*image["layers"], *told.values()]} == {"ok"}
-    assert told[identity]["size_exclusive"] > 1_000_000
-    assert told[identity]["origin"] == "ours"
+    listed = {item["id"]: item for item in image["mapped_layers"]}
+    assert {item["status"] for item in [*image["layers"], *listed.values()]} == {"ok"}
+    assert listed[identity]["size_exclusive"] > 1_000_000
+    assert listed[identity]["origin"] == "ours"
     verified = only(case.info(verify=True)["images"])["mapped_layers"]
     assert [item["verification"]["different"] for item in verified] == [0, 0]
     assert [item["status"] for item in verified] == ["ok", "ok"]
 
-    # Collected as mapped layers are, and never the image's own layers.
+    # layer_gc removes them like other mapped layers, and never the image's own layers.
     policy = {"min_age": "0", "max_copies_per_image": 0}
     assert case.call("layer_gc", policy)["changed"] is False
     store.podman("rm", "--all")
@@ -478,8 +477,8 @@ def test_copies_of_a_mapped_image(kind: str, make_case: MakeCase) -> None:
     assert [layer["id"] for layer in chain(store, NAME)] == own
     assert store.layer_ids() == set(own)
     entry = only(case.layer_template(userns="host")["layers"])
-    gone = only(case.layer_template(userns="host", state="absent")["layers"])
-    assert (gone["action"], gone["layer_id"]) == ("removed", entry["layer_id"])
+    removed = only(case.layer_template(userns="host", state="absent")["layers"])
+    assert (removed["action"], removed["layer_id"]) == ("removed", entry["layer_id"])
     store.create(NAME)
     case.assert_podman_is_well()
     store.podman("rm", "--all")

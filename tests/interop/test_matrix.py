@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The interop matrix: predict, pre-map, let the real runtime create, and see that it took our layer.
+"""Test the interop matrix: the real runtime uses the layers that the library predicts and creates.
 
-One test is one column of docs/interop-matrix.md: all forms on one kind of store of one release. Forms
-that the runtime refuses must be refused by the library too.
+Each test is a column of docs/interop-matrix.md: all forms on one kind of store of one release. Forms
+that the runtime refuses must be refused by the library, too.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ app:x:1500:1501::/:/bin/sh
 nobody:x:65534:65534::/:/bin/sh
 """
 GROUP = "root:x:0:\nteam:x:2500:\nnogroup:x:65534:\n"
-# Whose a file is, told by the exit status: what a short container writes may get lost.
+# The exit status reports a wrong owner, since the output of a short container may be lost.
 NOT_OWNED = 3
 COMMAND = ("sh", "-c", f'[ "$(stat -c %u:%g /srv/one)" = 20:1200 ] || exit {NOT_OWNED}')
-# What podman exits with when the container does not start.
+# podman's exit statuses for a container that does not start.
 NOT_STARTED = (125, 126, 127)
-KEPT = COLLECTION / "docs" / "interop-matrix.md"
+WRITTEN_TABLE = COLLECTION / "docs" / "interop-matrix.md"
 
 Json = t.Dict[str, t.Any]
 Key = t.Tuple[str, str, str]
@@ -68,8 +68,8 @@ COLUMNS = [
 
 
 @pytest.fixture(scope="module")
-def pictures(lab: Lab) -> t.List[images.Image]:
-    """An image with accounts and files of several owners, and the same with a USER."""
+def form_images(lab: Lab) -> t.List[images.Image]:
+    """An image with accounts and files of several owners, without and with a USER."""
     layers: t.List[images.Layer] = [
         {
             "etc": images.directory(),
@@ -87,10 +87,10 @@ def pictures(lab: Lab) -> t.List[images.Image]:
 
 @pytest.fixture(scope="module")
 def machines(lab: Lab) -> t.Iterator[t.Callable[[str], Machine]]:
-    """The laboratory itself where it is Debian 12, else a root, and the other Debians; with ranges for names."""
+    """Machines of the Debian releases, with subordinate IDs for names; the laboratory itself if it is Debian 12."""
     made: t.Dict[str, Machine] = {}
 
-    def give(release: str) -> Machine:
+    def get(release: str) -> Machine:
         if release not in made:
             local = release == "bookworm" and lab.machine.version("podman")[:2] == (4, 3)
             machine = made[release] = lab.machine if local else Host(lab, release)
@@ -106,7 +106,7 @@ def machines(lab: Lab) -> t.Iterator[t.Callable[[str], Machine]]:
                 machine.run(["useradd", "--system", "--no-create-home", owner])
         return made[release]
 
-    yield give
+    yield get
     for owner in (OWNER, "containers", GHOST):
         lab.machine.run(["userdel", owner], check=False)
         lab.machine.run(["sed", "-i", f"/^{owner}:/d", "/etc/subuid", "/etc/subgid"])
@@ -116,7 +116,7 @@ def machines(lab: Lab) -> t.Iterator[t.Callable[[str], Machine]]:
 
 
 def version(machine: Machine, program: str) -> str:
-    """The program and its version, as `runtime` takes them."""
+    """The program and its version as a value of the option `runtime`."""
     return f"{program} {'.'.join(map(str, machine.version(program)))}"
 
 
@@ -142,7 +142,7 @@ def store(
 
 
 def _on_btrfs(lab: Lab, machine: Machine, user: User) -> Store:
-    """A user's store on a btrfs of its own; a user may remove subvolumes only where a mount option says so."""
+    """A user's store on a btrfs filesystem of its own; users may remove subvolumes only with a mount option."""
     folder = lab.folder()
     image, disk = folder / "disk.img", pathlib.Path(user.home) / ".local/share/containers"
     with open(image, "wb") as content:
@@ -157,13 +157,13 @@ def _on_btrfs(lab: Lab, machine: Machine, user: User) -> Store:
     return store
 
 
-# Predicting and pre-mapping, in the machine
+# Prediction and pre-mapping in the machine
 
 
-def inside(
+def call_inside(
     machine: Machine, environ: t.Mapping[str, str], function: t.Callable[..., t.Any], *args: t.Any
 ) -> t.Any:
-    """Call a function in a child process that stands in the machine, with that environment."""
+    """Call a function with an environment in a child process inside the machine."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -172,11 +172,11 @@ def inside(
                 namespaces.setns(os.open(f"/proc/{machine.pid}/ns/mnt", os.O_RDONLY))
             os.environ.clear()
             os.environ.update(environ)
-            answer = (function(*args), "")
+            outcome = (function(*args), "")
         except BaseException:
-            answer = (None, traceback.format_exc())
+            outcome = (None, traceback.format_exc())
         with os.fdopen(writer, "wb") as sink:
-            pickle.dump(answer, sink)
+            pickle.dump(outcome, sink)
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as source:
@@ -187,21 +187,21 @@ def inside(
 
 
 def declare_each(requests: t.Sequence[layer_template.TemplateRequest]) -> t.List[Json]:
-    """layer_template's operation for each of some requests."""
-    answers: t.List[Json] = []
+    """The results of layer_template's operation for each request, or its errors."""
+    results: t.List[Json] = []
     for request in requests:
         try:
-            answers.append(layer_template.declare(request))
+            results.append(layer_template.declare(request))
         except StorageError as error:
-            answers.append({"error": str(error)})
-    return answers
+            results.append({"error": str(error)})
+    return results
 
 
 WHOLE_HOST = ["0:0:4294967295"]
 
 
 class Column:
-    """Some forms, or all, on one store."""
+    """Forms of a column, tried on one store."""
 
     def __init__(self, store: Store, forms: t.Sequence[Form]) -> None:
         self.store, self.forms = store, forms
@@ -209,35 +209,35 @@ class Column:
         self.found: t.Dict[str, str] = {}
 
     def run(self) -> None:
-        """Fixed maps all at once; then, one after the other, those that depend on other containers."""
-        self._forms([form for form in self.forms if not form.later])
+        """Try all fixed maps at once, then each form whose map depends on other containers."""
+        self._run_forms([form for form in self.forms if not form.later])
         for form in self.forms:
             if form.later:
-                self._forms([form])
+                self._run_forms([form])
 
-    def _forms(self, forms: t.Sequence[Form]) -> None:
-        asked = list(zip(forms, self._premap(forms)))
+    def _run_forms(self, forms: t.Sequence[Form]) -> None:
+        premapped = list(zip(forms, self._premap(forms)))
         before = self._mapped()
-        # A runtime may make a layer before it finds out that it has to refuse.
+        # Forms to refuse come last: a runtime may create a layer before it refuses the container.
         for refused in (False, True):
             batch = [
                 (form, answer, self._create(form))
-                for form, answer in asked
+                for form, answer in premapped
                 if bool(answer.get("error")) == refused
             ]
-            self._read()
+            self._read_records()
             if not refused:
                 own = sorted(_maps_of(self._layers[layer]) for layer in self._mapped() - before)
-                # A map that changes nothing is not needed, and yet the runtime copies the image for it.
+                # A map of the whole host to itself is not needed, but the runtime copies the image for it.
                 own = [maps for maps in own if maps != (WHOLE_HOST, WHOLE_HOST)]
-                assert own == [], f"the runtime made layers of its own: {own}"
+                assert own == [], f"the runtime created layers of its own: {own}"
             for form, answer, created in batch:
                 self.found[str(form)] = self._verdict(form, answer, created)
         for program in {form.program for form in forms}:
             self.store.tool(program, "rm", "-a", *(["-f"] if program == "podman" else []))
         assert self.store.containers() == []
 
-    def _read(self) -> None:
+    def _read_records(self) -> None:
         self._containers = {
             name: container
             for container in self.store.containers()
@@ -252,17 +252,17 @@ class Column:
             entries *= len(created)
         try:
             assert len(entries) == len(created)
-            words = [self._word(form, entry, done) for entry, done in zip(entries, created)]
+            cells = [self._cell(form, entry, done) for entry, done in zip(entries, created)]
             if form.slots > 1 and self.store.kind in ("overlay-forced", "rootless-overlay"):
-                self._come_and_go(form, entries, created)
+                self._assert_slots_are_stable(form, entries, created)
         except AssertionError as failure:
             return f"WRONG: {failure}"
-        return " and ".join(dict.fromkeys(words))
+        return " and ".join(dict.fromkeys(cells))
 
-    def _come_and_go(
+    def _assert_slots_are_stable(
         self, form: Form, entries: t.Sequence[Json], created: t.Sequence[Result]
     ) -> None:
-        """The slots stay those that they are, whichever containers fill them."""
+        """Assert that the slots do not depend on which containers exist."""
 
         def slots() -> t.List[t.Any]:
             (answer,) = self._premap([form])
@@ -271,29 +271,29 @@ class Column:
 
         expected = [(entry["uidmap"], entry["gidmap"]) for entry in entries]
         assert slots() == sorted(expected)
-        self.store.podman("rm", _identity(created[1]))
+        self.store.podman("rm", _container_id(created[1]))
         assert slots() == sorted(expected)
-        (once_more,) = self._create(dataclasses.replace(form, slots=1))
-        assert _maps_of(self.store.container(_identity(once_more))) == expected[1]
+        (replacement,) = self._create(dataclasses.replace(form, slots=1))
+        assert _maps_of(self.store.container(_container_id(replacement))) == expected[1]
 
-    def _word(self, form: Form, entry: Json, done: Result) -> str:
+    def _cell(self, form: Form, entry: Json, done: Result) -> str:
         if entry["action"] != "refused":
-            return self._taken(form, entry, done)
+            return self._verify_predicted(form, entry, done)
         if done.rc != 0:
             return REFUSED
         if "mount program" in entry["reason"]:
-            return self._copied(entry, done)
-        # IDs that the user does not have, and layers that the kernel does not mount, are met only now.
+            return self._verify_copied(entry, done)
+        # Only a start fails because of IDs that the user does not have, or layers that the kernel does not mount.
         if form.program == "buildah":
-            started = self.store.buildah("mount", _identity(done), check=False)
+            started = self.store.buildah("mount", _container_id(done), check=False)
             refused = started.rc != 0
         else:
-            started = self.store.podman("start", "-a", _identity(done), check=False)
+            started = self.store.podman("start", "-a", _container_id(done), check=False)
             refused = started.rc in NOT_STARTED
-        assert refused, f"the runtime accepts what was refused: {entry['reason']}\n{started}"
+        assert refused, f"the runtime accepts a form that was refused: {entry['reason']}\n{started}"
         return BROKEN
 
-    def _fill(self, form: Form) -> Form:
+    def _expanded(self, form: Form) -> Form:
         user = self.store.user
         numbers = {"uid": user.uid, "sub": user.subuid_start} if user else {}
         return dataclasses.replace(
@@ -320,52 +320,54 @@ class Column:
                 ),
                 overflow=True,
             )
-            for form in map(self._fill, forms)
+            for form in map(self._expanded, forms)
         ]
         environ = store.machine.environ(store.account or ROOT, store.env())
-        answers = inside(store.machine, environ, userns.run, declare_each, (requests,), account)
+        answers = call_inside(
+            store.machine, environ, userns.run, declare_each, (requests,), account
+        )
         return t.cast(t.List[Json], answers)
 
     def _create(self, form: Form) -> t.List[Result]:
-        form = self._fill(form)
-        words = [*form.words(), NAME_WITH_USER if form.user else NAME]
+        form = self._expanded(form)
+        args = [*form.words(), NAME_WITH_USER if form.user else NAME]
         if form.program == "buildah":
-            command = ["buildah", "from", *words]
+            command = ["buildah", "from", *args]
         else:
-            command = ["podman", "create", *words, *COMMAND]
+            command = ["podman", "create", *args, *COMMAND]
         return [self.store.tool(*command, check=False) for _number in range(form.slots)]
 
     def _mapped(self) -> t.Set[str]:
-        """Mapped layers of both images."""
+        """The mapped layers of both images."""
         return {
             mapped_layer
             for name in (NAME, NAME_WITH_USER)
             for mapped_layer in self.store.mapped_layers(name)
         }
 
-    def _taken(self, form: Form, entry: Json, done: Result) -> str:
+    def _verify_predicted(self, form: Form, entry: Json, done: Result) -> str:
         predicted = (entry["uidmap"], entry["gidmap"])
         assert done.rc == 0, f"predicted {predicted}: {done.stderr}"
-        container = self._containers[_identity(done)]
+        container = self._containers[_container_id(done)]
         assert _maps_of(container) == predicted
         own = self._layers[container["layer"]]
         if entry["action"] in ("created", "existing"):
-            assert own["parent"] == entry["layer_id"], "another layer was taken"
+            assert own["parent"] == entry["layer_id"], "the runtime used another layer"
             assert _maps_of(self._layers[own["parent"]]) == predicted
             assert _maps_of(own) == predicted
             if form.start:
-                started = self.store.podman("start", "-a", _identity(done), check=False)
+                started = self.store.podman("start", "-a", _container_id(done), check=False)
                 assert started.rc == 0, started
             return LAYER
         assert entry["action"] == "not_needed", entry
         if predicted == (WHOLE_HOST, WHOLE_HOST) and own["parent"] in self._mapped():
-            # It changes nothing, and the runtime copies the image for it all the same.
+            # The map has no effect, but the runtime copies the image for it.
             return COPIES
         assert own["parent"] == self.store.image(entry["image_id"])["layer"]
         return SHIFTS if entry["uidmap"] or entry["gidmap"] else NO_MAP
 
-    def _copied(self, entry: Json, done: Result) -> str:
-        container = self._containers[_identity(done)]
+    def _verify_copied(self, entry: Json, done: Result) -> str:
+        container = self._containers[_container_id(done)]
         own = self._layers[container["layer"]]
         for record in (container, own, self._layers[own["parent"]]):
             assert _maps_of(record) == (entry["uidmap"], entry["gidmap"])
@@ -373,26 +375,26 @@ class Column:
         return COPIES
 
 
-def _identity(done: Result) -> str:
+def _container_id(done: Result) -> str:
     return done.stdout.split()[-1]
 
 
 def _maps_of(record: Json) -> t.Tuple[t.List[str], t.List[str]]:
-    """The maps of a record, entry by entry in its order."""
+    """The maps of a record, with its entries in their order."""
     uid, gid = (IDMap.from_record(record.get(key)).to_strings() for key in ("uidmap", "gidmap"))
     return uid, gid
 
 
 @pytest.mark.parametrize(("key", "store"), COLUMNS, indirect=["store"])
-def test_runtime_takes_what_was_prepared(
+def test_runtime_uses_prepared_layer(
     key: Key,
     store: Store,
-    pictures: t.List[images.Image],
+    form_images: t.List[images.Image],
     record_property: t.Callable[[str, object], None],
 ) -> None:
     release, mode, name = key
-    for picture in pictures:
-        store.load(picture)
+    for image in form_images:
+        store.load(image)
     forms = matrix.FORMS[mode] if matrix.WRITE in os.environ else matrix.selected(*key)
     column = Column(store, forms)
     column.run()
@@ -404,14 +406,14 @@ def test_runtime_takes_what_was_prepared(
         if not matrix.WORDS.keys() >= set(matrix.words(text))
     }
     assert not wrong, "\n".join(f"{form}: {text}" for form, text in wrong.items())
-    kept = matrix.parse(KEPT.read_text())
-    # The table speaks of the versions that it names; Debian may have newer ones by now.
-    if kept.versions.get(release) == versions:
-        expected = {form: kept.cells.get((*key, form)) for form in column.found}
+    written = matrix.parse(WRITTEN_TABLE.read_text())
+    # The table is valid for the versions that it names; Debian may have newer ones now.
+    if written.versions.get(release) == versions:
+        expected = {form: written.cells.get((*key, form)) for form in column.found}
         assert column.found == expected, matrix.HOW_TO_WRITE
 
 
-def test_selection_has_each_form_in_each_column_and_in_each_release() -> None:
+def test_selection_has_each_form_in_each_column_and_release() -> None:
     for mode, columns in matrix.COLUMNS.items():
         tried = {
             (str(form), release, column)
@@ -424,10 +426,10 @@ def test_selection_has_each_form_in_each_column_and_in_each_release() -> None:
         assert {(f, r) for f, r, _c in tried} == {(f, r) for f in forms for r in matrix.RELEASES}
 
 
-def test_kept_table_is_whole_and_as_it_is_written() -> None:
-    text = KEPT.read_text()
-    kept = matrix.parse(text)
-    assert matrix.render(kept) == text
+def test_written_table_is_complete_and_canonical() -> None:
+    text = WRITTEN_TABLE.read_text()
+    written = matrix.parse(text)
+    assert matrix.render(written) == text
     expected = {
         (release, mode, column, str(form))
         for release in matrix.RELEASES
@@ -435,8 +437,8 @@ def test_kept_table_is_whole_and_as_it_is_written() -> None:
         for column in columns
         for form in matrix.FORMS[mode]
     }
-    assert set(kept.cells) == expected
-    assert {word for cell in kept.cells.values() for word in matrix.words(cell)} == set(
+    assert set(written.cells) == expected
+    assert {word for cell in written.cells.values() for word in matrix.words(cell)} == set(
         matrix.WORDS
     )
     assert len(expected) >= 150

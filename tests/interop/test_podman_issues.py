@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Reports of podman's users about the copies that podman makes, and what the modules do in each case.
+"""Test the modules in cases that podman's users have reported about podman's copies of images.
 
 ====  ===========================================================  ==========================================
-case  reports, and what they are about                             test
+case  reports and their subject                                    test
 ====  ===========================================================  ==========================================
 E01   containers/storage#1060, podman#11544: the size of copies    test_image_layers_info.py, ``big_image``
 E02   podman#12316: no command removes a copy                      test_layer_gc.py
@@ -13,12 +13,12 @@ E04   podman#1526, containers/storage PR#217: setuid, xattrs       here
 E05   containers/storage PR#1564: the root directory's owner       test_image_layers_info.py
 E06   podman#16608, containers/storage PR#1220: unmapped IDs       here
 E07   containers/storage compares maps entry by entry: a copy for  test_image_layers_info.py
-      each form of one map
+      each form of the same map
 E08   podman#25213: other commands wait while a copy is made       here, smaller
 E09   podman#24743, #16882: killed while a copy is made            here
 E10   containers/storage PR#2285: images in a read-only store      test_image_layers_info.py
-E11   podman#16830: what copies cost on btrfs and xfs              test_image_layers_info.py
-E12   containers/storage#640: what copies cost with metacopy       test_image_layers_info.py
+E11   podman#16830: cost of copies on btrfs and xfs                test_image_layers_info.py
+E12   containers/storage#640: cost of copies with metacopy         test_image_layers_info.py
 ====  ===========================================================  ==========================================
 """
 
@@ -48,7 +48,7 @@ LINKS = 400
 
 @pytest.fixture(scope="module")
 def linked_image(lab: Lab) -> Image:
-    """E03: a file with names in two directories, and a program with 400 names."""
+    """E03: a file with hard links in two directories, and a program with 400 hard links."""
     tree = {".": directory(), "a": directory(), "b": directory(), "bin": directory()}
     tree["a/file"] = file("shared", uid=1000, gid=1000)
     tree["b/file"] = link("a/file")
@@ -58,7 +58,7 @@ def linked_image(lab: Lab) -> Image:
 
 
 @pytest.mark.parametrize("kind", DRIVERS)
-def test_e03_hard_links_stay_one_file(kind: str, make_case: MakeCase, linked_image: Image) -> None:
+def test_e03_hard_links_are_kept(kind: str, make_case: MakeCase, linked_image: Image) -> None:
     case = make_case(kind, linked_image)
     (layer,) = case.layer_template()["layers"]
     with case.store.mounted(layer["layer_id"]) as tree:
@@ -73,7 +73,7 @@ def test_e03_hard_links_stay_one_file(kind: str, make_case: MakeCase, linked_ima
 
 @pytest.fixture(scope="module")
 def privileged_image(lab: Lab) -> Image:
-    """E04: what a change of owner is apt to lose."""
+    """E04: attributes that a change of the owner can remove."""
     ping = {"security.capability": capability(CAP_NET_RAW)}
     tree = {
         ".": directory(),
@@ -87,7 +87,7 @@ def privileged_image(lab: Lab) -> Image:
 
 
 @pytest.mark.parametrize("kind", DRIVERS)
-def test_e04_nothing_is_lost_with_the_owner(
+def test_e04_attributes_survive_change_of_owner(
     kind: str, make_case: MakeCase, privileged_image: Image
 ) -> None:
     case = make_case(kind, privileged_image)
@@ -112,7 +112,7 @@ def test_e04_nothing_is_lost_with_the_owner(
 
 @pytest.fixture(scope="module")
 def far_owners_image(lab: Lab) -> Image:
-    """E06: files of IDs that small maps leave out."""
+    """E06: files whose owners are not in small maps."""
     tree = {
         ".": directory(),
         "far": file("far", uid=70000, gid=70000),
@@ -122,26 +122,26 @@ def far_owners_image(lab: Lab) -> Image:
 
 
 @pytest.mark.parametrize(
-    ("size", "named", "mapped"), [(65536, {70000}, {500}), (100, {500, 70000}, set())]
+    ("size", "unmapped", "mapped"), [(65536, {70000}, {500}), (100, {500, 70000}, set())]
 )
 @pytest.mark.parametrize("kind", DRIVERS)
-def test_e06_ids_outside_the_map_are_named_before_anything_is_made(
+def test_e06_unmapped_ids_are_reported_before_changes(
     kind: str,
     size: int,
-    named: t.Set[int],
+    unmapped: t.Set[int],
     mapped: t.Set[int],
     make_case: MakeCase,
     far_owners_image: Image,
 ) -> None:
     case = make_case(kind, far_owners_image)
     before = case.store.snapshot_of_disk()
-    asked: t.Dict[str, t.Any] = {"uidmap": [f"0:100000:{size}"]}
-    result = case.layer_template(**asked, options={"fails": True})
-    assert set(result["uids"]) == set(result["gids"]) == named, result["msg"]
-    assert all(str(number) in result["msg"] for number in named)
+    mapping: t.Dict[str, t.Any] = {"uidmap": [f"0:100000:{size}"]}
+    result = case.layer_template(**mapping, options={"fails": True})
+    assert set(result["uids"]) == set(result["gids"]) == unmapped, result["msg"]
+    assert all(str(number) in result["msg"] for number in unmapped)
     assert not any(f" {number}" in result["msg"] for number in mapped)
     assert before.changes(case.store.snapshot_of_disk()) == []
-    (layer,) = case.layer_template(**asked, unmapped_ids="overflow")["layers"]
+    (layer,) = case.layer_template(**mapping, unmapped_ids="overflow")["layers"]
     with case.store.mounted(layer["layer_id"]) as tree:
         owners = {path.name: os.lstat(path).st_uid for path in tree.iterdir()}
     assert owners == {"far": 65534, "near": 100500 if mapped else 65534}
@@ -149,16 +149,16 @@ def test_e06_ids_outside_the_map_are_named_before_anything_is_made(
 
 @pytest.fixture(scope="module")
 def large_image(many_files_image: t.Callable[[int], Image]) -> Image:
-    """As E08's, of 60 directories of 150 files where that has 300."""
+    """E08: an image of 60 directories of 150 files, where the image of the report has 300."""
     return many_files_image(9_000)
 
 
-def test_e08_no_program_waits_while_a_large_image_is_mapped(
+def test_e08_programs_do_not_wait_for_copy_of_large_image(
     make_case: MakeCase, large_image: Image
 ) -> None:
     case = make_case("overlay-forced", large_image)
     process = case.start("layer_template", {"images": [large_image.name], **case.wanted})
-    _staged(case.store)
+    _wait_for_staging(case.store)
     listings = 0
     while process.poll() is None:
         case.store.podman("images")
@@ -166,13 +166,13 @@ def test_e08_no_program_waits_while_a_large_image_is_mapped(
     (layer,) = finish_module(process)["layers"]
     assert layer["action"] == "created"
     assert layer["files"] > 9_000
-    # Who had to wait for the whole copy would have come to one.
+    # A podman that waits for the whole copy would complete only one listing.
     assert listings > 1
     assert layer["lock_seconds"] < layer["seconds"] / 2
 
 
 @pytest.mark.parametrize("killed", ["layer_template", "podman"])
-def test_e09_a_killed_copy_leaves_nothing_behind(
+def test_e09_leftovers_of_killed_copy_are_removed(
     killed: str, make_case: MakeCase, large_image: Image
 ) -> None:
     case = make_case("overlay-forced", large_image)
@@ -186,7 +186,7 @@ def test_e09_a_killed_copy_leaves_nothing_behind(
         wait_until(lambda: _incomplete(store))
     else:
         process = case.start("layer_template", {"images": [large_image.name], **case.wanted})
-        _staged(store)
+        _wait_for_staging(store)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     (layer,) = case.layer_template()["layers"]
@@ -207,7 +207,7 @@ def _incomplete(store: Store) -> t.List[str]:
     return [layer["id"] for layer in store.layers() if layer.get("flags", {}).get("incomplete")]
 
 
-def _staged(store: Store) -> None:
-    """Wait until the copy has begun."""
+def _wait_for_staging(store: Store) -> None:
+    """Wait until the copy has started."""
     staging = store.graphroot / "userns-storage/staging"
     wait_until(lambda: list(staging.glob("*/layer/diff/data/*")))

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Image references are completed, refused and found as podman does it."""
+"""Test that image references are completed, refused and resolved as by podman."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ NAMES = (
 
 
 def names() -> t.List[str]:
-    """The fixed ones, and some drawn from what means something."""
-    dice = random.Random(5)
+    """The fixed names, and random names from parts with a meaning."""
+    generator = random.Random(5)
     pieces = (
         "a",
         "b1",
@@ -63,8 +63,10 @@ def names() -> t.List[str]:
         "A",
         ":5",
     )
-    drawn = ["".join(dice.choices(pieces, k=dice.randint(1, 6))) for _number in range(150)]
-    return list(dict.fromkeys([*NAMES, *drawn]))
+    random_names = [
+        "".join(generator.choices(pieces, k=generator.randint(1, 6))) for _number in range(150)
+    ]
+    return list(dict.fromkeys([*NAMES, *random_names]))
 
 
 @pytest.fixture(params=["own", "experimental"])
@@ -94,7 +96,7 @@ def test_names_are_recorded_as_podman_records_them(store: Store, small_image: im
     assert set(store.image(image)["names"]) == {small_image.name, *accepted.values()}
     for name in refused:
         done = store.podman("tag", image, name, check=False)
-        # podman takes a host with an underscore for the beginning of a repository.
+        # podman parses a host with an underscore as the first part of a repository.
         assert done.rc != 0 or "_y.io/" in name, name
 
 
@@ -107,17 +109,17 @@ QUERIES = (
 )  # fmt: skip
 
 
-def test_images_are_found_by_the_names_by_which_podman_finds_them(store: Store, lab: Lab) -> None:
+def test_names_resolve_to_same_images_as_in_podman(store: Store, lab: Lab) -> None:
     recorded = (
         ("docker.io/library/redis:8", "docker.io/org/y:1"),
         ("localhost/x:latest", "localhost:5000/z:latest"),
         ("quay.io/org/x:latest", "localhost/app:latest"),
         ("docker.io/library/app:latest",),
     )
-    for number, some in enumerate(recorded):
+    for number, tags in enumerate(recorded):
         layers: t.List[t.Any] = [{"a": images.file(f"{number}")}]
         made = store.load(images.build(lab.folder(), layers, f"localhost/made:{number}"))
-        store.podman("tag", made, *some)
+        store.podman("tag", made, *tags)
     records = parse(json.dumps(store.images()).encode(), Record, "images.json")
     snapshot = Snapshot(images={record.id: record for record in records})
     found = 0

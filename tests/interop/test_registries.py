@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Images from a real registry with TLS and a password: Debian's docker-registry on a loopback port."""
+"""Test pulls from a registry with TLS and a password: Debian's docker-registry on a loopback port."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAME, PASSWORD = "robot", "s3cret pass:word"
 
 
 def trust(registry: PrivateRegistry, machine: Machine) -> None:
-    """Have the programs of a machine accept its certificate."""
+    """Let the programs of a machine accept the registry's certificate."""
     folder = machine.path(f"/etc/containers/certs.d/{registry.address}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ca.crt").write_text(registry.certificate.read_text())
@@ -36,7 +36,7 @@ def trust(registry: PrivateRegistry, machine: Machine) -> None:
 
 @pytest.fixture
 def registry(lab: Lab, tmp_path: pathlib.Path, make_case: MakeCase) -> t.Iterator[PrivateRegistry]:
-    """It holds the small image as team/small:1, and the laboratory trusts its certificate."""
+    """A registry with the small image as team/small:1, whose certificate the laboratory trusts."""
     running = PrivateRegistry(tmp_path, NAME, PASSWORD)
     trust(running, lab.machine)
     image = make_case("vfs").image
@@ -51,7 +51,7 @@ def registry(lab: Lab, tmp_path: pathlib.Path, make_case: MakeCase) -> t.Iterato
 
 
 def authfile(path: pathlib.Path, address: str, password: str = PASSWORD) -> pathlib.Path:
-    """What podman login writes."""
+    """Write a file as podman login does."""
     auth = base64.b64encode(f"{NAME}:{password}".encode()).decode()
     path.write_text(json.dumps({"auths": {address: {"auth": auth}}}))
     return path
@@ -64,7 +64,7 @@ def pull(case: Case, address: str, **more: t.Any) -> t.Dict[str, t.Any]:
 
 
 @pytest.mark.parametrize("setup", ["vfs", "rootless-as-root", "rootless-as-user"])
-def test_username_and_password(
+def test_image_is_pulled_with_username_and_password(
     lab: Lab, make_case: MakeCase, registry: PrivateRegistry, setup: str
 ) -> None:
     case = make_case(setup)
@@ -78,16 +78,16 @@ def test_username_and_password(
     wrong = pull(case, address, username=NAME, password="something else", options={"fails": True})
     assert "something else" not in json.dumps(wrong["msg"])
     login = {"username": NAME, "password": PASSWORD}
-    foreseen = pull(case, address, **login, options={"check": True})
-    assert foreseen["actions"] == ["pulled"]
+    predicted = pull(case, address, **login, options={"check": True})
+    assert predicted["actions"] == ["pulled"]
     pulled = pull(case, address, **login)
     assert pulled["changed"] is True
-    again = pull(case, address, **login)
-    assert again["changed"] is False
-    # Nothing of it stays, and the result does not tell the password.
-    shown = json.dumps([refused, wrong, foreseen, pulled, again])
-    assert PASSWORD not in shown
-    assert base64.b64encode(f"{NAME}:{PASSWORD}".encode()).decode() not in shown
+    repeated = pull(case, address, **login)
+    assert repeated["changed"] is False
+    # No result contains the password.
+    results = json.dumps([refused, wrong, predicted, pulled, repeated])
+    assert PASSWORD not in results
+    assert base64.b64encode(f"{NAME}:{PASSWORD}".encode()).decode() not in results
 
 
 @pytest.mark.parametrize("release", matrix.RELEASES)
@@ -98,7 +98,7 @@ def test_username_and_password_are_only_in_memory(
     host: t.Callable[[str], Host],
     release: str,
 ) -> None:
-    """Whatever a program starts finds them, also in the user's namespace, and no process keeps them."""
+    """All programs of a pull can use them, also in the user's namespace, and no process keeps them."""
     machine = hosts.of_release(lab, release, host)
     trust(registry, machine)
     case = make_case("rootless-as-root", machine=machine)
@@ -111,42 +111,42 @@ def test_username_and_password_are_only_in_memory(
     assert user is not None
     own = {user.uid, *range(user.subuid_start, user.subuid_start + user.subuid_count)}
     names = []
-    # Other tests have files in memory meanwhile, for other users.
+    # Other tests that run at the same time have files in memory for other users.
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             status = (process / "status").read_text()
             (line,) = [line for line in status.splitlines() if line.startswith("Uid:")]
             if own & set(map(int, line.split()[1:])):
                 names += [os.readlink(link) for link in (process / "fd").iterdir()]
-    # podman's pause process goes on.
+    # podman's pause process still runs.
     assert names
     assert [name for name in names if "memfd:userns-storage" in name] == []
-    for place in ("/run", "/tmp", "/var/tmp"):
-        assert [*machine.path(place).glob("userns-storage-*")] == []
+    for folder in ("/run", "/tmp", "/var/tmp"):
+        assert [*machine.path(folder).glob("userns-storage-*")] == []
 
 
-def test_no_file_has_username_and_password_at_any_time(
+def test_username_and_password_are_never_in_a_file(
     lab: Lab, make_case: MakeCase, registry: PrivateRegistry
 ) -> None:
-    # The modules are stopped in the laboratory itself, and start its programs.
+    # The tracer runs the modules in the laboratory itself, where they start its programs.
     trust(registry, lab.local)
     case = make_case("rootless-as-root", machine=lab.local)
     user = case.store.user
     assert user is not None
     args = {"images": [f"{registry.address}/team/small:1"], "pull": "always", "user": user.name}
-    words = {**case.store.module_args(), **args, "username": NAME, "password": PASSWORD}
+    module_args = {**case.store.module_args(), **args, "username": NAME, "password": PASSWORD}
     modules = Modules(lab)
     try:
-        run = modules.run("image_layers", words, below="", record=True)
+        run = modules.run("image_layers", module_args, below="", record=True)
         assert run.result.get("changed"), run.output
-        # So none is left after a kill.
+        # Without such files, a kill cannot leave one.
         made = {path for call in run.calls for path in call.paths if "/userns-storage-" in path}
         assert made == set()
     finally:
         modules.close()
 
 
-def test_a_file_with_credentials(
+def test_image_is_pulled_with_authfile(
     lab: Lab, make_case: MakeCase, registry: PrivateRegistry, tmp_path: pathlib.Path
 ) -> None:
     case = make_case("rootless-as-root")
@@ -168,8 +168,10 @@ def test_a_file_with_credentials(
     assert pulled["actions"] == ["pulled"]
 
 
-def test_the_variable_of_the_task(lab: Lab, make_case: MakeCase, registry: PrivateRegistry) -> None:
-    """For root's store, and for a user's where that user can read the file."""
+def test_environment_variable_of_task_names_authfile(
+    lab: Lab, make_case: MakeCase, registry: PrivateRegistry
+) -> None:
+    """It applies to root's store, and to a user's store if that user can read the file."""
     path = authfile(lab.machine.path("/run/auth.json"), registry.address)
     environ = {"REGISTRY_AUTH_FILE": "/run/auth.json"}
     for setup, mode in (("vfs", 0o600), ("rootless-as-root", 0o644)):
@@ -187,8 +189,10 @@ def test_the_variable_of_the_task(lab: Lab, make_case: MakeCase, registry: Priva
     path.unlink()
 
 
-def test_podman_without_skopeo(lab: Lab, make_case: MakeCase, registry: PrivateRegistry) -> None:
-    """podman alone reads the same file."""
+def test_podman_pulls_without_skopeo(
+    lab: Lab, make_case: MakeCase, registry: PrivateRegistry
+) -> None:
+    """podman itself reads the same credentials."""
     case = make_case("vfs")
     login = {"username": NAME, "password": PASSWORD}
     folder = lab.machine.path("/run/programs")
@@ -200,7 +204,7 @@ def test_podman_without_skopeo(lab: Lab, make_case: MakeCase, registry: PrivateR
 
 
 @pytest.mark.parametrize("setup", ["vfs", "rootless-as-root"])
-def test_layer_template_pulls_what_is_missing(
+def test_layer_template_pulls_missing_images(
     make_case: MakeCase, registry: PrivateRegistry, setup: str
 ) -> None:
     case = make_case(setup)
@@ -208,15 +212,15 @@ def test_layer_template_pulls_what_is_missing(
     login = {"username": NAME, "password": PASSWORD}
     missing = case.layer_template(images=[name], options={"fails": True})
     assert "is not in the store" in missing["msg"]
-    wanted: t.Dict[str, t.Any] = {"images": [case.image.name, name], "pull": "missing", **login}
-    # The small image itself is there, but not under this name.
-    foreseen = case.layer_template(**wanted, options={"check": True})
-    assert foreseen["pulled"] == [name]
-    assert foreseen["changed"] is True
-    made = case.layer_template(**wanted)
+    requested: t.Dict[str, t.Any] = {"images": [case.image.name, name], "pull": "missing", **login}
+    # The small image itself is in the store, but not under this name.
+    predicted = case.layer_template(**requested, options={"check": True})
+    assert predicted["pulled"] == [name]
+    assert predicted["changed"] is True
+    made = case.layer_template(**requested)
     assert made["pulled"] == [name]
     assert made["layers"][-1]["action"] == "created"
-    again = case.layer_template(**wanted)
-    assert (again["pulled"], again["changed"]) == ([], False)
+    repeated = case.layer_template(**requested)
+    assert (repeated["pulled"], repeated["changed"]) == ([], False)
     # Only vfs makes each start slow.
     assert ("uses the driver vfs" in str(made.get("warnings"))) == (setup == "vfs")

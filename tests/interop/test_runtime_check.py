@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""layer_template with check_with_runtime: the real podman accepts a new layer, or all is undone.
+"""Test layer_template with check_with_runtime: podman accepts a new layer, or the layer is removed.
 
-A podman that is newer than was tested does not exist yet. It is simulated by `runtime: "podman 99.0"`, which is what
-maps are predicted for then, while the container is created by the podman that is installed. Where that writes maps in
-another form than podman 99.0 would, the layer is one that podman does not use.
+`runtime: "podman 99.0"` simulates a podman that is newer than the tested versions: maps are predicted for that version,
+but the installed podman creates the container. If the installed podman writes maps in another form than podman 99.0
+would, it does not use the layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MakeCase = t.Callable[..., Case]
 Machines = t.Callable[[str], t.Any]
 
 UNTESTED: Json = {"runtime": "podman 99.0", "check_with_runtime": "untested"}
-# podman 4.3 records these two entries, podman 4.7 and later one.
+# podman 4.3 records these two entries; podman 4.7 and later record a single entry.
 ADJACENT = ["0:100000:1000", "1000:101000:64536"]
 
 
@@ -34,8 +34,8 @@ def machines(lab: Lab, host: t.Callable[[str], Host]) -> Machines:
     return lambda name: lab.machine if name == "local" else host(name)
 
 
-def state(case: Case) -> Json:
-    """All that podman knows, and what is mounted."""
+def podman_state(case: Case) -> Json:
+    """The objects that podman knows, and the mounts and folders of the store."""
     store = case.store
     volumes = store.podman("volume", "ls", "--format", "json").stdout
     containers = store.podman("ps", "--all", "--external", "--format", "json").stdout
@@ -55,65 +55,65 @@ def state(case: Case) -> Json:
             str(path.relative_to(store.graphroot))
             for pattern in (f"{store.driver}-containers/*", f"{store.driver}/*", "volumes/*")
             for path in store.graphroot.glob(pattern)
-            # podman makes these when it first needs them, and leaves them.
+            # podman creates these when it first needs them, and keeps them.
             if not path.name.endswith((".lock", ".json")) and path.name != "tempdirs"
         ),
     }
 
 
-def other_form(case: Case) -> Json:
-    """Options with which maps are predicted in another form than the case's podman writes."""
+def runtime_with_other_form(case: Case) -> Json:
+    """Options that predict maps in another form than the case's podman writes."""
     if case.store.machine.version("podman") < (4, 7):
         return UNTESTED
     return {"runtime": "podman 4.3.1", "check_with_runtime": "always"}
 
 
-def only(result: Json) -> Json:
+def only_layer(result: Json) -> Json:
     (entry,) = result["layers"]
     return t.cast(Json, entry)
 
 
 @pytest.mark.parametrize("name", ["local", "sid"])
 @pytest.mark.parametrize("kind", ["vfs", "rootless-as-root", "rootless-as-user"])
-def test_podman_takes_the_layer(
+def test_layer_that_podman_uses_is_kept(
     kind: str, name: str, make_case: MakeCase, machines: Machines
 ) -> None:
     case = make_case(kind, machine=machines(name))
     if kind != "vfs":
         # A map that all versions write in the same form.
-        wanted: Json = {"uidmap": ["0:1:65000"]}
+        mapping: Json = {"uidmap": ["0:1:65000"]}
         args = ["--uidmap=0:1:65000", "--gidmap=0:1:65000"]
     else:
-        wanted, args = {}, case.podman_args
-    before = state(case)
-    foreseen = case.layer_template(options={"check": True}, **wanted, **UNTESTED)
-    assert only(foreseen)["action"] == "created"
-    assert state(case) == before
+        mapping, args = {}, case.podman_args
+    before = podman_state(case)
+    predicted = case.layer_template(options={"check": True}, **mapping, **UNTESTED)
+    assert only_layer(predicted)["action"] == "created"
+    assert podman_state(case) == before
 
-    result = case.layer_template(**wanted, **UNTESTED)
-    entry = only(result)
+    result = case.layer_template(**mapping, **UNTESTED)
+    entry = only_layer(result)
     assert result["changed"]
     assert entry["action"] == "created"
     assert "podman used it for a container" in entry["reason"]
-    after = state(case)
+    after = podman_state(case)
     for key in ("containers", "volumes", "events", "records", "images", "mounts"):
         assert after[key] == before[key], key
     assert case.mapped() == [entry["layer_id"]]
     assert set(after["layers"]) - set(before["layers"]) == {entry["layer_id"]}
 
-    # It is checked again while no container uses it, and that changes nothing.
-    again = case.layer_template(**wanted, **UNTESTED)
-    assert not again["changed"]
-    assert "podman used it for a container" in only(again)["reason"]
-    assert state(case) == after
+    # Each run checks the layer until a container uses it; the check changes nothing.
+    repeated = case.layer_template(**mapping, **UNTESTED)
+    assert not repeated["changed"]
+    assert "podman used it for a container" in only_layer(repeated)["reason"]
+    assert podman_state(case) == after
     own = case.store.container(case.store.create(case.image.name, *args))["layer"]
     assert case.store.layer(own)["parent"] == entry["layer_id"]
-    used = case.layer_template(**wanted, **UNTESTED)
-    assert only(used)["reason"] == "A layer with this map exists."
+    used = case.layer_template(**mapping, **UNTESTED)
+    assert only_layer(used)["reason"] == "A layer with this map exists."
     case.assert_podman_is_well()
 
 
-# The map that is predicted for the version in `runtime`, and the podman that is there, which writes another form.
+# `runtime` names a version that writes maps in another form than the installed podman.
 @pytest.mark.parametrize(
     ("kind", "name", "args"),
     [
@@ -123,28 +123,28 @@ def test_podman_takes_the_layer(
         ("rootless-as-user", "sid", {"runtime": "podman 4.3.1", "check_with_runtime": "always"}),
     ],
 )
-def test_podman_does_not_take_the_layer(
+def test_layer_that_podman_does_not_use_is_removed(
     kind: str, name: str, args: Json, make_case: MakeCase, machines: Machines
 ) -> None:
     case = make_case(kind, machine=machines(name))
-    wanted = ["0:1:1000", "1000:1001:64000"] if kind != "vfs" else ADJACENT
-    args = other_form(case) if name == "local" else args
-    before = state(case)
-    refusal = case.layer_template(uidmap=wanted, options={"fails": True}, **args)
+    uidmap = ["0:1:1000", "1000:1001:64000"] if kind != "vfs" else ADJACENT
+    args = runtime_with_other_form(case) if name == "local" else args
+    before = podman_state(case)
+    refusal = case.layer_template(uidmap=uidmap, options={"fails": True}, **args)
     assert "podman did not use it for a container with this mapping" in refusal["msg"]
     assert "it was removed again" in refusal["msg"]
-    entry = only(refusal)
+    entry = only_layer(refusal)
     assert (entry["action"], entry["layer_id"]) == ("refused", "")
     assert not refusal["changed"]
-    assert state(case) == before
+    assert podman_state(case) == before
     case.assert_podman_is_well()
 
 
-def test_what_a_killed_task_has_left_goes_with_the_next(make_case: MakeCase) -> None:
-    """Its container, and the layer that nobody has checked."""
+def test_leftovers_of_killed_task_are_removed_by_next_task(make_case: MakeCase) -> None:
+    """The leftovers are the container and the unchecked layer."""
     case = make_case("vfs")
-    before = state(case)
-    runtime = other_form(case)["runtime"]
+    before = podman_state(case)
+    runtime = runtime_with_other_form(case)["runtime"]
     case.layer_template(uidmap=ADJACENT, runtime=runtime, allow_untested_runtime=True)
     (unchecked,) = case.mapped()
     dead = "userns-storage-check-4194304-1-0123abcd"
@@ -152,25 +152,27 @@ def test_what_a_killed_task_has_left_goes_with_the_next(make_case: MakeCase) -> 
     live = f"userns-storage-check-{os.getpid()}-{start}-0123abcd"
     for name in (dead, live, "userns-storage-check"):
         case.store.create(case.image.name, "--name", name)
-    refusal = case.layer_template(uidmap=ADJACENT, options={"fails": True}, **other_form(case))
+    refusal = case.layer_template(
+        uidmap=ADJACENT, options={"fails": True}, **runtime_with_other_form(case)
+    )
     assert "it was removed again" in refusal["msg"]
-    assert refusal["changed"], "a layer that was there is gone"
+    assert refusal["changed"], "the existing layer was removed"
     assert unchecked not in case.store.layer_ids()
     names = {name for container in case.store.containers() for name in container["names"]}
     assert names == {live, "userns-storage-check"}
     case.store.podman("rm", live, "userns-storage-check")
-    left = {key: value for key, value in state(case).items() if key != "events"}
-    assert left == {key: value for key, value in before.items() if key != "events"}
+    remaining = {key: value for key, value in podman_state(case).items() if key != "events"}
+    assert remaining == {key: value for key, value in before.items() if key != "events"}
 
 
-def test_refusals(make_case: MakeCase) -> None:
+def test_impossible_checks_are_refused(make_case: MakeCase) -> None:
     case = make_case("vfs")
     before = case.store.snapshot_of_disk()
-    wanted: Json = {"runtime": "buildah 99.0", "check_with_runtime": "always"}
-    refusal = case.layer_template(options={"fails": True}, **wanted)
+    options: Json = {"runtime": "buildah 99.0", "check_with_runtime": "always"}
+    refusal = case.layer_template(options={"fails": True}, **options)
     assert "only podman can create a container without starting it" in refusal["msg"]
     assert before.changes(case.store.snapshot_of_disk()) == []
-    # Removals are not what a container checks.
+    # A container cannot check a removal.
     case.create()
     refusal = case.layer_template(state="absent", options={"fails": True}, **UNTESTED)
     assert "in use" in refusal["msg"]

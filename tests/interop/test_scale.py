@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A store of thousands of layers: what reading it costs grows with the layers, and no faster."""
+"""Test that the cost of reading a store of thousands of layers grows linearly with their number."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from support import large_store
 from support.lab import Lab
 from support.stores import Store
 
-# Folders are listed as a whole, so that a layer costs no system call of its own.
+# Folders are listed as a whole: there is no system call for each layer.
 CALLS_PER_LAYER = 1
-# Some fifty, half of them the JSON reader's.
+# About fifty are expected, half of them of the JSON reader.
 FUNCTIONS_PER_LAYER = 100
 
 
-def test_gathering_costs_the_same_for_each_layer(
+def test_cost_of_gathering_is_linear_in_layers(
     lab: Lab, make_store: t.Callable[..., Store]
 ) -> None:
     trace = lab.folder() / "trace"
     strace = ("strace", "-f", "-qq", "-o", str(trace))
     counted = []
     for count in (10, 80):
-        # Other releases have no strace, and it does not matter who has created the empty store.
+        # The roots of other releases have no strace, and any podman can create the empty store.
         store = make_store("overlay-forced", machine=lab.local)
         store.podman("images")
         large_store.populate(store, count)
@@ -41,6 +41,6 @@ def test_gathering_costs_the_same_for_each_layer(
     print(f"{many} layers: {many_functions} functions, {many_calls} system calls")
     assert (many_calls - few_calls) / (many - few) < CALLS_PER_LAYER
     assert (many_functions - few_functions) / (many - few) < FUNCTIONS_PER_LAYER
-    # Eight times as many layers; what is quadratic would be 64 times as much.
+    # There are eight times as many layers; a quadratic cost would be 64 times as high.
     assert many_functions < 10 * few_functions
     assert many_calls < 10 * few_calls

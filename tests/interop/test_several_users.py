@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Modules for several users, images and maps at once: what is refused does not stop the rest."""
+"""Test modules for several users, images and maps: a refusal for one of them does not stop the others."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ def pair(make_case: MakeCase) -> t.List[Case]:
 
 
 def owner(case: Case) -> str:
-    """Name of the user whose store it is."""
+    """The name of the store's user."""
     assert case.store.user is not None
     return case.store.user.name
 
 
 def call(lab: Lab, users: t.Sequence[str], image: Image, **more: t.Any) -> Json:
-    """layer_template as root, for users' keep-id containers."""
+    """Run layer_template as root for the keep-id containers of users."""
     options = more.pop("options", {})
     args = {"images": [image.name], "userns": "keep-id", "users": list(users), **more}
     return run_module(lab, "layer_template", args, **options)
 
 
 def actions(result: Json) -> t.List[t.Tuple[str, str]]:
-    """Whose entry it is, and what became of it."""
+    """The user and the action of each layer."""
     return [(entry["user"], entry["action"]) for entry in result["layers"]]
 
 
-def test_each_podman_takes_its_layer(lab: Lab, pair: t.List[Case]) -> None:
+def test_each_users_podman_uses_its_layer(lab: Lab, pair: t.List[Case]) -> None:
     users = [owner(case) for case in pair]
     image = pair[0].image
     before = [case.store.snapshot_of_disk() for case in pair]
-    foreseen = call(lab, users, image, options={"check": True, "diff": True})
+    predicted = call(lab, users, image, options={"check": True, "diff": True})
     for case, state in zip(pair, before):
         assert state.changes(case.store.snapshot_of_disk()) == []
-    # A user named twice is one user.
+    # A repeated name has no effect.
     made = call(lab, [*users, users[0]], image, options={"diff": True})
-    for result in (foreseen, made):
+    for result in (predicted, made):
         assert result["changed"] is True
         assert actions(result) == [(user, "created") for user in users]
         assert "store" not in result
@@ -59,7 +59,7 @@ def test_each_podman_takes_its_layer(lab: Lab, pair: t.List[Case]) -> None:
         assert [item["graphroot"] for item in result["stores"]] == [
             str(case.store.graphroot) for case in pair
         ]
-    assert foreseen["diff"] == made["diff"]
+    assert predicted["diff"] == made["diff"]
     for case in pair:
         maps = {"uidmap": case.map, "gidmap": case.map}
         assert made["diff"]["before"][owner(case)] == {image.name: []}
@@ -69,12 +69,12 @@ def test_each_podman_takes_its_layer(lab: Lab, pair: t.List[Case]) -> None:
         container = case.store.container(case.create())
         assert case.mapped() == [entry["layer_id"]]
         assert case.store.layer(container["layer"])["parent"] == entry["layer_id"]
-    again = call(lab, users, image)
-    assert again["changed"] is False
-    assert actions(again) == [(user, "existing") for user in users]
+    repeated = call(lab, users, image)
+    assert repeated["changed"] is False
+    assert actions(repeated) == [(user, "existing") for user in users]
 
 
-def test_a_user_who_cannot_does_not_stop_the_others(
+def test_failure_for_a_user_does_not_stop_others(
     lab: Lab, pair: t.List[Case], make_user: t.Callable[..., User]
 ) -> None:
     first, last = (owner(case) for case in pair)
@@ -92,19 +92,19 @@ def test_a_user_who_cannot_does_not_stop_the_others(
     assert [len(case.mapped()) for case in pair] == [1, 1]
 
 
-def test_users_do_not_go_with_one_place(lab: Lab, small_image: Image) -> None:
+def test_users_excludes_options_for_one_store(lab: Lab, small_image: Image) -> None:
     for other in ("user", "graphroot", "runroot"):
         result = call(lab, ["root"], small_image, options={"fails": True}, **{other: "/nowhere"})
         assert "mutually exclusive" in result["msg"]
         assert other in result["msg"]
 
 
-def test_no_user_means_nothing_to_do(lab: Lab, small_image: Image) -> None:
+def test_empty_users_changes_nothing(lab: Lab, small_image: Image) -> None:
     result = call(lab, [], small_image)
     assert (result["changed"], result["layers"], result["stores"]) == (False, [], [])
 
 
-def test_only_root_works_for_others(lab: Lab, pair: t.List[Case]) -> None:
+def test_only_root_can_create_layers_for_others(lab: Lab, pair: t.List[Case]) -> None:
     mine, other = pair
     users = [owner(mine), owner(other)]
     options = {"fails": True, "user": mine.store.user}
@@ -115,7 +115,7 @@ def test_only_root_works_for_others(lab: Lab, pair: t.List[Case]) -> None:
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_one_refused_pair_does_not_stop_the_others(check: bool, make_case: MakeCase) -> None:
+def test_refused_pair_does_not_stop_others(check: bool, make_case: MakeCase) -> None:
     case = make_case("vfs")
     mappings = [
         {"uidmap": ["0:100000:1000"]},
@@ -124,8 +124,8 @@ def test_one_refused_pair_does_not_stop_the_others(check: bool, make_case: MakeC
         {"subuidname": "nobody-of-that-name"},
         {"uidmap": ["0:300000:65536"]},
     ]
-    asked = {"images": ["localhost/never:1", case.image.name], "mappings": mappings}
-    result = case.call("layer_template", asked, fails=True, check=check)
+    args = {"images": ["localhost/never:1", case.image.name], "mappings": mappings}
+    result = case.call("layer_template", args, fails=True, check=check)
     assert [entry["action"] for entry in result["layers"]] == [
         *("refused", "refused", "created", "refused", "refused", "created"),
     ]
@@ -144,31 +144,31 @@ def test_one_refused_pair_does_not_stop_the_others(check: bool, make_case: MakeC
     assert len(made) == (0 if check else 2)
 
 
-def test_what_is_misspelled_changes_nothing(make_case: MakeCase) -> None:
+def test_invalid_mapping_changes_nothing(make_case: MakeCase) -> None:
     case = make_case("vfs")
     before = case.store.snapshot_of_disk()
-    for word, bad in (
+    for text, invalid in (
         ("0:1:x", {"uidmap": ["0:1:x"]}),
         ("keep-it", {"userns": "keep-it"}),
         ("tape", {"userns": "auto", "runtime": "tape"}),
     ):
-        mappings = [{"uidmap": ["0:100000:65536"]}, bad]
-        asked = {"images": [case.image.name], "mappings": mappings}
-        result = case.call("layer_template", asked, fails=True)
-        assert word in result["msg"]
+        mappings = [{"uidmap": ["0:100000:65536"]}, invalid]
+        args = {"images": [case.image.name], "mappings": mappings}
+        result = case.call("layer_template", args, fails=True)
+        assert text in result["msg"]
         assert not result.get("changed")
         assert before.changes(case.store.snapshot_of_disk()) == []
 
 
-def test_the_answer_says_what_would_change_it(make_case: MakeCase) -> None:
+def test_result_has_advice(make_case: MakeCase) -> None:
     copied = make_case("vfs").layer_template()["layers"][0]
     assert "overlay driver needs no copies" in copied["advice"]
     shifted = make_case("overlay").layer_template()["layers"][0]
     assert shifted["advice"] in shifted["reason"]
 
 
-def test_other_modules_for_several_users(lab: Lab, pair: t.List[Case]) -> None:
-    """image_layers_info, layer_gc, storage_conf and image_layers: a result for each store, and all together."""
+def test_other_modules_accept_several_users(lab: Lab, pair: t.List[Case]) -> None:
+    """image_layers_info, layer_gc, storage_conf and image_layers return each store's result and the merged result."""
     users = [owner(case) for case in pair]
     missing = "nobody-of-that-name"
     image = pair[0].image
@@ -185,13 +185,13 @@ def test_other_modules_for_several_users(lab: Lab, pair: t.List[Case]) -> None:
     assert "error" in found["stores"][2]
 
     rules = {"users": users, "max_copies_per_image": 0, "min_age": "0"}
-    foreseen = run_module(lab, "layer_gc", rules, check=True, diff=True)
+    predicted = run_module(lab, "layer_gc", rules, check=True, diff=True)
     assert all(len(case.mapped()) == 1 for case in pair)
     done = run_module(
         lab, "layer_gc", {**rules, "users": [users[0], missing, users[1]]}, fails=True
     )
-    assert foreseen["changed"] is done["changed"] is True
-    assert set(foreseen["diff"]["before"]) == set(users)
+    assert predicted["changed"] is done["changed"] is True
+    assert set(predicted["diff"]["before"]) == set(users)
     assert [entry["user"] for entry in done["removed"]] == users
     assert done["inodes_reclaimed"] == sum(
         store["inodes_reclaimed"] for store in done["stores"] if "error" not in store
@@ -202,11 +202,11 @@ def test_other_modules_for_several_users(lab: Lab, pair: t.List[Case]) -> None:
     assert run_module(lab, "storage_conf", settings)["changed"] is True
     assert run_module(lab, "storage_conf", settings)["changed"] is False
 
-    gone = run_module(
+    removed = run_module(
         lab, "image_layers", {"users": users, "images": [image.name], "state": "absent"}
     )
-    assert gone["actions"] == ["removed", "removed"]
-    assert [entry["user"] for entry in gone["images"]] == users
-    wrong = {"users": users, "user": users[0], "images": ["x"]}
-    both = run_module(lab, "image_layers", wrong, fails=True)
-    assert "mutually exclusive" in both["msg"]
+    assert removed["actions"] == ["removed", "removed"]
+    assert [entry["user"] for entry in removed["images"]] == users
+    exclusive = {"users": users, "user": users[0], "images": ["x"]}
+    refused = run_module(lab, "image_layers", exclusive, fails=True)
+    assert "mutually exclusive" in refused["msg"]
