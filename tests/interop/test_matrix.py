@@ -283,7 +283,7 @@ class Column:
             return REFUSED
         if "mount program" in entry["reason"]:
             return self._verify_copied(entry, done)
-        # Only a start fails because of IDs that the user does not have, or layers that the kernel does not mount.
+        # IDs that the user does not have, and layers that the kernel cannot mount, are errors only at the start.
         if form.program == "buildah":
             started = self.store.buildah("mount", _container_id(done), check=False)
             refused = started.rc != 0

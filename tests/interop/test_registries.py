@@ -171,7 +171,7 @@ def test_image_is_pulled_with_authfile(
 def test_environment_variable_of_task_names_authfile(
     lab: Lab, make_case: MakeCase, registry: PrivateRegistry
 ) -> None:
-    """It applies to root's store, and to a user's store if that user can read the file."""
+    """The variable applies to root's store, and to a user's store if that user can read the file."""
     path = authfile(lab.machine.path("/run/auth.json"), registry.address)
     environ = {"REGISTRY_AUTH_FILE": "/run/auth.json"}
     for setup, mode in (("vfs", 0o600), ("rootless-as-root", 0o644)):

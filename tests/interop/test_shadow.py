@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Our reading of /etc/subuid against getsubids of shadow 4.13, 4.17 and 4.20, over generated files."""
+"""Compare the parser of /etc/subuid with getsubids of shadow 4.13, 4.17 and 4.20 on generated files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.hosts import Host
 from support.lab import Lab
 from support.machines import Machine
 
-# Accounts that each Debian has, so that nothing of the host has to be changed for shadow 4.20.
+# Accounts that exist on every Debian, so that the hosts need no changes for shadow 4.20.
 USERS = {"daemon": 1, "bin": 2}
 DIALECTS = {
     "local": subid_file.SHADOW_4_13,
@@ -29,7 +29,7 @@ DIALECTS = {
     "sid": subid_file.SHADOW_4_20,
 }
 _BATCH = 60
-# For each file, all that getsubids says of the two users.
+# Print getsubids' output for both users and each file.
 _SCRIPT = """\
 for file in "$1"/*; do
   cat "$file" > /etc/subuid
@@ -40,21 +40,21 @@ for file in "$1"/*; do
 done
 """
 
-_BLANKS = st.sampled_from(
+_WHITESPACE = st.sampled_from(
     ["", "", "", "", " ", "\t", "\r", "\v", "\f", "  ", "\x1c", "\x85", "\u2028"]
 )
-_ODD_NUMBERS = (
+_UNUSUAL_NUMBERS = (
     "0,1,65536,100000,4294967294,4294967295,4294967296,18446744073709551615,18446744073709551616,"
     "99999999999999999999999,-1,-0,-18446744073709451616,+5,--5,+-5,0x,0x1F,0Xa0,0xg,010,08,0b101,0B2,00,"
     "1e5,1_000,,abc,5abc,٣,0x-5,- 5,+ 5,0o17"
 )
-_DIGITS = st.one_of(st.integers(0, 2**33).map(str), st.sampled_from(_ODD_NUMBERS.split(",")))
-_NUMBERS = st.tuples(_BLANKS, _DIGITS, _BLANKS).map("".join)
+_DIGITS = st.one_of(st.integers(0, 2**33).map(str), st.sampled_from(_UNUSUAL_NUMBERS.split(",")))
+_NUMBERS = st.tuples(_WHITESPACE, _DIGITS, _WHITESPACE).map("".join)
 _OWNERS = st.one_of(
     st.sampled_from(
         ["daemon", "daemon", "bin", "1", "2", "01", "+1", " 1", "1 ", "0x1", "-1", "x"]
     ),
-    st.tuples(_BLANKS, st.sampled_from(["daemon", "bin"]), _BLANKS).map("".join),
+    st.tuples(_WHITESPACE, st.sampled_from(["daemon", "bin"]), _WHITESPACE).map("".join),
     st.sampled_from(["+", "+daemon", "-daemon", "#daemon", "", "daemon\0", "d" * 1100, "ф"]),
 )
 _LINES = st.one_of(
@@ -67,19 +67,21 @@ _LINES = st.one_of(
     ).map(lambda pair: f"daemon:{pair[1]}:{'0' * pair[0]}7"),
     st.integers(1, 12).map(lambda zeros: f"daemon:5:{'0' * (1010 - zeros)}7"),
 )
-_ENDS = st.sampled_from(["\n", "\n", "\n", "\n", "\n", "\r\n", "\n\n", "\n\0"])
-_WILD = st.tuples(
-    st.lists(st.tuples(_LINES, _ENDS).map("".join), max_size=6).map("".join),
+_LINE_ENDINGS = st.sampled_from(["\n", "\n", "\n", "\n", "\n", "\r\n", "\n\n", "\n\0"])
+_ARBITRARY_FILES = st.tuples(
+    st.lists(st.tuples(_LINES, _LINE_ENDINGS).map("".join), max_size=6).map("".join),
     st.one_of(st.just(""), st.just(""), _LINES),
 ).map("".join)
-# Without what makes shadow 4.20 give up on a whole file.
-_TAME = st.lists(_LINES.filter(lambda line: "\0" not in line), min_size=1, max_size=6).map(
-    lambda lines: "".join(f"{line}\n" for line in lines)
-)
-_FILES = st.one_of(_WILD, _TAME, _TAME).map(str.encode)
+# Without NUL bytes, which make shadow 4.20 reject the whole file.
+_READABLE_FILES = st.lists(
+    _LINES.filter(lambda line: "\0" not in line), min_size=1, max_size=6
+).map(lambda lines: "".join(f"{line}\n" for line in lines))
+_FILES = st.one_of(_ARBITRARY_FILES, _READABLE_FILES, _READABLE_FILES).map(str.encode)
 
 
-def ours(content: bytes, name: str, dialect: subid_file.Dialect) -> t.List[t.Tuple[int, int]]:
+def parsed_ranges(
+    content: bytes, name: str, dialect: subid_file.Dialect
+) -> t.List[t.Tuple[int, int]]:
     try:
         lines = subid_file.parse(content, dialect)
     except subid_file.NotRead:
@@ -91,13 +93,13 @@ def ours(content: bytes, name: str, dialect: subid_file.Dialect) -> t.List[t.Tup
     ]
 
 
-def theirs(
+def getsubids_ranges(
     machine: Machine, folder: pathlib.Path
 ) -> t.Dict[t.Tuple[int, str], t.List[t.Tuple[int, int]]]:
-    said = machine.run(["sh", "-c", _SCRIPT, "sh", str(folder)]).stdout
+    output = machine.run(["sh", "-c", _SCRIPT, "sh", str(folder)]).stdout
     found: t.Dict[t.Tuple[int, str], t.List[t.Tuple[int, int]]] = {}
     ranges: t.List[t.Tuple[int, int]] = []
-    for line in said.splitlines():
+    for line in output.splitlines():
         if line.startswith("= "):
             _mark, number, name = line.split()
             ranges = found.setdefault((int(number), name), [])
@@ -109,14 +111,14 @@ def theirs(
 
 
 @pytest.mark.parametrize("name", list(DIALECTS))
-def test_getsubids_reads_the_same(name: str, lab: Lab, host: t.Callable[[str], Host]) -> None:
+def test_parser_agrees_with_getsubids(name: str, lab: Lab, host: t.Callable[[str], Host]) -> None:
     machine = lab.machine if name == "local" else host(name)
-    # The machine's own may be of another release; shadow is that of sid in experimental.
+    # The machine itself may be of another release; experimental has the shadow of sid.
     dialect = DIALECTS["sid" if machine.name == "experimental" else machine.name]
     etc = pathlib.Path(getattr(machine, "root", "/"), "etc/subuid")
-    kept = etc.read_bytes() if etc.exists() else b""
+    before = etc.read_bytes() if etc.exists() else b""
 
-    # A batch that differs says so by itself; making it smaller would take as many processes again.
+    # The assertion shows the files that differ; shrinking would start too many processes.
     @settings(
         max_examples=12,
         deadline=None,
@@ -129,26 +131,26 @@ def test_getsubids_reads_the_same(name: str, lab: Lab, host: t.Callable[[str], H
         folder = lab.folder()
         for number, content in enumerate(files):
             (folder / f"{number:04d}").write_bytes(content)
-        said = theirs(machine, folder)
-        assert len(said) == _BATCH * len(USERS)
+        reported = getsubids_ranges(machine, folder)
+        assert len(reported) == _BATCH * len(USERS)
         assert [
             (user, files[number], ranges)
-            for (number, user), ranges in said.items()
-            if ours(files[number], user, dialect) != ranges
+            for (number, user), ranges in reported.items()
+            if parsed_ranges(files[number], user, dialect) != ranges
         ] == []
-        found.extend(item for ranges in said.values() for item in ranges)
+        found.extend(item for ranges in reported.values() for item in ranges)
         lab.remove(folder)
 
     found: t.List[t.Tuple[int, int]] = []
     try:
         compare()
     finally:
-        etc.write_bytes(kept)
+        etc.write_bytes(before)
     assert len(found) > 50
 
 
 @pytest.mark.parametrize("name", list(DIALECTS))
-def test_which_shadow_it_is(
+def test_shadow_version_is_detected(
     name: str, lab: Lab, host: t.Callable[[str], Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = getattr(host(name), "root", "") if name != "local" else ""
@@ -159,7 +161,7 @@ def test_which_shadow_it_is(
 
 @settings(max_examples=200, deadline=None)
 @given(_FILES, st.integers(1, 70000))
-def test_what_any_shadow_reads_is_never_given_away(
+def test_ranges_of_any_shadow_version_are_taken(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, count: int
 ) -> None:
     folder = tmp_path_factory.mktemp("ids")

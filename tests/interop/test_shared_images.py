@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""shared_images with the real podman of each generation: one store for all users, nothing copied."""
+"""Test shared_images with podman of each release: users share the images of one store without copies."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ RunModule = t.Callable[..., Json]
 RELEASES = ["machine", "trixie", "sid", "experimental"]
 KEEP_ID = [{"userns": "keep-id"}]
 STORES = "/var/lib/userns-storage.service"
-# Everything that the module leaves on a host.
-PLACES = (STORES, "/etc/userns-storage", "/etc/containers/storage.rootless.conf.d")
+# All paths that the module creates on a host.
+PATHS = (STORES, "/etc/userns-storage", "/etc/containers/storage.rootless.conf.d")
 OWNERS = "stat -c '%u:%g' / /srv/one /srv/two /etc/passwd"
 
 
 class Setup:
-    """A real store of root's and what is shared of it."""
+    """A store of root, and calls of shared_images for it."""
 
     def __init__(self, machine: Machine, store: Store, image: Image, run_module: RunModule) -> None:
         self.machine, self.store, self.image, self._run = machine, store, image, run_module
@@ -52,19 +52,19 @@ class Setup:
         return [line.split()[4] for line in table.splitlines() if STORES in line.split()[4]]
 
     def unmount_all(self) -> None:
-        """As after a boot."""
+        """Remove all mounts, as a boot does."""
         for point in self.mounts():
             self.machine.run(["umount", "-l", point])
 
-    def left(self) -> t.List[str]:
-        """Files that the module has left."""
-        script = "for place; do if [ -e $place ]; then find $place; fi; done"
-        return self.machine.run(["sh", "-c", script, "sh", *PLACES]).stdout.split()
+    def module_files(self) -> t.List[str]:
+        """The module's files on the machine."""
+        script = "for path; do if [ -e $path ]; then find $path; fi; done"
+        return self.machine.run(["sh", "-c", script, "sh", *PATHS]).stdout.split()
 
 
 @pytest.fixture
 def owners_image(lab: Lab) -> Image:
-    """Two layers; the upper one hides a folder of the lower one."""
+    """An image of two layers; the upper layer hides a folder of the lower layer."""
     tree = images.small_layers()[0]
     lower = {
         **tree,
@@ -93,7 +93,7 @@ def make_setup(
     yield make
     for setup in made:
         setup.unmount_all()
-        setup.machine.run(["rm", "-rf", *PLACES])
+        setup.machine.run(["rm", "-rf", *PATHS])
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -104,17 +104,17 @@ def test_users_start_containers_without_a_copy(
     users = [make_user(setup.machine) for _number in range(2)]
     stores = [make_store("rootless-overlay", user=user, machine=setup.machine) for user in users]
 
-    before = setup.left()
+    before = setup.module_files()
     predicted = setup.share(*users, check=True)
     assert predicted["changed"]
     assert [user["action"] for user in predicted["users"]] == ["shared", "shared"]
-    assert setup.left() == before
+    assert setup.module_files() == before
     assert setup.mounts() == []
 
     done = setup.share(*users)
     assert done["changed"]
     assert [user["bytes_copied"] for user in done["users"]] == [0, 0]
-    # One mount for each user and map, whatever the number of layers.
+    # There is one mount for each user and map, independent of the number of layers.
     assert [user["mounts"] for user in done["users"]] == [2, 2]
     assert len(setup.mounts()) == 4
     assert not setup.share(*users)["changed"]
@@ -137,13 +137,13 @@ def test_users_start_containers_without_a_copy(
         # The folder of the lower layer is hidden, as it is for root.
         assert store.run(name, "ls", "/opt").split() == []
         store.create(name, "--name=kept", "--userns=keep-id")
-        # The container's own layer, and nothing else.
+        # The store contains only the container's own layer.
         assert len(store.layers()) == 1
         assert store.images() == []
         removed = store.podman("rmi", name, check=False)
         assert removed.rc != 0
 
-    # Builds and commits rest on it.
+    # Commits can use a shared image as their base.
     store = stores[0]
     store.podman("commit", "-q", "kept", "localhost/mine:1")
     assert store.run("localhost/mine:1", "cat", "/srv/one") == "one\n"
@@ -157,12 +157,12 @@ def test_users_start_containers_without_a_copy(
         store.podman("rm", "--all", "--force")
     assert setup.share(state="absent")["changed"]
     assert setup.mounts() == []
-    assert setup.left() == before
+    assert setup.module_files() == before
     assert not setup.share(state="absent")["changed"]
     assert setup.store.image(name)["names"] == [name]
 
 
-def test_a_start_without_mounts_fails_and_names_the_unit(
+def test_start_without_mounts_fails_and_names_the_unit(
     make_setup: t.Callable[..., Setup], make_user: t.Any, make_store: MakeStore
 ) -> None:
     setup = make_setup()
@@ -176,13 +176,13 @@ def test_a_start_without_mounts_fails_and_names_the_unit(
         assert failed.rc != 0
         assert "userns-storage.service" in failed.stderr
         assert "wipe" not in failed.stderr
-    # podman itself goes on, and the container is what it was once the mounts are back.
+    # podman itself works, and so does the container after the mounts are restored.
     assert setup.image.name in store.podman("images").stdout + setup.image.name
     assert setup.share(user)["users"][0]["mounts_made"] == 2
     assert store.podman("start", "-a", "kept").stdout == "one\n"
 
 
-def test_an_image_that_no_user_needs_is_removed(
+def test_image_that_no_user_needs_is_released(
     make_setup: t.Callable[..., Setup], make_user: t.Any, make_store: MakeStore
 ) -> None:
     setup = make_setup()
@@ -203,14 +203,14 @@ def test_an_image_that_no_user_needs_is_removed(
     (left,) = setup.store.images()
     assert done["released"] == [left["id"]]
     assert not left.get("names")
-    # What the role and the unit do then.
-    lost = {"images": done["released"], "state": "absent", "driver": "overlay", **_roots(setup)}
-    setup._run("image_layers", lost, machine=setup.machine)
+    # The role and the unit remove released images in this way.
+    released = {"images": done["released"], "state": "absent", "driver": "overlay", **_roots(setup)}
+    setup._run("image_layers", released, machine=setup.machine)
     assert setup.store.images() == []
     assert setup.store.layers() == []
 
 
-def test_only_what_is_named_can_be_read(
+def test_only_declared_images_can_be_read_by_declared_users(
     lab: Lab,
     make_setup: t.Callable[..., Setup],
     make_user: t.Any,
@@ -223,21 +223,21 @@ def test_only_what_is_named_can_be_read(
     make_store("rootless-overlay", user=user)
     done = setup.share(user, images=[setup.image.name])
     folder = done["users"][0]["store"]
-    shown = {layer["id"] for layer in setup.store.layers()} & {
+    readable = {layer["id"] for layer in setup.store.layers()} & {
         path.name
         for path in setup.machine.path(folder).glob("m/*/*")
         if os.path.isdir(path / "diff")
     }
-    (chain,) = [
+    (layer_id,) = [
         image["layer"] for image in setup.store.images() if setup.image.name in image["names"]
     ]
-    wanted = set()
-    while chain:
-        wanted.add(chain)
-        chain = setup.store.layer(chain).get("parent", "")
-    assert shown == wanted
+    expected = set()
+    while layer_id:
+        expected.add(layer_id)
+        layer_id = setup.store.layer(layer_id).get("parent", "")
+    assert readable == expected
     read = ["sh", "-c", f"cat {folder}/m/*/*/diff/srv/one"]
-    # Of the two views of it, that of keep-id belongs to subordinate IDs, which the user has only in a namespace.
+    # The keep-id view is not readable: it belongs to subordinate IDs, which the user has only in a namespace.
     assert lab.machine.run(read, account=user, check=False).stdout == "one\n"
     refused = lab.machine.run(read, account=other, check=False)
     assert refused.rc != 0
@@ -252,12 +252,12 @@ def test_only_what_is_named_can_be_read(
         f"mount -o remount,bind,rw {folder}/m/$(ls {folder}/m | head -n1) || echo refused; "
         f"umount {folder}/m/*/* || echo refused"
     )
-    again = lab.machine.run(["unshare", "-rm", "sh", "-c", script], account=user, check=False)
-    assert "refused" in again.stdout
+    remounted = lab.machine.run(["unshare", "-rm", "sh", "-c", script], account=user, check=False)
+    assert "refused" in remounted.stdout
     assert lab.machine.run(read, account=user, check=False).stdout == "one\n"
 
 
-def test_users_who_cannot_be_served_do_not_stop_the_others(
+def test_refused_users_do_not_stop_others(
     make_setup: t.Callable[..., Setup], make_user: t.Any, make_store: MakeStore
 ) -> None:
     setup = make_setup()
@@ -273,7 +273,7 @@ def test_users_who_cannot_be_served_do_not_stop_the_others(
     assert len(setup.mounts()) == 2
 
 
-def test_an_image_on_a_layer_that_the_user_has_with_a_map_is_refused(
+def test_image_on_mapped_layer_of_user_is_refused(
     lab: Lab, make_setup: t.Callable[..., Setup], make_user: t.Any, make_store: MakeStore
 ) -> None:
     """podman 5.8 and later would mount the user's layer below the shared image."""
@@ -285,9 +285,9 @@ def test_an_image_on_a_layer_that_the_user_has_with_a_map_is_refused(
     store.podman("rm", container["id"])
     assert convert(store, [base.name], texts(container, "uidmap"))["changed"]
     done = setup.share(user)
-    (told,) = done["users"]
-    assert [image["names"] for image in told["images"]] == [[setup.image.name]]
-    (refused,) = told["images"][0]["refused"]
+    (entry,) = done["users"]
+    assert [image["names"] for image in entry["images"]] == [[setup.image.name]]
+    (refused,) = entry["images"][0]["refused"]
     assert f"image {base.name} of user {user.name}" in refused
     assert f"podman rmi {base.name}" in refused
     assert store.podman("images", "--format", "{{.Repository}}").stdout.split() == [
@@ -304,7 +304,7 @@ def test_missing_objects_are_reported_before_anything_is_created(
 ) -> None:
     setup = make_setup()
     user = make_user()
-    before = setup.left()
+    before = setup.module_files()
     nobody = setup._run("shared_images", {"users": ["nosuchuser"], **_roots(setup)}, fails=True)
     assert "nosuchuser" in nobody["msg"]
     empty = setup._run(
@@ -317,7 +317,7 @@ def test_missing_objects_are_reported_before_anything_is_created(
         fails=True,
     )
     assert "image_layers" in empty["msg"]
-    assert setup.left() == before
+    assert setup.module_files() == before
     assert setup.mounts() == []
 
 
@@ -325,7 +325,7 @@ def _roots(setup: Setup) -> Json:
     return {"graphroot": str(setup.store.graphroot), "runroot": str(setup.store.runroot)}
 
 
-def test_the_service_makes_the_mounts_again(
+def test_service_restores_mounts(
     lab: Lab, make_setup: t.Callable[..., Setup], make_user: t.Any, make_store: MakeStore
 ) -> None:
     setup = make_setup()
@@ -333,9 +333,9 @@ def test_the_service_makes_the_mounts_again(
     store = make_store("rootless-overlay", user=user)
     setup.share(user)
     setup.unmount_all()
-    words = service_words("share")
-    done = lab.machine.run(words, env={"PYTHONPATH": str(lab.tree)})
+    command = service_words("share")
+    done = lab.machine.run(command, env={"PYTHONPATH": str(lab.tree)})
     assert user.name in done.stdout
     assert len(setup.mounts()) == 2
     assert store.run(setup.image.name, "cat", "/srv/one") == "one\n"
-    assert lab.machine.run(words, env={"PYTHONPATH": str(lab.tree)}).stdout == ""
+    assert lab.machine.run(command, env={"PYTHONPATH": str(lab.tree)}).stdout == ""

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Keys of storage.conf that podman reads, in files that do no harm to other users: one file, or a drop-in."""
+"""Test that storage_conf writes a file or drop-in that podman reads and that does not affect other users."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ mountopt = "metacopy=on"
 
 
 class Site:
-    """A machine whose /etc/containers and rootful store are this test's own."""
+    """A machine whose /etc/containers and rootful store are private to the test."""
 
     def __init__(self, lab: t.Any, machine: t.Any, run_module: t.Any, user: t.Any) -> None:
         self.machine, self._run_module, self.user = machine, run_module, user
@@ -39,8 +39,10 @@ class Site:
             self.machine.run(["umount", "-l", path], check=False)
 
     def declare(self, **options: t.Any) -> Json:
-        given = {name: options.pop(name) for name in ("check", "diff") if name in options}
-        result: Json = self._run_module("storage_conf", options, machine=self.machine, **given)
+        run_options = {name: options.pop(name) for name in ("check", "diff") if name in options}
+        result: Json = self._run_module(
+            "storage_conf", options, machine=self.machine, **run_options
+        )
         return result
 
     def write(self, path: str, text: str) -> None:
@@ -51,7 +53,7 @@ class Site:
         return str(self.machine.run(["cat", path]).stdout)
 
     def files(self) -> t.List[str]:
-        """Files below /etc/containers, without backups' names."""
+        """Files below /etc/containers; the names of backups are shortened to '.conf~'."""
         found = self.machine.run(
             ["find", "/etc/containers", "-type", "f", "-printf", "%P\n"]
         ).stdout
@@ -60,10 +62,10 @@ class Site:
             for name in found.split()
         )
 
-    def rootful(self) -> str:
+    def rootful_info(self) -> str:
         return str(self.machine.run(["podman", "info", "--format", STORE]).stdout)
 
-    def rootless(self) -> t.Any:
+    def run_rootless(self) -> t.Any:
         return self.machine.run(["podman", "images"], account=self.user, check=False)
 
 
@@ -82,7 +84,7 @@ def newest(
 def older(
     lab: t.Any, host: t.Any, make_user: t.Any, run_module: t.Any, request: t.Any
 ) -> t.Iterator[Site]:
-    """A host whose podman reads one file."""
+    """A host whose podman reads a single file."""
     machine = hosts.of_release(lab, request.param, host)
     site = Site(lab, machine, run_module, make_user(machine))
     yield site
@@ -92,27 +94,27 @@ def older(
 DROP_IN = "storage.rootful.conf.d/50-userns-storage.conf"
 
 
-def test_rootful_keys_go_where_rootless_podman_does_not_read(newest: Site) -> None:
+def test_rootful_keys_are_in_drop_in_that_rootless_podman_ignores(newest: Site) -> None:
     assert newest.declare(metacopy=True, check=True)["changed"]
     assert newest.files() == []
     made = newest.declare(metacopy=True, settings={"driver": "overlay"})
     assert (made["file"], made["moved"]) == (f"/etc/containers/{DROP_IN}", "")
     assert newest.files() == [DROP_IN]
     assert not newest.declare(metacopy=True, settings={"driver": "overlay"})["changed"]
-    # Added to what the distribution's file says.
+    # The keys are added to the settings of the distribution's file.
     assert (
-        newest.rootful()
+        newest.rootful_info()
         == "overlay /var/lib/containers/storage map[overlay.mountopt:nodev,metacopy=on]\n"
     )
-    assert newest.rootless().rc == 0
+    assert newest.run_rootless().rc == 0
 
 
-def test_a_file_of_an_earlier_run_is_moved_once(newest: Site) -> None:
+def test_file_of_earlier_run_is_moved_once(newest: Site) -> None:
     newest.write("/etc/containers/storage.conf", EARLIER)
-    failed = newest.rootless()
+    failed = newest.run_rootless()
     assert failed.rc != 0, "this podman no longer needs the move"
     assert "permission denied" in failed.stderr
-    before = newest.rootful()
+    before = newest.rootful_info()
     predicted = newest.declare(metacopy=True, check=True, diff=True)
     assert predicted["changed"]
     assert newest.files() == ["storage.conf"]
@@ -123,25 +125,25 @@ def test_a_file_of_an_earlier_run_is_moved_once(newest: Site) -> None:
     ]
     assert newest.read(moved["backup_file"]) == EARLIER
     assert newest.files() == ["storage.conf~", DROP_IN]
-    assert newest.rootful() == before
-    assert newest.rootless().rc == 0
-    again = newest.declare(metacopy=True)
-    assert (again["changed"], again["moved"]) == (False, "")
+    assert newest.rootful_info() == before
+    assert newest.run_rootless().rc == 0
+    repeated = newest.declare(metacopy=True)
+    assert (repeated["changed"], repeated["moved"]) == (False, "")
 
 
-def test_a_copy_of_the_shipped_file_is_moved_too(newest: Site, lab: t.Any) -> None:
-    """What an earlier run has made on Debian 12 and 13, and is there after an upgrade."""
+def test_copy_of_shipped_file_is_moved(newest: Site, lab: t.Any) -> None:
+    """An earlier run creates this file on Debian 12 and 13, and it remains after an upgrade."""
     shipped = pathlib.Path("/usr/share/containers/storage.conf").read_text()
     text = shipped.replace('mountopt = "nodev"\n', 'mountopt = "nodev,metacopy=on"\n')
     assert text != shipped
     newest.write("/etc/containers/storage.conf", text)
-    assert newest.rootless().rc != 0
+    assert newest.run_rootless().rc != 0
     assert newest.declare(metacopy=True)["moved"] == "/etc/containers/storage.conf"
     assert (
-        newest.rootful()
+        newest.rootful_info()
         == "overlay /var/lib/containers/storage map[overlay.mountopt:nodev,metacopy=on]\n"
     )
-    assert newest.rootless().rc == 0
+    assert newest.run_rootless().rc == 0
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_a_copy_of_the_shipped_file_is_moved_too(newest: Site, lab: t.Any) -> No
         '[storage]\ndriver = "overlay"\nrunroot = "/run/containers/storage"\ngraphroot = "/srv/containers"\n',
     ],
 )
-def test_a_file_of_another_user_is_kept_with_a_warning(newest: Site, text: str) -> None:
+def test_file_not_written_by_module_is_kept_with_warning(newest: Site, text: str) -> None:
     newest.write("/etc/containers/storage.conf", text)
     for options in ({}, {"settings": {"overlay.mountopt": "+nodev"}}):
         done = newest.declare(**options)
@@ -165,28 +167,28 @@ def test_a_file_of_another_user_is_kept_with_a_warning(newest: Site, text: str) 
     assert "warnings" not in newest.declare()
 
 
-def test_a_users_keys_go_into_a_drop_in(newest: Site) -> None:
+def test_keys_of_user_are_in_drop_in(newest: Site) -> None:
     made = newest.declare(user=newest.user.name, settings={"driver": "vfs"})
     home = newest.user.home
     assert made["file"] == f"{home}/.config/containers/storage.conf.d/50-userns-storage.conf"
-    assert newest.rootless().rc == 0
+    assert newest.run_rootless().rc == 0
     assert (pathlib.Path(home) / ".local/share/containers/storage/vfs-images").is_dir()
     assert not newest.declare(user=newest.user.name, settings={"driver": "vfs"})["changed"]
     assert newest.files() == []
 
 
-def test_older_podman_gets_one_file_that_it_takes(older: Site) -> None:
+def test_keys_for_older_podman_are_in_single_file(older: Site) -> None:
     made = older.declare(metacopy=True)
     assert made["file"] == "/etc/containers/storage.conf"
     assert older.files() == ["storage.conf"]
     assert (
-        older.rootful()
+        older.rootful_info()
         == "overlay /var/lib/containers/storage map[overlay.mountopt:nodev,metacopy=on]\n"
     )
-    # Rootless podman ignores the rootful store's paths there.
-    assert older.rootless().rc == 0
+    # Rootless podman ignores the paths of the rootful store in this file.
+    assert older.run_rootless().rc == 0
     older.declare(user=older.user.name, settings={"driver": "overlay"})
     assert pathlib.Path(older.user.home, ".config/containers/storage.conf").read_text() == (
         '[storage]\ndriver = "overlay"\n'
     )
-    assert older.rootless().rc == 0
+    assert older.run_rootless().rc == 0

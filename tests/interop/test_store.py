@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The store module against the real programs: what they write we read, and the other way round."""
+"""Test the store code with the real programs: each reads the records of the other."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ MAP_OPTIONS = ("--uidmap=0:100000:65536", "--gidmap=0:100000:65536")
 
 MakeStore = t.Callable[..., RealStore]
 
-# The containers/storage in podman, by machine.
+# The version of containers/storage in podman, by machine.
 _STORAGE = {"local": (1, 43), "trixie": (1, 57), "sid": (1, 64), "experimental": (1, 64)}
-_NEW = capabilities("podman", (5, 8), (1, 64))
+_NEW_PODMAN = capabilities("podman", (5, 8), (1, 64))
 
 
-def opened(real: RealStore, **changes: t.Any) -> Store:
+def open_store(real: RealStore, **changes: t.Any) -> Store:
     config = StoreConfig(str(real.graphroot), str(real.runroot), real.driver)
     return Store.open(dataclasses.replace(config, **changes), lock_timeout=LIMIT)
 
@@ -66,15 +66,15 @@ def copy(source: t.Any, target: t.Any) -> None:
 
 
 def mapped_record(store: Store, template: str) -> t.Dict[str, t.Any]:
-    """The record a runtime would write for a mapped copy of a layer."""
+    """The record that a runtime writes for a mapped copy of a layer."""
     raw = dict(store.snapshot().layers[template].raw)
     raw.pop("names", None)
     raw.update(id=secrets.token_hex(32), uidmap=MAP, gidmap=MAP, created="2026-01-02T03:04:05Z")
     return raw
 
 
-def add_mapped(store: Store, image_name: str) -> str:
-    """Make a mapped layer in a vfs store; the data is a plain copy, so its owners are wrong."""
+def add_mapped_layer(store: Store, image_name: str) -> str:
+    """Create a mapped layer in a vfs store; the data is a plain copy, so its owners are wrong."""
     image = store.snapshot().resolve_image(image_name)
     record = mapped_record(store, image.layer)
     layer_id = record["id"]
@@ -92,7 +92,7 @@ def add_mapped(store: Store, image_name: str) -> str:
     return str(layer_id)
 
 
-def take_away(store: Store, layer_id: str) -> None:
+def remove_mapped_layer(store: Store, layer_id: str) -> None:
     folder = os.path.join(store.config.graphroot, "vfs", "dir")
     with store.trash(layer_id) as trash, store.transaction(containers=True) as transaction:
         transaction.drop_mapped_layer(layer_id)
@@ -106,12 +106,12 @@ def take_away(store: Store, layer_id: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["vfs", "overlay", "rootless-vfs"])
-def test_reads_what_podman_writes(kind: str, make_store: MakeStore, small_image: Image) -> None:
+def test_records_of_podman_are_read(kind: str, make_store: MakeStore, small_image: Image) -> None:
     real = make_store(kind, small_image)
-    # A name must not turn up twice: the rootless user's home is private.
+    # The fixed name cannot conflict: each store is private to its test.
     container = real.create(small_image.name, "--name=web")
     before = real.snapshot_of_disk()
-    store = opened(real)
+    store = open_store(real)
     snapshot = store.snapshot()
     assert {layer.id: layer.raw for layer in snapshot.layers.values()} == {
         layer["id"]: layer for layer in real.layers()
@@ -145,10 +145,10 @@ def test_reads_what_podman_writes(kind: str, make_store: MakeStore, small_image:
         assert snapshot.resolve_image(reference).id == listed[0]["Id"]
 
 
-def test_podman_uses_our_record(make_store: MakeStore, small_image: Image) -> None:
+def test_podman_uses_written_record(make_store: MakeStore, small_image: Image) -> None:
     real = make_store("vfs", small_image)
-    store = opened(real)
-    layer_id = add_mapped(store, small_image.name)
+    store = open_store(real)
+    layer_id = add_mapped_layer(store, small_image.name)
     before = real.layer_ids()
     container = real.create(small_image.name, *MAP_OPTIONS)
     (own,) = real.layer_ids() - before
@@ -157,21 +157,21 @@ def test_podman_uses_our_record(make_store: MakeStore, small_image: Image) -> No
     real.podman("rm", container)
     assert real.layer_ids() == before
     assert real.podman("images", "-q", "--no-trunc").stdout.split()
-    take_away(store, layer_id)
+    remove_mapped_layer(store, layer_id)
     assert real.layer_ids() == before - {layer_id}
     assert real.leftovers(layer_id) == []
     real.podman("rmi", small_image.name)
     assert real.layers() == real.images() == []
 
 
-def test_flags_survive_podmans_rewrites(
+def test_flags_are_kept_when_podman_rewrites_records(
     make_store: MakeStore, small_image: Image, host: t.Callable[[str], Host]
 ) -> None:
-    """Runtimes drop fields they do not know, but not the keys of the open map `flags`."""
+    """Runtimes drop unknown fields, but keep unknown keys of the map `flags`."""
     for machine in (None, host("trixie")):
         real = make_store("vfs", small_image, machine=machine)
-        store = opened(real)
-        layer_id = add_mapped(store, small_image.name)
+        store = open_store(real)
+        layer_id = add_mapped_layer(store, small_image.name)
         flags = {"userns.storage": {"lease": "2026-02-03T00:00:00Z", "origin": "ours"}}
 
         def change(raw: t.Dict[str, t.Any]) -> None:
@@ -187,9 +187,11 @@ def test_flags_survive_podmans_rewrites(
         assert next(iter(store.snapshot().images.values())).mapped_layers == (layer_id,)
 
 
-def test_running_service_and_we_see_each_other(make_store: MakeStore, small_image: Image) -> None:
+def test_running_podman_service_and_store_see_changes(
+    make_store: MakeStore, small_image: Image
+) -> None:
     real = make_store("vfs", small_image)
-    store = opened(real)
+    store = open_store(real)
     with real.service() as service:
 
         def size() -> int:
@@ -197,10 +199,10 @@ def test_running_service_and_we_see_each_other(make_store: MakeStore, small_imag
             return int(image["Size"])
 
         plain = size()
-        layer_id = add_mapped(store, small_image.name)
+        layer_id = add_mapped_layer(store, small_image.name)
         more = size()
         assert more > plain
-        take_away(store, layer_id)
+        remove_mapped_layer(store, layer_id)
         assert size() == plain
         for number in range(5):
             made = service.call(
@@ -211,31 +213,31 @@ def test_running_service_and_we_see_each_other(make_store: MakeStore, small_imag
             assert made["Id"] not in store.snapshot().containers
 
 
-def test_locks_keep_podman_out(make_store: MakeStore, small_image: Image) -> None:
+def test_podman_waits_for_transaction(make_store: MakeStore, small_image: Image) -> None:
     real = make_store("vfs", small_image)
-    store = opened(real)
+    store = open_store(real)
     with store.transaction():
         process = real.machine.popen(
             ["podman", "images", "-q"], env=real.env(), stdout=subprocess.PIPE
         )
-        # A line of its own with an arrow in /proc/locks: it waits in the kernel's queue.
+        # A line with an arrow in /proc/locks shows that podman waits in the kernel's queue.
         wait_until(lambda: waits_for_a_lock(process.pid), while_running=process)
         assert process.poll() is None
     assert process.communicate(timeout=LIMIT)[0].strip()
 
 
 def waits_for_a_lock(pid: int) -> bool:
-    """Whether a process waits for a POSIX lock that another one holds."""
+    """Whether a process waits for a POSIX lock that another process holds."""
     lines = pathlib.Path("/proc/locks").read_text().splitlines()
     return any(line.split()[1] == "->" and str(pid) in line.split() for line in lines)
 
 
-def test_podman_keeps_us_out_for_no_longer_than_it_works(
+def test_concurrent_podmans_and_transactions_succeed(
     make_store: MakeStore, small_image: Image
 ) -> None:
-    """Busy podmans and busy transactions of ours: nobody fails, nothing is lost."""
+    """podman commands and transactions run at the same time without errors or lost changes."""
     real = make_store("vfs", small_image)
-    store = opened(real)
+    store = open_store(real)
     script = (
         "for i in 1 2 3 4 5 6; do"
         f" podman create --name $0-$i {small_image.name} true && podman rm $0-$i || exit 1;"
@@ -252,8 +254,8 @@ def test_podman_keeps_us_out_for_no_longer_than_it_works(
     ]
     rounds = 0
     while any(process.poll() is None for process in processes):
-        layer_id = add_mapped(store, small_image.name)
-        take_away(store, layer_id)
+        layer_id = add_mapped_layer(store, small_image.name)
+        remove_mapped_layer(store, layer_id)
         rounds += 1
     for process in processes:
         assert process.wait() == 0, process.communicate()[1]
@@ -263,11 +265,13 @@ def test_podman_keeps_us_out_for_no_longer_than_it_works(
     assert real.mapped_layers(small_image.name) == []
 
 
-def test_read_only_store(make_store: MakeStore, small_image: Image) -> None:
+def test_images_of_read_only_store_are_read(make_store: MakeStore, small_image: Image) -> None:
     shared = make_store("vfs", small_image)
     real = make_store("vfs", read_only=[str(shared.graphroot)])
     real.podman("images")
-    config = discover(StoreOverrides(storage_conf=str(real.storage_conf)), {}, None, False, _NEW)
+    config = discover(
+        StoreOverrides(storage_conf=str(real.storage_conf)), {}, None, False, _NEW_PODMAN
+    )
     assert config.additional_image_stores == (str(shared.graphroot),)
     before = disk_state(shared.graphroot)
     store = Store.open(config)
@@ -282,38 +286,40 @@ def test_read_only_store(make_store: MakeStore, small_image: Image) -> None:
     assert (own.parent, own.read_only_store) == (image.layer, None)
 
 
-@pytest.mark.parametrize("how", ["transient", "imagestore", "rm"])
-def test_other_layouts_of_newer_podmans(
-    how: str, make_store: MakeStore, small_image: Image, host: t.Callable[[str], Host]
+@pytest.mark.parametrize("layout", ["transient", "imagestore", "rm"])
+def test_layouts_of_newer_podman_are_read(
+    layout: str, make_store: MakeStore, small_image: Image, host: t.Callable[[str], Host]
 ) -> None:
-    """Volatile records, a transient store and an image store apart, as podman 5.8 writes them."""
+    """podman 5.8 writes volatile records, a transient store and a separate image store."""
     real = make_store("overlay", machine=host("sid"))
     images = real.base / "i"
     text = real.storage_conf.read_text()
-    if how == "transient":
+    if layout == "transient":
         real.storage_conf.write_text(f"{text}transient_store = true\n")
-    elif how == "imagestore":
+    elif layout == "imagestore":
         images.mkdir(mode=0o700)
         real.storage_conf.write_text(f'{text}imagestore = "{images}"\n')
     real.skopeo("copy", "-q", small_image.source, f"containers-storage:{small_image.name}")
-    container = real.create(small_image.name, *(("--rm",) if how == "rm" else ()))
-    config = discover(StoreOverrides(storage_conf=str(real.storage_conf)), {}, None, False, _NEW)
-    assert config.transient == (how == "transient")
+    container = real.create(small_image.name, *(("--rm",) if layout == "rm" else ()))
+    config = discover(
+        StoreOverrides(storage_conf=str(real.storage_conf)), {}, None, False, _NEW_PODMAN
+    )
+    assert config.transient == (layout == "transient")
     store = Store.open(config)
     before = disk_state(real.base)
     snapshot = store.snapshot()
     image = snapshot.resolve_image("small:1")
     assert [item.id for item in snapshot.containers.values()] == [container]
-    assert snapshot.containers[container].volatile == (how != "imagestore")
+    assert snapshot.containers[container].volatile == (layout != "imagestore")
     layers = snapshot.chain(snapshot.containers[container].layer)
     assert len(layers) == len(small_image.layers) + 1
     assert layers[1].id == image.layer
     assert {layer.location for layer in layers[1:]} == {
-        "imagestore" if how == "imagestore" else "stable"
+        "imagestore" if layout == "imagestore" else "stable"
     }
-    assert layers[0].location == ("stable" if how == "imagestore" else "volatile")
+    assert layers[0].location == ("stable" if layout == "imagestore" else "volatile")
     assert disk_state(real.base).changes(before) == []
-    if how == "imagestore":
+    if layout == "imagestore":
         assert config.imagestore == str(images)
         with pytest.raises(UnsupportedDriver), store.transaction():
             pass
@@ -326,10 +332,10 @@ def test_other_layouts_of_newer_podmans(
     assert store.snapshot().containers == {}
 
 
-# Discovery, compared with what podman says itself
+# Discovery, compared with podman info
 
 
-def compare(
+def compare_with_podman_info(
     lab: Lab,
     machine: t.Any,
     options: t.Sequence[str] = (),
@@ -337,7 +343,7 @@ def compare(
     user: t.Optional[User] = None,
     env: t.Optional[t.Mapping[str, str]] = None,
 ) -> StoreConfig:
-    """Ask both; whether podman has run there before makes no difference but for its database."""
+    """Compare discovery with podman info before and after podman's first run, which creates its database."""
     environ = machine.environ(user, env) if user else machine.environ(ROOT, env)
     account = Account(user.name, user.uid, user.gid, user.home) if user else None
 
@@ -348,8 +354,8 @@ def compare(
         return discover(given, environ, account, user is not None, can)
 
     first = ours()
-    words = ["podman", *options, "info", "--format=json"]
-    command = machine.command(words, account=user, env=env)
+    podman_command = ["podman", *options, "info", "--format=json"]
+    command = machine.command(podman_command, account=user, env=env)
     if user:
         # podman info reads the cgroup's controllers, which a user may not be allowed to.
         hide = """
@@ -364,37 +370,37 @@ def compare(
         command[len(machine.prefix) : len(machine.prefix)] = inside
     answer = subprocess.run(command, capture_output=True, check=False)
     assert answer.returncode == 0, answer.stderr
-    told = json.loads(answer.stdout)["store"]
+    podman_store = json.loads(answer.stdout)["store"]
     found = ours()
-    theirs: t.Dict[str, str] = {}
+    driver_options: t.Dict[str, str] = {}
     stores: t.List[str] = []
-    for key, value in (told["graphOptions"] or {}).items():
+    for key, value in (podman_store["graphOptions"] or {}).items():
         name = key.lower().partition(".")[2]
         if isinstance(value, dict):
             value = value["Executable"]
         if name in ("imagestore", "additionalimagestore"):
             stores += value.split(",")
         else:
-            theirs[name] = value
+            driver_options[name] = value
     for config in (first, found):
-        assert config.graphroot == told["graphRoot"]
-        assert config.runroot == told["runRoot"]
-        assert config.driver == told["graphDriverName"]
-    assert found.options == theirs
+        assert config.graphroot == podman_store["graphRoot"]
+        assert config.runroot == podman_store["runRoot"]
+        assert config.driver == podman_store["graphDriverName"]
+    assert found.options == driver_options
     assert list(found.additional_image_stores) == stores
     return found
 
 
 @pytest.fixture
 def etc(lab: Lab) -> t.Iterator[pathlib.Path]:
-    """/etc/containers/storage.conf of the laboratory, where this process looks for it; it is taken away again."""
+    """/etc/containers/storage.conf of the laboratory, which is removed after the test."""
     path = lab.local.path("/etc/containers/storage.conf")
     path.parent.mkdir(parents=True, exist_ok=True)
     yield path
     path.unlink(missing_ok=True)
 
 
-def test_rootful_discovery(lab: Lab, etc: pathlib.Path) -> None:
+def test_rootful_discovery_agrees_with_podman_info(lab: Lab, etc: pathlib.Path) -> None:
     base = lab.folder()
     lab.on_close(lambda: lab.remove(base))
 
@@ -405,47 +411,55 @@ def test_rootful_discovery(lab: Lab, etc: pathlib.Path) -> None:
         )
 
     etc.write_text(text("etc", more='[storage.options]\nignore_chown_errors = "true"\n'))
-    assert compare(lab, lab.local).graphroot == f"{base}/etc/g"
+    assert compare_with_podman_info(lab, lab.local).graphroot == f"{base}/etc/g"
     other = base / "env.conf"
     other.write_text(text("env", "overlay2", '[storage.options.overlay]\nmountopt = "nodev"\n'))
     env = {"CONTAINERS_STORAGE_CONF": str(other)}
-    assert compare(lab, lab.local, env=env).options == {"mountopt": "nodev"}
-    # The database of the first use wins over a driver set later, but not over an option.
+    assert compare_with_podman_info(lab, lab.local, env=env).options == {"mountopt": "nodev"}
+    # The database of the first run has precedence over a driver in a file, but not over an option.
     other.write_text(text("env", "vfs"))
-    assert compare(lab, lab.local, env=env).driver == "overlay"
+    assert compare_with_podman_info(lab, lab.local, env=env).driver == "overlay"
     other.write_text(text("drv", "vfs", '[storage.options.overlay]\nmountopt = "nodev"\n'))
     env["STORAGE_DRIVER"] = "overlay"
-    compare(lab, lab.local, env=env)
+    compare_with_podman_info(lab, lab.local, env=env)
     env["STORAGE_OPTS"] = "overlay.mountopt=nosuid,.skip_mount_home=true"
-    assert compare(lab, lab.local, env=env).options["skip_mount_home"] == "true"
+    assert compare_with_podman_info(lab, lab.local, env=env).options["skip_mount_home"] == "true"
     xdg = base / "xdg"
     (xdg / "containers").mkdir(parents=True)
     (xdg / "containers" / "storage.conf").write_text(text("xdg"))
-    compare(lab, lab.local, env={"XDG_CONFIG_HOME": str(xdg)})
+    compare_with_podman_info(lab, lab.local, env={"XDG_CONFIG_HOME": str(xdg)})
     options = ["--root", f"{base}/o/g", "--runroot", f"{base}/o/r", "--storage-driver", "overlay"]
     overrides = StoreOverrides("", f"{base}/o/g", f"{base}/o/r", "overlay")
-    compare(lab, lab.local, options, overrides)
+    compare_with_podman_info(lab, lab.local, options, overrides)
     more = dataclasses.replace(overrides, storage_options=("overlay.mountopt=nodev",))
-    compare(lab, lab.local, [*options, "--storage-opt", "overlay.mountopt=nodev"], more)
-    # Only the graphroot: the database knows the rest.
-    found = compare(lab, lab.local, options[:2], StoreOverrides(graphroot=f"{base}/o/g"))
+    compare_with_podman_info(
+        lab, lab.local, [*options, "--storage-opt", "overlay.mountopt=nodev"], more
+    )
+    # With only the graphroot, the database has the other values.
+    found = compare_with_podman_info(
+        lab, lab.local, options[:2], StoreOverrides(graphroot=f"{base}/o/g")
+    )
     assert (found.runroot, found.driver) == (f"{base}/o/r", "overlay")
 
 
-def test_rootless_discovery(lab: Lab, etc: pathlib.Path, make_user: t.Callable[..., User]) -> None:
+def test_rootless_discovery_agrees_with_podman_info(
+    lab: Lab, etc: pathlib.Path, make_user: t.Callable[..., User]
+) -> None:
     user = make_user()
-    found = compare(lab, lab.local, user=user)
+    found = compare_with_podman_info(lab, lab.local, user=user)
     assert found.graphroot == f"{user.home}/.local/share/containers/storage"
     assert found.runroot == f"{user.runtime_dir}/containers"
 
-    # Elsewhere, so that no database says what has been before.
+    # Another user has no database of an earlier run.
     user = make_user()
     etc.write_text(
         '[storage]\ndriver = "vfs"\ngraphroot = "/nowhere/g"\nrunroot = "/nowhere/r"\n'
         f'rootless_storage_path = "{user.home}/$UID/s"\n[storage.options]\nsize = "1G"\n'
     )
-    assert compare(lab, lab.local, user=user).graphroot == f"{user.home}/{user.uid}/s"
-    compare(
+    assert (
+        compare_with_podman_info(lab, lab.local, user=user).graphroot == f"{user.home}/{user.uid}/s"
+    )
+    compare_with_podman_info(
         lab,
         lab.local,
         user=user,
@@ -456,19 +470,19 @@ def test_rootless_discovery(lab: Lab, etc: pathlib.Path, make_user: t.Callable[.
         f'[storage]\ndriver = "overlay"\ngraphroot = "{user.home}/own"\n'
         '[storage.options.overlay]\nmountopt = "nodev"\n',
     )
-    found = compare(lab, lab.local, user=user)
+    found = compare_with_podman_info(lab, lab.local, user=user)
     assert (found.driver, found.options) == ("overlay", {"mountopt": "nodev"})
     user.write(
         "xdg/containers/storage.conf", f'[storage]\ndriver = "vfs"\ngraphroot = "{user.home}/x"\n'
     )
-    compare(lab, lab.local, user=user, env={"XDG_CONFIG_HOME": f"{user.home}/xdg"})
+    compare_with_podman_info(lab, lab.local, user=user, env={"XDG_CONFIG_HOME": f"{user.home}/xdg"})
 
 
 @pytest.mark.parametrize("name", ["local", *SUITES])
-def test_rootless_discovery_with_a_named_file(
+def test_rootless_discovery_with_storage_conf_variable(
     name: str, lab: Lab, make_user: t.Callable[..., User], host: t.Callable[[str], Host]
 ) -> None:
-    """podman 4.3.1 and 5.4.2 ignore the file's paths, 5.8 does not."""
+    """podman 4.3.1 and 5.4.2 ignore the paths in the file, podman 5.8 does not."""
     machine = lab.local if name == "local" else host(name)
     user = make_user(machine)
     path = user.write(
@@ -477,61 +491,65 @@ def test_rootless_discovery_with_a_named_file(
         '[storage.options.overlay]\nmountopt = "nodev"\n',
     )
     env = {"CONTAINERS_STORAGE_CONF": str(path)}
-    found = compare(lab, machine, user=user, env=env)
+    found = compare_with_podman_info(lab, machine, user=user, env=env)
     assert (found.graphroot == f"{user.home}/x") == (name in ("sid", "experimental"))
 
 
-def test_rootful_discovery_of_podman_5(lab: Lab, host: t.Callable[[str], Host]) -> None:
+def test_database_of_podman_5_is_used_in_discovery(lab: Lab, host: t.Callable[[str], Host]) -> None:
     machine = host("trixie")
     base = lab.folder()
     lab.on_close(lambda: lab.remove(base))
     conf = base / "s.conf"
     conf.write_text(f'[storage]\ndriver = "vfs"\ngraphroot = "{base}/g"\nrunroot = "{base}/r"\n')
     env = {"CONTAINERS_STORAGE_CONF": str(conf)}
-    compare(lab, machine, env=env)
+    compare_with_podman_info(lab, machine, env=env)
     conf.write_text(conf.read_text().replace("vfs", "overlay").replace("/r", "/r2"))
-    found = compare(lab, machine, env=env)
+    found = compare_with_podman_info(lab, machine, env=env)
     assert (found.driver, found.runroot) == ("vfs", f"{base}/r")
     assert found.sources["driver"].endswith("db.sql")
 
 
-def test_databases(make_store: MakeStore, host: t.Callable[[str], Host], lab: Lab) -> None:
-    # podman 4 has a bolt file, podman 5 an SQLite database.
+def test_store_is_read_from_podman_databases(
+    make_store: MakeStore, host: t.Callable[[str], Host], lab: Lab
+) -> None:
+    # podman 4 has a bolt file, podman 5 has an SQLite database.
     real = make_store("vfs", machine=lab.local)
     real.podman("info")
     found = read_bolt(str(real.graphroot / "libpod" / "bolt_state.db"))
-    told = (found.graphroot, found.runroot, found.driver)
-    assert told == (str(real.graphroot), str(real.runroot), "vfs")
+    fields = (found.graphroot, found.runroot, found.driver)
+    assert fields == (str(real.graphroot), str(real.runroot), "vfs")
     real = make_store("vfs", machine=host("trixie"))
     real.podman("info")
     with real.service():
         before = real.snapshot_of_disk()
         found = read_sqlite(str(real.graphroot / "db.sql"))
-        told = (found.graphroot, found.runroot, found.driver)
-        assert told == (str(real.graphroot), str(real.runroot), "vfs")
+        fields = (found.graphroot, found.runroot, found.driver)
+        assert fields == (str(real.graphroot), str(real.runroot), "vfs")
         assert before.changes(real.snapshot_of_disk()) == []
 
 
-# What is refused
+# Refused stores
 
 
-def test_wrong_driver_and_unwritten_store(make_store: MakeStore, small_image: Image) -> None:
+def test_wrong_driver_and_missing_store_are_refused(
+    make_store: MakeStore, small_image: Image
+) -> None:
     real = make_store("vfs", small_image)
     before = real.snapshot_of_disk()
     with pytest.raises(StoreError, match="belongs to driver vfs"):
-        opened(real, driver="overlay")
+        open_store(real, driver="overlay")
     assert before.changes(real.snapshot_of_disk()) == []
     fresh = make_store("overlay")
     with pytest.raises(StoreError) as caught:
-        opened(fresh)
+        open_store(fresh)
     assert not fresh.graphroot.exists()
-    # Nothing that would make a second store is advised.
+    # The hint does not advise creating a second store.
     assert caught.value.hint.startswith("Compare with the output of podman info ")
     fresh.podman("info")
-    assert opened(fresh).snapshot().images == {}
+    assert open_store(fresh).snapshot().images == {}
 
 
-def test_store_of_another_user(
+def test_store_of_another_user_is_refused(
     make_store: MakeStore, small_image: Image, make_user: t.Callable[..., User]
 ) -> None:
     real = make_store("vfs", small_image)
@@ -544,7 +562,7 @@ def test_store_of_another_user(
             os.setresgid(user.gid, user.gid, user.gid)
             os.setresuid(user.uid, user.uid, user.uid)
             try:
-                opened(real).snapshot()
+                open_store(real).snapshot()
             except PermissionDenied as error:
                 code = 0 if "become: true" in error.hint else 2
         finally:
@@ -552,7 +570,7 @@ def test_store_of_another_user(
     assert os.waitpid(child, 0)[1] == 0
 
 
-# Kills
+# Killed writers
 
 _CALLS = (
     "open",
@@ -570,18 +588,18 @@ _CALLS = (
 
 
 def killed_after(number: int, work: t.Callable[[], t.Any]) -> bool:
-    """Run `work` in a child that is killed before its call with that number; False if it ended first."""
+    """Run `work` in a child that is killed before its call of this number; False if it made fewer calls."""
     child = os.fork()
     if child == 0:
         count = 0
 
         def wrapped(real: t.Callable[..., t.Any]) -> t.Callable[..., t.Any]:
-            def call(*words: t.Any, **options: t.Any) -> t.Any:
+            def call(*args: t.Any, **options: t.Any) -> t.Any:
                 nonlocal count
                 if count == number:
                     os.kill(os.getpid(), signal.SIGKILL)
                 count += 1
-                return real(*words, **options)
+                return real(*args, **options)
 
             return call
 
@@ -600,8 +618,8 @@ def killed_after(number: int, work: t.Callable[[], t.Any]) -> bool:
     return status != 0
 
 
-def test_killed_at_every_step(make_store: MakeStore) -> None:
-    """After each kill real podman takes the store, and the next run ends as wanted, without rubbish."""
+def test_store_is_valid_after_kill_at_every_call(make_store: MakeStore) -> None:
+    """After each kill podman accepts the store, and the next run completes the change without leftovers."""
     real = make_store("vfs")
     tar = real.base / "tmp" / "tiny.tar"
     subprocess.run(["tar", "-C", "/etc", "-cf", str(tar), "hostname"], check=True)
@@ -615,27 +633,27 @@ def test_killed_at_every_step(make_store: MakeStore) -> None:
         shutil.rmtree(real.graphroot)
         copy(saved, real.graphroot)
 
-    def accepted() -> None:
-        told = real.podman("images", "-aq", "--no-trunc")
-        assert told.stdout.split() == [f"sha256:{real.image(name)['id']}"]
-        assert "rror" not in told.stderr
+    def assert_podman_accepts_store() -> None:
+        listed = real.podman("images", "-aq", "--no-trunc")
+        assert listed.stdout.split() == [f"sha256:{real.image(name)['id']}"]
+        assert "rror" not in listed.stderr
         known = real.layer_ids()
         assert plain <= known
         assert set(real.mapped_layers(name)) <= known
-        # podman has deleted what was incomplete; nothing else of its records has changed.
+        # podman has deleted incomplete layers, and no other record has changed.
         assert not any(layer.get("flags", {}).get("incomplete") for layer in real.layers())
         for layer_id in known:
             assert real.layer_folder(layer_id).is_dir()
 
     def add() -> None:
-        add_mapped(opened(real), name)
+        add_mapped_layer(open_store(real), name)
 
-    def rubbish() -> t.List[str]:
-        store = opened(real)
+    def leftovers() -> t.List[str]:
+        store = open_store(real)
         store.sweep()
         known = real.layer_ids()
         found = [name for name in os.listdir(real.graphroot / "vfs" / "dir") if name not in known]
-        # Since containers/storage 1.62 runtimes remove layers by way of this folder; it is theirs, and empty.
+        # Since containers/storage 1.62 runtimes move layers to this folder to remove them; it may be empty.
         removals = os.path.join(store.layers_dir, "tmp")
         empty = {"tmp"} if os.path.isdir(removals) and not os.listdir(removals) else set()
         found += [
@@ -650,18 +668,18 @@ def test_killed_at_every_step(make_store: MakeStore) -> None:
 
     number = 0
     while killed_after(number, add):
-        opened(real).snapshot()
-        accepted()
+        open_store(real).snapshot()
+        assert_podman_accepts_store()
         mapped = real.mapped_layers(name)
         if not mapped:
-            # A layer that was finished but not entered is a plain layer to every program.
+            # Without an entry in the image's record, a finished layer is a plain layer to all programs.
             for layer_id in real.layer_ids() - plain:
-                take_away(opened(real), layer_id)
+                remove_mapped_layer(open_store(real), layer_id)
             add()
             mapped = real.mapped_layers(name)
         assert real.layer_ids() == plain | set(mapped)
         assert len(mapped) == 1
-        assert rubbish() == []
+        assert leftovers() == []
         number += 1
         reset()
     added = number
@@ -671,14 +689,14 @@ def test_killed_at_every_step(make_store: MakeStore) -> None:
     (layer_id,) = real.mapped_layers(name)
     copy(real.graphroot, saved)
     number = 0
-    while killed_after(number, lambda: take_away(opened(real), layer_id)):
-        opened(real).snapshot()
-        accepted()
+    while killed_after(number, lambda: remove_mapped_layer(open_store(real), layer_id)):
+        open_store(real).snapshot()
+        assert_podman_accepts_store()
         if layer_id in real.layer_ids():
-            take_away(opened(real), layer_id)
+            remove_mapped_layer(open_store(real), layer_id)
         assert real.layer_ids() == plain
         assert real.mapped_layers(name) == []
-        assert rubbish() == []
+        assert leftovers() == []
         number += 1
         reset()
     assert number > 25
@@ -689,7 +707,7 @@ def test_killed_at_every_step(make_store: MakeStore) -> None:
 
 
 def write_large(real: RealStore, count: int) -> t.List[t.Dict[str, t.Any]]:
-    """Write the records of so many images, each of 45 layers and five mapped ones; the layers."""
+    """Write records of images with 45 layers and five mapped layers each; returns the layer records."""
     layers: t.List[t.Dict[str, t.Any]] = []
     images = []
     for number in range(count):
@@ -724,28 +742,28 @@ def write_large(real: RealStore, count: int) -> t.List[t.Dict[str, t.Any]]:
     return layers
 
 
-def test_work_grows_with_the_store_and_no_faster(
+def test_cost_of_reading_and_writing_is_linear(
     make_store: MakeStore,
     monkeypatch: pytest.MonkeyPatch,
     count_calls: t.Callable[[t.Callable[[], t.Any]], int],
 ) -> None:
-    """Reading, and changing one layer: each record file is opened once, and each layer costs the same."""
+    """Reading a store and changing a layer open each record file once, and cost the same for each layer."""
     real = make_store("vfs")
     real.podman("info")
     opens: t.List[str] = []
     os_open = os.open
 
-    def opened_file(path: t.Any, *words: t.Any, **options: t.Any) -> int:
+    def logged_open(path: t.Any, *args: t.Any, **options: t.Any) -> int:
         opens.append(os.path.basename(os.fsdecode(path)))
-        return os_open(path, *words, **options)
+        return os_open(path, *args, **options)
 
-    def work(count: int) -> t.Tuple[int, int]:
-        """Functions that are called for reading a store of so many images, and for one change."""
+    def count_work(count: int) -> t.Tuple[int, int]:
+        """The number of function calls for reading a store of `count` images, and for a change."""
         layers = write_large(real, count)
         opens.clear()
-        store = opened(real)
+        store = open_store(real)
         with monkeypatch.context() as patch:
-            patch.setattr(os, "open", opened_file)
+            patch.setattr(os, "open", logged_open)
             reading = count_calls(store.snapshot)
         assert (opens.count("layers.json"), opens.count("images.json")) == (1, 1)
         assert len(store.snapshot().layers) == count * 50
@@ -764,6 +782,6 @@ def test_work_grows_with_the_store_and_no_faster(
         }
         return reading, changing
 
-    # Eight times as many layers; what is quadratic would be 64 times as much.
-    for few, many in zip(work(20), work(160)):
+    # There are eight times as many layers; a quadratic cost would be 64 times as high.
+    for few, many in zip(count_work(20), count_work(160)):
         assert many < 10 * few

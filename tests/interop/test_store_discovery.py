@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Where the store is: this collection against `podman info` and `buildah info` of four generations."""
+"""Compare the discovery of stores with `podman info` and `buildah info` of four releases."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def row(
     modes: t.Optional[t.Dict[str, int]] = None,
     **environment: str,
 ) -> Json:
-    """A row in the table's form, with the modes of some files."""
+    """A row of the table, with the modes of some files."""
     return {
         "case": case,
         "rootless": rootless,
@@ -47,7 +47,7 @@ def row(
 
 
 def conf(more: str = "", **keys: str) -> str:
-    """A storage.conf."""
+    """The content of a storage.conf."""
     lines = [f'{key} = "{value}"' for key, value in keys.items()]
     return "\n".join(["[storage]", *lines, more]) + "\n"
 
@@ -275,7 +275,7 @@ ROOTLESS = [
     row("priority in etc", True, {ETC: "[storage]\ndriver_priority = ['vfs']\n"}),
 ]  # fmt: skip
 
-# Found by comparing some hundred generated rows.
+# Comparing some hundred generated rows has found these differences.
 GENERATED = [
     row(
         "tables of one name in different case",
@@ -301,8 +301,8 @@ GENERATED = [
     ),
 ]  # fmt: skip
 
-# podman before storage 1.63 reads a user's own file in place of that of the system, buildah reads both.
-APART = [
+# podman before storage 1.63 reads a user's own file instead of the system's file; buildah reads both.
+USER_AND_SYSTEM_FILE = [
     {**item, "program": program, "runtime": program}
     for program in ("podman", "buildah")
     for item in (
@@ -325,7 +325,7 @@ APART = [
     )
 ]  # fmt: skip
 
-# Old loaders refuse such lists.
+# Loaders that do not merge drop-ins refuse such lists.
 APPENDING = [
     row(
         "lists append",
@@ -367,12 +367,12 @@ BUILDAH = [
 
 @pytest.fixture(scope="module")
 def machines(lab: Lab, host: t.Callable[[str], Host]) -> t.Callable[[str], t.Any]:
-    """The laboratory's own machine, or a host, by name."""
+    """The laboratory's machine or a host, by name."""
     return lambda name: lab.machine if name == "local" else host(name)
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_the_store_is_where_the_runtime_looks(
+def test_discovery_agrees_with_runtime(
     name: str, lab: Lab, machines: t.Callable[[str], t.Any], make_user: t.Callable[..., User]
 ) -> None:
     machine = machines(name)
@@ -381,7 +381,7 @@ def test_the_store_is_where_the_runtime_looks(
         *ROOTFUL,
         *ROOTLESS,
         *GENERATED,
-        *APART,
+        *USER_AND_SYSTEM_FILE,
         *(APPENDING if name in MERGING else ()),
         *BUILDAH,
     ]
@@ -389,13 +389,13 @@ def test_the_store_is_where_the_runtime_looks(
     answers = discovery.compare(rows, machine, lab.tree, user)
     wrong = []
     refused = []
-    for asked, answer in zip(rows, answers):
+    for table_row, answer in zip(rows, answers):
         if "failed" in answer:
-            wrong.append(f"{asked['case']}: {answer['failed']}")
+            wrong.append(f"{table_row['case']}: {answer['failed']}")
             continue
         theirs = answer["theirs"]
         if "error" in theirs:
-            refused.append(asked["case"])
+            refused.append(table_row["case"])
             if "runroot must be set" in theirs["error"] and name not in MERGING:
                 # Programs before storage 1.63 do not start on a file without runroot.
                 continue
@@ -407,29 +407,31 @@ def test_the_store_is_where_the_runtime_looks(
                 same = all(ours[key] == value for key, value in theirs.items())
             if not same:
                 wrong.append(
-                    f"{asked['case']} ({'rootless' if asked['rootless'] else 'rootful'}), {moment}:\n"
+                    f"{table_row['case']} ({'rootless' if table_row['rootless'] else 'rootful'}), {moment}:\n"
                     f"    runtime {theirs}\n    ours    {ours}"
                 )
-        if name in MERGING and "podman_info" in asked:
-            told = discovery.filled(asked["podman_info"], *_names(user))
-            found = {"graphRoot": "graphroot", "runRoot": "runroot", "graphDriverName": "driver"}
-            for key, field in found.items():
-                if theirs.get(field) != told[key]:
-                    wrong.append(f"{asked['case']}: the table says {told[key]}, podman {theirs}")
+        if name in MERGING and "podman_info" in table_row:
+            expected = discovery.filled(table_row["podman_info"], *_fill_arguments(user))
+            fields = {"graphRoot": "graphroot", "runRoot": "runroot", "graphDriverName": "driver"}
+            for key, field in fields.items():
+                if theirs.get(field) != expected[key]:
+                    wrong.append(
+                        f"{table_row['case']}: the table says {expected[key]}, podman {theirs}"
+                    )
     assert wrong == [], "\n".join(wrong)
-    # What podman itself refuses is little, and known.
+    # podman itself refuses only a small number of rows.
     assert len(refused) < (12 if name in MERGING else 36), refused
 
 
 @pytest.mark.parametrize("rootless", [False, True])
-def test_an_image_is_pulled_into_the_store_that_podman_uses(
+def test_image_is_pulled_into_store_of_podman(
     rootless: bool,
     lab: Lab,
     machines: t.Callable[[str], t.Any],
     make_user: t.Callable[..., User],
     small_image: Image,
 ) -> None:
-    """Debian's skopeo 1.22 reads no drop-ins, and the podman beside it does."""
+    """Debian's skopeo 1.22 does not read drop-ins, but podman of the same release does."""
     machine = machines("sid")
     user = make_user(machine)
     folder = pathlib.Path(user.home) / "g"
@@ -452,18 +454,18 @@ def test_an_image_is_pulled_into_the_store_that_podman_uses(
             assert done["store"]["graphroot"] == str(folder)
         found = [path.name for path in folder.iterdir()]
         assert "overlay-images" in found
-        words = ["podman", "images", "--noheading", "--format={{.Repository}}:{{.Tag}}"]
-        listed = machine.run(words, account=user if rootless else None).stdout.split()
+        command = ["podman", "images", "--noheading", "--format={{.Repository}}:{{.Tag}}"]
+        listed = machine.run(command, account=user if rootless else None).stdout.split()
         assert listed == [small_image.name]
         if not rootless:
-            notes = machine.run(["ls", "/run/pulled-into/r/overlay"]).stdout.split()
-            assert [note for note in notes if note.startswith("metacopy(")] == [
+            markers = machine.run(["ls", "/run/pulled-into/r/overlay"]).stdout.split()
+            assert [marker for marker in markers if marker.startswith("metacopy(")] == [
                 "metacopy(nodev)-false"
             ]
     finally:
         machine.run(["rm", drop_in])
 
 
-def _names(user: User) -> t.Tuple[str, Json]:
+def _fill_arguments(user: User) -> t.Tuple[str, Json]:
     base = str(pathlib.Path(user.home).parent / "b")
     return base, {"home": user.home, "uid": user.uid}

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Images that updates leave behind, in stores of the real podman."""
+"""Test that layer_gc removes superseded images from stores of podman."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DAY = 86400
 
 
 def version(lab: Lab, number: int) -> Image:
-    """A version of an image; all have a common base."""
+    """A version of an image; all versions have a common base layer."""
     base = {**images.shell(), "etc": images.directory(), "etc/base": images.file("base")}
     return images.build(lab.folder(), [base, {"etc/version": images.file(f"{number}\n")}], NAME)
 
@@ -46,7 +46,7 @@ class Updated:
         (self.replaced,) = (image for image in store.images() if image["id"] == self.old)
 
     def age(self, days: int) -> None:
-        """Let the layers have been created that much earlier."""
+        """Set the creation times of all layers to a number of days ago."""
         path = self.store.graphroot / f"{self.store.driver}-layers/layers.json"
         before = path.stat()
         records = json.loads(path.read_text())
@@ -57,8 +57,8 @@ class Updated:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def collect(self, check: bool = False, **options: t.Any) -> Json:
-        asked = {"superseded_images": "2w", "min_age": "0", **options}
-        return self.case.call("layer_gc", asked, check=check, diff=True)
+        rules = {"superseded_images": "2w", "min_age": "0", **options}
+        return self.case.call("layer_gc", rules, check=check, diff=True)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ class Updated:
         ("experimental", "overlay-forced"),
     ],
 )
-def test_an_image_goes_that_an_update_left_behind(
+def test_superseded_image_is_removed(
     release: str, kind: str, lab: Lab, make_store: MakeStore, host: t.Callable[[str], Host]
 ) -> None:
     assert release in matrix.RELEASES
@@ -80,10 +80,10 @@ def test_an_image_goes_that_an_update_left_behind(
     store = updated.store
     assert not updated.replaced.get("names")
     top = updated.replaced["layer"]
-    # Off unless it is asked for, and not before its time.
+    # The rule is off by default, and keeps images that were superseded recently.
     assert updated.collect(superseded_images=None)["kept_images"] == []
-    young = updated.collect()
-    assert (young["changed"], [item["rule"] for item in young["kept_images"]]) == (
+    recent = updated.collect()
+    assert (recent["changed"], [item["rule"] for item in recent["kept_images"]]) == (
         False,
         ["superseded_images"],
     )
@@ -99,7 +99,7 @@ def test_an_image_goes_that_an_update_left_behind(
     assert done["diff"] == predicted["diff"]
     assert [image["id"] for image in store.images()] == [updated.new]
     assert store.layer_ids().isdisjoint({updated.mapped, top})
-    # The base is that of the new version as well.
+    # The new version uses the base layer, too.
     assert len(store.layers()) == 2
     for layer_id in (updated.mapped, top):
         assert store.leftovers(layer_id) == []
@@ -108,7 +108,7 @@ def test_an_image_goes_that_an_update_left_behind(
 
 
 class TestKept:
-    """With the reason, and nothing is changed."""
+    """Superseded images that are kept, with the reason in the result."""
 
     @pytest.fixture
     def updated(self, lab: Lab, make_store: MakeStore) -> Updated:
@@ -125,19 +125,19 @@ class TestKept:
         (entry,) = result["kept_images"]
         return t.cast(Json, entry)
 
-    def test_in_use(self, updated: Updated) -> None:
+    def test_image_in_use_is_kept(self, updated: Updated) -> None:
         updated.store.podman("create", "--name=web", updated.old, "true")
         entry = self.kept(updated)
         assert (entry["rule"], entry["reason"]) == ("in_use", "in use by container web")
 
-    def test_in_use_by_a_container_on_its_mapped_layer(self, updated: Updated) -> None:
+    def test_image_in_use_through_mapped_layer_is_kept(self, updated: Updated) -> None:
         updated.case.image = updated.case.image.__class__(
             **{**vars(updated.case.image), "name": updated.old}
         )
         updated.case.create("--name=web")
         assert self.kept(updated)["rule"] == "in_use"
 
-    def test_another_image_is_based_on_it(self, updated: Updated, lab: Lab) -> None:
+    def test_base_of_another_image_is_kept(self, updated: Updated, lab: Lab) -> None:
         store = updated.store
         base = version(lab, 1)
         built = images.build(
@@ -159,20 +159,24 @@ class TestKept:
             ({"min_age": "4w"}, "superseded_images"),
         ],
     )
-    def test_protections(self, updated: Updated, options: Json, rule: str) -> None:
+    def test_image_excluded_by_options_is_kept(
+        self, updated: Updated, options: Json, rule: str
+    ) -> None:
         assert self.kept(updated, **options)["rule"] == rule
 
-    def test_a_lease(self, updated: Updated) -> None:
+    def test_leased_image_is_kept(self, updated: Updated) -> None:
         updated.case.layer_template(images=[updated.old], state="absent")
         updated.case.layer_template(images=[updated.old], lease="30d")
         assert self.kept(updated)["rule"] == "lease"
 
-    def test_an_image_that_has_its_name_again(self, updated: Updated) -> None:
+    def test_image_with_new_name_is_not_superseded(self, updated: Updated) -> None:
         updated.store.podman("tag", updated.old, "localhost/app:old")
         result = updated.collect()
         assert (result["removed_images"], result["kept_images"]) == ([], [])
 
-    def test_an_image_that_never_had_a_name(self, updated: Updated, lab: Lab) -> None:
+    def test_image_that_never_had_a_name_is_not_superseded(
+        self, updated: Updated, lab: Lab
+    ) -> None:
         store = updated.store
         store.podman("rmi", updated.old)
         folder = lab.folder()

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The filter unit_mapping reads units as podman's own quadlet does."""
+"""Compare the filter unit_mapping with podman's quadlet and podman kube play."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ UNITS = {
 }
 
 
-def given(words: t.Sequence[str]) -> t.Dict[str, t.List[str]]:
-    """The options for user namespaces on a command line."""
+def mapping_options(command: t.Sequence[str]) -> t.Dict[str, t.List[str]]:
+    """The user namespace options of a command line."""
     found: t.Dict[str, t.List[str]] = {}
-    queue = list(words)
+    queue = list(command)
     while queue:
         option, equals, value = queue.pop(0).partition("=")
         if option[2:] in OPTIONS and option.startswith("--"):
@@ -51,8 +51,8 @@ def given(words: t.Sequence[str]) -> t.Dict[str, t.List[str]]:
     return found
 
 
-def expected(mapping: t.Mapping[str, t.Any]) -> t.Dict[str, t.List[str]]:
-    """A mapping of ours as such options."""
+def as_options(mapping: t.Mapping[str, t.Any]) -> t.Dict[str, t.List[str]]:
+    """A mapping of the filter's result as options."""
     return {key: value if isinstance(value, list) else [value] for key, value in mapping.items()}
 
 
@@ -60,7 +60,7 @@ def expected(mapping: t.Mapping[str, t.Any]) -> t.Dict[str, t.List[str]]:
 def quadlet(
     request: pytest.FixtureRequest, lab: Lab, host: t.Callable[[str], Host]
 ) -> t.Callable[[t.Mapping[str, str]], t.Dict[str, t.List[str]]]:
-    """Has podman's quadlet of another Debian convert units; gives the commands of each service."""
+    """Convert units with quadlet of a Debian release; returns the commands of each service."""
     machine = host(request.param)
 
     def convert(units: t.Mapping[str, str]) -> t.Dict[str, t.List[str]]:
@@ -69,7 +69,7 @@ def quadlet(
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
         command = ["/usr/libexec/podman/quadlet", "-dryrun", "-user"]
-        # It fails where one unit is refused, and has the others in its output.
+        # It fails if it refuses a unit, but prints the others.
         done = machine.run(command, env={"QUADLET_UNIT_DIRS": str(folder)}, check=False)
         text = done.stdout
         services: t.Dict[str, t.List[str]] = {}
@@ -84,25 +84,27 @@ def quadlet(
     return convert
 
 
-def test_containers(quadlet: t.Callable[..., t.Dict[str, t.List[str]]]) -> None:
+def test_containers_agree_with_quadlet(quadlet: t.Callable[..., t.Dict[str, t.List[str]]]) -> None:
     units = {
         f"{name}.container": "\n".join(["[Container]", f"Image={IMAGE}", *lines, ""])
         for name, lines in UNITS.items()
     }
     services = quadlet(units)
     for name, text in units.items():
-        words = services[name.removesuffix(".container")]
-        assert IMAGE in words
-        told = given(words)
+        command = services[name.removesuffix(".container")]
+        assert IMAGE in command
+        options = mapping_options(command)
         calls = unit_mapping(text)
-        if told in ({}, {"userns": ["host"]}):
+        if options in ({}, {"userns": ["host"]}):
             assert calls == []
             continue
         assert calls == [{"images": [IMAGE], "mappings": calls[0]["mappings"]}]
-        assert expected(calls[0]["mappings"][0]) == told, name
+        assert as_options(calls[0]["mappings"][0]) == options, name
 
 
-def test_pods_images_and_builds(quadlet: t.Callable[..., t.Dict[str, t.List[str]]]) -> None:
+def test_pods_images_and_builds_agree_with_quadlet(
+    quadlet: t.Callable[..., t.Dict[str, t.List[str]]],
+) -> None:
     units = {
         "web.pod": "[Pod]\nUIDMap=0:200000:1000\nGIDMap=0:300000:1000\n",
         "one.container": f"[Container]\nImage={IMAGE}\nPod=web.pod\n",
@@ -116,12 +118,12 @@ def test_pods_images_and_builds(quadlet: t.Callable[..., t.Dict[str, t.List[str]
     assert len(calls) == 3
     for call, name in zip(calls, ("one", "two", "three")):
         assert call["images"][0] in services[name]
-    assert expected(calls[0]["mappings"][0]) == given(services["web-pod"])
-    assert given(services["one"]) == {}
-    assert expected(calls[1]["mappings"][0]) == given(services["two"])
+    assert as_options(calls[0]["mappings"][0]) == mapping_options(services["web-pod"])
+    assert mapping_options(services["one"]) == {}
+    assert as_options(calls[1]["mappings"][0]) == mapping_options(services["two"])
 
 
-# Units that nobody would write, and some would
+# Random units, including unusual ones
 
 _VALUES: t.Dict[str, t.Tuple[str, ...]] = {
     "UserNS": ("keep-id", "keep-id:uid=5,gid=6", "nomap", "auto", "auto:size=5000", "host", ""),
@@ -155,41 +157,45 @@ _VALUES: t.Dict[str, t.Tuple[str, ...]] = {
 _WEIGHTS = [*_VALUES, "UserNS", "UserNS", "UIDMap", "PodmanArgs"]
 
 
-def drawn_value(dice: random.Random, key: str) -> str:
-    value = dice.choice(_VALUES[key])
-    quoting = dice.random()
+def random_value(generator: random.Random, key: str) -> str:
+    value = generator.choice(_VALUES[key])
+    quoting = generator.random()
     if value and quoting < 0.15:
         value = f'"{value}"'
     elif value and quoting < 0.2:
         value = f"'{value}'"
     elif value and quoting < 0.22:
-        value = dice.choice((f'"{value}', f'{value}"', f'""{value}""'))
-    if value and dice.random() < 0.15:
-        place = dice.randrange(len(value) + 1)
-        between = dice.choice(("", "# comment\n", "; comment\n", "\n", "  \n"))
-        blank = dice.choice(("", " ", "\t"))
-        value = f"{value[:place]}\\\n{between}{blank}{value[place:]}"
-    return value + dice.choice(("", "", "", " ", "\t"))
+        value = generator.choice((f'"{value}', f'{value}"', f'""{value}""'))
+    if value and generator.random() < 0.15:
+        offset = generator.randrange(len(value) + 1)
+        between = generator.choice(("", "# comment\n", "; comment\n", "\n", "  \n"))
+        blank = generator.choice(("", " ", "\t"))
+        value = f"{value[:offset]}\\\n{between}{blank}{value[offset:]}"
+    return value + generator.choice(("", "", "", " ", "\t"))
 
 
-def drawn_lines(dice: random.Random, most: int) -> t.List[str]:
+def random_lines(generator: random.Random, limit: int) -> t.List[str]:
     lines = []
-    for _number in range(dice.randint(0, most)):
-        key = dice.choice(_WEIGHTS)
-        equals = dice.choice(("=", "=", "=", " = ", "= ", " ="))
-        lines.append(f"{dice.choice(('', '', ' '))}{key}{equals}{drawn_value(dice, key)}")
-        if dice.random() < 0.1:
+    for _number in range(generator.randint(0, limit)):
+        key = generator.choice(_WEIGHTS)
+        equals = generator.choice(("=", "=", "=", " = ", "= ", " ="))
+        lines.append(
+            f"{generator.choice(('', '', ' '))}{key}{equals}{random_value(generator, key)}"
+        )
+        if generator.random() < 0.1:
             lines.append(
-                dice.choice(("", "# UserNS=nomap", ";UIDMap=0:1:1", "[Service]", "[Container]"))
+                generator.choice(
+                    ("", "# UserNS=nomap", ";UIDMap=0:1:1", "[Service]", "[Container]")
+                )
             )
     return lines
 
 
-def drawn_unit(dice: random.Random, image: bool = True) -> str:
-    lines = ["[Container]", *drawn_lines(dice, 4)]
+def random_unit(generator: random.Random, image: bool = True) -> str:
+    lines = ["[Container]", *random_lines(generator, 4)]
     if image:
-        lines.insert(1, f"Image={dice.choice(_VALUES['Image'])}")
-    return "\n".join(lines) + dice.choice(("\n", "", "\n\n", "\n# end\n", "\r\n"))
+        lines.insert(1, f"Image={generator.choice(_VALUES['Image'])}")
+    return "\n".join(lines) + generator.choice(("\n", "", "\n\n", "\n# end\n", "\r\n"))
 
 
 _OTHERS = {
@@ -202,25 +208,23 @@ _OTHERS = {
 _DROPINS = ("{0}.container.d", "container.d", "u-.container.d", "u-1-.container.d", "x.container.d")
 
 
-def drawn_files(dice: random.Random, count: int) -> t.Dict[str, str]:
+def random_files(generator: random.Random, count: int) -> t.Dict[str, str]:
     files = dict(_OTHERS)
     for number in range(count):
         name = f"u-{number % 3}-{number}"
-        files[f"{name}.container"] = drawn_unit(dice, dice.random() < 0.95)
-        if dice.random() < 0.3:
-            folder = dice.choice(_DROPINS[:1] * 4 + _DROPINS).format(name)
-            text = "\n".join(["[Container]", *drawn_lines(dice, 2)])
+        files[f"{name}.container"] = random_unit(generator, generator.random() < 0.95)
+        if generator.random() < 0.3:
+            folder = generator.choice(_DROPINS[:1] * 4 + _DROPINS).format(name)
+            text = "\n".join(["[Container]", *random_lines(generator, 2)])
             if folder in ("container.d", "u-.container.d", "u-1-.container.d"):
-                # Harmless where it counts for many.
-                text = (
-                    f"[Container]\nSubGIDMap=\n{'Label=a' if dice.random() < 0.5 else 'GIDMap='}\n"
-                )
-            files[f"{folder}/{dice.choice(('10', '20', 'a'))}.conf"] = text
+                # Drop-ins that apply to many units contain only harmless settings.
+                text = f"[Container]\nSubGIDMap=\n{'Label=a' if generator.random() < 0.5 else 'GIDMap='}\n"
+            files[f"{folder}/{generator.choice(('10', '20', 'a'))}.conf"] = text
     return files
 
 
-def alone(files: t.Mapping[str, str], name: str) -> t.Dict[str, str]:
-    """One container's unit with all that is not another container."""
+def without_other_containers(files: t.Mapping[str, str], name: str) -> t.Dict[str, str]:
+    """A container's unit and all files that are not units of other containers."""
     return {
         path: text
         for path, text in files.items()
@@ -229,22 +233,22 @@ def alone(files: t.Mapping[str, str], name: str) -> t.Dict[str, str]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_drawn_units_mean_what_quadlet_makes_of_them(
+def test_random_units_agree_with_quadlet(
     quadlet: t.Callable[..., t.Dict[str, t.List[str]]], seed: int
 ) -> None:
-    """Where we say something it is what quadlet says; what we refuse is refused for a reason that is known."""
-    dice = random.Random(seed)
-    files = drawn_files(dice, 400)
+    """Mappings are those of quadlet; units are refused only if quadlet refuses them or for a known reason."""
+    generator = random.Random(seed)
+    files = random_files(generator, 400)
     services = quadlet(files)
-    equal = nothing = refused = 0
+    mapped = unmapped = refused = 0
     for name in [path for path in files if path.endswith(".container")]:
-        words = services.get(name.removesuffix(".container"))
+        command = services.get(name.removesuffix(".container"))
         known_reason, reason = False, ""
         try:
-            calls = unit_mapping(alone(files, name))
+            calls = unit_mapping(without_other_containers(files, name))
         except AnsibleFilterError as error:
             refused += 1
-            # Quadlet refuses it too, or drops a part without a word, or podman itself refuses what comes of it.
+            # quadlet refuses the unit, too, or silently drops a part, or podman refuses the command.
             known = (
                 *("quotation mark", "which versions of quadlet read differently", "an empty word"),
                 *("cannot be combined", "only the pod can have maps", "is neither of", "has no"),
@@ -257,41 +261,41 @@ def test_drawn_units_mean_what_quadlet_makes_of_them(
                     "is not an image reference",
                 ),
             )
-            known_reason = any(word in str(error) for word in known)
+            known_reason = any(part in str(error) for part in known)
             calls, reason = None, str(error)
         if calls is None:
-            assert words is None or known_reason, (reason, files[name])
+            assert command is None or known_reason, (reason, files[name])
             continue
-        if words is None:
-            # What quadlet refuses for another reason than its mapping has none here either.
+        if command is None:
+            # quadlet refuses the unit for a reason other than its mapping; the filter returns no mapping.
             assert calls == [], (name, files[name])
             continue
-        told = given(words)
+        options = mapping_options(command)
         for pod in ("p", "q"):
-            # podman up to 5.5 names a file, later ones the pod.
-            if f"%t/{pod}-pod.pod-id" in words or f"systemd-{pod}" in words:
-                told = {**given(services[f"{pod}-pod"]), **told}
+            # Up to podman 5.5 the command has the pod's ID file, later the name of the pod.
+            if f"%t/{pod}-pod.pod-id" in command or f"systemd-{pod}" in command:
+                options = {**mapping_options(services[f"{pod}-pod"]), **options}
         for option in ("userns", "subuidname", "subgidname"):
-            # The last one counts.
-            if option in told:
-                told[option] = told[option][-1:]
-        if told in ({}, {"userns": ["host"]}):
-            assert calls == [], (name, files[name], words)
-            nothing += 1
+            # The last value is used.
+            if option in options:
+                options[option] = options[option][-1:]
+        if options in ({}, {"userns": ["host"]}):
+            assert calls == [], (name, files[name], command)
+            unmapped += 1
             continue
-        assert len(calls) == 1, (name, files[name], words)
+        assert len(calls) == 1, (name, files[name], command)
         (call,) = calls
-        found = expected(call["mappings"][0])
-        assert found == told, (name, files[name], words)
-        assert call["images"][0] in words, (name, files[name], words)
-        equal += 1
-    # Most of them say something.
-    assert equal > 60, (equal, nothing, refused)
-    assert nothing > 40, (equal, nothing, refused)
-    assert refused > 20, (equal, nothing, refused)
+        found = as_options(call["mappings"][0])
+        assert found == options, (name, files[name], command)
+        assert call["images"][0] in command, (name, files[name], command)
+        mapped += 1
+    # The comparison is meaningful only with many units of each kind.
+    assert mapped > 60, (mapped, unmapped, refused)
+    assert unmapped > 40, (mapped, unmapped, refused)
+    assert refused > 20, (mapped, unmapped, refused)
 
 
-def test_drop_ins_of_all_folders(quadlet: t.Callable[..., t.Dict[str, t.List[str]]]) -> None:
+def test_drop_ins_agree_with_quadlet(quadlet: t.Callable[..., t.Dict[str, t.List[str]]]) -> None:
     unit = f"[Container]\nImage={IMAGE}\nUserNS=nomap\n"
     files = {
         **{
@@ -309,20 +313,20 @@ def test_drop_ins_of_all_folders(quadlet: t.Callable[..., t.Dict[str, t.List[str
     }
     services = quadlet(files)
     for name in ("plain", "a-b-c", "t@", "t@one", "a-b@two", "other"):
-        calls = unit_mapping(alone(files, f"{name}.container"))
-        found = expected(calls[0]["mappings"][0]) if calls else {}
-        assert found == given(services[name]), name
+        calls = unit_mapping(without_other_containers(files, f"{name}.container"))
+        found = as_options(calls[0]["mappings"][0]) if calls else {}
+        assert found == mapping_options(services[name]), name
 
 
-def test_specifiers_and_variables_are_left_to_systemd(
+def test_specifiers_and_variables_are_expanded_as_by_systemd(
     quadlet: t.Callable[..., t.Dict[str, t.List[str]]],
 ) -> None:
-    """Quadlet passes them on as they are, so what we replace is what systemd replaces."""
+    """quadlet does not expand them, so the filter expands them as systemd does."""
     unit = "[Container]\nImage=localhost/%i:${TAG}\nUserNS=keep-id:uid=${ID}\n[Service]\nEnvironment=TAG=7 ID=5\n"
     services = quadlet({"w@.container": unit, "w@one.container": unit})
     for name in ("w@", "w@one"):
         assert "localhost/%i:${TAG}" in services[name]
-        assert given(services[name]) == {"userns": ["keep-id:uid=${ID}"]}
+        assert mapping_options(services[name]) == {"userns": ["keep-id:uid=${ID}"]}
     assert unit_mapping({"w@.container": unit, "w@one.container": unit}) == [
         {"images": ["localhost/one:7"], "mappings": [{"userns": "keep-id:uid=5"}]}
     ]
@@ -340,7 +344,7 @@ NOTE = "io.podman.annotations.userns"
 
 
 def manifest(text: str, **parts: str) -> str:
-    """A manifest with an annotation of the object, one of the template, and hostUsers, where given."""
+    """A manifest with optional annotations of the object and of the template, and optional hostUsers."""
     notes = {
         key: f", annotations: {{{parts[key]}}}" if key in parts else "" for key in ("more", "inner")
     }
@@ -377,9 +381,9 @@ KUBE = {
 
 @pytest.fixture(params=["trixie", "experimental"])
 def own_host(request: pytest.FixtureRequest, lab: Lab) -> t.Iterator[Host]:
-    """A host with ranges for automatic namespaces, for one test alone."""
+    """A host with ranges for automatic namespaces, which no other test uses."""
     machine = Host(lab, request.param)
-    # Debian's newest libsubid knows the ranges only of users that there are.
+    # libsubid of Debian experimental returns ranges only of existing users.
     lines = {"passwd": "containers:x:990:990::/:/bin/false", "group": "containers:x:990:"}
     lines.update(dict.fromkeys(("subuid", "subgid"), "containers:1000000:200000"))
     for file, line in lines.items():
@@ -388,26 +392,26 @@ def own_host(request: pytest.FixtureRequest, lab: Lab) -> t.Iterator[Host]:
     machine.close()
 
 
-def test_manifests_mean_what_podman_makes_of_them(
+def test_manifests_agree_with_kube_play(
     own_host: Host, make_store: t.Callable[..., Store], small_image: Image
 ) -> None:
-    """The pods that podman kube play creates have a user namespace where we say so, and of the size that we say."""
+    """Pods that podman kube play creates have the user namespaces that the filter returns, in the same size."""
     store = make_store("vfs", small_image, machine=own_host)
     folder = store.lab.folder(0o755)
-    # The root has no program for the pause image, which nothing is started of here.
+    # The host has no pause image; the test starts no container, so any image will do.
     (folder / "override.conf").write_text('[engine]\ninfra_image = "localhost/small:1"\n')
     override = {"CONTAINERS_CONF_OVERRIDE": str(folder / "override.conf")}
     for name, (text, userns) in KUBE.items():
         (folder / "web.yaml").write_text(text)
-        words = [
+        command = [
             "kube",
             "play",
             "--start=false",
             "--network=host",
             *(["--userns", userns] if userns else []),
         ]
-        done = store.podman(*words, str(folder / "web.yaml"), env=override, check=False)
-        # Of kinds that it does not know podman makes nothing, and says so by its status or not at all.
+        done = store.podman(*command, str(folder / "web.yaml"), env=override, check=False)
+        # podman creates nothing for unsupported kinds, with or without an error.
         assert done.rc == 0 or name in ("stateful-set", "cron-job", "job"), (name, done.stderr)
         made = {
             container["id"]: container["layer"]
@@ -420,8 +424,8 @@ def test_manifests_mean_what_podman_makes_of_them(
         if calls:
             assert len(maps) == 1, name
             assert maps[0], name
-            asked = calls[0]["mappings"][0]["userns"]
-            if "size" in asked:
+            userns_option = calls[0]["mappings"][0]["userns"]
+            if "size" in userns_option:
                 assert sum(item["size"] for item in maps[0]) == 4096, name
         else:
             assert not any(maps), name

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Mapped layers that are known to be wrong, maps that change nothing, and two modules that agree."""
+"""Test mapped layers with wrong owners or attributes, maps without an effect, and sizes of orphans."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def only(items: t.List[Json]) -> Json:
 
 @pytest.fixture
 def wrong(make_store: MakeStore, small_image: Image) -> t.Tuple[Store, str]:
-    """A store with podman's own copy in which one name was left to the host's root."""
+    """A store with podman's own copy, in which /etc belongs to the host's root."""
     store = make_store("vfs", small_image)
     store.podman("rm", store.create(small_image.name, "--uidmap", MAP, "--gidmap", MAP))
     (layer,) = store.mapped_layers(small_image.name)
@@ -50,31 +50,31 @@ def wrong(make_store: MakeStore, small_image: Image) -> t.Tuple[Store, str]:
     return store, layer
 
 
-def template_words(store: Store, image: Image) -> Json:
+def template_args(store: Store, image: Image) -> Json:
     return {**store.module_args(), "images": [image.name], "uidmap": [MAP], "gidmap": [MAP]}
 
 
-def test_a_wrong_layer_is_replaced(
+def test_wrong_layer_is_replaced(
     wrong: t.Tuple[Store, str], run_module: RunModule, small_image: Image
 ) -> None:
     store, layer = wrong
-    words = template_words(store, small_image)
-    foreseen = only(run_module("layer_template", words, check=True)["layers"])
-    assert foreseen["action"] == "created"
-    made = only(run_module("layer_template", words)["layers"])
+    args = template_args(store, small_image)
+    predicted = only(run_module("layer_template", args, check=True)["layers"])
+    assert predicted["action"] == "created"
+    made = only(run_module("layer_template", args)["layers"])
     assert made["action"] == "created"
     assert "/etc belongs to 0:0" in made["reason"]
     assert store.mapped_layers(small_image.name) == [made["layer_id"]] != [layer]
-    again = run_module("layer_template", words)
-    assert (again["changed"], only(again["layers"])["action"]) == (False, "existing")
+    repeated = run_module("layer_template", args)
+    assert (repeated["changed"], only(repeated["layers"])["action"]) == (False, "existing")
 
 
-def test_a_wrong_layer_in_use_is_left_with_a_warning(
+def test_wrong_layer_in_use_is_kept_with_warning(
     wrong: t.Tuple[Store, str], run_module: RunModule, small_image: Image
 ) -> None:
     store, layer = wrong
     store.create(small_image.name, "--uidmap", MAP, "--gidmap", MAP)
-    result = run_module("layer_template", template_words(store, small_image))
+    result = run_module("layer_template", template_args(store, small_image))
     assert (result["changed"], only(result["layers"])["action"]) == (False, "existing")
     assert "/etc belongs to 0:0" in str(result["warnings"][0])
     collected = run_module("layer_gc", {**store.module_args(), "min_age": "0", "broken": "repair"})
@@ -82,10 +82,10 @@ def test_a_wrong_layer_in_use_is_left_with_a_warning(
     assert store.mapped_layers(small_image.name) == [layer]
 
 
-def test_a_wrong_layer_that_is_used_at_that_moment_is_left_with_a_warning(
+def test_wrong_layer_that_becomes_used_is_kept_with_warning(
     wrong: t.Tuple[Store, str], small_image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A container is created between the look at the records and the removal."""
+    """A container is created after the module has read the records and before the removal."""
     store, layer = wrong
     remove = layer_removal.remove_mapped_layer
 
@@ -94,57 +94,57 @@ def test_a_wrong_layer_that_is_used_at_that_moment_is_left_with_a_warning(
         return remove(*args)
 
     monkeypatch.setattr(layer_building, "remove_mapped_layer", remove_late)
-    where = StoreRequest(
+    store_request = StoreRequest(
         graphroot=str(store.graphroot), runroot=str(store.runroot), driver=store.driver
     )
-    wanted = (MappingOptions(uidmap=(MAP,), gidmap=(MAP,)),)
-    done = layer_template.declare(
-        layer_template.TemplateRequest(where, (small_image.name,), wanted)
+    mappings = (MappingOptions(uidmap=(MAP,), gidmap=(MAP,)),)
+    result = layer_template.declare(
+        layer_template.TemplateRequest(store_request, (small_image.name,), mappings)
     )
-    entry = only(done["layers"])
-    assert (entry["action"], entry["layer_id"]) == ("existing", layer), done
+    entry = only(result["layers"])
+    assert (entry["action"], entry["layer_id"]) == ("existing", layer), result
     assert "/etc belongs to 0:0" in entry["reason"]
-    assert "in use" in done["warnings"][0]
+    assert "in use" in result["warnings"][0]
     assert store.mapped_layers(small_image.name) == [layer]
 
 
-def test_a_wrong_layer_is_repaired_away(
+def test_wrong_layer_is_removed_by_repair(
     wrong: t.Tuple[Store, str], run_module: RunModule, small_image: Image
 ) -> None:
     store, layer = wrong
-    words = {**store.module_args(), "min_age": "0"}
-    assert only(run_module("layer_gc", words)["kept"])["id"] == layer
-    repaired = only(run_module("layer_gc", {**words, "broken": "repair"})["repaired"])
+    args = {**store.module_args(), "min_age": "0"}
+    assert only(run_module("layer_gc", args)["kept"])["id"] == layer
+    repaired = only(run_module("layer_gc", {**args, "broken": "repair"})["repaired"])
     assert (repaired["kind"], repaired["id"]) == ("foreign_root", layer)
     assert store.mapped_layers(small_image.name) == []
 
 
 @pytest.mark.parametrize("parts", [["0:0:4294967295"], ["0:0:1000", "1000:1000:4294966295"]])
-def test_a_map_that_changes_nothing_needs_no_layer(
+def test_map_without_effect_needs_no_layer(
     parts: t.List[str], make_store: MakeStore, run_module: RunModule, small_image: Image
 ) -> None:
     store = make_store("vfs", small_image)
-    words = {**store.module_args(), "images": [small_image.name], "uidmap": parts, "gidmap": parts}
-    result = run_module("layer_template", words)
+    args = {**store.module_args(), "images": [small_image.name], "uidmap": parts, "gidmap": parts}
+    result = run_module("layer_template", args)
     assert (result["changed"], only(result["layers"])["action"]) == (False, "not_needed")
     assert store.mapped_layers(small_image.name) == []
 
 
-def test_the_size_of_a_folder_without_a_record(
+def test_size_of_orphaned_folder_is_measured(
     make_store: MakeStore, run_module: RunModule, small_image: Image
 ) -> None:
     store = make_store("vfs", small_image)
     stray = pathlib.Path(store.layer_folder("e" * 64))
     stray.mkdir()
     (stray / "file").write_bytes(os.urandom(1 << 20))
-    words = {**store.module_args(), "measure": "exclusive"}
-    orphan = only(run_module("image_layers_info", words)["orphans"])
+    args = {**store.module_args(), "measure": "exclusive"}
+    orphan = only(run_module("image_layers_info", args)["orphans"])
     assert orphan["size_exclusive"] == pytest.approx(1 << 20, rel=0.02)
 
 
 @pytest.fixture(scope="session")
 def acl_image(lab: Lab) -> Image:
-    """A file of owner 1000 with an access list that names IDs, as in no small image."""
+    """An image with a file of owner 1000, whose access control list has entries with IDs."""
     entries = ((1, 6, -1), (2, 6, 1000), (4, 4, -1), (8, 4, 1000), (16, 6, -1), (32, 4, -1))
     listed = b"".join(struct.pack("<HHi", *entry) for entry in entries)
     acl = {"system.posix_acl_access": struct.pack("<L", 2) + listed}
@@ -157,24 +157,24 @@ def acl_image(lab: Lab) -> Image:
 
 
 @pytest.mark.parametrize("kind", ["vfs", "overlay-forced", "btrfs"])
-def test_verification_finds_what_the_runtime_left_wrong_and_nothing_in_ours(
+def test_verification_finds_differences_only_in_layer_of_podman(
     kind: str, make_store: MakeStore, run_module: RunModule, acl_image: Image
 ) -> None:
     store = make_store(kind, acl_image)
     store.podman("rm", store.create(acl_image.name, "--uidmap", MAP, "--gidmap", MAP))
     call = functools.partial(run_module, environ=store.module_environ())
-    words = {**store.module_args(), "measure": "none"}
-    info = {**words, "verify": True}
-    (theirs,) = only(call("image_layers_info", info)["images"])["mapped_layers"]
+    args = {**store.module_args(), "measure": "none"}
+    verify_args = {**args, "verify": True}
+    (theirs,) = only(call("image_layers_info", verify_args)["images"])["mapped_layers"]
     assert theirs["status"] == "different"
-    told = {their["path"]: their["problems"] for their in theirs["verification"]["differences"]}
-    assert any("posix_acl_access" in problem for problem in told["/etc/shared"])
-    assert "/etc/own" not in told
-    plain = only(call("image_layers_info", words)["images"])["mapped_layers"]
+    problems_of = {item["path"]: item["problems"] for item in theirs["verification"]["differences"]}
+    assert any("posix_acl_access" in problem for problem in problems_of["/etc/shared"])
+    assert "/etc/own" not in problems_of
+    plain = only(call("image_layers_info", args)["images"])["mapped_layers"]
     assert only(plain)["verification"] is None
     call("layer_gc", {**store.module_args(), "min_age": "0", "layers": [theirs["id"]]})
-    call("layer_template", template_words(store, acl_image))
-    (ours,) = only(call("image_layers_info", info)["images"])["mapped_layers"]
+    call("layer_template", template_args(store, acl_image))
+    (ours,) = only(call("image_layers_info", verify_args)["images"])["mapped_layers"]
     assert ours["origin"] == "ours"
     assert (ours["status"], ours["verification"]["different"]) == ("ok", 0)
     assert ours["verification"]["times_only"] == 0
