@@ -335,7 +335,7 @@ class TestMixedMaps:
 
     @pytest.mark.parametrize("kind", ["overlay-forced", "rootless-overlay"])
     @pytest.mark.parametrize("first", ["plain", "mapped", "other map"])
-    def test_map_of_present_base_layers_is_used(
+    def test_pull_with_other_map_than_base_layers_is_refused(
         self, first: str, kind: str, make_case: MakeCase, base_and_app: t.List[Image]
     ) -> None:
         base, app = base_and_app

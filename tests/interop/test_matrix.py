@@ -142,7 +142,7 @@ def store(
 
 
 def _on_btrfs(lab: Lab, machine: Machine, user: User) -> Store:
-    """A user's store on a btrfs filesystem of its own; users may remove subvolumes only with a mount option."""
+    """A user's store on a separate btrfs filesystem; users may remove subvolumes only with a mount option."""
     folder = lab.folder()
     image, disk = folder / "disk.img", pathlib.Path(user.home) / ".local/share/containers"
     with open(image, "wb") as content:

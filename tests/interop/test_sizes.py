@@ -55,7 +55,7 @@ def free(store: Store) -> int:
 def assert_freed_as_reported(
     kind: str, subject: str, reported: t.Mapping[str, int], freed: int
 ) -> None:
-    """Assert that the freed bytes are in the reported limits; records and ledger may change by some blocks."""
+    """Assert that the freed bytes are within the reported limits; records and ledger may change by some blocks."""
     low, best, high = (reported[f"size_exclusive{end}"] for end in ("_min", "", "_max"))
     print(f"{kind} {subject}: reported {low} <= {best} <= {high}, freed {freed}")
     assert low * 0.98 - 65536 <= freed <= high * 1.02 + 65536, subject

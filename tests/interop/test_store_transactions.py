@@ -50,7 +50,7 @@ def waits_for_a_lock(pid: int) -> bool:
     return any(line.split()[1] == "->" and str(pid) in line.split() for line in lines)
 
 
-def test_concurrent_podmans_and_transactions_succeed(
+def test_concurrent_podman_and_transactions_succeed(
     make_store: MakeStore, small_image: Image
 ) -> None:
     """podman commands and transactions run at the same time without errors or lost changes."""
@@ -164,7 +164,7 @@ def test_store_is_valid_after_kill_at_every_call(make_store: MakeStore) -> None:
         store.sweep()
         known = real.layer_ids()
         found = [name for name in os.listdir(real.graphroot / "vfs" / "dir") if name not in known]
-        # Since containers/storage 1.62 runtimes move layers to this folder to remove them; it may be empty.
+        # Since containers/storage 1.62 runtimes remove layers through this folder, and leave it empty.
         removals = os.path.join(store.layers_dir, "tmp")
         empty = {"tmp"} if os.path.isdir(removals) and not os.listdir(removals) else set()
         found += [

@@ -28,7 +28,7 @@ FILES = 3600
 
 @pytest.fixture(scope="session")
 def slow(lab: Lab) -> str:
-    """PYTHONPATH with the slow collection."""
+    """A search path with the slow collection before the collection of the laboratory."""
     return f"{paces.slow_collection(lab, 0)}{os.pathsep}{lab.tree}"
 
 

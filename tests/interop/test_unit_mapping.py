@@ -398,7 +398,7 @@ def test_manifests_agree_with_kube_play(
     """Pods that podman kube play creates have the user namespaces that the filter returns, in the same size."""
     store = make_store("vfs", small_image, machine=own_host)
     folder = store.lab.folder(0o755)
-    # The host has no pause image; the test starts no container, so any image will do.
+    # The host has no program for the pause image; since no container is started, any image will do.
     (folder / "override.conf").write_text('[engine]\ninfra_image = "localhost/small:1"\n')
     override = {"CONTAINERS_CONF_OVERRIDE": str(folder / "override.conf")}
     for name, (text, userns) in KUBE.items():
