@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Check mode makes no call that would change a file anywhere, by the kernel's word."""
+"""The kernel confirms that check mode makes no system call that changes a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MakeStore = t.Callable[..., Store]
 TINY = "localhost/tiny:1"
 HOST = "registry.example.org"
 LOGIN = {"username": "robot", "password": "secret"}
-# LAYOUT and USER are replaced.
+# LAYOUT and USER are placeholders.
 TASKS: t.Sequence[t.Tuple[str, t.Dict[str, t.Any]]] = (
     ("layer_template", {"images": [TINY], "uidmap": [MAP], "force": True}),
     ("layer_template", {"images": [TINY], "uidmap": [MAP], "state": "absent"}),
@@ -44,19 +44,19 @@ TASKS: t.Sequence[t.Tuple[str, t.Dict[str, t.Any]]] = (
     ("subordinate_ids", {"users": ["USER"], "count": 200_000}),
     ("rootless_stores_info", {}),
 )
-# The probe for ID-mapped mounts makes these on a tmpfs in a mount namespace of its own.
+# The probe for ID-mapped mounts creates these directories on a tmpfs in its own mount namespace.
 PROBE = tuple(f"/overlay/{name}" for name in ("mapped", "empty", "merged"))
-# They are about hosts, not about the store.
-OF_HOSTS = ("storage_conf", "subordinate_ids", "rootless_stores_info")
+# These modules change hosts, and have no options for a store.
+HOST_MODULES = ("storage_conf", "subordinate_ids", "rootless_stores_info")
 
 
 @pytest.mark.parametrize("kind", ["overlay-xfs", "overlay-ext4", "btrfs"])
-def test_nothing_is_changed_anywhere(
+def test_check_mode_changes_no_file(
     kind: str, lab: Lab, make_store: MakeStore, make_user: t.Callable[..., User]
 ) -> None:
     image, user = tiny_image(lab), make_user()
     store = make_store(kind, image)
-    # A journal that SQLite itself would write to.
+    # SQLite itself would write to this journal.
     connection = sqlite3.connect(store.graphroot / "db.sql")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("CREATE TABLE ContainerConfig (ID TEXT, JSON TEXT)")
@@ -64,24 +64,24 @@ def test_nothing_is_changed_anywhere(
     assert (store.graphroot / "db.sql-wal").stat().st_size > 0
     registry = Registry(tiny_image(lab, OTHER_IMAGE), (HOST,))
     registries = lab.machine.path("/etc/containers/registries.conf")
-    kept = registries.read_bytes() if registries.exists() else None
+    original = registries.read_bytes() if registries.exists() else None
     registry.configure(registries.parent)
     modules = Modules(lab)
     try:
-        before, others = store.snapshot_of_disk(), host_files(user)
+        before, files_before = store.snapshot_of_disk(), host_files(user)
         for module, args in TASKS:
-            words = json.loads(
+            arguments = json.loads(
                 json.dumps(args).replace("LAYOUT", image.source).replace("USER", user.name)
             )
-            store_args = {} if module in OF_HOSTS else store.module_args()
+            store_args = {} if module in HOST_MODULES else store.module_args()
             if module == "shared_images":
                 store_args = {key: store_args[key] for key in ("graphroot", "runroot")}
-            words = {**store_args, **words, "_ansible_check_mode": True}
-            run = modules.run(module, words, below="", record=True)
+            arguments = {**store_args, **arguments, "_ansible_check_mode": True}
+            run = modules.run(module, arguments, below="", record=True)
             if not (module == "shared_images" and kind == "btrfs"):
                 assert not run.result.get("failed"), (module, args, run.output)
             assert run.calls
-            wrote = [
+            changing = [
                 str(call)
                 for call in run.calls
                 if call.changes
@@ -91,24 +91,24 @@ def test_nothing_is_changed_anywhere(
                 and not (call.name == "mkdir" and call.paths[0].endswith(PROBE))
             ]
             assert [
-                item for item in wrote if not item.startswith(("write(", "syncfs(", "fsync("))
+                item for item in changing if not item.startswith(("write(", "syncfs(", "fsync("))
             ] == [], (module, args)
-            # The programs that the module starts, too.
+            # The programs that the module starts change no file either.
             assert before.changes(store.snapshot_of_disk()) == [], (module, args)
-            assert host_files(user) == others, (module, args)
+            assert host_files(user) == files_before, (module, args)
     finally:
         modules.close()
         connection.close()
         registry.close()
-        if kept is None:
+        if original is None:
             registries.unlink()
         else:
-            registries.write_bytes(kept)
+            registries.write_bytes(original)
 
 
 def host_files(user: User) -> t.Dict[str, t.Tuple[int, int]]:
-    """Sizes and times of change of what is outside the store."""
-    # Other programs of the machine use the two as well.
+    """The sizes and change times of files outside the store."""
+    # Other programs of the machine also use /tmp and /var/tmp.
     paths = [*pathlib.Path("/tmp").glob("userns-storage*"), *pathlib.Path("/var/tmp").iterdir()]
     for root in ("/etc", "/run", "/var/lib", user.home):
         paths += pathlib.Path(root).rglob("*")

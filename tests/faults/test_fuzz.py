@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whatever others have written is read or refused; scripts/bench --soak goes on for longer."""
+"""Files with arbitrary content are read or refused; scripts/bench --soak runs the same tests for longer."""
 
 from __future__ import annotations
 
@@ -40,29 +40,31 @@ KEYS = (
     "id", "names", "parent", "layer", "image", "mapped-layers", "uidmap", "gidmap", "uidset", "flags",
     "created", "diff-size", "metadata", "big-data-names", "digest", "big-data-digests",
 )  # fmt: skip
-# With an ID at least, so that more than the first check is reached.
+# Each record has an ID, since a record without an ID fails the first check.
 RECORD = st.builds(
     lambda identity, more: {**more, "id": identity},
     st.sampled_from(["a" * 64, "b" * 64, "c" * 64]),
     st.dictionaries(st.sampled_from(KEYS), ODD, max_size=6),
 )
-USUAL = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+FUZZ_SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 @pytest.mark.parametrize("name", READERS)
 @given(data=st.data())
-@USUAL
-def test_any_bytes(name: str, tmp_path: pathlib.Path, data: st.DataObject) -> None:
+@FUZZ_SETTINGS
+def test_arbitrary_bytes_are_read_or_refused(
+    name: str, tmp_path: pathlib.Path, data: st.DataObject
+) -> None:
     read(name, data.draw(st.binary(max_size=200)), tmp_path)
-    # Something that was once right, cut and joined.
+    # A valid file of which a part is removed or replaced.
     seed = data.draw(st.sampled_from(SEEDS[name]))
     start, end = sorted(data.draw(st.tuples(st.integers(0, len(seed)), st.integers(0, len(seed)))))
     read(name, seed[:start] + data.draw(st.binary(max_size=4)) + seed[end:], tmp_path)
     read(name, seed, tmp_path)
 
 
-def test_all_that_code_can_be_made_to_do() -> None:
-    """With atheris, where it has a wheel for this Python; the test above does without it."""
+def test_coverage_guided_input_is_read_or_refused() -> None:
+    """Use atheris if it has a wheel for this Python; the test above does not need it."""
     if not covered.available():
         assert (
             sys.version_info < (3, 11)
@@ -73,12 +75,12 @@ def test_all_that_code_can_be_made_to_do() -> None:
         return
     fed = covered.feed(list(READERS), 1, "-runs=6000")
     assert fed == covered.Fed(6000, "")
-    print(f"{fed.inputs} inputs stood")
+    print(f"{fed.inputs} inputs passed")
 
 
 @given(st.tuples(*[st.lists(RECORD, max_size=4, unique_by=lambda item: item["id"])] * 3))
-@USUAL
-def test_records_as_an_attacker_writes_them(
+@FUZZ_SETTINGS
+def test_records_of_an_attacker_are_read_or_refused(
     tmp_path: pathlib.Path, files: t.Tuple[t.List[t.Dict[str, t.Any]], ...]
 ) -> None:
     read("store_records", b"\n#\n".join(json.dumps(file).encode() for file in files), tmp_path)

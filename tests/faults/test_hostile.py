@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Images that strangers made, and stores that users have tampered with before root works in them."""
+"""Images of untrusted origin, and stores that users tampered with before root works in them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SECRET = "what only root may read"
 
 @pytest.fixture
 def modules(lab: Lab) -> t.Iterator[Modules]:
-    """Our modules, each run recorded."""
+    """The modules of the collection, whose system calls can be recorded."""
     server = Modules(lab)
     yield server
     server.close()
 
 
-def refused_or_done(run: Run) -> Json:
-    """The result of a run: a success or an error in our words, with nothing secret in it."""
+def checked_result(run: Run) -> Json:
+    """The result of a run, which must be a success or a documented error without secrets."""
     assert run.result, run.output
     assert SECRET not in run.output
     assert "exception" not in run.result, run.output
@@ -48,7 +48,7 @@ def refused_or_done(run: Run) -> Json:
 
 
 def hostile_tree(tree: pathlib.Path, outside: pathlib.Path) -> None:
-    """Make of a layer's tree what an image can hold at its worst; `outside` is not its own."""
+    """Add the most hostile files that an image can contain to a layer; some of them refer to `outside`."""
     for number in range(1, 256):
         if number != ord("/"):
             os.mkdir(os.fsencode(tree) + b"/" + bytes([number]) + b"..\n")
@@ -84,14 +84,16 @@ def hostile_tree(tree: pathlib.Path, outside: pathlib.Path) -> None:
 
 
 def fill(folder: pathlib.Path, count: int) -> None:
-    """Make so many empty files."""
+    """Create empty files."""
     fd = os.open(folder, os.O_RDONLY)
     for number in range(count):
         os.close(os.open(f"{number}", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=fd))
     os.close(fd)
 
 
-def test_a_hostile_image(lab: Lab, make_store: MakeStore, modules: Modules) -> None:
+def test_hostile_image_affects_nothing_outside_its_layer(
+    lab: Lab, make_store: MakeStore, modules: Modules
+) -> None:
     image = tiny_image(lab)
     store = make_store("vfs-tmpfs", image)
     outside = store.graphroot.parent / "outside"
@@ -103,38 +105,38 @@ def test_a_hostile_image(lab: Lab, make_store: MakeStore, modules: Modules) -> N
     before = disk_state(outside)
     others = {path: os.lstat(path) for path in store.layer_folder("x").parent.iterdir()}
     args = {**store.module_args(), "images": [image.name], "uidmap": [MAP]}
-    made = modules.run("layer_template", args, opens=True)
-    result = refused_or_done(made)
-    assert result["changed"], made.output
-    # Not even to read it.
-    assert not [call for call in made.calls if str(outside) in call.paths[0]]
+    creation = modules.run("layer_template", args, opens=True)
+    result = checked_result(creation)
+    assert result["changed"], creation.output
+    # The module does not even open it for reading.
+    assert not [call for call in creation.calls if str(outside) in call.paths[0]]
     assert before.changes(disk_state(outside)) == []
     assert {item: os.lstat(item) for item in others} == others
-    _written_below(made, store)
-    # Named, not told one by one.
-    assert len(made.output) < 20_000
+    _assert_changes_in_store(creation, store)
+    # The output does not list each file.
+    assert len(creation.output) < 20_000
     (entry,) = result["layers"]
     mapped = store.layer_folder(entry["layer_id"])
     assert entry["files"] > 5000
-    _no_foreign_owner(mapped)
+    _assert_owners_in_map(mapped)
     info = os.lstat(mapped / "setuid")
     assert (info.st_uid, stat.S_IMODE(info.st_mode)) == (101000, 0o6755)
     assert os.lstat(mapped / "sparse").st_blocks < 100
     assert os.readlink(mapped / "absolute") == str(outside)
     assert os.lstat(mapped / "disk").st_rdev == os.makedev(7, 0)
-    gone = modules.run("layer_template", {**args, "state": "absent"}, record=True)
-    assert refused_or_done(gone)["changed"]
-    _written_below(gone, store)
+    removal = modules.run("layer_template", {**args, "state": "absent"}, record=True)
+    assert checked_result(removal)["changed"]
+    _assert_changes_in_store(removal, store)
     assert not mapped.exists()
     assert list((store.graphroot / "userns-storage/trash").iterdir()) == []
     assert before.changes(disk_state(outside)) == []
     subprocess.run(["rm", "-rf", str(template)], check=True)
 
 
-def test_a_hundred_thousand_entries_in_one_directory(
+def test_directory_with_100000_entries_is_mapped_and_removed(
     lab: Lab, make_store: MakeStore, run_module: t.Callable[..., Json]
 ) -> None:
-    # Apart from the other one, for each call of that one is looked at.
+    # Separate from the test above, which records each system call.
     image = tiny_image(lab)
     store = make_store("overlay-tmpfs", image)
     wide = store.layer_folder(store.image(image.name)["layer"]) / "diff/wide"
@@ -153,8 +155,8 @@ def test_a_hundred_thousand_entries_in_one_directory(
     assert not mapped.exists()
 
 
-def _written_below(run: Run, store: Store) -> None:
-    """Each call that could change something was about the store's own folders."""
+def _assert_changes_in_store(run: Run, store: Store) -> None:
+    """Assert that each call that could change a file concerns a folder of the store."""
     graphroot, driver = str(store.graphroot), store.driver
     allowed = [f"{graphroot}/{name}/" for name in ("userns-storage", f"{driver}/dir")]
     allowed += [f"{base}/{driver}-" for base in (graphroot, str(store.runroot))]
@@ -167,8 +169,8 @@ def _written_below(run: Run, store: Store) -> None:
             assert known or path in exact or "memfd" in path or "/dev/shm" in path, call
 
 
-def _no_foreign_owner(tree: pathlib.Path) -> None:
-    """All IDs below are of the map: 100000 to 165535."""
+def _assert_owners_in_map(tree: pathlib.Path) -> None:
+    """Assert that all owners of a tree are in the map: 100000 to 165535."""
     found = subprocess.run(
         ["find", str(tree), "-not", "(", "-uid", "+99999", "-uid", "-165536", "-gid", "+99999",
          "-gid", "-165536", ")", "-print", "-quit"],
@@ -180,7 +182,7 @@ def _no_foreign_owner(tree: pathlib.Path) -> None:
 # Results
 
 
-def test_results_are_bounded_and_tell_nothing_of_the_content(
+def test_results_are_bounded_and_do_not_disclose_content(
     lab: Lab, make_store: MakeStore, modules: Modules
 ) -> None:
     layer = {
@@ -198,11 +200,11 @@ def test_results_are_bounded_and_tell_nothing_of_the_content(
         {"uidmap": [MAP], "unmapped_ids": "overflow"},
     ):
         run = modules.run("layer_template", {**args, **more, "_ansible_verbosity": 4})
-        refused_or_done(run)
+        checked_result(run)
         assert len(run.output) < 30_000, len(run.output)
     for name in ("image_layers_info", "layer_gc"):
         run = modules.run(name, {**store.module_args(), "_ansible_verbosity": 4})
-        refused_or_done(run)
+        checked_result(run)
         assert len(run.output) < 30_000
 
 
@@ -210,7 +212,7 @@ def test_results_are_bounded_and_tell_nothing_of_the_content(
 
 
 class Tampered:
-    """A user's store that can be put back, and what root owns and nobody may touch."""
+    """A user's store that can be restored, and files of root that no run may change."""
 
     def __init__(self, lab: Lab, store: Store, modules: Modules) -> None:
         assert store.user is not None
@@ -222,55 +224,55 @@ class Tampered:
         (self.roots / "secret").chmod(0o600)
         (self.roots / "folder").mkdir(mode=0o755)
         (self.roots / "folder" / "file").write_text("x")
-        # Everybody may list it, so that a name leads somewhere.
+        # All users may read it, and it has the files of a records folder, so that links to it are usable.
         for name in ("layers", "images", "containers"):
             (self.roots / "folder" / f"{name}.json").write_text("[]")
             (self.roots / "folder" / f"{name}.lock").write_text("")
         subprocess.run(["cp", "-a", str(store.graphroot), str(self.kept)], check=True)
 
-    def put_back(self) -> None:
-        """Undo what was tampered with."""
+    def restore(self) -> None:
+        """Undo the tampering."""
         shutil.rmtree(self.store.graphroot, ignore_errors=True)
         if os.path.lexists(self.store.graphroot):
             os.unlink(self.store.graphroot)
         subprocess.run(["cp", "-a", str(self.kept), str(self.store.graphroot)], check=True)
 
     def link(self, path: str, target: t.Union[str, pathlib.Path]) -> None:
-        """Have the user put a link in the place of something of his."""
-        place = self.store.graphroot / path
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place)
-        elif os.path.lexists(place):
-            place.unlink()
-        place.parent.mkdir(exist_ok=True)
-        os.symlink(target, place)
-        os.lchown(place, self.user.uid, self.user.gid)
+        """Replace a file or folder of the store with a link of the user."""
+        location = self.store.graphroot / path
+        if location.is_dir() and not location.is_symlink():
+            shutil.rmtree(location)
+        elif os.path.lexists(location):
+            location.unlink()
+        location.parent.mkdir(exist_ok=True)
+        os.symlink(target, location)
+        os.lchown(location, self.user.uid, self.user.gid)
 
-    def records(self, kind: str, change: t.Callable[[t.List[Json]], None]) -> None:
-        """Have the user change a file of records."""
+    def change_records(self, kind: str, change: t.Callable[[t.List[Json]], None]) -> None:
+        """Change a file of records, which remains the user's."""
         path = self.store.graphroot / f"{self.store.driver}-{kind}" / f"{kind}.json"
-        found = json.loads(path.read_text())
-        change(found)
-        path.write_text(json.dumps(found))
+        records = json.loads(path.read_text())
+        change(records)
+        path.write_text(json.dumps(records))
 
 
 def _first(change: t.Callable[[Json], None]) -> t.Callable[[t.List[Json]], None]:
-    return lambda found: change(found[0])
+    return lambda records: change(records[0])
 
 
 def _fifo(case: Tampered, path: str) -> None:
-    place = case.store.graphroot / path
-    place.unlink()
-    os.mkfifo(place)
-    os.chown(place, case.user.uid, case.user.gid)
+    location = case.store.graphroot / path
+    location.unlink()
+    os.mkfifo(location)
+    os.chown(location, case.user.uid, case.user.gid)
 
 
-def _circle(found: t.List[Json]) -> None:
-    found[0]["parent"] = found[-1]["id"]
+def _cycle(records: t.List[Json]) -> None:
+    records[0]["parent"] = records[-1]["id"]
 
 
-def _slashes(found: t.List[Json]) -> None:
-    for item in found:
+def _slashes(records: t.List[Json]) -> None:
+    for item in records:
         item["id"] = "../../" + item["id"][6:]
 
 
@@ -282,22 +284,24 @@ TRICKS: t.Mapping[str, t.Callable[[Tampered], None]] = {
     "folder of images": lambda case: case.link("vfs-images", case.roots / "folder"),
     "records": lambda case: case.link("vfs-layers/layers.json", case.roots / "secret"),
     "lock": lambda case: case.link("vfs-layers/layers.lock", case.roots / "secret"),
-    "own folder": lambda case: case.link("userns-storage", case.roots / "folder"),
+    "folder of the collection": lambda case: case.link("userns-storage", case.roots / "folder"),
     "staging": lambda case: case.link("userns-storage/staging", case.roots / "folder"),
     "trash": lambda case: case.link("userns-storage/trash", case.roots / "folder"),
-    "own lock": lambda case: case.link("userns-storage/lock", case.roots / "secret"),
+    "lock of the collection": lambda case: case.link("userns-storage/lock", case.roots / "secret"),
     "ledger": lambda case: case.link("userns-storage/ledger.json", case.roots / "secret"),
-    "half ledger": lambda case: case.link("userns-storage/ledger.json.tmp", case.roots / "secret"),
+    "partial ledger": lambda case: case.link(
+        "userns-storage/ledger.json.tmp", case.roots / "secret"
+    ),
     "database": lambda case: case.link("libpod/bolt_state.db", case.roots / "secret"),
     "records are a pipe": lambda case: _fifo(case, "vfs-images/images.json"),
     "lock is a pipe": lambda case: _fifo(case, "vfs-images/images.lock"),
-    "parents in a circle": lambda case: case.records("layers", _circle),
-    "slashes in IDs": lambda case: case.records("layers", _slashes),
-    "slashes in the image": lambda case: case.records("images", _slashes),
-    "huge numbers": lambda case: case.records(
+    "cycle of parents": lambda case: case.change_records("layers", _cycle),
+    "slashes in IDs": lambda case: case.change_records("layers", _slashes),
+    "slashes in image IDs": lambda case: case.change_records("images", _slashes),
+    "huge numbers": lambda case: case.change_records(
         "layers", _first(lambda item: item.update({"diff-size": 10**300, "uidset": [2**70]}))
     ),
-    "a map of everything": lambda case: case.records(
+    "map of all IDs": lambda case: case.change_records(
         "layers",
         _first(
             lambda item: item.update(
@@ -305,10 +309,10 @@ TRICKS: t.Mapping[str, t.Callable[[Tampered], None]] = {
             )
         ),
     ),
-    "layer elsewhere": lambda case: case.link(
+    "layer is a link": lambda case: case.link(
         f"vfs/dir/{case.store.layers()[-1]['id']}", case.roots / "folder"
     ),
-    "tar-split elsewhere": lambda case: case.link(
+    "tar-split is a link": lambda case: case.link(
         f"vfs-layers/{case.store.layers()[-1]['id']}.tar-split.gz", case.roots / "secret"
     ),
 }
@@ -316,7 +320,7 @@ TRICKS: t.Mapping[str, t.Callable[[Tampered], None]] = {
 
 @pytest.fixture(scope="module")
 def tampered(lab: Lab) -> t.Iterator[Tampered]:
-    """One user's store for all tricks."""
+    """The store of a user, for all tricks."""
     from support import users
 
     user = users.add_user(lab)
@@ -327,7 +331,6 @@ def tampered(lab: Lab) -> t.Iterator[Tampered]:
     server = Modules(lab)
     try:
         store.load(image)
-        # Ours is there already, with a layer.
         case = Tampered(lab, store, server)
         yield case
     finally:
@@ -337,18 +340,18 @@ def tampered(lab: Lab) -> t.Iterator[Tampered]:
 
 
 @pytest.mark.parametrize("trick", TRICKS)
-def test_root_is_not_tricked_by_a_users_store(tampered: Tampered, trick: str) -> None:
+def test_tampered_store_cannot_trick_root(tampered: Tampered, trick: str) -> None:
     case = tampered
     args = {**case.store.module_args(), "lock_timeout": 3}
-    wanted = {"images": ["localhost/tiny:1"], "userns": "keep-id", "force": True}
-    case.put_back()
-    first = case.modules.run("layer_template", {**args, **wanted})
+    options = {"images": ["localhost/tiny:1"], "userns": "keep-id", "force": True}
+    case.restore()
+    first = case.modules.run("layer_template", {**args, **options})
     assert first.result["changed"], first.output
     TRICKS[trick](case)
     before = disk_state(case.roots)
     for module, more in (
-        ("layer_template", {**wanted, "state": "absent"}),
-        ("layer_template", wanted),
+        ("layer_template", {**options, "state": "absent"}),
+        ("layer_template", options),
         (
             "layer_gc",
             {"min_age": "0", "max_copies_per_image": 0, "orphans": "remove", "broken": "repair"},
@@ -356,25 +359,25 @@ def test_root_is_not_tricked_by_a_users_store(tampered: Tampered, trick: str) ->
         ("image_layers_info", {}),
     ):
         run = case.modules.run(module, {**args, **more}, record=True)
-        refused_or_done(run)
+        checked_result(run)
         assert before.changes(disk_state(case.roots)) == [], (module, run.output)
-    _still_the_users(case)
+    _assert_owned_by_user(case)
 
 
-def test_every_file_of_a_users_store_is_opened_as_the_user(tampered: Tampered) -> None:
+def test_every_file_of_users_store_is_opened_as_the_user(tampered: Tampered) -> None:
     case = tampered
-    case.put_back()
+    case.restore()
     args = {**case.store.module_args(), "images": ["localhost/tiny:1"], "userns": "keep-id"}
     for state in ("present", "absent"):
         run = case.modules.run("layer_template", {**args, "state": state}, opens=True)
         assert run.result["changed"], run.output
-        there = [call for call in run.calls if call.paths[0].startswith(case.user.home)]
-        assert len(there) > 50
-        assert {call.uid for call in there} == {case.user.uid}
+        calls_in_home = [call for call in run.calls if call.paths[0].startswith(case.user.home)]
+        assert len(calls_in_home) > 50
+        assert {call.uid for call in calls_in_home} == {case.user.uid}
 
 
-def _still_the_users(case: Tampered) -> None:
-    """All in the store belongs to the user, or to one of the user's subordinate IDs."""
+def _assert_owned_by_user(case: Tampered) -> None:
+    """Assert that all files of the store belong to the user or to the user's subordinate IDs."""
     user = case.user
     if case.store.graphroot.is_symlink():
         return

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A conversion in place that is killed, or refused by the system, at the calls with which it changes the filesystem."""
+"""Conversions in place that are killed, or whose system calls fail, at calls that change the filesystem."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MakeStore = t.Callable[..., Store]
 def conversions(
     lab: Lab, make_store: MakeStore, host: t.Callable[[str], Host]
 ) -> t.Iterator[t.Callable[[str], Conversions]]:
-    """Makes the scene in a store of a kind."""
+    """Create a test scene in a store of the given kind."""
     made: t.List[Conversions] = []
 
     def make(kind: str) -> Conversions:
@@ -41,17 +41,17 @@ def conversions(
 
 
 @pytest.mark.parametrize("kind", ["overlay-tmpfs", "vfs-tmpfs", "btrfs"])
-def test_killed_at_calls_from_first_to_last(
+def test_store_is_usable_after_kill_at_any_call(
     kind: str, conversions: t.Callable[[str], Conversions]
 ) -> None:
     assert conversions(kind).kill_everywhere(most=14) == 14
 
 
 @pytest.mark.parametrize("kind", ["overlay-tmpfs", "btrfs"])
-def test_refused_by_the_system_at_calls_from_first_to_last(
+def test_image_is_kept_after_error_at_any_call(
     kind: str, conversions: t.Callable[[str], Conversions]
 ) -> None:
-    """What was changed is restored under the locks: the image is never lost."""
+    """Changes are reverted while the locks are held, so the image is never lost."""
     scene = conversions(kind)
     points = scene.run().points
     scene.restore()
@@ -62,15 +62,17 @@ def test_refused_by_the_system_at_calls_from_first_to_last(
         assert run.result, run.output
         assert "Traceback" not in run.output, run.output
         assert "unexpected" not in str(run.result.get("msg")), run.output
-        # What fails after the change, such as a deletion in the trash, is told as well.
+        # Errors after the change, such as a failed deletion in the trash, are reported too.
         assert scene.form() in (("old", "new") if run.result.get("failed") else ("new",)), run
         failures[scene.form()] += bool(run.result.get("failed"))
         scene.restore()
 
 
 @pytest.mark.parametrize("kind", ["overlay-ext4", "btrfs"])
-def test_power_is_lost(kind: str, lab: Lab, make_store: MakeStore) -> None:
-    """On the disk as it is at that moment no layer counts as whole whose owners are not those of its record."""
+def test_power_loss_leaves_no_complete_layer_with_wrong_owners(
+    kind: str, lab: Lab, make_store: MakeStore
+) -> None:
+    """On a copy of the disk at that moment, no layer counts as complete if its owners differ from its record."""
     store = make_store(kind, mib=256)
     scene = Conversions(lab, store, [lab.machine])
     try:
@@ -92,7 +94,9 @@ def test_power_is_lost(kind: str, lab: Lab, make_store: MakeStore) -> None:
 @pytest.mark.parametrize(
     "kind", ["overlay-ext4", "overlay-xfs", "vfs-ext4", "overlay-btrfs", "btrfs"]
 )
-def test_on_a_full_disk(kind: str, lab: Lab, make_store: MakeStore) -> None:
+def test_conversion_on_full_disk_succeeds_or_keeps_image(
+    kind: str, lab: Lab, make_store: MakeStore
+) -> None:
     store = make_store(kind, mib=320)
     scene = Conversions(lab, store, [lab.machine])
     try:
@@ -109,8 +113,8 @@ def test_on_a_full_disk(kind: str, lab: Lab, make_store: MakeStore) -> None:
         scene.modules.close()
 
 
-def test_killed_in_a_users_namespace(lab: Lab, make_store: MakeStore) -> None:
-    """Only the process that works as the user, while root's waits for it."""
+def test_store_is_usable_after_kill_in_user_namespace(lab: Lab, make_store: MakeStore) -> None:
+    """Only the process that works as the user is killed, while root's process waits for it."""
     scene = Conversions(lab, make_store("rootless-vfs-tmpfs"), [lab.machine])
     try:
         points = scene.run().points
@@ -124,16 +128,16 @@ def test_killed_in_a_users_namespace(lab: Lab, make_store: MakeStore) -> None:
         scene.modules.close()
 
 
-def test_podman_beside_it_is_only_delayed(
+def test_concurrent_podman_is_only_delayed(
     lab: Lab, make_store: MakeStore, many_files_image: t.Callable[[int], Image]
 ) -> None:
-    """podman lists, inspects and creates containers while another image is converted again and again."""
+    """podman lists images and creates containers while another image is converted repeatedly."""
     store = make_store("overlay-forced", tiny_image(lab, OTHER_IMAGE), many_files_image(3000))
     name = many_files_image(3000).name
     ended = threading.Event()
     failed: t.List[Json] = []
 
-    def convert_all_the_time() -> None:
+    def convert_repeatedly() -> None:
         try:
             for number in range(12):
                 done = convert(store, [name], [] if number % 2 else [MAP])
@@ -142,7 +146,7 @@ def test_podman_beside_it_is_only_delayed(
         finally:
             ended.set()
 
-    thread = threading.Thread(target=convert_all_the_time)
+    thread = threading.Thread(target=convert_repeatedly)
     thread.start()
     rounds = 0
     while not ended.is_set():

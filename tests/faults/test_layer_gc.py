@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""layer_gc beside podman at work; scripts/bench --soak does 500 rounds of it."""
+"""layer_gc while podman is busy; scripts/bench --soak runs 500 rounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = ["vfs-tmpfs", "overlay-tmpfs"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_podman_beside_it_never_fails_and_loses_no_layer(
+def test_concurrent_podman_never_fails_and_loses_no_layer(
     kind: str, lab: Lab, make_store: MakeStore, small_image: Image
 ) -> None:
     store = make_store(kind, small_image)

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Nobody makes root wait or grow: obstacles at every place of a user's store that is opened."""
+"""Obstacles at any path that is opened in a user's store do not make root wait or use unlimited memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TERABYTE = 1 << 40
 
 
 def _socket(path: str) -> None:
-    # The name of a socket is short.
+    # The kernel limits the length of a socket's path.
     os.chdir(os.path.dirname(path))
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.basename(path))
@@ -73,14 +73,14 @@ def alice(lab: Lab) -> t.Iterator[Account]:
     users.remove_user(lab, user)
 
 
-def _as_the_user(account: Account, function: t.Callable[..., t.Any], *arguments: t.Any) -> t.Any:
+def _run_as(account: Account, function: t.Callable[..., t.Any], *arguments: t.Any) -> t.Any:
     return userns.run(function, arguments, account)
 
 
-def _meet(home: str, place: str, obstacle: str) -> t.List[str]:
-    """Everything that the modules do, in a store with an obstacle at a place."""
+def _operate_with_obstacle(home: str, location: str, obstacle: str) -> t.List[str]:
+    """Run all operations in a store with an obstacle at a location; returns how each of them ended."""
     request = written_store.write(home)
-    path = PLACES[place].replace("~", home)
+    path = PLACES[location].replace("~", home)
     path = os.path.join(home, "storage", path)
     if os.path.isdir(path):
         shutil.rmtree(path)
@@ -90,21 +90,23 @@ def _meet(home: str, place: str, obstacle: str) -> t.List[str]:
     return written_store.operate(request)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_an_obstacle_at_a_place(alice: Account, place: str) -> None:
-    """Each is met as the user; whatever it is, all operations come to an end of ours."""
+@pytest.mark.parametrize("location", PLACES)
+def test_obstacle_causes_no_internal_error(alice: Account, location: str) -> None:
+    """All operations run as the user, and end with a result or a documented error."""
     for obstacle in OBSTACLES:
-        found = _as_the_user(alice, _meet, f"{alice.home}/made", place, obstacle)
+        found = _run_as(alice, _operate_with_obstacle, f"{alice.home}/made", location, obstacle)
         assert len(found) == 6
         assert "InternalError" not in found, obstacle
 
 
-def test_without_an_obstacle_all_is_done(alice: Account) -> None:
-    """Or the test above would pass on nothing."""
-    assert _as_the_user(alice, _whole, f"{alice.home}/made") == ["done"] * 5 + ["LayerInUse"]
+def test_operations_succeed_without_obstacle(alice: Account) -> None:
+    """The operations of the test above read the files that the obstacles replace."""
+    assert _run_as(alice, _operate_on_valid_store, f"{alice.home}/made") == ["done"] * 5 + [
+        "LayerInUse"
+    ]
 
 
-def _whole(home: str) -> t.List[str]:
+def _operate_on_valid_store(home: str) -> t.List[str]:
     return written_store.operate(written_store.write(home))
 
 
@@ -131,12 +133,14 @@ ENDLESS = (
         ],
     ],
 )
-def test_a_database_that_is_a_program(tmp_path: pathlib.Path, statements: t.List[str]) -> None:
+def test_database_with_unusual_tables_is_ignored(
+    tmp_path: pathlib.Path, statements: t.List[str]
+) -> None:
     written_store.write_database(str(tmp_path / "db.sql"), statements)
     assert libpod_db.recorded(str(tmp_path), str(tmp_path), False) is None
 
 
-# A process that does not answer
+# Processes that do not respond
 
 SHORT = userns.Limits(silence=0.3, stall=0.3, total=600.0, ending=0.3)
 
@@ -149,65 +153,65 @@ def _wait() -> None:
     from ansible_collections.userns.storage.plugins.module_utils._storage.kernel import steps
 
     steps.begin("reading /a/path")
-    # As a filesystem of the user that does not answer.
+    # A filesystem of the user that does not respond has the same effect.
     signal.sigwait([signal.SIGUSR1])
 
 
-def _ignore_the_end(told: str) -> None:
+def _ignore_termination(ready: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    pathlib.Path(told).touch()
+    pathlib.Path(ready).touch()
     signal.sigwait([signal.SIGUSR1])
 
 
-def test_a_stopped_process(alice: Account) -> None:
+def test_stopped_process_is_reported(alice: Account) -> None:
     with pytest.raises(WorkerError, match=f"user {alice.name}: .* did not respond"):
         userns.run(_stop, [], alice, SHORT._replace(stall=600.0))
 
 
-def test_a_process_that_waits_without_end(alice: Account) -> None:
+def test_process_that_waits_forever_is_reported(alice: Account) -> None:
     limits = SHORT._replace(silence=600.0, stall=3.0)
     with pytest.raises(WorkerError, match="made no progress for 3 seconds while reading /a/path"):
         userns.run(_wait, [], alice, limits)
 
 
-def test_a_process_that_ignores_sigterm_is_killed(alice: Account) -> None:
-    told: t.List[int] = []
+def test_process_that_ignores_sigterm_is_killed(alice: Account) -> None:
+    received: t.List[int] = []
     ready = pathlib.Path(alice.home) / "ready"
 
-    def tell() -> None:
+    def terminate_when_ready() -> None:
         while not ready.exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    teller = threading.Thread(target=tell)
-    teller.start()
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: told.append(number))
+    thread = threading.Thread(target=terminate_when_ready)
+    thread.start()
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: received.append(number))
     try:
         limits = SHORT._replace(silence=600.0, stall=600.0)
         with pytest.raises(WorkerError, match="did not terminate on request"):
-            userns.run(_ignore_the_end, [str(ready)], alice, limits)
+            userns.run(_ignore_termination, [str(ready)], alice, limits)
     finally:
         signal.signal(signal.SIGTERM, before)
-        teller.join()
-    assert told == [signal.SIGTERM]
+        thread.join()
+    assert received == [signal.SIGTERM]
 
 
-def _grow() -> None:
-    kept = []
+def _use_unlimited_memory() -> None:
+    blocks = []
     while True:
-        kept.append(bytearray(1 << 28))
+        blocks.append(bytearray(1 << 28))
 
 
-def test_memory_of_the_work_is_bounded(alice: Account) -> None:
+def test_memory_is_limited(alice: Account) -> None:
     with pytest.raises(Exception, match="needs more memory"):
-        userns.run(_grow, [], alice)
+        userns.run(_use_unlimited_memory, [], alice)
 
 
-def _everything() -> t.List[t.Any]:
+def _oversized_result() -> t.List[t.Any]:
     return [[]] * 700_000
 
 
-def test_a_result_without_measure(alice: Account) -> None:
+def test_oversized_result_is_rejected(alice: Account) -> None:
     with pytest.raises(Exception, match="has too many entries.*Process fewer images"):
-        userns.run(_everything, [], alice)
+        userns.run(_oversized_result, [], alice)
