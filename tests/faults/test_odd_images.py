@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Images with odd configurations and accounts, in real stores: they fail nothing for the other images."""
+"""Images with unusual configurations and account files in real stores cause no failure for other images."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ ACCOUNTS: t.Sequence[str] = (
 
 
 def with_config(image: Image, change: Json) -> Image:
-    """Change the configuration of an OCI layout, the names of its blobs with it."""
+    """Change the configuration in an OCI layout, and the names of its blobs accordingly."""
 
     def read(reference: Json) -> Json:
         found: Json = json.loads((blobs / reference["digest"].split(":")[1]).read_bytes())
@@ -118,21 +118,21 @@ def odd_images(lab: Lab) -> t.Iterator[Image]:
 
 @pytest.fixture
 def range_for_auto() -> t.Iterator[None]:
-    """The laboratory's own files in /etc name the user whose IDs automatic namespaces get."""
+    """Add the user whose IDs automatic namespaces get to the files in the laboratory's /etc."""
     lines = {"passwd": "containers:x:61998:61998::/nonexistent:/usr/sbin/nologin\n"}
     lines.update(dict.fromkeys(("subuid", "subgid"), "containers:2000000000:300000\n"))
     paths = {pathlib.Path("/etc", name): line for name, line in lines.items()}
-    kept = {path: path.read_text() for path in paths}
+    original = {path: path.read_text() for path in paths}
     for path, line in paths.items():
-        path.write_text(kept[path] + line)
+        path.write_text(original[path] + line)
     yield
-    for path, text in kept.items():
+    for path, text in original.items():
         path.write_text(text)
 
 
 @pytest.mark.usefixtures("range_for_auto")
 @pytest.mark.parametrize(("kind", "userns"), [("vfs", "auto"), ("rootless-vfs", "keep-id")])
-def test_odd_images_fail_nothing_for_the_others(
+def test_unusual_images_do_not_affect_other_images(
     kind: str,
     userns: str,
     lab: Lab,
@@ -146,28 +146,28 @@ def test_odd_images_fail_nothing_for_the_others(
         target = f"containers-storage:{image.name}"
         if store.skopeo("copy", "-q", image.source, target, check=False).rc == 0:
             odd.append(image.name)
-    # Some of these no store takes.
+    # skopeo cannot copy some of these images to a store.
     assert len(odd) > 25, odd
-    words = store.module_args()
+    store_args = store.module_args()
 
-    told = run_module("image_layers_info", {**words, "measure": "exclusive"})
-    assert told["contradictions"] == []
-    assert {name for image in told["images"] for name in image["names"]} >= {*odd, small_image.name}
+    info = run_module("image_layers_info", {**store_args, "measure": "exclusive"})
+    assert info["contradictions"] == []
+    assert {name for image in info["images"] for name in image["names"]} >= {*odd, small_image.name}
 
-    made = run_module(
+    mapped = run_module(
         "layer_template",
-        {**words, "images": [*odd, small_image.name], "userns": userns, "force": True},
+        {**store_args, "images": [*odd, small_image.name], "userns": userns, "force": True},
         fails=None,
     )
-    actions = {name: item for item in made["layers"] for name in item["image_names"]}
-    assert actions[small_image.name]["action"] == "created", made.get("msg")
+    actions = {name: item for item in mapped["layers"] for name in item["image_names"]}
+    assert actions[small_image.name]["action"] == "created", mapped.get("msg")
     for name in odd:
         assert actions[name]["action"] == "created" or actions[name]["reason"], actions[name]
-    assert "unexpectedly" not in made.get("msg", "")
-    assert "exception" not in made
+    assert "unexpectedly" not in mapped.get("msg", "")
+    assert "exception" not in mapped
 
-    gone = run_module("layer_gc", {**words, "min_age": "0", "max_copies_per_image": 0})
-    assert gone["contradictions"] == []
-    created = {item["layer_id"] for item in made["layers"] if item["action"] == "created"}
-    assert {item["id"] for item in gone["removed"]} == created
-    assert gone["failures"] == []
+    collected = run_module("layer_gc", {**store_args, "min_age": "0", "max_copies_per_image": 0})
+    assert collected["contradictions"] == []
+    created = {item["layer_id"] for item in mapped["layers"] if item["action"] == "created"}
+    assert {item["id"] for item in collected["removed"]} == created
+    assert collected["failures"] == []

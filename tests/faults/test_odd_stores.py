@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What makers of images and owners of stores can say: an oddity that is told, and never a fault of ours."""
+"""Unusual metadata of images and unusual records of stores are reported, and cause no internal error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if t.TYPE_CHECKING:
     from support.lab import Lab
 
 ROUNDS = 40
-MOMENTS = st.sampled_from(
+TIMES = st.sampled_from(
     [
         *("0001-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59.999999999Z"),
         *("9999-12-31T23:59:59-23:59", "0000-00-00T00:00:00Z", "2026-02-31T25:61:61Z"),
@@ -39,7 +39,7 @@ ODD = st.recursive(
     | st.sampled_from([0, -1, 2**32, 2**63, 10**30, 1e308])
     | st.text(max_size=6)
     | st.sampled_from(["\udcff", "\ud800", "\0", "\x1b[2J", "__ansible_type", "a" * 5000])
-    | MOMENTS,
+    | TIMES,
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
     ),
@@ -54,7 +54,7 @@ CONFIG = st.one_of(
     st.fixed_dictionaries(
         {},
         optional={
-            "created": MOMENTS | ODD,
+            "created": TIMES | ODD,
             "history": ODD,
             "config": st.fixed_dictionaries({}, optional={"User": ODD, "Labels": ODD}) | ODD,
             "rootfs": ODD,
@@ -101,16 +101,16 @@ def changed_records(draw: st.DrawFn) -> t.Dict[str, t.Any]:
     """The usual records with some fields of an image or a layer changed."""
     found = written_store.records()
     for layer in found["layers"]:
-        layer["created"] = draw(MOMENTS)
+        layer["created"] = draw(TIMES)
         layer["flags"] = draw(
             st.just({})
             | st.fixed_dictionaries(
                 {"userns.storage.origin": st.just("layer_template")},
-                optional={"userns.storage.lease": MOMENTS | ODD, "incomplete": ODD},
+                optional={"userns.storage.lease": TIMES | ODD, "incomplete": ODD},
             )
         )
     image = found["images"][0]
-    image["created"] = draw(MOMENTS)
+    image["created"] = draw(TIMES)
     image["names"] = draw(st.lists(st.text(max_size=9) | st.just("localhost/a:1"), max_size=3))
     for kind in draw(st.lists(st.sampled_from(sorted(found)), max_size=2)):
         entry = draw(st.sampled_from(found[kind]))
@@ -127,8 +127,8 @@ def alice(lab: Lab) -> t.Iterator[Account]:
     users.remove_user(lab, user)
 
 
-def _import_all_of_hypothesis() -> None:
-    """A user may not be able to read it."""
+def _import_hypothesis_modules() -> None:
+    """Import all modules that are needed, since the user may have no permission to read them."""
     for module in pkgutil.walk_packages(
         hypothesis.internal.conjecture.__path__, "hypothesis.internal.conjecture."
     ):
@@ -136,14 +136,14 @@ def _import_all_of_hypothesis() -> None:
 
 
 def _odd_stores(home: str) -> t.Dict[str, int]:
-    """Draw stores and do in each all that the modules do; how each operation ended, how often."""
-    ends: t.Dict[str, int] = {}
+    """Run all operations in generated stores; returns how often each outcome occurred."""
+    outcomes: t.Dict[str, int] = {}
 
     @settings(
         max_examples=ROUNDS, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(changed_records() | st.just({}), CONFIG, ACCOUNTS, ACCOUNTS, LEDGER, st.booleans())
-    def draw(
+    def operate(
         changed: t.Dict[str, t.Any],
         config: bytes,
         passwd: bytes,
@@ -157,35 +157,35 @@ def _odd_stores(home: str) -> t.Dict[str, int]:
             f"vfs/dir/{TOP}/etc/group": group,
             "userns-storage/ledger.json": ledger,
         }
-        for end in written_store.operate(written_store.write(home, changed, files), check):
-            ends[end] = ends.get(end, 0) + 1
-        assert "InternalError" not in ends
+        for outcome in written_store.operate(written_store.write(home, changed, files), check):
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        assert "InternalError" not in outcomes
         if not changed:
-            assert set(ends) <= {"done", "LayerInUse", *ends}
+            assert set(outcomes) <= {"done", "LayerInUse", *outcomes}
 
-    draw()
-    return ends
+    operate()
+    return outcomes
 
 
 _CONFIG = "an image's configuration"
 
 
-def test_odd_images_and_records(alice: Account) -> None:
-    _import_all_of_hypothesis()
-    ends = userns.run(_odd_stores, (f"{alice.home}/made",), alice)
-    print(ends)
-    assert ends["done"] > ROUNDS
+def test_unusual_records_cause_no_internal_error(alice: Account) -> None:
+    _import_hypothesis_modules()
+    outcomes = userns.run(_odd_stores, (f"{alice.home}/made",), alice)
+    print(outcomes)
+    assert outcomes["done"] > ROUNDS
 
 
 def _odd_images(home: str) -> int:
-    """With good records, whatever an image says about itself fails nothing."""
+    """Run all operations in stores with valid records and generated image metadata; returns the number of stores."""
     done = 0
 
     @settings(
         max_examples=ROUNDS, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(CONFIG, ACCOUNTS, ACCOUNTS, LEDGER)
-    def draw(config: bytes, passwd: bytes, group: bytes, ledger: bytes) -> None:
+    def operate(config: bytes, passwd: bytes, group: bytes, ledger: bytes) -> None:
         nonlocal done
         files = {
             written_store.PLACES[_CONFIG]: config,
@@ -197,10 +197,10 @@ def _odd_images(home: str) -> int:
         assert found == ["done"] * 5 + ["LayerInUse"]
         done += 1
 
-    draw()
+    operate()
     return done
 
 
-def test_an_image_fails_no_store(alice: Account) -> None:
-    _import_all_of_hypothesis()
+def test_image_metadata_makes_no_operation_fail(alice: Account) -> None:
+    _import_hypothesis_modules()
     assert userns.run(_odd_images, (f"{alice.home}/made",), alice) >= ROUNDS

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""tree/in_place.py on real filesystems: each owner changes to what the map says, and nothing else does."""
+"""tree/in_place.py changes each owner on real filesystems as the map defines, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Found = t.Dict[str, t.Tuple[t.Any, ...]]
 
 
 def tree_of_all_kinds(root: pathlib.Path) -> None:
-    """Files of each kind and owner, with all that a change of owner removes or that holds IDs."""
+    """Create files of each kind, with attributes that contain IDs or that a change of the owner removes."""
     (root / "usr/bin").mkdir(parents=True)
     for number, mode in enumerate((0o4755, 0o2755, 0o6711, 0o1644, 0o644)):
         path = root / f"usr/bin/{mode:o}"
@@ -81,7 +81,7 @@ def tree_of_all_kinds(root: pathlib.Path) -> None:
         path.touch()
         os.chown(path, number % 3, number % 5)
     deep = os.open(root, os.O_RDONLY)
-    # Deeper than the longest path that the kernel takes.
+    # Deeper than the longest path that the kernel accepts.
     for _level in range(60):
         os.mkdir("d" * 100, dir_fd=deep)
         below = os.open("d" * 100, os.O_RDONLY, dir_fd=deep)
@@ -91,7 +91,7 @@ def tree_of_all_kinds(root: pathlib.Path) -> None:
 
 
 def listing(root: pathlib.Path, uids: int = 0, gids: int = 0) -> Found:
-    """All of a tree; with the owners that a container with such a map sees."""
+    """The metadata of all files in a tree, with owners reduced by the given offsets."""
     found: Found = {}
     descriptor = os.open(root, os.O_RDONLY)
     try:
@@ -99,7 +99,7 @@ def listing(root: pathlib.Path, uids: int = 0, gids: int = 0) -> Found:
             for name in (".", *folders, *names):
                 status = os.lstat(name, dir_fd=fd)
                 shift = (0, 0) if name == "gone" else (uids, gids)
-                place = f"/proc/self/fd/{fd}/{name}"
+                entry = f"/proc/self/fd/{fd}/{name}"
                 values = (
                     []
                     if name == "."
@@ -107,10 +107,10 @@ def listing(root: pathlib.Path, uids: int = 0, gids: int = 0) -> Found:
                         (
                             key,
                             _translated(
-                                key, os.getxattr(place, key, follow_symlinks=False), *shift
+                                key, os.getxattr(entry, key, follow_symlinks=False), *shift
                             ),
                         )
-                        for key in os.listxattr(place, follow_symlinks=False)
+                        for key in os.listxattr(entry, follow_symlinks=False)
                     )
                 )
                 owner = (status.st_uid - shift[0], status.st_gid - shift[1])
@@ -128,7 +128,7 @@ def listing(root: pathlib.Path, uids: int = 0, gids: int = 0) -> Found:
 
 
 def _translated(key: str, value: bytes, uids: int, gids: int) -> bytes:
-    """An attribute with the IDs that the container sees; by hand, not by what is tested."""
+    """An attribute with the IDs that the container sees, computed without the tested code."""
     if key == CAPABILITY and len(value) == 24:
         return value[:20] + struct.pack("<I", struct.unpack("<I", value[20:])[0] - uids)
     if key not in (ACCESS, DEFAULT):
@@ -160,30 +160,30 @@ def root(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_there_and_back(root: pathlib.Path, workers: int) -> None:
+def test_owners_are_changed_and_restored(root: pathlib.Path, workers: int) -> None:
     before = listing(root)
     with opened(root) as trees:
         shift = Shift(UNMAPPED, MAP)
         plan = in_place.plan(trees, [shift])
         assert shift.complete
         assert listing(root) == before
-        # The three names of one file count once, and the whiteout does not.
+        # The three hard links to a file count once, and the whiteout does not count.
         assert plan.inodes == plan.changes == len(before) - _counted_twice(before) - 3
         plan.apply(trees, workers=workers)
         assert listing(root, UIDS, GIDS) == before
         plan.apply(trees, backwards=True, workers=workers)
         assert listing(root) == before
-        # What is undone may have been done in part only.
+        # The change that is reverted may be incomplete.
         plan.apply(trees, backwards=True, workers=workers)
         assert listing(root) == before
 
 
 def _counted_twice(found: Found) -> int:
-    """Directories are in a listing under their own name and as the dot in them, save the root."""
+    """The number of directories that a listing contains twice, by name and as a dot: all except the root."""
     return sum(path.endswith("/.") for path in found) - 1
 
 
-def test_unmapped_ids_are_found_and_nothing_is_changed(root: pathlib.Path) -> None:
+def test_unmapped_ids_are_reported_without_changes(root: pathlib.Path) -> None:
     before = listing(root)
     small = Mapping(IDMap.parse(["0:100000:1000"]), IDMap.parse(["0:200000:1000"]))
     with opened(root) as trees:
@@ -193,7 +193,7 @@ def test_unmapped_ids_are_found_and_nothing_is_changed(root: pathlib.Path) -> No
     assert listing(root) == before
 
 
-def test_a_file_with_a_name_elsewhere_is_refused(
+def test_file_with_hard_link_elsewhere_is_refused(
     root: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     os.link(root / "usr/bin/644", tmp_path / "elsewhere")
@@ -201,7 +201,7 @@ def test_a_file_with_a_name_elsewhere_is_refused(
         in_place.plan(trees, [Shift(UNMAPPED, MAP)])
 
 
-def test_a_file_that_two_of_the_layers_share_changes_once(
+def test_file_shared_by_two_layers_is_changed_once(
     root: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     other = tmp_path / "other"
@@ -222,13 +222,13 @@ def test_a_file_that_two_of_the_layers_share_changes_once(
         "trusted.overlay.metacopy",
     ],
 )
-def test_owners_that_are_not_on_the_files_are_refused(root: pathlib.Path, attribute: str) -> None:
+def test_metadata_in_attributes_is_refused(root: pathlib.Path, attribute: str) -> None:
     os.setxattr(root / "usr/bin/644", attribute, b"0:0:0644")
     with opened(root) as trees, pytest.raises(UnsupportedDriver, match=attribute):
         in_place.plan(trees, [Shift(UNMAPPED, MAP)])
 
 
-def test_a_change_after_the_plan_is_noticed_and_undone(root: pathlib.Path) -> None:
+def test_change_after_planning_is_detected_and_reverted(root: pathlib.Path) -> None:
     with opened(root) as trees:
         plan = in_place.plan(trees, [Shift(UNMAPPED, MAP)])
         (root / "shared/new").touch()
@@ -239,7 +239,7 @@ def test_a_change_after_the_plan_is_noticed_and_undone(root: pathlib.Path) -> No
         assert listing(root) == before
 
 
-def test_a_directory_swapped_for_a_link_is_not_followed(
+def test_directory_replaced_by_link_is_not_followed(
     root: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     outside = tmp_path / "outside"
@@ -260,7 +260,7 @@ def test_a_directory_swapped_for_a_link_is_not_followed(
     assert os.stat(outside / "bin/4755").st_uid == os.stat(outside).st_uid == 0
 
 
-def test_names_swapped_for_links_all_the_time_lead_nowhere(
+def test_names_repeatedly_replaced_by_links_are_not_followed(
     root: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     victim = tmp_path / "victim"
@@ -297,7 +297,7 @@ def test_names_swapped_for_links_all_the_time_lead_nowhere(
     assert (found.st_uid, found.st_gid, oct(found.st_mode)) == (0, 0, "0o104700")
 
 
-def test_a_killed_worker_is_reported(root: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_worker_is_reported(root: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leader, work = os.getpid(), in_place._apply_names
 
     def die(*arguments: t.Any) -> None:
@@ -316,7 +316,7 @@ def test_a_killed_worker_is_reported(root: pathlib.Path, monkeypatch: pytest.Mon
     assert listing(root) == before
 
 
-def test_a_root_directory_that_a_runtime_has_given_to_the_hosts_root(root: pathlib.Path) -> None:
+def test_root_directory_owned_by_host_root_is_accepted(root: pathlib.Path) -> None:
     with opened(root) as trees:
         in_place.plan(trees, [Shift(UNMAPPED, MAP)]).apply(trees)
         os.chown(root, 0, 0)

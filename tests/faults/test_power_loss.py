@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Power lost at each call: no record points at data that may not be there. See docs/durability.md."""
+"""After a power loss at any call, no record refers to data that may be lost. See docs/durability.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MakeStore = t.Callable[..., Store]
 
 
 class Recorded:
-    """One store, and the calls of three tasks on it, one after the other."""
+    """A store, and the system calls of consecutive tasks in it."""
 
     def __init__(self, store: Store, modules: Modules) -> None:
         self.store, self.modules = store, modules
@@ -57,14 +57,14 @@ class Recorded:
 
 @pytest.fixture
 def modules(lab: Lab) -> t.Iterator[Modules]:
-    """The modules, ready to be stopped."""
+    """A server that runs modules and can kill them at a system call."""
     server = Modules(lab)
     yield server
     server.close()
 
 
 @pytest.mark.parametrize("kind", ["vfs-tmpfs", "overlay-tmpfs"])
-def test_records_never_point_at_what_may_be_lost(
+def test_records_never_refer_to_data_that_may_be_lost(
     kind: str, lab: Lab, make_store: MakeStore, modules: Modules
 ) -> None:
     store = make_store(kind, tiny_image(lab), tiny_image(lab, OTHER_IMAGE))
@@ -73,22 +73,22 @@ def test_records_never_point_at_what_may_be_lost(
     for name, loss in recorded.losses.items():
         assert loss.check() == [], name
         if name in ("again", "other"):
-            # As the first.
+            # The first task has the same calls.
             continue
         needed = needed_syncs(loss)
         print(name, len(loss.calls), "calls;", len(needed), "syncs that cannot be left out")
-        # The model sees it when one of them is missing.
-        told = [word(call, loss.graphroot) for call in needed]
+        # The model detects that a sync is missing.
+        described = [describe(call, loss.graphroot) for call in needed]
         if name == "present":
-            assert told[0] == "syncfs userns-storage"
-            assert f"fsync {os.path.relpath(loss.layers, loss.graphroot)}" in told
-        assert told.count(f"fdatasync {store.driver}-images") == 1
-        taken = name in ("absent", "gc", "image")
-        assert told.count(f"fsync {store.driver}-images") == taken
+            assert described[0] == "syncfs userns-storage"
+            assert f"fsync {os.path.relpath(loss.layers, loss.graphroot)}" in described
+        assert described.count(f"fdatasync {store.driver}-images") == 1
+        removes = name in ("absent", "gc", "image")
+        assert described.count(f"fsync {store.driver}-images") == removes
 
 
 def needed_syncs(loss: PowerLoss) -> t.List[Call]:
-    """The syncs without which something could be lost, each tried by leaving it out."""
+    """The syncs without which data could be lost, found by omitting each of them."""
     found = []
     for number, call in enumerate(loss.calls):
         if call.name in SYNCS:
@@ -98,21 +98,21 @@ def needed_syncs(loss: PowerLoss) -> t.List[Call]:
     return found
 
 
-def word(call: Call, graphroot: str) -> str:
-    """The call and the folder of the store that it is about."""
+def describe(call: Call, graphroot: str) -> str:
+    """The name of a call and the folder of the store that it concerns."""
     path = os.path.relpath(call.paths[0], graphroot)
     folder = os.path.dirname(path) if call.name == "fdatasync" else path
     return f"{call.name} {'userns-storage' if folder.startswith('userns-storage') else folder}"
 
 
 @pytest.mark.parametrize("kind", ["overlay-ext4", "btrfs"])
-def test_a_real_filesystem_is_cut_off(
+def test_real_filesystem_keeps_recorded_data_after_power_loss(
     kind: str, lab: Lab, make_store: MakeStore, modules: Modules
 ) -> None:
-    """The disk as it is at that moment, without what the kernel still held back, mounted anew."""
+    """The test mounts a copy of the disk without the data that the kernel has not written yet."""
     image = tiny_image(lab)
     store = make_store(kind, image, mib=64 if kind == "overlay-ext4" else 256)
-    # Nothing is written of the filesystem's own accord while its disk is being copied.
+    # The filesystem writes nothing by itself while its disk is being copied.
     mounts.mount("-o", "remount,commit=600", str(store.base / "disk"))
     below = str(store.graphroot)
     args = store.module_args()
@@ -121,30 +121,34 @@ def test_a_real_filesystem_is_cut_off(
         modules.run("layer_template", {**args, **opposite})
         done = modules.run("layer_template", {**args, **task}, below=below, record=True)
         modules.run("layer_template", {**args, **opposite})
-        # A moment after each call that gives something its name, or has it on disk.
-        for at in [number + 2 for number, call in enumerate(done.calls[:-1]) if tells(call)]:
-            # From a disk at rest: Linux 6.18 cannot mount a btrfs whose log tells of files that were
-            # replaced again and again, whoever has done that.
+        # Kill the module just after each call that changes names or syncs.
+        for at in [
+            number + 2
+            for number, call in enumerate(done.calls[:-1])
+            if changes_names_or_syncs(call)
+        ]:
+            # Begin with a synced disk: Linux 6.18 cannot mount a btrfs whose log contains files that were
+            # replaced repeatedly, regardless of the program.
             subprocess.run(["sync", "-f", below], check=True)
             run = modules.run("layer_template", {**args, **task}, below=below, at=at, what=KILL)
             assert run.at is not None
             with cut_off(store) as graphroot:
-                assert lost(graphroot, store.driver, image) == [], run.at
+                assert missing_data(graphroot, store.driver, image) == [], run.at
             modules.run("layer_template", {**args, **opposite})
             tried += 1
     print(f"{kind}: cut off at {tried} points")
 
 
-def tells(call: Call) -> bool:
-    """Whether a call says how the store is: not those in our own folder, nor those that write data."""
+def changes_names_or_syncs(call: Call) -> bool:
+    """Whether a call syncs a filesystem, or changes or syncs names outside the folder of the collection."""
     path = call.paths[-1] if call.paths else ""
     return call.name.startswith(
         ("rename", "symlink", "unlink", "fsync", "fdatasync", "syncfs")
     ) and (call.name == "syncfs" or "/userns-storage" not in path)
 
 
-def lost(graphroot: pathlib.Path, driver: str, image: Image) -> t.List[str]:
-    """What the records of a store speak of and is not there, or not as it should be."""
+def missing_data(graphroot: pathlib.Path, driver: str, image: Image) -> t.List[str]:
+    """Descriptions of data that the records of a store refer to and that is missing or wrong."""
     records = {
         kind: json.loads((graphroot / f"{driver}-{kind}" / f"{kind}.json").read_text())
         for kind in ("layers", "images")

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A removal that was killed, and a real pull of what it was about, with our modules at work during the pull."""
+"""A pull of an image whose removal was killed, while modules run at the same time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.stops import MAP, Scene, spread, tiny_image
 from support.stores import Store
 
 MakeStore = t.Callable[..., Store]
-HELD = "held"
+BLOCKED = "blocked"
 GC = {"min_age": "0", "max_copies_per_image": 0, "orphans": "remove", "broken": "repair"}
 DAY = 86400
 
@@ -36,12 +36,12 @@ def old_and_new(lab: Lab) -> t.Tuple[Image, Image]:
 
 
 def digests(image: Image) -> t.List[str]:
-    """Of the layers' blobs, lowest first."""
+    """The digests of the layers' blobs, lowest layer first."""
     return [hashlib.sha256(images.layer_tar(layer)).hexdigest() for layer in image.layers]
 
 
 @pytest.mark.parametrize("kind", ["overlay-tmpfs", "vfs-tmpfs", "btrfs"])
-def test_the_pull_works_and_everything_goes_in_the_end(
+def test_pull_after_killed_removal_works_without_leftovers(
     kind: str, lab: Lab, make_store: MakeStore, old_and_new: t.Tuple[Image, Image]
 ) -> None:
     old, new = old_and_new
@@ -49,21 +49,21 @@ def test_the_pull_works_and_everything_goes_in_the_end(
     store = make_store(kind, tiny_image(lab))
     store.load(old)
     modules = Modules(lab)
-    words = store.module_args()
-    absent = {**words, "images": [old.name], "state": "absent"}
+    store_args = store.module_args()
+    absent = {**store_args, "images": [old.name], "state": "absent"}
     below = str(store.graphroot)
     failures: t.List[str] = []
     tried = 0
     try:
-        made = {"images": [old.name], "uidmap": [MAP], "runtime": "podman 4.3.1", "force": True}
-        assert modules.run("layer_template", {**words, **made}).result["changed"]
+        template = {"images": [old.name], "uidmap": [MAP], "runtime": "podman 4.3.1", "force": True}
+        assert modules.run("layer_template", {**store_args, **template}).result["changed"]
         scene = Scene(store, tiny_image(lab), modules, [])
         scene.save("before")
         calls = modules.run("image_layers", absent, below=below, record=True).calls
         records = [
             number
-            for number, one in enumerate(calls, 1)
-            if any("layers.json" in path for path in one.paths)
+            for number, call in enumerate(calls, 1)
+            if any("layers.json" in path for path in call.paths)
         ]
         last = max(records) + 3
         points = [*spread(last, 6), *(last + item for item in spread(len(calls) - last, 2))]
@@ -75,21 +75,21 @@ def test_the_pull_works_and_everything_goes_in_the_end(
             tried += 1
             registry = Registry(new, (), hold=f"sha256:{top}")
             try:
-                failures += pulled(store, registry, modules, absent, base, f"{at} {run.at}")
+                failures += pull_failures(store, registry, modules, absent, base, f"{at} {run.at}")
             finally:
                 registry.go_on.set()
                 registry.close()
     finally:
         modules.close()
-    held = [failure for failure in failures if failure.startswith(HELD)]
-    assert len(held) <= 3 * (kind == "btrfs")
-    failures = [failure for failure in failures if failure not in held]
+    blocked = [failure for failure in failures if failure.startswith(BLOCKED)]
+    assert len(blocked) <= 3 * (kind == "btrfs")
+    failures = [failure for failure in failures if failure not in blocked]
     assert not failures, "\n".join(failures)
     assert tried >= 6
     print(f"{kind}: {tried} pulls after a kill")
 
 
-def pulled(
+def pull_failures(
     store: Store,
     registry: Registry,
     modules: Modules,
@@ -97,11 +97,11 @@ def pulled(
     base: str,
     where: str,
 ) -> t.List[str]:
-    """What went wrong, in words."""
-    wrong = []
-    place = f"127.0.0.1:{registry.server.server_port}"
+    """Pull the image while modules run; returns a description of each failure."""
+    failures = []
+    address = f"127.0.0.1:{registry.server.server_port}"
     pull = store.machine.popen(
-        ["podman", "pull", "-q", "--tls-verify=false", f"{place}/new:1"],
+        ["podman", "pull", "-q", "--tls-verify=false", f"{address}/new:1"],
         account=store.account,
         env=store.env(),
         stdout=subprocess.PIPE,
@@ -113,50 +113,50 @@ def pulled(
         until = time.monotonic() + 20
         while base not in store.layer_ids() and time.monotonic() < until:
             time.sleep(0.05)
-        given = store.module_args()
+        store_args = store.module_args()
         tiny = {"images": ["localhost/tiny:1"], "uidmap": [MAP], "state": "absent"}
         tasks = [
-            ("image_layers_info", given),
-            ("layer_gc", {**given, **GC}),
-            ("layer_template", {**given, **tiny}),
+            ("image_layers_info", store_args),
+            ("layer_gc", {**store_args, **GC}),
+            ("layer_template", {**store_args, **tiny}),
         ]
         if all(image["names"] != absent["images"] for image in store.images()):
-            # Otherwise that is a removal of its own, which takes the layer from the pull as podman rmi does.
+            # Otherwise this is a complete removal, which removes the layer during the pull, as podman rmi does.
             tasks.append(("image_layers", absent))
         for module, args in tasks:
             result = modules.run(module, args).result
             if result.get("failed", True) and "changed" not in result:
-                wrong.append(f"{where}: {module}: {result}")
+                failures.append(f"{where}: {module}: {result}")
     finally:
         registry.go_on.set()
     output = pull.communicate(timeout=60)[0].decode()
     if store.driver == "btrfs" and "failed to create btrfs subvolume: file exists" in output:
-        # A place is held until just after its record has gone: three calls at which a kill leaves it, as documented.
-        store.podman("pull", "-q", "--tls-verify=false", f"{place}/new:1")
-        return [f"{HELD} {where}"]
+        # The placeholder of a layer is removed just after its record; a kill at one of three calls leaves it.
+        store.podman("pull", "-q", "--tls-verify=false", f"{address}/new:1")
+        return [f"{BLOCKED} {where}"]
     if pull.returncode:
-        wrong.append(f"{where}: podman pull: rc {pull.returncode}: {output}")
-        return wrong
-    for command in (["images", "-a"], ["system", "df", "-v"], ["create", f"{place}/new:1", "x"]):
+        failures.append(f"{where}: podman pull: rc {pull.returncode}: {output}")
+        return failures
+    for command in (["images", "-a"], ["system", "df", "-v"], ["create", f"{address}/new:1", "x"]):
         done = store.podman(*command, check=False)
         if done.rc:
-            wrong.append(f"{where}: podman {command[0]}: {done.stderr}")
-    # A day later nothing of the old image is left.
+            failures.append(f"{where}: podman {command[0]}: {done.stderr}")
+    # A day later no layer of the old image is left.
     trash = store.graphroot / "userns-storage" / "trash"
     for entry in trash.iterdir() if trash.is_dir() else ():
         os.utime(entry, (time.time() - DAY - 9, time.time() - DAY - 9))
     modules.run("layer_gc", {**store.module_args(), **GC})
     modules.run("image_layers", absent)
-    left = list(trash.iterdir()) if trash.is_dir() else []
+    trashed = list(trash.iterdir()) if trash.is_dir() else []
     known = {layer["id"] for layer in store.layers()}
     needed = needed_layers(store)
-    if left or known - needed:
-        wrong.append(f"{where}: left: {left} {known - needed}")
-    return wrong
+    if trashed or known - needed:
+        failures.append(f"{where}: left: {trashed} {known - needed}")
+    return failures
 
 
 def needed_layers(store: Store) -> t.Set[str]:
-    """All layers that an image or a container rests on."""
+    """All layers that an image or a container depends on."""
     layers = {layer["id"]: layer for layer in store.layers()}
     needed: t.Set[str] = set()
     todo = [item["layer"] for item in (*store.images(), *store.containers())]

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""podman, buildah and our modules at once for some steps each; scripts/bench --soak goes on for longer."""
+"""podman, buildah and the modules run at the same time; scripts/bench --soak runs them for longer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from support.lab import Lab
 from support.races import Race
 from support.stores import Store
 
-# Of each of the five workers; some ninety seconds of one processor.
+# Steps of each of the five workers; together they take about 90 seconds of processor time.
 STEPS = 20
 NEEDED = ("podman create", "podman remove", "buildah begin", "ours present", "ours collect")
 
 
 @pytest.mark.parametrize("kind", ["overlay-tmpfs", "vfs-tmpfs", "rootless-overlay"])
-def test_nothing_is_lost_and_no_other_program_fails(
+def test_concurrent_programs_lose_nothing_and_do_not_fail(
     kind: str,
     lab: Lab,
     make_store: t.Callable[..., Store],
@@ -31,10 +31,10 @@ def test_nothing_is_lost_and_no_other_program_fails(
     race = Race(lab, make_store(kind, small_image), small_image, seed=6)
     race.run(steps=STEPS, needed=NEEDED)
     race.settle()
-    checking = host("trixie")
+    checking_host = host("trixie")
     if race.store.user:
-        users.introduce(race.store.user, checking)
-    race.check(checking)
+        users.introduce(race.store.user, checking_host)
+    race.check(checking_host)
     print(f"{kind}: {sum(race.done.values())} operations, {dict(race.known)}")
     assert race.failures == []
     assert all(race.done[who] for who in NEEDED), race.done

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""shared_images killed at any point, and the users it serves as attackers."""
+"""shared_images is killed at any call, and users attack their shared stores."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MakeStore = t.Callable[..., Store]
 
 STORES = pathlib.Path("/var/lib/userns-storage.service")
 ALIVE = ["images", "--quiet"]
-# So many kills, spread over all calls; the first ones and the last one among them.
+# Number of kills, spread over all calls; the first three and the last are additional.
 KILLS = 16
 
 
 def unmount_all() -> None:
-    """End what is mounted below the stores of users."""
+    """Unmount everything below the stores of users."""
     table = pathlib.Path("/proc/self/mountinfo").read_text()
     for line in table.splitlines():
         if str(STORES) in line.split()[4]:
@@ -36,7 +36,7 @@ def unmount_all() -> None:
 def shared(
     make_store: MakeStore, make_user: t.Any, small_image: Image
 ) -> t.Iterator[t.Tuple[Store, Store, Json]]:
-    """A real store, that of a user, and what the module is told."""
+    """A real store, the store of a user, and the arguments of the module."""
     real = make_store("overlay", small_image)
     user = make_user()
     own = make_store("rootless-overlay", user=user)
@@ -52,7 +52,7 @@ def shared(
 
 
 @pytest.mark.parametrize("state", ["present", "absent"])
-def test_killed_at_any_point(
+def test_run_killed_at_any_call_is_completed_by_next_run(
     lab: Lab, shared: t.Tuple[Store, Store, Json], small_image: Image, state: str
 ) -> None:
     real, own, args = shared
@@ -60,8 +60,8 @@ def test_killed_at_any_point(
     modules = Modules(lab)
     try:
 
-        def run(wanted: str, **more: t.Any) -> t.Any:
-            return modules.run("shared_images", {**args, "state": wanted}, **more)
+        def run(requested: str, **more: t.Any) -> t.Any:
+            return modules.run("shared_images", {**args, "state": requested}, **more)
 
         run(other)
         points = run(state).points
@@ -71,17 +71,17 @@ def test_killed_at_any_point(
             run(other)
             killed = run(state, at=at, what=KILL)
             if killed.at is None:
-                # This run made fewer calls than the first one.
+                # This run made fewer calls than the first run.
                 continue
-            # podman of the user never fails, and what it starts has its files.
+            # The user's podman never fails, and can create a container.
             listed = own.podman(*ALIVE).stdout.split()
             if listed:
                 own.podman("create", "--name=c", "--userns=keep-id", small_image.name, "/bin/true")
                 own.podman("rm", "c")
             done = run(state).result
             assert not done.get("failed"), (at, killed.at, done)
-            again = run(state).result
-            assert again["changed"] is False, (at, killed.at, again)
+            repeated = run(state).result
+            assert repeated["changed"] is False, (at, killed.at, repeated)
             assert len(own.podman(*ALIVE).stdout.split()) == (1 if state == "present" else 0)
             own.storage_cli("layers")
             real.podman("images")
@@ -91,7 +91,7 @@ def test_killed_at_any_point(
         modules.close()
 
 
-def test_users_cannot_change_or_leave_what_they_are_shown(
+def test_users_cannot_change_or_escape_shared_store(
     lab: Lab,
     shared: t.Tuple[Store, Store, Json],
     run_module: t.Callable[..., Json],
@@ -115,8 +115,8 @@ def test_users_cannot_change_or_leave_what_they_are_shown(
     }
     before = real.snapshot_of_disk()
     for name, script in attacks.items():
-        for words in (["sh", "-c", script], ["unshare", "-rm", "sh", "-c", script]):
-            failed = lab.machine.run(words, account=user, check=False)
+        for command in (["sh", "-c", script], ["unshare", "-rm", "sh", "-c", script]):
+            failed = lab.machine.run(command, account=user, check=False)
             assert failed.rc != 0, name
     for script in (
         f"mount -o remount,bind,rw {view}",

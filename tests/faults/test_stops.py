@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The modules killed, or refused by the system, at calls with which they change the filesystem.
+"""Modules that are killed, or whose system calls fail, at calls that change the filesystem.
 
-The soak test in scripts/bench tries all of them.
+The soak test in scripts/bench tries all calls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from support.stores import Store
 
 @pytest.mark.parametrize("task", ["present", "absent", "gc"])
 @pytest.mark.parametrize("kind", ["vfs-tmpfs", "overlay-tmpfs"])
-def test_stopped_at_calls_from_first_to_last(
+def test_store_is_usable_after_stop_at_any_call(
     kind: str,
     task: str,
     lab: Lab,
@@ -33,20 +33,20 @@ def test_stopped_at_calls_from_first_to_last(
 
 
 @pytest.mark.parametrize("kind", ["vfs-tmpfs", "overlay-tmpfs"])
-def test_stopped_while_an_image_goes(
+def test_store_is_usable_after_stop_during_image_removal(
     kind: str,
     lab: Lab,
     make_store: t.Callable[..., Store],
     host: t.Callable[[str], Host],
 ) -> None:
-    """With all its layers, mapped and own; most of the points are of the deleting afterwards."""
+    """The own and the mapped layers are removed too; most of the points are deletions afterwards."""
     machines = [lab.machine, host("trixie")]
     scene = stop_everywhere(lab, make_store, kind, "image", machines, thorough=False)
     assert scene.problems == []
     assert scene.tried["kill"] >= 10
 
 
-def test_stopped_while_a_name_changes_hands(
+def test_store_is_usable_after_stop_during_name_change(
     lab: Lab, make_store: t.Callable[..., Store], host: t.Callable[[str], Host]
 ) -> None:
     machines = [lab.machine, host("trixie")]
@@ -55,8 +55,10 @@ def test_stopped_while_a_name_changes_hands(
     assert scene.tried["kill"] > 5
 
 
-def test_stopped_in_a_users_namespace(lab: Lab, make_store: t.Callable[..., Store]) -> None:
-    """Root's module and its child that has become the user; a few points, for the calls are the same."""
+def test_store_is_usable_after_stop_in_user_namespace(
+    lab: Lab, make_store: t.Callable[..., Store]
+) -> None:
+    """Root's module and its child, which runs as the user, stop at a few points, since the calls are the same."""
     scene = stop_everywhere(
         lab, make_store, "rootless-vfs-tmpfs", "present", [lab.machine], thorough=False
     )
@@ -64,10 +66,10 @@ def test_stopped_in_a_users_namespace(lab: Lab, make_store: t.Callable[..., Stor
     assert scene.tried["kill"] >= 10
 
 
-def test_stopped_among_subvolumes(
+def test_store_is_usable_after_stop_on_btrfs(
     lab: Lab, make_store: t.Callable[..., Store], host: t.Callable[[str], Host]
 ) -> None:
-    """A few points, for all but the driver's few calls are the same as with the others."""
+    """Only a few points, since all calls except a few of the driver are the same as with other drivers."""
     machines = [lab.machine, host("trixie")]
     for task in ("present", "gc"):
         scene = stop_everywhere(lab, make_store, "btrfs", task, machines, thorough=False)

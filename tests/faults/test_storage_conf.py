@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Users who put something else in the place of storage.conf: root acts with their rights only."""
+"""If users replace storage.conf with something else, root acts only with the rights of these users."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.users import User
 
 Json = t.Dict[str, t.Any]
 SECRET = "only-root-may-read-this"
-WANTED = {"overlay.mountopt": "nodev"}
+SETTINGS = {"overlay.mountopt": "nodev"}
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def user(make_user: t.Callable[..., User]) -> User:
 
 @pytest.fixture
 def secret(lab: Lab) -> pathlib.Path:
-    """A file that only root may read; valid TOML, so that nothing but its permissions protects it."""
+    """A file that only root may read. It is valid TOML, so only its permissions protect it."""
     path = lab.folder(0o755) / "secret"
     path.write_text(f'[storage]\ndriver = "overlay"\n# {SECRET}\n')
     path.chmod(0o600)
@@ -40,16 +40,18 @@ def declare(run_module: t.Callable[..., Json], user: User) -> t.Callable[..., Js
     """Run the module for the user."""
 
     def run(**options: t.Any) -> Json:
-        given = {name: options.pop(name) for name in ("check", "diff", "fails") if name in options}
+        run_options = {
+            name: options.pop(name) for name in ("check", "diff", "fails") if name in options
+        }
         return run_module(
-            "storage_conf", {"user": user.name, "settings": WANTED, **options}, **given
+            "storage_conf", {"user": user.name, "settings": SETTINGS, **options}, **run_options
         )
 
     return run
 
 
-def everything(folder: t.Union[str, pathlib.Path]) -> t.Dict[str, t.Any]:
-    """All that a folder holds, with owners, modes and content."""
+def tree_state(folder: t.Union[str, pathlib.Path]) -> t.Dict[str, t.Any]:
+    """All files of a folder, with owners, modes and content."""
     found = {}
     for path in sorted(pathlib.Path(folder).rglob("*")):
         state = path.lstat()
@@ -59,37 +61,37 @@ def everything(folder: t.Union[str, pathlib.Path]) -> t.Dict[str, t.Any]:
 
 
 def link(user: User, path: str, target: t.Union[str, pathlib.Path]) -> None:
-    """Have the user put a link into the home."""
-    place = pathlib.Path(user.home) / path
+    """Create a link below the home directory as the user."""
+    location = pathlib.Path(user.home) / path
     subprocess.run(
         ["setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups", "sh", "-c",
-         f"mkdir -p {place.parent} && ln -s {target} {place}"],
+         f"mkdir -p {location.parent} && ln -s {target} {location}"],
         check=True,
     )  # fmt: skip
 
 
-def refused(result: Json, user: User) -> None:
-    """The error names the user, and a command that root can type."""
+def assert_refused(result: Json, user: User) -> None:
+    """Assert that the error contains the user and a command that root can run."""
     assert user.name in result["msg"]
     assert f"runuser -l {user.name} " in result["msg"] or "getent passwd" in result["msg"]
     assert SECRET not in str(result)
 
 
-def test_a_folder_that_leads_to_roots(declare: t.Any, user: User) -> None:
+def test_link_to_folder_of_root_is_refused(declare: t.Any, user: User) -> None:
     os.makedirs("/etc/containers", exist_ok=True)
     link(user, ".config/containers", "/etc/containers")
-    before = everything("/etc/containers")
-    foreseen = declare(fails=None, check=True)
+    before = tree_state("/etc/containers")
+    predicted = declare(fails=None, check=True)
     result = declare(fails=True, check=False)
-    for item in (foreseen, result):
+    for item in (predicted, result):
         if item.get("failed"):
-            refused(item, user)
+            assert_refused(item, user)
     assert "/etc/containers" in result["msg"]
-    assert everything("/etc/containers") == before
+    assert tree_state("/etc/containers") == before
 
 
 @pytest.mark.parametrize("path", [".config/containers/storage.conf", ".config"])
-def test_a_link_to_what_only_root_may_read(
+def test_link_to_file_of_root_is_refused(
     declare: t.Any, user: User, secret: pathlib.Path, path: str
 ) -> None:
     if path == ".config":
@@ -98,13 +100,13 @@ def test_a_link_to_what_only_root_may_read(
         link(user, path, secret.parent)
     else:
         link(user, path, secret)
-    before = everything(secret.parent)
-    refused(declare(fails=True, diff=True), user)
-    assert everything(secret.parent) == before
-    assert SECRET.encode() not in b"".join(item[3] for item in everything(user.home).values())
+    before = tree_state(secret.parent)
+    assert_refused(declare(fails=True, diff=True), user)
+    assert tree_state(secret.parent) == before
+    assert SECRET.encode() not in b"".join(item[3] for item in tree_state(user.home).values())
 
 
-def test_a_pipe(declare: t.Any, user: User) -> None:
+def test_pipe_is_refused(declare: t.Any, user: User) -> None:
     path = user.write(".config/containers/storage.conf", "")
     path.unlink()
     os.mkfifo(path)
@@ -115,7 +117,7 @@ def test_a_pipe(declare: t.Any, user: User) -> None:
 
 
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/tty", "/proc/self/mem", "/nowhere"])
-def test_a_link_to_a_device_or_to_nothing(declare: t.Any, user: User, target: str) -> None:
+def test_link_to_device_or_missing_file_is_refused(declare: t.Any, user: User, target: str) -> None:
     link(user, ".config/containers/storage.conf", target)
     assert "storage.conf" in declare(fails=True)["msg"]
 
@@ -133,9 +135,11 @@ while True:
 """
 
 
-def test_swapped_while_it_is_read(declare: t.Any, user: User, secret: pathlib.Path) -> None:
+def test_file_replaced_while_read_discloses_no_secret(
+    declare: t.Any, user: User, secret: pathlib.Path
+) -> None:
     folder = user.write(".config/containers/storage.conf", "").parent
-    before = everything(secret.parent)
+    before = tree_state(secret.parent)
     swapper = subprocess.Popen(
         ["/usr/bin/python3", "-c", _SWAP, str(folder), str(secret)],
         user=user.uid,
@@ -149,14 +153,14 @@ def test_swapped_while_it_is_read(declare: t.Any, user: User, secret: pathlib.Pa
     finally:
         swapper.kill()
         swapper.wait()
-    assert everything(secret.parent) == before
-    found = everything(user.home)
+    assert tree_state(secret.parent) == before
+    found = tree_state(user.home)
     assert SECRET.encode() not in b"".join(item[3] for item in found.values())
     assert {item[0] for item in found.values()} == {user.uid}
 
 
-def test_a_users_own_link_is_kept(declare: t.Any, user: User) -> None:
-    """As dotfile managers make it: the file that it leads to is changed."""
+def test_users_own_link_is_kept(declare: t.Any, user: User) -> None:
+    """Dotfile managers create such links; the file that the link refers to is changed."""
     real = user.write("dotfiles/storage.conf", "# mine\n[storage]\n")
     real.chmod(0o640)
     link(user, ".config/containers/storage.conf", real)
@@ -170,27 +174,29 @@ def test_a_users_own_link_is_kept(declare: t.Any, user: User) -> None:
     assert real.stat().st_mode & 0o777 == 0o640
     backup = pathlib.Path(first["backup_file"])
     assert backup.read_text() == "# mine\n[storage]\n"
-    assert {item[0] for item in everything(user.home).values()} == {user.uid}
+    assert {item[0] for item in tree_state(user.home).values()} == {user.uid}
 
 
 def test_check_mode_writes_nothing(declare: t.Any, user: User) -> None:
-    before = everything(user.home)
+    before = tree_state(user.home)
     predicted = declare(check=True, diff=True)
     assert predicted["changed"]
-    assert everything(user.home) == before
-    made = declare(diff=True)
-    assert [item["after"] for item in made["diff"]] == [item["after"] for item in predicted["diff"]]
+    assert tree_state(user.home) == before
+    result = declare(diff=True)
+    assert [item["after"] for item in result["diff"]] == [
+        item["after"] for item in predicted["diff"]
+    ]
     assert not declare(check=True)["changed"]
 
 
 @pytest.mark.parametrize("home", ["/", "/nonexistent", "/root", "relative"])
-def test_a_home_that_is_not_the_users(
+def test_home_not_owned_by_user_is_refused(
     run_module: t.Callable[..., Json], user: User, lab: Lab, home: str
 ) -> None:
     lab.machine.run(["sed", "-i", f"s#:{user.home}:#:{home}:#", "/etc/passwd"])
     try:
-        refused(
-            run_module("storage_conf", {"user": user.name, "settings": WANTED}, fails=True), user
+        assert_refused(
+            run_module("storage_conf", {"user": user.name, "settings": SETTINGS}, fails=True), user
         )
         assert not os.path.exists("/.config/containers")
         assert not os.path.exists("/root/.config/containers/storage.conf")
@@ -200,7 +206,7 @@ def test_a_home_that_is_not_the_users(
         )
 
 
-def test_what_only_a_supplementary_group_may_write(declare: t.Any, user: User, lab: Lab) -> None:
+def test_supplementary_groups_of_user_are_used(declare: t.Any, user: User, lab: Lab) -> None:
     lab.machine.run(["groupadd", f"{user.name}g"])
     lab.machine.run(["usermod", "-aG", f"{user.name}g", user.name])
     folder = pathlib.Path(user.home) / ".config/containers"
@@ -214,7 +220,7 @@ def test_what_only_a_supplementary_group_may_write(declare: t.Any, user: User, l
         lab.machine.run(["groupdel", f"{user.name}g"])
 
 
-def test_the_umask_of_root_does_not_count(declare: t.Any, user: User) -> None:
+def test_umask_of_root_is_ignored(declare: t.Any, user: User) -> None:
     before = os.umask(0o077)
     try:
         assert declare()["changed"]
@@ -225,38 +231,40 @@ def test_the_umask_of_root_does_not_count(declare: t.Any, user: User) -> None:
     assert path.parent.stat().st_mode & 0o777 == 0o755
 
 
-def test_a_driver_is_not_changed_under_a_users_store(declare: t.Any, user: User) -> None:
+def test_driver_of_users_existing_store_is_not_changed(declare: t.Any, user: User) -> None:
     user.write(".local/share/containers/storage/vfs-layers/layers.json", "[]")
     result = declare(settings={"driver": "overlay"}, fails=True)
     assert "was written by the driver vfs" in result["msg"]
-    # As root, the command must not remove root's own store.
+    # When root runs the command, it must not remove root's own store.
     assert result["msg"].endswith(f"runuser -l {user.name} -s /bin/sh -c 'podman system reset'")
     assert not (pathlib.Path(user.home) / ".config").exists()
 
 
-def test_a_store_that_leads_to_roots(declare: t.Any, user: User, secret: pathlib.Path) -> None:
+def test_store_that_links_to_folder_of_root_is_not_followed(
+    declare: t.Any, user: User, secret: pathlib.Path
+) -> None:
     secret.parent.chmod(0o700)
     link(user, ".local/share/containers", secret.parent)
-    before = everything(secret.parent)
+    before = tree_state(secret.parent)
     assert declare()["changed"]
-    assert everything(secret.parent) == before
+    assert tree_state(secret.parent) == before
 
 
 @pytest.mark.parametrize("shell", ["/bin/bash", "/usr/sbin/nologin"])
-def test_a_command_in_a_message_works_as_root_types_it(
+def test_command_in_message_works_for_root(
     run_module: t.Callable[..., Json], user: User, lab: Lab, shell: str
 ) -> None:
-    """In root's home, with root's variables, whatever the user's shell is; and nothing becomes root's."""
+    """It works in root's home with root's variables and any shell of the user, and creates no files of root."""
     lab.machine.run(["usermod", "-s", shell, user.name])
     result = run_module("image_layers_info", {"user": user.name}, fails=True)
     match = re.search(r"(runuser .*)\. If they differ", result["msg"])
     assert match, result["msg"]
-    # Without its answer: here podman may not read the cgroups that it tells of.
-    words = match[1].replace("podman info --format", "podman images --noheading --format")
-    words = words.replace("{{.Store.GraphRoot}}", "{{.ID}}")
-    assert words != match[1]
+    # podman images instead of podman info, which may not read the cgroups here.
+    command = match[1].replace("podman info --format", "podman images --noheading --format")
+    command = command.replace("{{.Store.GraphRoot}}", "{{.ID}}")
+    assert command != match[1]
     environ = {"XDG_RUNTIME_DIR": "/run/user/0"}
-    lab.machine.run(["sh", "-c", words], cwd="/root", env=environ)
-    found = everything(user.home)
+    lab.machine.run(["sh", "-c", command], cwd="/root", env=environ)
+    found = tree_state(user.home)
     assert f"{user.home}/.local/share/containers/storage/overlay-images" in found
     assert 0 not in {item[0] for item in found.values()}

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The filesystem of a store that is unmounted while a module works in it."""
+"""The filesystem of a store is unmounted while a module works in the store."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ MakeStore = t.Callable[..., Store]
 MAP = "0:100000:65536"
 
 
-def at_work(
+def start_in_store(
     lab: Lab, make_store: MakeStore, image: Image
 ) -> t.Tuple[Store, subprocess.Popen[bytes]]:
-    """A store on a disk of its own, and layer_template that has begun to make a layer in it."""
+    """A store on its own disk, and a run of layer_template that has begun to create a layer in it."""
     store = make_store("overlay-ext4", image)
-    # What podman keeps mounted there is none of ours.
+    # podman keeps a mount there, which would also make the filesystem busy.
     mounts.detach_all(str(store.graphroot / "overlay"))
-    words = {"image": image.name, "uidmap": [MAP], "gidmap": [MAP], "force": True}
-    module = start_module(lab, "layer_template", {**store.module_args(), **words})
+    options = {"image": image.name, "uidmap": [MAP], "gidmap": [MAP], "force": True}
+    module = start_module(lab, "layer_template", {**store.module_args(), **options})
     staging = store.graphroot / "userns-storage" / "staging"
     until = time.monotonic() + 60
     while not list(staging.glob("*/layer/diff/*")):
@@ -37,11 +37,11 @@ def at_work(
     return store, module
 
 
-def test_unmounting_is_refused_meanwhile(
+def test_filesystem_in_use_by_module_cannot_be_unmounted(
     lab: Lab, make_store: MakeStore, many_files_image: t.Callable[[int], Image]
 ) -> None:
     image = many_files_image(20000)
-    store, module = at_work(lab, make_store, image)
+    store, module = start_in_store(lab, make_store, image)
     done = subprocess.run(
         ["umount", str(store.graphroot.parent)], capture_output=True, text=True, check=False
     )
@@ -51,10 +51,10 @@ def test_unmounting_is_refused_meanwhile(
     assert store.mapped_layers(image.name) == [result["layers"][0]["layer_id"]]
 
 
-def test_a_detached_store_is_not_reported_to_contain_the_layer(
+def test_no_success_is_reported_for_detached_store(
     lab: Lab, make_store: MakeStore, many_files_image: t.Callable[[int], Image]
 ) -> None:
-    store, module = at_work(lab, make_store, many_files_image(20000))
+    store, module = start_in_store(lab, make_store, many_files_image(20000))
     subprocess.run(["umount", "--lazy", str(store.graphroot.parent)], check=True)
     result = finish_module(module)
     assert result["failed"] is True
