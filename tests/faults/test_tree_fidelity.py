@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Random stacks of layers: what the kernel's overlay shows is what our clone holds, owners apart."""
+"""Clones of random layer stacks have the content of the kernel's overlay mount, with other owners."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ class Node(t.NamedTuple):
     children: t.Tuple[t.Tuple[bytes, Node], ...] = ()
 
     def __repr__(self) -> str:
-        said = (
+        fields = (
             f"{field}={value[:20] if isinstance(value, bytes) else value!r}"
-            for field, value, usual in zip(
+            for field, value, default in zip(
                 self._fields[1:], self[1:], self._field_defaults.values()
             )
-            if value != usual
+            if value != default
         )
-        return f"Node({self.kind!r}, {', '.join(said)})"
+        return f"Node({self.kind!r}, {', '.join(fields)})"
 
 
 owner = st.sampled_from(OWNERS)
@@ -192,7 +192,7 @@ layers = st.lists(directory(st.recursive(leaf, directory, max_leaves=12)), min_s
 
 @st.composite
 def id_maps(draw: st.DrawFn) -> Ranges:
-    """A permutation of some pieces of 0..65535, somewhere on the host."""
+    """A permutation of ranges of 0..65535, at some IDs of the host."""
     cuts = sorted(draw(st.sets(st.sampled_from([1, 2, 3, 33, 34, 1000, 1001, 1002]), max_size=4)))
     pieces = list(itertools.pairwise([0, *cuts, 65536]))
     result = []
@@ -211,7 +211,7 @@ def mapping(ids: IDs) -> Mapping:
 
 
 class Builder:
-    """Writes layers by the book: attributes last, directories after their entries."""
+    """Writes layers in the correct order: attributes last, directories after their entries."""
 
     def __init__(self, old: IDs, family: str = "trusted") -> None:
         self.old = old
@@ -235,7 +235,7 @@ class Builder:
             self._make(fd, child_name, child)
         if node.opaque:
             os.setxattr(fd, self.opaque, b"y")
-        self._dress(parent, name, node)
+        self._set_metadata(parent, name, node)
 
     def _make(self, fd: int, name: bytes, node: Node) -> None:
         if node.kind == "directory":
@@ -244,18 +244,18 @@ class Builder:
             return
         if node.kind == "hard link":
             if self.files:
-                there, other = self.files[node.link % len(self.files)]
-                os.link(other, name, src_dir_fd=there, dst_dir_fd=fd)
+                folder, existing = self.files[node.link % len(self.files)]
+                os.link(existing, name, src_dir_fd=folder, dst_dir_fd=fd)
             return
         if node.kind == "whiteout":
             os.mknod(name, stat.S_IFCHR, 0, dir_fd=fd)
             return
         if node.kind == "file":
-            made = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=fd)
-            os.lseek(made, node.hole, os.SEEK_SET)
-            os.write(made, node.content)
-            os.ftruncate(made, 2 * node.hole + len(node.content))
-            os.close(made)
+            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=fd)
+            os.lseek(descriptor, node.hole, os.SEEK_SET)
+            os.write(descriptor, node.content)
+            os.ftruncate(descriptor, 2 * node.hole + len(node.content))
+            os.close(descriptor)
             self.files.append((fd, name))
         elif node.kind == "symlink":
             os.symlink(node.content, name, dir_fd=fd)
@@ -265,9 +265,9 @@ class Builder:
             kinds = {"fifo": stat.S_IFIFO, "char": stat.S_IFCHR, "block": stat.S_IFBLK}
             device = 0 if node.kind == "fifo" else node.device
             os.mknod(name, kinds[node.kind] | 0o600, device, dir_fd=fd)
-        self._dress(fd, name, node)
+        self._set_metadata(fd, name, node)
 
-    def _dress(self, fd: int, name: bytes, node: Node) -> None:
+    def _set_metadata(self, fd: int, name: bytes, node: Node) -> None:
         path = os.fsencode(f"/proc/self/fd/{fd}/") + name
         uid, gid = to_host(self.old.uid, node.uid), to_host(self.old.gid, node.gid)
         os.lchown(path, uid, gid)
@@ -300,7 +300,7 @@ class Builder:
 def stacked(
     base: pathlib.Path, bottom_first: t.Sequence[Node], old: IDs, family: str = "trusted"
 ) -> t.Iterator[t.Any]:
-    """Layers on disk, and the kernel's view of them; yields (directories top first, view)."""
+    """Write layers and mount them with overlay; yields (directories top first, mount point)."""
     builder = Builder(old, family)
     directories: t.List[str] = []
     for number, node in enumerate(bottom_first):
@@ -320,7 +320,7 @@ def stacked(
 
 
 @pytest.fixture(scope="module", params=["ext4", "xfs", "btrfs"])
-def ground(request: pytest.FixtureRequest, lab: Lab) -> t.Iterator[pathlib.Path]:
+def filesystem(request: pytest.FixtureRequest, lab: Lab) -> t.Iterator[pathlib.Path]:
     """A filesystem of each kind, in memory."""
     kind = request.param
     folder = pathlib.Path(lab.folder())
@@ -337,8 +337,8 @@ def ground(request: pytest.FixtureRequest, lab: Lab) -> t.Iterator[pathlib.Path]
 
 
 @contextlib.contextmanager
-def scratch(ground: pathlib.Path) -> t.Iterator[pathlib.Path]:
-    base = ground / "work"
+def scratch(filesystem: pathlib.Path) -> t.Iterator[pathlib.Path]:
+    base = filesystem / "work"
     base.mkdir()
     try:
         yield base
@@ -346,7 +346,7 @@ def scratch(ground: pathlib.Path) -> t.Iterator[pathlib.Path]:
         subprocess.run(["rm", "-rf", "--one-file-system", str(base)], check=True)
 
 
-def make(
+def clone_stack(
     directories: t.Sequence[str], target: pathlib.Path, old: IDs, new: IDs, **options: t.Any
 ) -> CloneResult:
     target.mkdir()
@@ -356,7 +356,7 @@ def make(
 
 old_ids = st.sampled_from([IDs(), IDs(((0, 7_000_000, 65536),), ((0, 8_000_000, 65536),))])
 new_ids = st.one_of(st.just(IDs()), st.builds(IDs, uid=id_maps(), gid=id_maps()))
-many = settings(
+random_examples = settings(
     max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -364,38 +364,40 @@ many = settings(
 
 
 @given(stack=layers, old=old_ids, new=new_ids, workers=st.sampled_from([1, 2]))
-@many
-def test_clone_shows_what_the_kernel_shows(
-    ground: pathlib.Path, stack: t.List[Node], old: IDs, new: IDs, workers: int
+@random_examples
+def test_clone_equals_overlay_mount(
+    filesystem: pathlib.Path, stack: t.List[Node], old: IDs, new: IDs, workers: int
 ) -> None:
-    with scratch(ground) as base, stacked(base, stack, old) as (directories, view):
+    with scratch(filesystem) as base, stacked(base, stack, old) as (directories, view):
         strategy = "reflink" if can_reflink(str(base)) else "copy"
-        made = make(directories, base / "mapped", old, new, strategy=strategy, workers=workers)
+        made = clone_stack(
+            directories, base / "mapped", old, new, strategy=strategy, workers=workers
+        )
         assert differences(view, str(base / "mapped"), old, new) == []
         with LayerStack(directories, "trusted") as layer_stack:
-            seen = survey(layer_stack, Shift(mapping(old), mapping(new)), workers)
-        assert seen[:4] == made[:4]
+            surveyed = survey(layer_stack, Shift(mapping(old), mapping(new)), workers)
+        assert surveyed[:4] == made[:4]
         usage = measure([str(base / "mapped")])
         assert (usage.inodes, usage.apparent) == (made.inodes, made.apparent)
 
 
 @given(stack=layers, old=old_ids, new=new_ids)
-@many
-def test_shift_in_place_of_a_copy(
-    ground: pathlib.Path, stack: t.List[Node], old: IDs, new: IDs
+@random_examples
+def test_copy_is_shifted_in_place(
+    filesystem: pathlib.Path, stack: t.List[Node], old: IDs, new: IDs
 ) -> None:
-    with scratch(ground) as base, stacked(base, stack, old) as (directories, view):
-        make(directories, base / "mapped", old, old)
+    with scratch(filesystem) as base, stacked(base, stack, old) as (directories, view):
+        clone_stack(directories, base / "mapped", old, old)
         shift_in_place(str(base / "mapped"), Shift(mapping(old), mapping(new)))
         assert differences(view, str(base / "mapped"), old, new) == []
 
 
 @given(stack=layers, old=old_ids, new=new_ids)
-@many
-def test_shift_in_place_of_a_mounted_layer(
-    ground: pathlib.Path, stack: t.List[Node], old: IDs, new: IDs
+@random_examples
+def test_mounted_layer_is_shifted_in_place(
+    filesystem: pathlib.Path, stack: t.List[Node], old: IDs, new: IDs
 ) -> None:
-    with scratch(ground) as base, stacked(base, stack, old) as (directories, view):
+    with scratch(filesystem) as base, stacked(base, stack, old) as (directories, view):
         for name in ("upper", "work", "merged"):
             (base / name).mkdir()
         root = os.stat(view)
@@ -412,7 +414,7 @@ def test_shift_in_place_of_a_mounted_layer(
 
 
 def without_privilege(node: Node) -> Node:
-    """What a user can have in his layers: no devices, and attributes of his own alone."""
+    """A node as a user can create it: without devices, and with user attributes only."""
     allowed = tuple(
         pair
         for pair in node.attributes
@@ -428,7 +430,7 @@ def without_privilege(node: Node) -> Node:
 def in_namespace(base: pathlib.Path, function: t.Callable[[], None]) -> None:
     """Run a function as root of a user namespace whose IDs begin at 100000."""
     os.chown(base, 100000, 100000)
-    ready, go, said = os.pipe(), os.pipe(), os.pipe()
+    ready, go, errors = os.pipe(), os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
@@ -439,26 +441,26 @@ def in_namespace(base: pathlib.Path, function: t.Callable[[], None]) -> None:
             os.setresuid(0, 0, 0)
             function()
         except BaseException:
-            os.write(said[1], traceback.format_exc().encode()[-60000:])
+            os.write(errors[1], traceback.format_exc().encode()[-60000:])
         finally:
             os._exit(0)
     os.read(ready[0], 1)
     for kind in ("uid", "gid"):
         pathlib.Path(f"/proc/{pid}/{kind}_map").write_text("0 100000 65536")
     os.write(go[1], b"x")
-    os.close(said[1])
+    os.close(errors[1])
     message = b""
-    while piece := os.read(said[0], 65536):
+    while piece := os.read(errors[0], 65536):
         message += piece
     os.waitpid(pid, 0)
-    for fd in (*ready, *go, said[0]):
+    for fd in (*ready, *go, errors[0]):
         os.close(fd)
     assert not message, message.decode()
 
 
 @st.composite
 def inner_maps(draw: st.DrawFn) -> Ranges:
-    """The same IDs in pieces and in another order, within the namespace."""
+    """A permutation of ranges of the IDs in the namespace."""
     cuts = sorted(draw(st.sets(st.sampled_from([1, 2, 33, 1000, 1001]), max_size=4)))
     result, host = [], 0
     for start, end in draw(st.permutations(list(itertools.pairwise([0, *cuts, 65535])))):
@@ -470,27 +472,27 @@ def inner_maps(draw: st.DrawFn) -> Ranges:
 @given(
     stack=layers, new=st.builds(IDs, uid=inner_maps(), gid=inner_maps()), workers=st.integers(1, 2)
 )
-@many
-def test_clone_without_privilege(
-    ground: pathlib.Path, stack: t.List[Node], new: IDs, workers: int
+@random_examples
+def test_clone_works_without_privileges(
+    filesystem: pathlib.Path, stack: t.List[Node], new: IDs, workers: int
 ) -> None:
     layers_of_user = [without_privilege(node) for node in stack]
 
     def work() -> None:
         with stacked(base, layers_of_user, IDs(), "user") as (directories, view):
-            make(directories, base / "mapped", IDs(), new, family="user", workers=workers)
+            clone_stack(directories, base / "mapped", IDs(), new, family="user", workers=workers)
             assert differences(view, str(base / "mapped"), IDs(), new) == []
             shift_in_place(str(base / "mapped"), Shift(mapping(new), mapping(IDs())))
-            # What came to belong to the namespace's root does not go back.
+            # Capabilities that belong to the root of the namespace are not changed back.
             ignore = ("security.capability",)
             assert differences(view, str(base / "mapped"), IDs(), IDs(), ignore) == []
 
-    with scratch(ground) as base:
+    with scratch(filesystem) as base:
         in_namespace(base, work)
 
 
 def chain(base: pathlib.Path, names: t.Sequence[bytes]) -> None:
-    """Directories one in the other, each with a file beside it."""
+    """Create nested directories, each with a file beside it."""
     fd = os.open(base, os.O_RDONLY)
     for name in names:
         os.mkdir(name, dir_fd=fd)
@@ -506,7 +508,7 @@ HIGH = IDs(((0, 100000, 65536),), ((0, 100000, 65536),))
 
 @pytest.mark.parametrize(("depth", "length"), [(60, 255), (2000, 10), (400, 255)])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_deeper_than_any_path(
+def test_tree_deeper_than_path_limit_is_cloned(
     lab: Lab, depth: int, length: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = lab.folder()
@@ -514,28 +516,28 @@ def test_deeper_than_any_path(
     for layer in ("top", "bottom"):
         (base / layer).mkdir()
         chain(base / layer, names)
-    # With few descriptors, and no room for a recursion.
+    # Too few descriptors for a recursive walk.
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 24, limits[1]))
     try:
         directories = [str(base / "top"), str(base / "bottom")]
-        made = make(directories, base / "mapped", IDs(), HIGH, workers=workers)
+        made = clone_stack(directories, base / "mapped", IDs(), HIGH, workers=workers)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert (made.files, made.directories) == (depth, depth + 1)
     assert differences(str(base / "top"), str(base / "mapped"), IDs(), HIGH) == []
     assert len(os.listdir("/proc/self/fd")) == used
-    # The path before openat2(2) leads to the same.
+    # The code for kernels without openat2(2) has the same result.
     monkeypatch.setattr(files, "_openat2_works", False)
     if depth < 100:
-        make(directories, base / "again", IDs(), HIGH, workers=workers)
+        clone_stack(directories, base / "again", IDs(), HIGH, workers=workers)
         assert differences(str(base / "top"), str(base / "again"), IDs(), HIGH) == []
     subprocess.run(["rm", "-rf", str(base)], check=True)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_many_entries_and_links_in_one_directory(lab: Lab, workers: int) -> None:
+def test_directory_with_many_entries_and_links_is_cloned(lab: Lab, workers: int) -> None:
     base = lab.folder()
     for layer in ("top", "bottom"):
         (base / layer / "wide").mkdir(parents=True)
@@ -557,23 +559,23 @@ def test_many_entries_and_links_in_one_directory(lab: Lab, workers: int) -> None
     lower = ":".join(directories)
     mounts.mount("-t", "overlay", "-o", f"ro,lowerdir={lower}", "test", str(base / "view"))
     try:
-        told: t.List[t.Tuple[int, int]] = []
-        made = make(
+        reported: t.List[t.Tuple[int, int]] = []
+        made = clone_stack(
             directories,
             base / "mapped",
             IDs(),
             HIGH,
             workers=workers,
-            progress=lambda count, size: told.append((count, size)),
+            progress=lambda count, size: reported.append((count, size)),
         )
         assert differences(str(base / "view"), str(base / "mapped"), IDs(), HIGH) == []
-        assert told[-1] == (made.files + made.directories, made.apparent)
-        assert told == sorted(told)
+        assert reported[-1] == (made.files + made.directories, made.apparent)
+        assert reported == sorted(reported)
     finally:
         mounts.detach(str(base / "view"))
 
 
-def tree_of(base: pathlib.Path, count: int, size: int = 10) -> str:
+def make_tree(base: pathlib.Path, count: int, size: int = 10) -> str:
     root = base / "template"
     for number in range(count):
         path = root / f"d{number % 50}" / f"e{number % 7}" / f"f{number}"
@@ -583,16 +585,16 @@ def tree_of(base: pathlib.Path, count: int, size: int = 10) -> str:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_full_filesystem(lab: Lab, workers: int) -> None:
+def test_full_filesystem_is_reported(lab: Lab, workers: int) -> None:
     base = lab.folder()
-    template = tree_of(base, 2000, 5000)
+    template = make_tree(base, 2000, 5000)
     (base / "small").mkdir()
     mounts.mount("-t", "tmpfs", "-o", "size=4m", "small", str(base / "small"))
     before = set(os.listdir("/proc/self/fd"))
     others = children()
     try:
         with pytest.raises(NoSpace, match="no space left on device") as caught:
-            make([template], base / "small" / "mapped", IDs(), HIGH, workers=workers)
+            clone_stack([template], base / "small" / "mapped", IDs(), HIGH, workers=workers)
         assert str(caught.value.facts["path"]).startswith(f"{base}/small/mapped/d")
     finally:
         mounts.detach(str(base / "small"))
@@ -600,9 +602,9 @@ def test_full_filesystem(lab: Lab, workers: int) -> None:
     assert children() == others
 
 
-def test_worker_killed(lab: Lab) -> None:
+def test_killed_worker_is_reported(lab: Lab) -> None:
     base = lab.folder()
-    template = tree_of(base, 5000)
+    template = make_tree(base, 5000)
     others = children()
 
     def kill(_count: int, _size: int) -> None:
@@ -612,13 +614,13 @@ def test_worker_killed(lab: Lab) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk, "_PROGRESS_SECONDS", 0.0)
         with pytest.raises(TreeError, match="killed by signal 9"):
-            make([template], base / "mapped", IDs(), HIGH, workers=2, progress=kill)
+            clone_stack([template], base / "mapped", IDs(), HIGH, workers=2, progress=kill)
     assert children() == others
 
 
-def test_workers_die_with_their_leader(lab: Lab) -> None:
+def test_workers_end_with_their_leader(lab: Lab) -> None:
     base = lab.folder()
-    template = tree_of(base, 5000)
+    template = make_tree(base, 5000)
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -630,7 +632,7 @@ def test_workers_die_with_their_leader(lab: Lab) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         walk._PROGRESS_SECONDS = 0.0
-        make([template], base / "mapped", IDs(), HIGH, workers=2, progress=stop)
+        clone_stack([template], base / "mapped", IDs(), HIGH, workers=2, progress=stop)
         os._exit(0)
     os.close(writing)
     os.waitpid(pid, 0)
@@ -647,9 +649,9 @@ def children() -> t.List[int]:
     ]
 
 
-def test_all_unmapped_ids_are_named(lab: Lab) -> None:
+def test_all_unmapped_ids_are_reported(lab: Lab) -> None:
     base = lab.folder()
-    template = tree_of(base, 1500)
+    template = make_tree(base, 1500)
     for number, (uid, gid) in enumerate([(70000, 0), (0, 80000), (90000, 90001)]):
         os.chown(os.path.join(template, f"d{number}"), uid, gid)
     path = os.path.join(template, "d3")
@@ -657,7 +659,7 @@ def test_all_unmapped_ids_are_named(lab: Lab) -> None:
     value = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
     os.setxattr(path, "system.posix_acl_default", value)
     with pytest.raises(UnmappedIDs) as caught:
-        make([template], base / "mapped", IDs(), HIGH, workers=2)
+        clone_stack([template], base / "mapped", IDs(), HIGH, workers=2)
     expected = {"uids": [70000, 70001, 90000], "gids": [80000, 90001]}
     assert {kind: caught.value.facts[kind] for kind in expected} == expected
     with LayerStack([template], "trusted") as stack, pytest.raises(UnmappedIDs) as caught:
@@ -674,15 +676,17 @@ def test_all_unmapped_ids_are_named(lab: Lab) -> None:
         ("trusted.overlay.whiteout", b"y", "d1/e1/f1"),
     ],
 )
-def test_what_only_the_kernel_reads(lab: Lab, attribute: str, value: bytes, on: str) -> None:
+def test_overlay_attributes_that_need_a_mount_are_refused(
+    lab: Lab, attribute: str, value: bytes, on: str
+) -> None:
     base = lab.folder()
-    template = tree_of(base, 50)
+    template = make_tree(base, 50)
     os.setxattr(os.path.join(template, on), attribute, value)
     with pytest.raises(NeedsMount, match=attribute):
-        make([template], base / "mapped", IDs(), HIGH)
+        clone_stack([template], base / "mapped", IDs(), HIGH)
     with LayerStack([template], "trusted") as stack, pytest.raises(NeedsMount):
         survey(stack)
-    make([template], base / "plain", IDs(), HIGH, family="plain")
+    clone_stack([template], base / "plain", IDs(), HIGH, family="plain")
 
 
 def test_racing_attacker_cannot_redirect_the_walk(lab: Lab) -> None:
@@ -716,7 +720,7 @@ def test_racing_attacker_cannot_redirect_the_walk(lab: Lab) -> None:
         for attempt in range(60):
             target = base / f"mapped{attempt}"
             with contextlib.suppress(StorageError):
-                make([str(template)], target, IDs(), HIGH, workers=1 + attempt % 2)
+                clone_stack([str(template)], target, IDs(), HIGH, workers=1 + attempt % 2)
             for folder, _folders, names in os.walk(target):
                 for name in names:
                     path = pathlib.Path(folder, name)
@@ -739,7 +743,7 @@ def test_symlinked_layer_is_refused(lab: Lab) -> None:
         LayerStack([str(base / "layer")], "trusted")
 
 
-def test_device_without_privilege(lab: Lab) -> None:
+def test_device_without_privileges_is_refused(lab: Lab) -> None:
     base = lab.folder()
     (base / "template").mkdir()
     os.mknod(base / "template" / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
@@ -750,7 +754,7 @@ def test_device_without_privilege(lab: Lab) -> None:
         try:
             os.setresgid(1234, 1234, 1234)
             os.setresuid(1234, 1234, 1234)
-            make([str(base / "template")], base / "mapped", IDs(), IDs(), workers=1)
+            clone_stack([str(base / "template")], base / "mapped", IDs(), IDs(), workers=1)
         except TreeError as error:
             status = 0 if "null: is a device (1:3)" in str(error) else 2
         finally:
@@ -760,26 +764,26 @@ def test_device_without_privilege(lab: Lab) -> None:
 
 def test_parents_default_acl_is_not_inherited(lab: Lab) -> None:
     base = lab.folder()
-    template = tree_of(base, 100)
+    template = make_tree(base, 100)
     (base / "strict").mkdir()
     entries = [(1, 7, -1), (2, 7, 5), (4, 7, -1), (16, 7, -1), (32, 0, -1)]
     value = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
     os.setxattr(base / "strict", "system.posix_acl_default", value)
-    make([template], base / "strict" / "mapped", IDs(), HIGH)
+    clone_stack([template], base / "strict" / "mapped", IDs(), HIGH)
     assert differences(template, str(base / "strict" / "mapped"), IDs(), HIGH) == []
 
 
-def test_reflink_where_there_is_none(lab: Lab) -> None:
+def test_missing_reflink_support_is_reported(lab: Lab) -> None:
     base = lab.folder()
-    template = tree_of(base, 3)
+    template = make_tree(base, 3)
     assert not can_reflink(str(base))
     with pytest.raises(TreeError, match="cannot share data"):
-        make([template], base / "mapped", IDs(), HIGH, strategy="reflink")
+        clone_stack([template], base / "mapped", IDs(), HIGH, strategy="reflink")
 
 
-def test_groups_are_right_where_files_take_that_of_their_directory(lab: Lab) -> None:
+def test_groups_are_correct_on_filesystem_with_grpid(lab: Lab) -> None:
     base = lab.folder()
-    template = tree_of(base, 800)
+    template = make_tree(base, 800)
     for number in range(0, 50, 7):
         os.chown(os.path.join(template, f"d{number}"), 33, 1000 + number)
         os.chown(os.path.join(template, f"d{number}", "e0"), 1, 2000 + number)
@@ -790,7 +794,7 @@ def test_groups_are_right_where_files_take_that_of_their_directory(lab: Lab) -> 
     mounts.mount("-o", "loop,grpid", str(base / "disk.img"), str(base / "disk"))
     try:
         made = base / "disk" / "mapped"
-        make([template], made, IDs(), HIGH, workers=2)
+        clone_stack([template], made, IDs(), HIGH, workers=2)
         assert differences(template, str(made), IDs(), HIGH) == []
     finally:
         mounts.detach(str(base / "disk"))

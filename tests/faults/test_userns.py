@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Namespaces of root and of users: with which IDs the work is done, and how it ends."""
+"""Functions that run in namespaces of root and of users: their IDs, their results and how they end."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ if t.TYPE_CHECKING:
 
 MakeUser = t.Callable[..., "User"]
 
-# Functions that run inside. Subprocesses import this text as a module, so it stands by itself.
+# Functions that run in a namespace. Subprocesses import this text as a module, so it is self-contained.
 INSIDE = '''
 import os
 
 def state(path=""):
-    """Who we are in there, and a file made there."""
+    """The state of this process, and the owners of a new file."""
     with open("/proc/self/status") as lines:
         status = dict(line.rstrip("\\n").split(":\\t", 1) for line in lines if ":\\t" in line)
     answer = {
@@ -73,8 +73,8 @@ def crash():
 
 def stay(path):
     import signal
-    with open(path, "x") as told:
-        told.write(str(os.getpid()))
+    with open(path, "x") as file:
+        file.write(str(os.getpid()))
     signal.pause()
 '''
 exec(INSIDE)  # pylint: disable=exec-used
@@ -89,15 +89,15 @@ def refuse() -> None:
     )
 
 
-def kill_myself() -> None:
+def kill_own_process() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def strange() -> t.Any:
+def return_class() -> t.Any:
     return subprocess.Popen
 
 
-def mounts_something(path: str) -> bool:
+def mount_tmpfs(path: str) -> bool:
     from support import mounts
 
     mounts.mount("-t", "tmpfs", "inside", path)
@@ -108,31 +108,31 @@ def account(user: User) -> t.Any:
     return Account(user.name, user.uid, user.gid, user.home)
 
 
-def test_root_gets_mounts_of_its_own(lab: Lab) -> None:
+def test_root_gets_own_mount_namespace(lab: Lab) -> None:
     answer = userns.run(state)
     assert answer["mounts"] != os.readlink("/proc/self/ns/mnt")
     assert answer["users"] == os.readlink("/proc/self/ns/user")
     assert answer["pid"] != os.getpid()
     assert answer["environ"] == dict(os.environ)
-    place = lab.folder()
-    assert userns.run(mounts_something, [str(place)])
-    assert not os.path.ismount(place)
+    folder = lab.folder()
+    assert userns.run(mount_tmpfs, [str(folder)])
+    assert not os.path.ismount(folder)
 
 
 def test_root_becomes_the_user(lab: Lab, make_user: MakeUser, monkeypatch: t.Any) -> None:
     user = make_user()
-    place = pathlib.Path(user.home)
+    home = pathlib.Path(user.home)
     monkeypatch.setenv("XDG_DATA_HOME", "/root/data")
     monkeypatch.setenv("SECRET_OF_ROOT", "x")
     monkeypatch.setenv("LC_ALL", "C.UTF-8")
-    answer = userns.run(state, [str(place / "made")], account(user))
+    answer = userns.run(state, [str(home / "made")], account(user))
     assert answer["ids"] == [0] * 6
     assert answer["uid_map"] == ["0", str(user.uid), "1", "1", str(user.subuid_start), "65536"]
     assert answer["gid_map"] == ["0", str(user.gid), "1", "1", str(user.subuid_start), "65536"]
     assert answer["mounts"] != os.readlink("/proc/self/ns/mnt")
     assert int(answer["capabilities"], 16) & (1 << 21)
     assert answer["cwd"] == "/"
-    seen = os.stat(place / "made")
+    seen = os.stat(home / "made")
     assert (seen.st_uid, seen.st_gid) == (user.subuid_start + 4, user.subuid_start + 5)
     assert answer["file"] == [5, 6]
     environ = answer["environ"]
@@ -144,7 +144,7 @@ def test_root_becomes_the_user(lab: Lab, make_user: MakeUser, monkeypatch: t.Any
     assert "XDG_DATA_HOME" not in environ
 
 
-def test_root_may_not_do_there_what_the_user_may_not(lab: Lab, make_user: MakeUser) -> None:
+def test_root_has_only_the_rights_of_the_user(lab: Lab, make_user: MakeUser) -> None:
     user = make_user()
     secret = lab.folder() / "secret"
     secret.write_text("root's own")
@@ -158,46 +158,46 @@ def open_it(path: str) -> None:
         pass
 
 
-def test_the_users_groups_are_kept(lab: Lab, make_user: MakeUser) -> None:
+def test_supplementary_groups_are_kept(lab: Lab, make_user: MakeUser) -> None:
     user, other = make_user(), make_user()
     lab.machine.run(["usermod", "-aG", other.name, user.name])
-    place = lab.folder()
-    (place / "shared").write_text("for the group")
-    os.chown(place / "shared", 0, other.gid)
-    (place / "shared").chmod(0o640)
-    userns.run(open_it, [str(place / "shared")], account(user))
+    folder = lab.folder()
+    (folder / "shared").write_text("for the group")
+    os.chown(folder / "shared", 0, other.gid)
+    (folder / "shared").chmod(0o640)
+    userns.run(open_it, [str(folder / "shared")], account(user))
 
 
-def test_own_errors_keep_class_and_fields(lab: Lab, make_user: MakeUser) -> None:
+def test_storage_errors_keep_class_and_fields(lab: Lab, make_user: MakeUser) -> None:
     with pytest.raises(LayerInUse) as caught:
         userns.run(refuse, [], account(make_user()))
-    # Facts of no known form stay behind.
+    # Facts of an unknown form are not transferred.
     assert caught.value.facts == {"users": [{"id": "c1", "name": "db"}]}
     assert str(caught.value) == "layer abc: is in use. Wait."
 
 
-def test_other_errors_carry_their_trace() -> None:
+def test_other_errors_contain_the_traceback() -> None:
     with pytest.raises(InternalError, match="ValueError: as it happens") as caught:
         userns.run(crash)
     assert "in crash" in caught.value.facts["trace"]
 
 
-def test_a_killed_child_is_reported() -> None:
+def test_killed_child_is_reported() -> None:
     with pytest.raises(WorkerError, match="killed by signal 9"):
-        userns.run(kill_myself)
+        userns.run(kill_own_process)
 
 
-def test_results_cannot_carry_code() -> None:
+def test_results_cannot_contain_code() -> None:
     with pytest.raises(StoreError, match="is not plain data"):
-        userns.run(strange)
+        userns.run(return_class)
 
 
-# What a process that somebody has taken over may send instead of a result
+# Messages that a compromised process may send instead of a result
 FORGED: t.Mapping[str, t.Tuple[bytes, t.Any]] = {
     "no namespace": (channel.FORBIDDEN, {"errno": 1, "step": "unshare"}),
     "no namespace, unknown error": (channel.FORBIDDEN, {"errno": 10**20, "step": "unshare"}),
     "negative error": (channel.FORBIDDEN, {"errno": -1, "step": "unshare"}),
-    "again in a namespace": (channel.ENTERED, {"pid": 1}),
+    "repeated entry into a namespace": (channel.ENTERED, {"pid": 1}),
     "huge PID": (channel.ENTERED, {"pid": 10**20}),
     "an error with a huge number": (
         channel.ERROR,
@@ -208,7 +208,7 @@ FORGED: t.Mapping[str, t.Tuple[bytes, t.Any]] = {
 
 
 def open_files() -> t.List[t.Tuple[str, str]]:
-    """Descriptors of this process, and what each leads to."""
+    """The descriptors of this process and their targets."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -217,8 +217,8 @@ def open_files() -> t.List[t.Tuple[str, str]]:
 
 
 @userns.returns(shapes.text)
-def send_instead(kind: str, value: t.Any, inherited: t.Sequence[str]) -> str:
-    """Write a message to each pipe that this process has and its grandparents have not."""
+def send_forged(kind: str, value: t.Any, inherited: t.Sequence[str]) -> str:
+    """Write a message to each pipe of this process that its grandparents do not have."""
     data = json.dumps(value).encode()
     for name, target in open_files():
         if target.startswith("pipe:") and target not in inherited:
@@ -230,25 +230,25 @@ def send_instead(kind: str, value: t.Any, inherited: t.Sequence[str]) -> str:
 
 @pytest.mark.parametrize("forged", FORGED)
 @pytest.mark.parametrize("run", [userns.run, userns.run_as])
-def test_forged_messages_are_errors_of_ours(
+def test_forged_messages_cause_storage_errors(
     lab: Lab, make_user: MakeUser, run: t.Any, forged: str
 ) -> None:
     user = make_user()
     kind, value = FORGED[forged]
     inherited = [target for _name, target in open_files()]
     with pytest.raises(StorageError, match=f"user {user.name}|^: ") as raised:
-        run(send_instead, (kind.decode(), value, inherited), account(user))
+        run(send_forged, (kind.decode(), value, inherited), account(user))
     assert not isinstance(raised.value, InternalError)
 
 
-def test_an_unresponsive_home_does_not_hide_other_users(
+def test_unresponsive_home_does_not_hide_other_users(
     lab: Lab, make_user: MakeUser, monkeypatch: t.Any
 ) -> None:
-    """Whoever ends the process that looks into the own home."""
+    """A user may kill the process that inspects the user's home directory."""
     hostile, other = sorted((make_user(), make_user()), key=lambda user: user.uid)
     entries = [pwd.getpwnam(user.name) for user in (hostile, other)]
-    beside = [pwd.struct_passwd((*entry[:5], f"/home/{entry[0]}", entry[6])) for entry in entries]
-    monkeypatch.setattr(pwd, "getpwall", lambda: beside)
+    in_home = [pwd.struct_passwd((*entry[:5], f"/home/{entry[0]}", entry[6])) for entry in entries]
+    monkeypatch.setattr(pwd, "getpwall", lambda: in_home)
     monkeypatch.setattr(
         rootless_stores_info,
         "_graphroot",
@@ -259,14 +259,14 @@ def test_an_unresponsive_home_does_not_hide_other_users(
     found = rootless_stores_info.find()
     assert [item["user"] for item in found["stores"]] == [other.name]
     assert [item["user"] for item in found["failures"]] == [hostile.name]
-    # Many of them, as where the server of all homes is gone, are not waited for without end.
+    # The wait is limited if many homes do not respond, for example because their server is down.
     monkeypatch.setattr(rootless_stores_info, "_PATIENCE", 0.0)
     found = rootless_stores_info.find()
     assert found["stores"] == []
     assert "too many home directories in /home do not respond" in found["failures"][1]["reason"]
 
 
-def test_without_subordinate_ids(lab: Lab, make_user: MakeUser) -> None:
+def test_missing_subordinate_ids_are_reported(lab: Lab, make_user: MakeUser) -> None:
     user = make_user(subordinate=0)
     with pytest.raises(NamespaceError) as caught:
         userns.run(state, [], account(user))
@@ -274,32 +274,32 @@ def test_without_subordinate_ids(lab: Lab, make_user: MakeUser) -> None:
     assert re.search(rf"{user.name}:\d+:65536", str(caught.value))
 
 
-# As the user itself: a process of its own
+# Separate processes of the user
 
 
 def as_user(
     lab: Lab, user: User, script: str, **options: t.Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python statements as a user who has logged in; INSIDE is the module `inside`."""
-    words = words_as_user(lab, user, script, **options)
-    return subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, check=False)
+    """Run Python statements as a user who is logged in; the module `inside` has the text of INSIDE."""
+    command = command_as_user(lab, user, script, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
-def words_as_user(lab: Lab, user: User, script: str, **options: t.Any) -> t.List[str]:
-    place = lab.folder()
-    (place / "inside.py").write_text(INSIDE)
+def command_as_user(lab: Lab, user: User, script: str, **options: t.Any) -> t.List[str]:
+    folder = lab.folder()
+    (folder / "inside.py").write_text(INSIDE)
     head = (
-        f"import json, sys; sys.path[:0] = [{str(lab.tree)!r}, {str(place)!r}]\n"
+        f"import json, sys; sys.path[:0] = [{str(lab.tree)!r}, {str(folder)!r}]\n"
         "from ansible_collections.userns.storage.plugins.module_utils._storage.userns import running as userns\n"
         "import inside\n"
     )
-    words: t.List[str] = lab.machine.command(
+    command: t.List[str] = lab.machine.command(
         ["/usr/bin/python3", "-B", "-c", head + script], account=user, **options
     )
-    return words
+    return command
 
 
-def test_a_user_gets_the_own_namespace(lab: Lab, make_user: MakeUser) -> None:
+def test_user_gets_own_namespace(lab: Lab, make_user: MakeUser) -> None:
     user = make_user()
     done = as_user(lab, user, "print(json.dumps(userns.run(inside.state)))")
     assert done.returncode == 0, done.stderr
@@ -309,16 +309,16 @@ def test_a_user_gets_the_own_namespace(lab: Lab, make_user: MakeUser) -> None:
     assert answer["mounts"] != os.readlink("/proc/self/ns/mnt")
 
 
-FORCED = (
+THROUGH_PODMAN = (
     "login = userns.caller(__import__('os').getuid())\n"
     "def run(function, *arguments):\n"
     "    return userns.run_through_podman(function, arguments, login, 'mounting: no')\n"
 )
 
 
-def test_through_podman(lab: Lab, make_user: MakeUser) -> None:
+def test_function_runs_through_podman(lab: Lab, make_user: MakeUser) -> None:
     user = make_user()
-    script = FORCED + (
+    script = THROUGH_PODMAN + (
         f"answer = run(inside.state, '{user.home}/made')\n"
         "try:\n"
         "    run(inside.crash)\n"
@@ -335,34 +335,34 @@ def test_through_podman(lab: Lab, make_user: MakeUser) -> None:
     assert "inside" not in done.stderr
 
 
-def test_where_not_even_podman_may(lab: Lab, make_user: MakeUser) -> None:
+def test_failure_of_podman_is_reported(lab: Lab, make_user: MakeUser) -> None:
     user = make_user()
     folder = lab.folder()
     (folder / "podman").write_text("#!/bin/sh\necho no namespaces here >&2\nexit 125\n")
     (folder / "podman").chmod(0o755)
-    script = FORCED + "run(inside.state)\n"
+    script = THROUGH_PODMAN + "run(inside.state)\n"
     done = as_user(lab, user, script, env={"PATH": f"{folder}:/usr/bin:/bin"})
     assert done.returncode != 0
     assert "NamespaceError" in done.stderr
     assert "no namespaces here" in done.stderr
 
 
-@pytest.mark.parametrize("how", ["unread", "unread below nohup", "told"])
-def test_what_runs_through_podman_ends_too(lab: Lab, make_user: MakeUser, how: str) -> None:
-    """When nobody reads the answer any more, and when the module is told to end."""
+@pytest.mark.parametrize("how", ["output closed", "output closed below nohup", "terminated"])
+def test_child_of_podman_ends_with_the_module(lab: Lab, make_user: MakeUser, how: str) -> None:
+    """The child ends if the output of the module is closed, and if the module is terminated."""
     user = make_user()
-    told = pathlib.Path(user.home) / "told"
-    words = words_as_user(lab, user, FORCED + f"run(inside.stay, {str(told)!r})\n")
+    pid_file = pathlib.Path(user.home) / "pid"
+    command = command_as_user(lab, user, THROUGH_PODMAN + f"run(inside.stay, {str(pid_file)!r})\n")
     if how.endswith("nohup"):
-        words[words.index(DEFAULT_SIGNALS)] = "--ignore-signal=HUP,INT"
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        child = int(awaited(told))
-        if how == "told":
+        command[command.index(DEFAULT_SIGNALS)] = "--ignore-signal=HUP,INT"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        child = int(wait_for_content(pid_file))
+        if how == "terminated":
             process.terminate()
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait(LIMIT) != 0
-    assert_gone(child)
+    assert_ended(child)
 
 
 def test_another_user_is_refused(lab: Lab, make_user: MakeUser) -> None:
@@ -373,74 +373,72 @@ def test_another_user_is_refused(lab: Lab, make_user: MakeUser) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_child_goes_with_its_parent(
-    lab: Lab, make_user: MakeUser, number: signal.Signals
-) -> None:
+def test_child_ends_with_its_parent(lab: Lab, make_user: MakeUser, number: signal.Signals) -> None:
     user = make_user()
-    told = lab.folder() / "pid"
+    pid_file = lab.folder() / "pid"
     parent = os.fork()
     if parent == 0:
         try:
-            userns.run(linger, [str(told)], account(user))
+            userns.run(write_pid_and_wait, [str(pid_file)], account(user))
         finally:
             os._exit(1)
-    os.chown(told.parent, user.uid, user.gid)
-    child = int(awaited(told))
+    os.chown(pid_file.parent, user.uid, user.gid)
+    child = int(wait_for_content(pid_file))
     os.kill(parent, number)
     assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == -number
-    assert_gone(child)
+    assert_ended(child)
 
 
-def assert_gone(child: int) -> None:
+def assert_ended(child: int) -> None:
     wait_until(lambda: _ended(child))
 
 
 def _ended(pid: int) -> bool:
-    """Whether a process is gone, or waits only for a parent that collects its status."""
+    """Whether a process has ended, even if its parent has not collected its status yet."""
     try:
         return ") Z " in pathlib.Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
-def linger(told: str) -> None:
-    def tell() -> bool:
+def write_pid_and_wait(path: str) -> None:
+    def write_pid() -> bool:
         with contextlib.suppress(PermissionError):
-            return pathlib.Path(told).write_text(str(os.getpid())) > 0
+            return pathlib.Path(path).write_text(str(os.getpid())) > 0
         return False
 
-    wait_until(tell)
+    wait_until(write_pid)
     signal.pause()
 
 
-def awaited(path: pathlib.Path) -> str:
-    """What is written to a file, once something is."""
+def wait_for_content(path: pathlib.Path) -> str:
+    """Wait until a file has content; returns the content."""
     return wait_until(lambda: path.exists() and path.read_text()) or ""
 
 
-def test_nothing_of_the_store_is_opened_as_root(lab: Lab, make_user: MakeUser) -> None:
-    """The kernel's word on it: what the child opens belongs to the user's IDs on the host."""
+def test_store_is_not_opened_as_root(lab: Lab, make_user: MakeUser) -> None:
+    """strace shows that only the child opens files of the store, after it has switched to the user's IDs."""
     user = make_user()
-    place = pathlib.Path(user.home) / "store"
-    place.mkdir()
-    os.chown(place, user.uid, user.gid)
+    folder = pathlib.Path(user.home) / "store"
+    folder.mkdir()
+    os.chown(folder, user.uid, user.gid)
     trace = lab.folder() / "trace"
     script = (
         f"import sys; sys.path[:0] = {[str(lab.tree), str(trace.parent)]!r}\n"
         "from ansible_collections.userns.storage.plugins.module_utils._storage.userns import running as userns\n"
         f"login = userns.caller({user.uid})\n"
-        f"import inside\nuserns.run(inside.state, [{str(place / 'file')!r}], login)\n"
+        f"import inside\nuserns.run(inside.state, [{str(folder / 'file')!r}], login)\n"
     )
     (trace.parent / "inside.py").write_text(INSIDE)
-    words = ["strace", "-f", "-o", str(trace), "-e", "trace=openat,unshare,setresuid,setresgid"]
-    subprocess.run([*words, "/usr/bin/python3", "-B", "-c", script], check=True, timeout=LIMIT)
+    command = ["strace", "-f", "-o", str(trace), "-e", "trace=openat,unshare,setresuid,setresgid"]
+    subprocess.run([*command, "/usr/bin/python3", "-B", "-c", script], check=True, timeout=LIMIT)
     lines = trace.read_text().splitlines()
     child = next(line.split()[0] for line in lines if "unshare(" in line)
     own = [line for line in lines if line.split()[0] == child]
     position = {
         what: next(number for number, line in enumerate(own) if what in line)
-        for what in ("unshare(", "setresgid(0", "setresuid(0", str(place))
+        for what in ("unshare(", "setresgid(0", "setresuid(0", str(folder))
     }
     assert list(position) == sorted(position, key=lambda what: position[what])
     assert not any(user.home in line for line in lines if line.split()[0] != child)
-    assert os.stat(place / "file").st_uid == user.subuid_start + 4
+    assert os.stat(folder / "file").st_uid == user.subuid_start + 4

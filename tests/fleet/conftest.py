@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the tests of fleets share."""
+"""Fixtures of the fleet tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Json = t.Dict[str, t.Any]
 
 @pytest.fixture(scope="session")
 def collections_path() -> str:
-    """Where Ansible finds this collection, and those out of the community's package."""
+    """The search path for this collection and for collections of the community package."""
     paths = [
         os.environ.get("ANSIBLE_COLLECTIONS_PATH", ""),
         os.environ.get("USERNS_STORAGE_COLLECTIONS", ""),
@@ -40,10 +40,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[t.Any]:
 
 @pytest.fixture
 def play(collections_path: str, tmp_path: pathlib.Path) -> t.Callable[..., Play]:
-    """play(playbook, inventory, *options, environ=None): run ansible-playbook in a folder of its own.
+    """play(playbook, inventory, *options, environ=None): run ansible-playbook in a new folder.
 
-    `python` is that of another ansible-core. With `below`, paths, it runs under support.path_trace, and what that has
-    seen is the play's `trace`.
+    `python` is the interpreter of another ansible-core. With the paths `below`, the play runs under
+    support.path_trace, whose result is the attribute `trace`.
     """
 
     def run(
@@ -57,7 +57,7 @@ def play(collections_path: str, tmp_path: pathlib.Path) -> t.Callable[..., Play]
     ) -> Play:
         hosts = tmp_path / "inventory.json"
         hosts.write_text(json.dumps(inventory))
-        words = [str(python), "-m", "ansible", "playbook", "-i", str(hosts), str(playbook)]
+        command = [str(python), "-m", "ansible", "playbook", "-i", str(hosts), str(playbook)]
         env = {
             **os.environ,
             "ANSIBLE_COLLECTIONS_PATH": collections_path,
@@ -70,12 +70,12 @@ def play(collections_path: str, tmp_path: pathlib.Path) -> t.Callable[..., Play]
         if below:
             from support import path_trace
 
-            seen = path_trace.trace([*words, *options], below, env=env, cwd=str(tmp_path))
-            if (seen.rc != 0) != fails:
-                raise AssertionError(f"rc {seen.rc}\n{seen.output}")
-            return Play(seen.output, tmp_path, seen)
+            trace = path_trace.trace([*command, *options], below, env=env, cwd=str(tmp_path))
+            if (trace.rc != 0) != fails:
+                raise AssertionError(f"rc {trace.rc}\n{trace.output}")
+            return Play(trace.output, tmp_path, trace)
         done = subprocess.run(
-            [*words, *options],
+            [*command, *options],
             cwd=tmp_path,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -92,7 +92,7 @@ def play(collections_path: str, tmp_path: pathlib.Path) -> t.Callable[..., Play]
 
 
 class Play:
-    """A playbook that has run: what it said, and where."""
+    """A completed run of ansible-playbook: its output and its folder."""
 
     def __init__(self, output: str, folder: pathlib.Path, trace: t.Any = None) -> None:
         self.output, self.folder, self.trace = output, folder, trace
@@ -101,5 +101,5 @@ class Play:
         """The counts of a host: ok, changed, unreachable, failed ..."""
         lines = self.output.rpartition("PLAY RECAP")[2].splitlines()
         (line,) = (item for item in lines if item.partition(":")[0].strip() == host)
-        words = line.partition(":")[2].split()
-        return {name: int(count) for name, count in (word.split("=") for word in words)}
+        counts = line.partition(":")[2].split()
+        return {name: int(count) for name, count in (word.split("=") for word in counts)}

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The three jobs as AWX runs them, what builds its execution environment, and its configuration as code."""
+"""The jobs as AWX runs them, the definition of the execution environment, and the configuration of AWX."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Controller:
         hosts: t.Any = None,
         variables: t.Optional[t.Mapping[str, t.Any]] = None,
     ) -> t.Dict[str, t.Any]:
-        """Launch a job with answers to its survey, and variables in the inventory; returns the artifacts it leaves."""
+        """Launch a job with answers to its survey and with inventory variables; returns its artifacts."""
         self.number += 1
         base = self.folder / f"job{self.number}"
         private, remote = base / "private", base / "remote"
@@ -70,8 +70,8 @@ class Controller:
         return found
 
     @staticmethod
-    def _step(command: t.Sequence[str], given: bytes = b"") -> bytes:
-        done = subprocess.run(command, input=given, capture_output=True, check=False)
+    def _step(command: t.Sequence[str], data: bytes = b"") -> bytes:
+        done = subprocess.run(command, input=data, capture_output=True, check=False)
         if done.returncode != 0:
             raise AssertionError(
                 f"{command}: rc {done.returncode}\n{done.stdout!r}\n{done.stderr.decode()}"
@@ -95,30 +95,30 @@ def survey_of(job: str) -> t.Dict[str, t.Any]:
     return found
 
 
-def test_the_three_jobs(controller, store, tmp_path):
-    wanted = {
+def test_jobs_prepare_report_and_prune(controller, store, tmp_path):
+    answers = {
         "prepare_images": "localhost/small:1\n",
         "prepare_mappings": f"{MAP}\n0:200000:65536",
         "prepare_install": "false",
         "prepare_lease": "30d",
     }
-    predicted = controller.launch("prepare", wanted, "--check", "--diff")
+    predicted = controller.launch("prepare", answers, "--check", "--diff")
     assert predicted["userns_storage_layers_created"] == 2
     assert predicted["userns_storage_hosts_not_predicted"] == 0
-    made = controller.launch("prepare", wanted)
-    assert made["userns_storage_hosts_prepared"] == 1
-    assert made["userns_storage_layers_created"] == 2
-    assert made["userns_storage_bytes_mapped"] > 0
-    again = controller.launch("prepare", wanted)
-    assert again["userns_storage_layers_created"] == 0
-    assert again["userns_storage_layers_existing"] == 2
+    created = controller.launch("prepare", answers)
+    assert created["userns_storage_hosts_prepared"] == 1
+    assert created["userns_storage_layers_created"] == 2
+    assert created["userns_storage_bytes_mapped"] > 0
+    repeated = controller.launch("prepare", answers)
+    assert repeated["userns_storage_layers_created"] == 0
+    assert repeated["userns_storage_layers_existing"] == 2
 
     page = tmp_path / "page.html"
     report = controller.launch(
         "report",
         {"report_html": str(page), "report_users": "none"},
         variables={
-            **wanted,
+            **answers,
             "prune_max_copies_per_image": "1",
             "prune_min_age": "0",
             "prepare_mappings": f"{MAP}\n0:400000:65536",
@@ -127,47 +127,53 @@ def test_the_three_jobs(controller, store, tmp_path):
     totals = report["userns_storage_report"]
     assert totals["hosts"] == 1
     assert totals["mapped_layers"] == 2
-    # Both have a lease.
+    # Both layers have a lease.
     assert totals["layers_reclaimable"] == 0
     assert totals["layers_missing"] == 1
     assert totals["bytes_on_disk"] > totals["bytes_of_mapped_layers"] > 0
     assert "`localhost/small:1`" in report["userns_storage_report_markdown"]
     assert "0:400000:65536" in page.read_text()
 
-    kept = controller.launch("prune", {"prune_max_copies_per_image": "0", "prune_min_age": "0"})
-    assert kept["userns_storage_layers_removed"] == 0
-    assert kept["userns_storage_layers_kept"] == 2
+    pruned = controller.launch("prune", {"prune_max_copies_per_image": "0", "prune_min_age": "0"})
+    assert pruned["userns_storage_layers_removed"] == 0
+    assert pruned["userns_storage_layers_kept"] == 2
 
 
 def test_prune_removes_and_counts(controller, store):
-    # The survey's word switches off what the inventory sets.
-    wanted = {
+    # The answer `none` disables the setting of the inventory.
+    answers = {
         "prepare_images": "localhost/small:1",
         "prepare_mappings": f"{MAP}\n0:200000:65536",
         "prepare_install": "false",
         "prepare_lease": "none",
     }
-    controller.launch("prepare", wanted, variables={"prepare_lease": "30d"})
-    # Read as numbers by ansible-core 2.19, and as a text for the age.
+    controller.launch("prepare", answers, variables={"prepare_lease": "30d"})
+    # ansible-core 2.19 reads the answers as numbers, and the age as a string.
     policy = {"prune_max_copies_per_image": "1", "prune_min_age": "0", "prune_orphans": "report"}
     predicted = controller.launch("prune", policy, "--check")
-    # Without answers, the inventory says what is removed, and a survey can switch that off.
+    # Without answers, the inventory defines what is removed, and a survey can disable that.
     inventory = {"prune_max_copies_per_image": 0, "prune_min_age": 0}
-    off = controller.launch("prune", {"prune_max_copies_per_image": "none"}, variables=inventory)
-    young = controller.launch("prune", {"prune_min_age": ""}, variables=inventory)
+    disabled = controller.launch(
+        "prune", {"prune_max_copies_per_image": "none"}, variables=inventory
+    )
+    default_age = controller.launch("prune", {"prune_min_age": ""}, variables=inventory)
     done = controller.launch("prune", {}, variables={**inventory, "prune_max_copies_per_image": 1})
-    again = controller.launch("prune", policy)
-    assert off["userns_storage_layers_removed"] == young["userns_storage_layers_removed"] == 0
+    repeated = controller.launch("prune", policy)
+    assert (
+        disabled["userns_storage_layers_removed"]
+        == default_age["userns_storage_layers_removed"]
+        == 0
+    )
     for item in (predicted, done):
         assert item["userns_storage_hosts_pruned"] == 1
         assert item["userns_storage_layers_removed"] == 1
         assert item["userns_storage_layers_kept"] == 1
-    # What is measured of a filesystem that others use too may be less.
+    # The measured values may be smaller, since other processes use the filesystem too.
     assert predicted["userns_storage_inodes_reclaimed"] > 0
-    assert again["userns_storage_layers_removed"] == 0
+    assert repeated["userns_storage_layers_removed"] == 0
 
 
-def test_check_mode_leaves_artifacts_where_an_image_is_still_to_be_pulled(controller, small_image):
+def test_check_mode_sets_artifacts_for_image_not_yet_pulled(controller, small_image):
     source = f"localhost/other:1=oci:{small_image.path}"
     found = controller.launch(
         "prepare",
@@ -179,7 +185,7 @@ def test_check_mode_leaves_artifacts_where_an_image_is_still_to_be_pulled(contro
     assert found["userns_storage_layers_created"] == 0
 
 
-# What a survey's blank answers, numbers and switches become in different lines of ansible-core.
+# Blank answers, numbers and switches, which versions of ansible-core convert differently.
 ANSWERS = {
     "prune_users": "",
     "prune_unused_for": "",
@@ -208,7 +214,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("core", ["oldest", "own", "newest"])
-def test_answers_mean_the_same_to_every_line_of_ansible_core(play, store, tmp_path, core):
+def test_answers_have_same_meaning_in_each_ansible_core_version(play, store, tmp_path, core):
     answers = tmp_path / "answers.yml"
     answers.write_text(awx.extravars(ANSWERS))
     local = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
@@ -225,8 +231,8 @@ def test_answers_mean_the_same_to_every_line_of_ansible_core(play, store, tmp_pa
     )
     text = done.output.partition("RUN: ")[2]
     stats, _end = json.JSONDecoder().raw_decode(text)
-    # Two names for one store: its two layers are made under the first and seen under the second, and the policy
-    # leaves one. As numbers, not as texts put side by side.
+    # Both hosts have the same store: its two layers are created for the first host and found for the second,
+    # and the policy keeps one layer. The totals are sums of numbers, not concatenated strings.
     assert stats["userns_storage_hosts_prepared"] == 2
     assert stats["userns_storage_layers_created"] + stats["userns_storage_layers_existing"] == 4
     assert stats["userns_storage_layers_removed"] == 1
@@ -235,8 +241,8 @@ def test_answers_mean_the_same_to_every_line_of_ansible_core(play, store, tmp_pa
     assert not (tmp_path / "userns-storage-report.md").exists()
 
 
-def test_the_report_is_written_on_another_host(play, store, tmp_path):
-    """With the privileges of the play, wherever they reach."""
+def test_report_is_written_on_another_host(play, store, tmp_path):
+    """The task on the other host has the privileges of the play."""
     page = tmp_path / "page.html"
     local = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
     local["ansible_become_method"] = "ansible.builtin.su"
@@ -253,24 +259,24 @@ def test_the_report_is_written_on_another_host(play, store, tmp_path):
     assert "Container stores" in page.read_text()
 
 
-def test_totals_of_several_hosts_add_up(controller, store):
-    """Two names of the one host here, which differ in what they ask for."""
+def test_totals_of_several_hosts_are_added(controller, store):
+    """The two hosts are names of the same machine, with different mappings."""
     hosts = {"one": {"prepare_mappings": MAP}, "two": {"prepare_mappings": "0:200000:65536"}}
-    wanted = {"prepare_images": "localhost/small:1", "prepare_install": "false"}
-    made = controller.launch("prepare", wanted, hosts=hosts)
-    assert made["userns_storage_hosts_prepared"] == 2
-    assert made["userns_storage_layers_created"] == 2
+    answers = {"prepare_images": "localhost/small:1", "prepare_install": "false"}
+    created = controller.launch("prepare", answers, hosts=hosts)
+    assert created["userns_storage_hosts_prepared"] == 2
+    assert created["userns_storage_layers_created"] == 2
 
 
-def test_every_job_is_a_file_that_awx_offers():
+def test_awx_offers_the_playbook_of_every_job():
     assert set(awx.offered_playbooks(ROOT / "awx")) == {
         *(f"{job}.yml" for job in JOBS),
         "configure.yml",
     }
 
 
-def test_the_execution_environment_can_be_built_from_its_definition(tmp_path):
-    """As far as a machine without a registry gets: ansible-builder accepts it and writes what it builds from."""
+def test_ansible_builder_accepts_the_execution_environment(tmp_path):
+    """Without a registry, the test only checks that ansible-builder accepts it and writes the build context."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "ansible_builder", "create"),
@@ -308,13 +314,13 @@ def configure(
     return play(ROOT / "awx/configure.yml", inventory, *options, environ=environ, fails=fails)
 
 
-def test_the_configuration_is_sound(play, stand_in):
+def test_configuration_passes_syntax_check(play, stand_in):
     configure(play, stand_in, "--syntax-check")
     assert stand_in.requests == []
 
 
-def test_the_configuration_makes_all_and_once(play, stand_in):
-    """Against a stand-in for a controller's interface, see support/awx.py; it is no controller."""
+def test_configuration_creates_all_objects_once(play, stand_in):
+    """The test uses a stand-in for the API of a controller, see support/awx.py."""
     first = configure(play, stand_in)
     assert first.recap("localhost")["changed"] == 5
     jobs = {item["playbook"]: item for item in stand_in.objects["job_templates"].values()}
@@ -334,14 +340,14 @@ def test_the_configuration_makes_all_and_once(play, stand_in):
     environment = stand_in.named("execution_environments", "userns.storage")
     assert project["default_environment"] == environment["id"]
 
-    made = len(stand_in.requests)
+    count = len(stand_in.requests)
     second = configure(play, stand_in)
     assert second.recap("localhost")["changed"] == 0
-    assert stand_in.requests[made:] == []
+    assert stand_in.requests[count:] == []
 
 
-def test_a_failed_update_of_the_project_recovers(play, stand_in):
-    """At once where it fails once, and with the next run where it goes on failing."""
+def test_failed_project_update_is_repeated(play, stand_in):
+    """If the update fails once, it is repeated in the same run, otherwise by the next run."""
     stand_in.failing_updates = 2
     failed = configure(play, stand_in, fails=True)
     assert "Update the project again" in failed.output
@@ -359,16 +365,16 @@ def test_a_failed_update_of_the_project_recovers(play, stand_in):
     assert configure(play, stand_in).recap("localhost")["failed"] == 0
 
 
-def test_the_project_needs_nothing_from_galaxy(play, stand_in):
+def test_project_needs_no_access_to_galaxy(play, stand_in):
     stand_in.galaxy_reachable = False
     assert configure(play, stand_in).recap("localhost")["changed"] == 5
 
 
-def test_check_mode_predicts_on_an_empty_controller(play, stand_in):
+def test_check_mode_predicts_changes_on_empty_controller(play, stand_in):
     predicted = configure(play, stand_in, "--check", "--diff")
     recap = predicted.recap("localhost")
     assert recap["failed"] == 0
-    # Execution environment, project, inventory, and what rests on them.
+    # Execution environment, project, inventory, and the objects that depend on them.
     assert recap["changed"] == 4
     assert "The job templates and the schedule would be created." in predicted.output
     assert stand_in.requests == []
@@ -376,10 +382,10 @@ def test_check_mode_predicts_on_an_empty_controller(play, stand_in):
 
 def test_check_mode_writes_nothing_to_the_controller(play, stand_in):
     configure(play, stand_in)
-    made = len(stand_in.requests)
-    again = configure(play, stand_in, "--check", "--diff")
-    assert again.recap("localhost")["changed"] == 0
-    assert len(stand_in.requests) == made
+    count = len(stand_in.requests)
+    repeated = configure(play, stand_in, "--check", "--diff")
+    assert repeated.recap("localhost")["changed"] == 0
+    assert len(stand_in.requests) == count
 
 
 def _schedule(stand_in: awx.StandIn, **fields: t.Any) -> int:
@@ -400,7 +406,7 @@ def _survey(stand_in: awx.StandIn, *questions: t.Mapping[str, t.Any]) -> int:
 RRULE = "DTSTART;TZID=UTC:20260101T023000 RRULE:FREQ=DAILY;INTERVAL=1"
 QUESTION = {"type": "integer", "question_name": "q", "variable": "q", "required": True}
 CHOICE = {**QUESTION, "type": "multiplechoice", "choices": ["a", "b"]}
-# Each of these was asked of AWX 24.6.1.
+# AWX 24.6.1 responded in this way to each of these requests.
 ROWS: t.Dict[str, t.Tuple[int, t.Callable[[awx.StandIn], int]]] = {
     "schedule without required answers": (
         400,
@@ -430,7 +436,7 @@ ROWS: t.Dict[str, t.Tuple[int, t.Callable[[awx.StandIn], int]]] = {
     "rrule with SECONDLY": (400, lambda s: _schedule(s, rrule=RRULE.replace("DAILY", "SECONDLY"))),
     "empty survey spec": (400, _survey),
     "unknown type of a question": (400, lambda s: _survey(s, {**QUESTION, "type": "txet"})),
-    "choices as one text": (200, lambda s: _survey(s, {**CHOICE, "choices": "a\nb"})),
+    "choices as a string": (200, lambda s: _survey(s, {**CHOICE, "choices": "a\nb"})),
     "blank in the name of a variable": (200, lambda s: _survey(s, {**QUESTION, "variable": "a b"})),
     "integer default out of range": (
         200,
@@ -444,18 +450,18 @@ ROWS: t.Dict[str, t.Tuple[int, t.Callable[[awx.StandIn], int]]] = {
 
 
 @pytest.mark.parametrize("row", list(ROWS))
-def test_the_stand_in_answers_as_awx_was_seen_to_answer(stand_in, row):
+def test_stand_in_responds_like_awx(stand_in, row):
     stand_in.put("job_templates", {"name": "demo"})
-    wanted, ask = ROWS[row]
-    assert ask(stand_in) == wanted
+    expected, request = ROWS[row]
+    assert request(stand_in) == expected
 
 
-def test_the_stand_in_keeps_an_inventory_as_awx_does(stand_in):
-    """A null kind is kept as an empty text, so that a module that sends null again sees a difference."""
-    _status, made = stand_in.answer(
+def test_stand_in_stores_inventory_like_awx(stand_in):
+    """A null kind is stored as an empty string, so a module that sends null again detects a difference."""
+    _status, created = stand_in.answer(
         "POST", "/api/v2/inventories/", {"name": "i", "organization": 1, "kind": None}
     )
-    assert made["kind"] == ""
+    assert created["kind"] == ""
 
 
 REFUSED_ANSWERS = [
@@ -470,25 +476,25 @@ REFUSED_ANSWERS = [
 
 
 @pytest.mark.parametrize(("question", "answers"), REFUSED_ANSWERS)
-def test_answers_that_awx_refuses(question, answers):
+def test_invalid_answers_are_refused(question, answers):
     with pytest.raises(awx.Refused):
         awx.launch_variables({"spec": [question]}, answers)
 
 
-def test_answers_that_awx_takes():
+def test_valid_answers_are_accepted():
     text = {**QUESTION, "type": "text"}
     assert awx.launch_variables({"spec": [text]}, {"q": "", "other": 1}) == {"q": ""}
-    # An empty default is handed on too.
+    # An empty default is passed on too.
     optional = {**text, "required": False}
     assert awx.launch_variables({"spec": [{**optional, "default": ""}]}, {}) == {"q": ""}
     assert awx.launch_variables({"spec": [optional]}, {}) == {}
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_survey_without_answers_leaves_everything_to_the_inventory(job):
+def test_survey_without_answers_sets_no_variables(job):
     assert awx.launch_variables(survey_of(job), {}) == {}
 
 
-def test_playbooks_that_the_project_lacks_are_refused(play, stand_in):
+def test_missing_playbooks_are_refused(play, stand_in):
     with pytest.raises(AssertionError, match=r"Playbook not found for project"):
         configure(play, stand_in, "-e", "awx_playbook_folder=other/")

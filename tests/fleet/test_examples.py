@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Every example of the documentation is read by Ansible, and carried out on real stores."""
+"""Ansible parses every example of the documentation, and the examples are run on real stores."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from support.lab import COLLECTION
 BLOCKS = examples.blocks()
 
 
-def together(block: examples.Block) -> str:
-    """What is carried out at once: a guide, all texts of the roles, all EXAMPLES of the plugins."""
+def group_of(block: examples.Block) -> str:
+    """The group with which an example is run: a guide, all texts of roles, or all EXAMPLES of plugins."""
     return block.document if block.document.startswith("docs") else block.document.split("/")[0]
 
 
-DOCUMENTS = {name: list(found) for name, found in itertools.groupby(BLOCKS, together)}
-OURS = "userns.storage."
+DOCUMENTS = {name: list(found) for name, found in itertools.groupby(BLOCKS, group_of)}
+PREFIX = "userns.storage."
 
 
 @pytest.fixture(scope="module")
@@ -42,32 +42,32 @@ def test_examples_work(world, document):
     done = world.run(found)
     for block in found:
         assert block in done or block.skipped or block.file or block.kind in ("text", "data"), block
-    # What is saved is used by a command, or is there for the sake of one that cannot be run.
+    # Each saved file appears in a command, which may be an example that is not run.
     typed = "".join(block.text for block in found if block.kind in ("console", "tasks"))
     for block in found:
         name = pathlib.Path(block.file).name
         assert name in typed or "group_vars" in block.file, block
 
 
-def test_ansible_reads_all_of_them(tmp_path, collections_path):
+def test_all_examples_have_valid_syntax(tmp_path, collections_path):
     environ = {"ANSIBLE_COLLECTIONS_PATH": collections_path}
     examples.check_syntax(BLOCKS, tmp_path, environ)
 
 
-def test_few_are_not_run_and_each_says_why():
+def test_few_examples_are_skipped_and_each_has_a_reason():
     skipped = [block for block in BLOCKS if block.skipped]
     assert all(len(block.skipped.split()) > 2 for block in skipped)
-    # Those of a release would make one.
+    # The examples of the guide to releases would create a release.
     assert len([block for block in skipped if "releasing" not in block.document]) <= 10
 
 
-def test_notes_are_spelled_right():
+def test_notes_have_a_known_form():
     for block in BLOCKS:
         assert block.note == "" or block.file or block.skipped or block.fails, block
 
 
 def specification(kind: str, name: str) -> t.Dict[str, t.Any]:
-    """The options of a module, those it shares with others included, or the variables of a role."""
+    """The options of a module, including those of its fragments, or the variables of a role."""
     if kind == "role":
         text = (COLLECTION / f"roles/{name}/meta/argument_specs.yml").read_text()
         options = yaml.safe_load(text)["argument_specs"]["main"]["options"]
@@ -75,7 +75,7 @@ def specification(kind: str, name: str) -> t.Dict[str, t.Any]:
         own = _documentation(COLLECTION / f"plugins/modules/{name}.py")
         options = dict(own.get("options", {}))
         for fragment in own["extends_documentation_fragment"]:
-            options.update(_fragment(fragment.removeprefix(OURS)).get("options", {}))
+            options.update(_fragment(fragment.removeprefix(PREFIX)).get("options", {}))
     return {key: _plain(option) for key, option in options.items()}
 
 
@@ -98,10 +98,12 @@ def _fragment(name: str) -> t.Dict[str, t.Any]:
 
 
 def _plain(option: t.Mapping[str, t.Any]) -> t.Dict[str, t.Any]:
-    wanted = ("type", "elements", "choices", "default", "required", "aliases")
-    plain = {key: option[key] for key in wanted if key in option}
+    keys = ("type", "elements", "choices", "default", "required", "aliases")
+    plain = {key: option[key] for key in keys if key in option}
     if "suboptions" in option:
-        plain["options"] = {key: _plain(one) for key, one in option["suboptions"].items()}
+        plain["options"] = {
+            key: _plain(suboption) for key, suboption in option["suboptions"].items()
+        }
     return plain
 
 
@@ -112,30 +114,30 @@ def _tasks(data: t.Any) -> t.Iterator[t.Dict[str, t.Any]]:
             yield from _tasks(item.get(key))
 
 
-def test_options_and_variables_are_those_of_the_modules_and_roles():
-    """In what is not run, too. Templates are left out, for what comes of them is not known here."""
-    seen = 0
+def test_options_and_variables_are_valid():
+    """Examples that are not run are included. Templates are omitted, since their values are unknown here."""
+    validated = 0
     for block in BLOCKS:
         if block.language != "yaml":
             continue
         data = block.data
         for task in _tasks(data):
-            given = [("module", key, task[key] or {}) for key in task if key.startswith(OURS)]
-            if str(task.get("role", "")).startswith(OURS):
+            given = [("module", key, task[key] or {}) for key in task if key.startswith(PREFIX)]
+            if str(task.get("role", "")).startswith(PREFIX):
                 given.append(("role", task["role"], task.get("vars", {})))
             for kind, name, values in given:
-                specs = specification(kind, name.removeprefix(OURS))
+                specs = specification(kind, name.removeprefix(PREFIX))
                 plain = {key: value for key, value in values.items() if "{{" not in str(value)}
                 for key in set(values) - set(plain):
                     del specs[key]
                 errors = ArgumentSpecValidator(specs).validate(plain).error_messages
                 assert errors == [], block
-                seen += 1
+                validated += 1
         variables = data if isinstance(data, dict) else {}
         for role in ("prepare", "prune", "report"):
-            mine = {key: one for key, one in variables.items() if key.startswith(f"{role}_")}
-            if mine:
+            of_role = {key: value for key, value in variables.items() if key.startswith(f"{role}_")}
+            if of_role:
                 validator = ArgumentSpecValidator(specification("role", role))
-                assert validator.validate(mine).error_messages == [], block
-                seen += 1
-    assert seen > 20
+                assert validator.validate(of_role).error_messages == [], block
+                validated += 1
+    assert validated > 20

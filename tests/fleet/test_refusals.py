@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the roles refuse before they read or write anything."""
+"""The roles reject invalid variables before they read or write anything."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/
 
 @pytest.fixture
 def refused(play: t.Any, lab: t.Any) -> t.Callable[..., t.List[str]]:
-    """refused(role, variables...): run a role on one host for each of these, in check mode and without it.
+    """refused(role, *cases): run a role on a host for each case, in check mode and without it.
 
-    It must fail on every host and change nothing; what it says, a text for each host.
+    The role must fail on every host and change nothing. Returns the error messages of each host.
     """
 
     def run(role: str, *cases: t.Mapping[str, t.Any]) -> t.List[str]:
@@ -39,18 +39,18 @@ def refused(play: t.Any, lab: t.Any) -> t.Callable[..., t.List[str]]:
     return run
 
 
-def test_misspelt_variables(refused: t.Any) -> None:
+def test_misspelt_variables_are_rejected(refused: t.Any) -> None:
     for role, names in (
         ("prepare", {"prepare_user": "prepare_users", "prepare_image": "prepare_images"}),
         ("prune", {"prune_unsed_for": "prune_unused_for"}),
         ("report", {"report_user": "report_users"}),
     ):
         outputs = refused(role, *({name: "x"} for name in names))
-        for (name, meant), output in zip(names.items(), outputs):
-            assert f"{name} (did you mean {meant}?)" in output
+        for (name, intended), output in zip(names.items(), outputs):
+            assert f"{name} (did you mean {intended}?)" in output
 
 
-def test_variables_of_another_role(refused: t.Any, play: t.Any) -> None:
+def test_unknown_variables_are_rejected_unless_ignored(refused: t.Any, play: t.Any) -> None:
     variables = {"prune_rosebushes": True, "prune_rootful": False, "prune_users": []}
     (output,) = refused("prune", variables)
     assert "prune_rosebushes" in output
@@ -58,10 +58,10 @@ def test_variables_of_another_role(refused: t.Any, play: t.Any) -> None:
     play("userns.storage.prune", {"all": {"hosts": {"one": {**LOCAL, **variables}}}})
 
 
-def test_users_who_do_not_exist(refused: t.Any, make_user: t.Any) -> None:
-    there = make_user(subordinate=0).name
+def test_missing_users_are_rejected(refused: t.Any, make_user: t.Any) -> None:
+    existing = make_user(subordinate=0).name
     names = ("zoe", "-zoe", "../zoe", "0")
-    outputs = refused("prepare", *({"prepare_users": [there, name]} for name in names))
+    outputs = refused("prepare", *({"prepare_users": [existing, name]} for name in names))
     outputs += refused(
         "prune",
         *({"prune_users": [name]} for name in names),
@@ -71,7 +71,7 @@ def test_users_who_do_not_exist(refused: t.Any, make_user: t.Any) -> None:
         assert f"no such user on this host: {name}." in output
 
 
-def test_mappings_that_cannot_be_read(refused: t.Any) -> None:
+def test_invalid_mappings_are_rejected(refused: t.Any) -> None:
     mappings = {
         "keep-it": "'keep-it'",
         "0:x:1": "'0:x:1'",
@@ -80,16 +80,16 @@ def test_mappings_that_cannot_be_read(refused: t.Any) -> None:
     }
     images = {"prepare_images": "localhost/nowhere:1"}
     outputs = refused("prepare", *({**images, "prepare_mappings": mapping} for mapping in mappings))
-    for named, output in zip(mappings.values(), outputs):
-        assert named in output
+    for quoted, output in zip(mappings.values(), outputs):
+        assert quoted in output
 
 
-def test_keys_that_storage_conf_cannot_have(refused: t.Any) -> None:
+def test_invalid_storage_conf_keys_are_rejected(refused: t.Any) -> None:
     (output,) = refused("prepare", {"prepare_storage_options": "overlay"})
     assert "overlay" in output
 
 
-def test_check_mode_without_the_modules_of_apt(play: t.Any, lab: t.Any) -> None:
+def test_check_mode_works_without_python_apt(play: t.Any, lab: t.Any) -> None:
     host = managed.Managed(lab, "debian13")
     assert host.machine.run(["python3", "-c", "import apt"], check=False).rc != 0
     variables = {**host.variables, "prepare_rootful": True}
@@ -100,7 +100,7 @@ def test_check_mode_without_the_modules_of_apt(play: t.Any, lab: t.Any) -> None:
         assert (recap["failed"], recap["changed"]) == (0, predicted), done.output
 
 
-def test_variables_of_other_services_do_not_concern_prepare(play: t.Any, lab: t.Any) -> None:
+def test_prepare_ignores_variables_of_other_services(play: t.Any, lab: t.Any) -> None:
     variables = {"prepare_install": False, "prepare_service": "absent", "service_port": 80}
     done = play("userns.storage.prepare", {"all": {"hosts": {"one": {**LOCAL, **variables}}}})
     assert "userns.storage.service : Check whether systemd runs" in done.output
