@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The report of a fleet: its figures, its page as a browser shows it, and its Markdown."""
+"""The report of a fleet: its totals, its page in a browser, and its Markdown."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from support import cores, fleets
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 VIA = "Failed to connect to the host via ssh"
 MOMENT = "25 November 2026, 03:00 UTC"
-NASTY = "<script>document.title='x'</script>\"'><img src=x onerror=alert(1)>|*`_[a](b)"
+HOSTILE_TEXT = "<script>document.title='x'</script>\"'><img src=x onerror=alert(1)>|*`_[a](b)"
 
-# Every text against what is behind it, by the formula of WCAG 2.
+# The lowest contrast of each kind of text with its background, by the formula of WCAG 2.
 CONTRAST = """
 const parse=c=>{const m=c.match(/[\\d.]+/g).map(Number);return m.length<4?[...m,1]:m};
 const light=c=>{const f=v=>{v/=255;return v<=.04045?v/12.92:((v+.055)/1.055)**2.4};
@@ -35,8 +35,8 @@ const ratio=(Math.max(a,b)+.05)/(Math.min(a,b)+.05);
 const key=e.tagName+"."+e.className;found[key]=Math.min(found[key]??99,ratio)}
 return found
 """
-# What sticks out of the window to the right.
-SPILLS = """
+# The elements that extend beyond the right edge of the window.
+OVERFLOWING = """
 const out=e=>e.checkVisibility()&&e.getBoundingClientRect().right>innerWidth+.1;
 return [...document.querySelectorAll("body *")].filter(out)
 .map(e=>e.tagName+"."+e.getAttribute("class")+" "+e.getBoundingClientRect().right+" "+e.textContent.slice(0,40))
@@ -58,7 +58,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> t.Dict[int, pathlib.Path]
 @pytest.mark.parametrize("width", [1280, 768, 390])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("count", [3, 500])
-def test_a_browser_shows_the_page(browser, pages, tmp_path, count, dark, width):
+def test_browser_displays_the_page(browser, pages, tmp_path, count, dark, width):
     browser.show(pages[count], width, 900, dark)
     opened = browser.run(
         "const e=document.querySelectorAll('details.host');"
@@ -66,7 +66,7 @@ def test_a_browser_shows_the_page(browser, pages, tmp_path, count, dark, width):
     )
     assert opened > 0
     assert browser.run("return document.querySelectorAll('.host').length") == count
-    assert browser.run(SPILLS) == []
+    assert browser.run(OVERFLOWING) == []
     assert browser.run("return document.documentElement.scrollWidth") == width
     assert browser.run("return performance.getEntriesByType('resource').length") == 0
     assert browser.complaints() == []
@@ -78,7 +78,7 @@ def test_a_browser_shows_the_page(browser, pages, tmp_path, count, dark, width):
     picture = tmp_path / "page.png"
     browser.picture(picture)
     assert picture.stat().st_size > 10_000
-    # Where one asks for them the pictures stay, to be looked at: USERNS_STORAGE_PICTURES=FOLDER.
+    # USERNS_STORAGE_PICTURES=FOLDER saves the pictures for inspection.
     keep = os.environ.get("USERNS_STORAGE_PICTURES")
     if keep:
         browser.run("for(const e of document.querySelectorAll('details'))e.open=false")
@@ -89,13 +89,13 @@ def test_a_browser_shows_the_page(browser, pages, tmp_path, count, dark, width):
 
 @pytest.fixture(scope="module")
 def axe() -> str:
-    """axe-core, which finds what keyboards and screen readers cannot use."""
+    """The source of axe-core, which finds accessibility problems."""
     return (cores.workshop().npm_package("axe-core", "4.14.1") / "axe.min.js").read_text()
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_everybody_can_use_the_page(browser, pages, axe, dark, width):
+def test_page_is_accessible(browser, pages, axe, dark, width):
     browser.show(pages[3], width, 900, dark)
     browser.run("for(const e of document.querySelectorAll('details'))e.open=true")
     found = browser.run(
@@ -106,18 +106,18 @@ def test_everybody_can_use_the_page(browser, pages, axe, dark, width):
     assert found["passed"] > 15
 
 
-def test_the_keyboard_opens_a_host_and_each_cell_names_its_column(browser, pages):
+def test_keyboard_opens_host_and_cells_have_labels(browser, pages):
     browser.show(pages[3], 390, 900)
     assert browser.run(
         "const s=document.querySelector('details.host>summary');s.focus();"
         "const focused=document.activeElement===s;s.click();return focused&&s.parentElement.open"
     )
-    # What the first column of a table's row says stands alone, all others have their column's name before them.
-    bare = browser.run(
+    # All cells except those in the first column display the name of their column before the value.
+    unlabelled = browser.run(
         "return [...document.querySelectorAll('td')].filter(e=>!e.dataset.of||e.dataset.of!=='image'&&"
         "getComputedStyle(e,'::before').content==='none').length"
     )
-    assert bare == 0
+    assert unlabelled == 0
     names = browser.run(
         "return [...document.querySelectorAll('.row .num .of')].map(e=>e.textContent)"
     )
@@ -138,12 +138,12 @@ def test_the_keyboard_opens_a_host_and_each_cell_names_its_column(browser, pages
         ({"a": 1}, "(dict)"),
     ],
 )  # fmt: skip
-def test_the_reason_for_an_unreachable_host_is_short(message, shown):
+def test_reason_for_unreachable_host_is_short(message, shown):
     facts = {"a": {"report_reached": {"unreachable": True, "msg": message}}}
     assert _fleet.fleet(["a"], facts).hosts[0].message == shown
 
 
-def test_the_chart_adds_up_and_each_host_has_its_bar(browser, pages):
+def test_chart_has_a_correct_bar_for_each_host(browser, pages):
     browser.show(pages[3], 1280, 900)
     facts = fleets.hostvars(3)
     fleet = _fleet.fleet(list(facts), facts)
@@ -166,45 +166,47 @@ def test_the_chart_adds_up_and_each_host_has_its_bar(browser, pages):
         assert item["mark"] == f"M{1000 * sums.recorded / top:.1f} 0v10"
 
 
-def test_the_search_hides_what_is_not_meant(browser, pages):
+def test_search_hides_other_hosts(browser, pages):
     browser.show(pages[500], 1280, 900)
-    look = (
+    search = (
         "const f=document.getElementById('search');f.value=arguments[0];f.dispatchEvent(new Event('input'));"
         "return [...document.querySelectorAll('.host')].filter(e=>e.checkVisibility())"
         ".map(e=>e.querySelector('.name').textContent)"
     )
-    assert browser.run(look, "NODE123") == ["node123.example.org"]
-    assert len(browser.run(look, "no route to host")) == 20
-    assert len(browser.run(look, "")) == 500
+    assert browser.run(search, "NODE123") == ["node123.example.org"]
+    assert len(browser.run(search, "no route to host")) == 20
+    assert len(browser.run(search, "")) == 500
 
 
-def test_names_are_texts_whatever_they_hold(browser, tmp_path):
+def test_names_are_escaped(browser, tmp_path):
     facts = fleets.hostvars(3)
-    name = next(name for name, one in facts.items() if "report_found" in one)
-    facts[NASTY] = facts.pop(name)
-    store = facts[NASTY]["report_found"]["results"][0]
-    store["report_store"] = NASTY
-    store["images"][0]["names"] = [NASTY]
-    store["images"][0]["problem"] = NASTY
-    for gc in facts[NASTY]["prune_collected"]["results"]:
-        gc["notes"] = [NASTY]
+    name = next(name for name, host in facts.items() if "report_found" in host)
+    facts[HOSTILE_TEXT] = facts.pop(name)
+    store = facts[HOSTILE_TEXT]["report_found"]["results"][0]
+    store["report_store"] = HOSTILE_TEXT
+    store["images"][0]["names"] = [HOSTILE_TEXT]
+    store["images"][0]["problem"] = HOSTILE_TEXT
+    for gc in facts[HOSTILE_TEXT]["prune_collected"]["results"]:
+        gc["notes"] = [HOSTILE_TEXT]
     page = tmp_path / "page.html"
-    page.write_text(fleet_report(list(facts), facts, "html", title=NASTY, moment=NASTY))
+    page.write_text(
+        fleet_report(list(facts), facts, "html", title=HOSTILE_TEXT, moment=HOSTILE_TEXT)
+    )
     browser.show(page, 1280, 900)
-    assert browser.run("return document.querySelector('h1').textContent") == NASTY
-    assert browser.run("return document.title") == NASTY
+    assert browser.run("return document.querySelector('h1').textContent") == HOSTILE_TEXT
+    assert browser.run("return document.title") == HOSTILE_TEXT
     assert browser.run(
         "return [document.scripts.length,document.images.length,document.links.length]"
     ) == [1, 0, 0]
     assert browser.complaints() == []
-    text = fleet_report(list(facts), facts, "markdown", title=NASTY)
+    text = fleet_report(list(facts), facts, "markdown", title=HOSTILE_TEXT)
     rows = [line for line in text.splitlines() if line.startswith("| \\<script")]
     assert len(rows) == 1
     assert rows[0].replace("\\|", "").count("|") == 9
 
 
 @pytest.mark.parametrize("count", [3, 500])
-def test_the_page_needs_nothing_but_itself(pages, count):
+def test_page_is_self_contained(pages, count):
     page = pages[count].read_text()
     for word in ("src=", "href=", "url(", "@import", "http:", "<link"):
         assert word not in page, word
@@ -212,28 +214,28 @@ def test_the_page_needs_nothing_but_itself(pages, count):
     assert len(page) < 8_000_000
 
 
-def test_every_host_keeps_its_row_in_the_markdown():
+def test_markdown_has_a_row_for_each_host():
     facts = fleets.hostvars(500)
     text = fleet_report(list(facts), facts, "markdown", moment=MOMENT)
-    for name, one in facts.items():
+    for name, host in facts.items():
         (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
-        if one["report_reached"].get("unreachable"):
+        if host["report_reached"].get("unreachable"):
             assert "**unreachable** ssh: No route to host (port 22)" in row
     assert len(text) < 200_000
 
 
-def test_the_totals_are_the_sums_of_what_was_gathered():
+def test_totals_are_the_sums_of_gathered_results():
     facts = fleets.hostvars(50)
     found = [
         item for host in facts.values() for item in host.get("report_found", {}).get("results", [])
     ]
-    whole = [item for item in found if "totals" in item]
+    complete = [item for item in found if "totals" in item]
     collected = [
         item
         for host in facts.values()
         for item in host.get("prune_collected", {}).get("results", [])
     ]
-    made = [
+    created = [
         item for host in facts.values() for item in host.get("prepare_made", {}).get("layers", [])
     ]
     totals = fleet_report(list(facts), facts, "totals")
@@ -241,20 +243,20 @@ def test_the_totals_are_the_sums_of_what_was_gathered():
         "hosts": 50,
         "hosts_unreachable": 2,
         "hosts_failed": 4,
-        "images": sum(len(item["images"]) for item in whole),
-        "mapped_layers": sum(item["totals"]["mapped"]["layers"] for item in whole),
-        "bytes_recorded": sum(item["totals"]["recorded"] for item in whole),
-        "bytes_on_disk": sum(item["totals"]["exclusive"] for item in whole),
-        "bytes_of_mapped_layers": sum(item["totals"]["mapped"]["exclusive"] for item in whole),
+        "images": sum(len(item["images"]) for item in complete),
+        "mapped_layers": sum(item["totals"]["mapped"]["layers"] for item in complete),
+        "bytes_recorded": sum(item["totals"]["recorded"] for item in complete),
+        "bytes_on_disk": sum(item["totals"]["exclusive"] for item in complete),
+        "bytes_of_mapped_layers": sum(item["totals"]["mapped"]["exclusive"] for item in complete),
         "bytes_reclaimable": sum(item["space_reclaimed"] for item in collected),
         "layers_reclaimable": sum(len(item["removed"]) for item in collected),
-        "layers_missing": sum(item["action"] == "created" for item in made),
+        "layers_missing": sum(item["action"] == "created" for item in created),
         "bytes_saved_by_sharing": 0,
     }
     assert totals["bytes_reclaimable"] > 0
 
 
-def test_states():
+def test_states_of_hosts_are_determined():
     facts: t.Dict[str, t.Any] = {
         "never": {},
         "silent": {"report_reached": {"ping": "pong"}},
@@ -295,6 +297,6 @@ def test_states():
         assert f">{name}<" in page
 
 
-def test_an_empty_fleet():
+def test_empty_fleet_is_reported():
     assert "0 of 0" in fleet_report([], {})
     assert fleet_report([], {}, "totals")["hosts"] == 0

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The roles on hosts of which not all are well, and on the rootful store's own storage.conf."""
+"""The roles on fleets with unreachable or failing hosts, and with the storage.conf of the rootful store."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/
 MAP = "0:100000:65536"
 
 
-def test_a_report_has_a_row_for_hosts_that_are_gone_or_broken(
+def test_report_has_rows_for_unreachable_and_failed_hosts(
     play, make_store, make_user, small_image, browser
 ):
     user = make_user()
-    mine = make_store("rootless-vfs", small_image, user=user)
+    user_store = make_store("rootless-vfs", small_image, user=user)
     store = make_store("vfs", small_image)
     store.podman(
         "create", "--name", "c", "--uidmap", MAP, "--gidmap", MAP, "localhost/small:1", "/bin/x"
     )
-    mine.podman(
+    user_store.podman(
         "create",
         "--uidmap",
         "0:0:1000",
@@ -36,7 +36,7 @@ def test_a_report_has_a_row_for_hosts_that_are_gone_or_broken(
         "localhost/small:1",
         "/bin/x",
     )
-    mine.podman("rm", "--all")
+    user_store.podman("rm", "--all")
     inventory = {
         "all": {
             "hosts": {
@@ -70,7 +70,7 @@ def test_a_report_has_a_row_for_hosts_that_are_gone_or_broken(
     assert "**failed** " in rows["broken"]
     assert "/nonexistent/python" in rows["broken"]
     assert "| ok |" in rows["well"]
-    # One in use, one not; one map is missing, and one image.
+    # One of the two layers is in use; one map and one image are missing.
     collected = text.partition("## Would be freed")[2].partition(
         "## Mapped layers missing for the next start"
     )[0]
@@ -85,7 +85,7 @@ def test_a_report_has_a_row_for_hosts_that_are_gone_or_broken(
     assert browser.complaints() == []
 
 
-def test_a_report_is_limited_and_only_predicted_in_check_mode(play, make_store, small_image):
+def test_report_respects_limit_and_writes_nothing_in_check_mode(play, make_store, small_image):
     store = make_store("vfs", small_image)
     inventory = {"all": {"hosts": {"one": {}, "two": {}}, "vars": {**LOCAL, "report_users": ""}}}
     done = play(
@@ -95,15 +95,15 @@ def test_a_report_is_limited_and_only_predicted_in_check_mode(play, make_store, 
     assert not list(done.folder.glob("userns-storage-report*"))
 
 
-def test_layers_are_collected_by_name_within_a_time_limit(play, make_store, small_image):
+def test_prune_removes_named_layers_within_time_limit(play, make_store, small_image):
     store = make_store("vfs", small_image)
     for number in (100000, 200000):
         mapped = f"0:{number}:65536"
         store.podman("create", "--uidmap", mapped, "--gidmap", mapped, small_image.name, "/bin/x")
     store.podman("rm", "--all")
     kept, named = store.mapped_layers(small_image.name)
-    wanted = {"prune_layers": named, "prune_min_age": "0", "prune_time_limit": "60"}
-    inventory = {"all": {"hosts": {"one": {**LOCAL, **wanted}}}}
+    variables = {"prune_layers": named, "prune_min_age": "0", "prune_time_limit": "60"}
+    inventory = {"all": {"hosts": {"one": {**LOCAL, **variables}}}}
     environ = dict(store.env())
     first, second = (
         play("userns.storage.prune", inventory, environ=environ).recap("one") for _run in range(2)
@@ -115,7 +115,7 @@ def test_layers_are_collected_by_name_within_a_time_limit(play, make_store, smal
 
 @pytest.fixture
 def etc_containers(lab: t.Any, tmp_path: pathlib.Path) -> t.Iterator[pathlib.Path]:
-    """A folder of this test's own in the place of /etc/containers; the laboratory's mounts are nobody else's."""
+    """An empty folder, mounted on /etc/containers in the laboratory only."""
     folder = tmp_path / "etc"
     folder.mkdir()
     subprocess.run(["mount", "--bind", str(folder), "/etc/containers"], check=True)
@@ -125,7 +125,7 @@ def etc_containers(lab: t.Any, tmp_path: pathlib.Path) -> t.Iterator[pathlib.Pat
 
 @pytest.fixture
 def empty_store(lab: t.Any, tmp_path: pathlib.Path) -> t.Iterator[pathlib.Path]:
-    """An empty folder in the place of /var/lib/containers."""
+    """An empty folder, mounted on /var/lib/containers in the laboratory only."""
     folder = tmp_path / "lib"
     folder.mkdir()
     pathlib.Path("/var/lib/containers").mkdir(exist_ok=True)
@@ -135,25 +135,25 @@ def empty_store(lab: t.Any, tmp_path: pathlib.Path) -> t.Iterator[pathlib.Path]:
 
 
 def prepare(
-    play: t.Callable[..., t.Any], *options: str, fails: bool = False, **wanted: t.Any
+    play: t.Callable[..., t.Any], *options: str, fails: bool = False, **variables: t.Any
 ) -> t.Any:
-    host = {**LOCAL, "prepare_install": False, **wanted}
+    host = {**LOCAL, "prepare_install": False, **variables}
     return play("userns.storage.prepare", {"all": {"hosts": {"one": host}}}, *options, fails=fails)
 
 
-def test_the_rootful_storage_conf_keeps_every_other_byte(play, etc_containers, empty_store):
+def test_rootful_storage_conf_keeps_all_other_bytes(play, etc_containers, empty_store):
     text = pathlib.Path("/usr/share/containers/storage.conf").read_text()
-    wanted = {"prepare_metacopy": True, "prepare_driver": "overlay"}
-    assert prepare(play, "--check", "--diff", **wanted).recap("one")["changed"] == 1
+    variables = {"prepare_metacopy": True, "prepare_driver": "overlay"}
+    assert prepare(play, "--check", "--diff", **variables).recap("one")["changed"] == 1
     assert list(etc_containers.iterdir()) == []
-    assert prepare(play, **wanted).recap("one")["changed"] == 1
-    made = (etc_containers / "storage.conf").read_text()
-    added = [line for line in made.splitlines() if line not in text.splitlines()]
+    assert prepare(play, **variables).recap("one")["changed"] == 1
+    written = (etc_containers / "storage.conf").read_text()
+    added = [line for line in written.splitlines() if line not in text.splitlines()]
     assert added == ['mountopt = "nodev,metacopy=on"'] or added == ['mountopt = "metacopy=on"']
-    assert prepare(play, **wanted).recap("one")["changed"] == 0
+    assert prepare(play, **variables).recap("one")["changed"] == 0
 
     (etc_containers / "storage.conf").write_text('# mine\n[storage]\n  driver = "overlay" # kept')
-    assert prepare(play, **wanted).recap("one")["changed"] == 1
+    assert prepare(play, **variables).recap("one")["changed"] == 1
     assert (etc_containers / "storage.conf").read_text() == (
         '# mine\n[storage]\n  driver = "overlay" # kept\n\n[storage.options.overlay]\nmountopt = "metacopy=on"\n'
     )
@@ -161,8 +161,8 @@ def test_the_rootful_storage_conf_keeps_every_other_byte(play, etc_containers, e
     assert backup.read_text() == '# mine\n[storage]\n  driver = "overlay" # kept'
 
 
-def test_a_driver_is_never_changed_under_a_store(play, etc_containers, empty_store):
-    # What podman leaves of a store with the driver vfs.
+def test_driver_of_existing_store_is_never_changed(play, etc_containers, empty_store):
+    # podman leaves these folders in a store with the driver vfs.
     (empty_store / "storage/vfs-layers").mkdir(parents=True)
     (empty_store / "storage/vfs-images").mkdir()
     done = prepare(play, fails=True, prepare_driver="overlay")
@@ -170,18 +170,18 @@ def test_a_driver_is_never_changed_under_a_store(play, etc_containers, empty_sto
     assert list(etc_containers.iterdir()) == []
 
 
-def test_a_hostile_user_costs_the_others_nothing(
+def test_hostile_users_do_not_stop_the_other_users(
     play: t.Any, lab: t.Any, make_user: t.Any, make_store: t.Any, small_image: t.Any
 ) -> None:
-    """The users with a pipe and an endless file in the place of storage.conf fail; the last one gets everything."""
+    """Users whose storage.conf is a pipe or an endless file fail; the last user gets everything."""
     hostile, user = [make_user(), make_user()], make_user()
-    for account, words in zip(hostile, (["mkfifo"], ["ln", "-s", "/dev/zero"])):
+    for account, command in zip(hostile, (["mkfifo"], ["ln", "-s", "/dev/zero"])):
         path = pathlib.Path(account.home) / ".config/containers/storage.conf"
         lab.machine.run(["mkdir", "-p", str(path.parent)], account=account)
-        lab.machine.run([*words, str(path)], account=account)
+        lab.machine.run([*command, str(path)], account=account)
     store = make_store("rootless-vfs", small_image, user=user)
     names = [account.name for account in (*hostile, user)]
-    # Other tests of the session may have left some.
+    # Other tests of the session may have left files.
     shutil.rmtree("/etc/userns-storage", ignore_errors=True)
     try:
         done = prepare(
@@ -204,8 +204,8 @@ def test_a_hostile_user_costs_the_others_nothing(
     assert done.recap("one")["failed"] == 1
     assert_ends_with_failures(done, "Fail if a store could not be prepared", hostile, user)
 
-    wanted = {"prune_users": names, "prune_max_copies_per_image": "0", "prune_min_age": "0"}
-    hosts = {"all": {"hosts": {"one": {**LOCAL, "prune_rootful": False, **wanted}}}}
+    variables = {"prune_users": names, "prune_max_copies_per_image": "0", "prune_min_age": "0"}
+    hosts = {"all": {"hosts": {"one": {**LOCAL, "prune_rootful": False, **variables}}}}
     done = play("userns.storage.prune", hosts, fails=True)
     assert layer not in store.layer_ids()
     assert_ends_with_failures(done, "Fail if one of several stores failed", hostile, user)
@@ -214,56 +214,58 @@ def test_a_hostile_user_costs_the_others_nothing(
 def assert_ends_with_failures(
     done: t.Any, task: str, hostile: t.Sequence[t.Any], user: t.Any
 ) -> None:
-    """The last task tells of each hostile user, and not of the other one."""
+    """Assert that the last task reports each hostile user, and not the other user."""
     ending = done.output.rpartition(task)[2]
     for account in hostile:
         assert f"For {account.name}: " in ending
     assert f"For {user.name}: " not in ending
 
 
-def test_an_additional_store_ships_images_with_their_layers(
+def test_additional_store_provides_images_with_mapped_layers(
     play, lab, etc_containers, empty_store, small_image
 ):
     policy = etc_containers / "policy.json"
     policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-    place = lab.folder(0o755) / "images"
-    name = hashlib.sha256(str(place).encode()).hexdigest()[:8]
+    graphroot = lab.folder(0o755) / "images"
+    name = hashlib.sha256(str(graphroot).encode()).hexdigest()[:8]
     crio = pathlib.Path(f"/etc/crio/crio.conf.d/50-userns-storage-{name}.conf")
     archive = lab.folder(0o755) / "small.tar"
     lab.machine.run(["skopeo", "copy", "-q", small_image.source, f"oci-archive:{archive}"])
-    wanted = {
-        "prepare_additional_store": str(place),
-        "prepare_additional_store_runroot": str(place.parent / "run"),
+    variables = {
+        "prepare_additional_store": str(graphroot),
+        "prepare_additional_store_runroot": str(graphroot.parent / "run"),
         "prepare_additional_store_readers": "podman\ncri-o 1.36.3",
         "prepare_images": f"localhost/small:1=oci-archive:{archive}",
         "prepare_mappings": MAP,
         "prepare_force": True,
     }
-    prepare(play, "--check", **wanted)
-    assert not place.exists()
+    prepare(play, "--check", **variables)
+    assert not graphroot.exists()
     assert list(etc_containers.iterdir()) == [policy]
     assert not crio.exists()
-    prepare(play, **wanted)
-    again = prepare(play, **wanted)
-    assert again.recap("one")["changed"] == 0, again.output
-    # The rootful store itself gets nothing.
+    prepare(play, **variables)
+    repeated = prepare(play, **variables)
+    assert repeated.recap("one")["changed"] == 0, repeated.output
+    # The rootful store itself gets no image.
     assert not (empty_store / "storage/overlay-images/images.json").exists()
-    assert f'storage_option = ["overlay.imagestore={place}"]' in crio.read_text()
-    assert f'additionalimagestores = ["{place}"]' in (etc_containers / "storage.conf").read_text()
+    assert f'storage_option = ["overlay.imagestore={graphroot}"]' in crio.read_text()
+    assert (
+        f'additionalimagestores = ["{graphroot}"]' in (etc_containers / "storage.conf").read_text()
+    )
     shown = lab.machine.run(["podman", "images", "--format", "{{.Repository}} {{.ReadOnly}}"])
     assert shown.stdout == "localhost/small true\n"
-    # Both programs write this map in the same form.
-    (images,) = place.glob("overlay-images/images.json")
+    # Both readers use the same form of this map.
+    (images,) = graphroot.glob("overlay-images/images.json")
     (record,) = json.loads(images.read_text())
     assert len(record["mapped-layers"]) == 1
 
-    prepare(play, **{**wanted, "prepare_additional_store_state": "absent"})
+    prepare(play, **{**variables, "prepare_additional_store_state": "absent"})
     assert not crio.exists()
     assert "additionalimagestores = []" in (etc_containers / "storage.conf").read_text()
     assert images.exists()
 
 
-def test_readers_of_an_additional_store_are_checked_first(play, etc_containers):
+def test_readers_of_additional_store_are_checked_first(play, etc_containers):
     done = prepare(
         play,
         fails=True,
@@ -274,7 +276,7 @@ def test_readers_of_an_additional_store_are_checked_first(play, etc_containers):
     assert list(etc_containers.iterdir()) == []
 
 
-# Holds the socket of the user's systemd without ever answering, and stops all that asks there.
+# Listens on the socket of the user's systemd without responding, and stops each systemctl process.
 STOPPER = """
 import os, signal, socket, sys
 os.makedirs(os.path.dirname(sys.argv[1]), exist_ok=True)
@@ -293,12 +295,12 @@ while True:
 """
 
 
-def test_a_user_who_stops_systemctl(
+def test_play_ends_if_user_stops_systemctl(
     play: t.Any, lab: t.Any, make_user: t.Any, tmp_path: pathlib.Path
 ) -> None:
-    """Root's play ends, with an error."""
+    """Root's play ends with an error."""
     user = make_user()
-    wanted = {
+    variables = {
         "service_state": "present",
         "service_job": "collect",
         "service_store": user.name,
@@ -307,12 +309,12 @@ def test_a_user_who_stops_systemctl(
         "service_linger": False,
     }
     role = {"name": "userns.storage.service"}
-    tasks = [{"name": "Install", "ansible.builtin.include_role": role, "vars": wanted}]
+    tasks = [{"name": "Install", "ansible.builtin.include_role": role, "vars": variables}]
     (tmp_path / "play.json").write_text(
         json.dumps([{"hosts": "all", "gather_facts": False, "tasks": tasks}])
     )
-    words = ["/usr/bin/python3", "-c", STOPPER, f"/run/user/{user.uid}/systemd/private"]
-    stopper = lab.machine.popen(words, account=user, env={}, stdout=subprocess.PIPE)
+    command = ["/usr/bin/python3", "-c", STOPPER, f"/run/user/{user.uid}/systemd/private"]
+    stopper = lab.machine.popen(command, account=user, env={}, stdout=subprocess.PIPE)
     try:
         assert stopper.stdout.readline() == b"ready\n"
         hosts = {"all": {"hosts": {"one": LOCAL}}}
@@ -329,8 +331,8 @@ def test_a_user_who_stops_systemctl(
     assert done.recap("one")["failed"] == 1
 
 
-def test_tags_select_the_steps(play, make_store, make_user, small_image):
-    """First the images of a user, then the layers, then the removal of these; the checks run each time."""
+def test_tags_select_steps(play, make_store, make_user, small_image):
+    """The tags select a user's images, then their layers, then the removal of the layers; the checks always run."""
     user = make_user()
     store = make_store("rootless-overlay", user=user)
     variables = {
@@ -353,9 +355,9 @@ def test_tags_select_the_steps(play, make_store, make_user, small_image):
     assert store.mapped_layers(small_image.name) == []
     done = run("prepare", "layers")
     assert f"{user.name}: " in done.output
-    (made,) = store.mapped_layers(small_image.name)
+    (created,) = store.mapped_layers(small_image.name)
     run("prune", "service")
-    assert store.mapped_layers(small_image.name) == [made]
+    assert store.mapped_layers(small_image.name) == [created]
     run("prune", "layers")
     assert store.mapped_layers(small_image.name) == []
     done = run("prepare", "service", fails=True, prepare_user=user.name)

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A host on which systemd runs keeps itself ready, as the roles prepare and prune have told it to."""
+"""The service that the roles prepare and prune install on a host with systemd creates and removes layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "localhost/app:1"
 MAP = "0:100000:65536"
 
 
-class Site:
+class SystemdHost:
     """A managed host with systemd, on which alice has a session."""
 
     def __init__(self, lab: t.Any) -> None:
@@ -34,18 +34,18 @@ class Site:
         self.machine.run(["useradd", "-m", "-d", home, "alice"])
         uid = self.machine.run(["id", "-u", "alice"]).stdout.strip()
         self.machine.run(["systemctl", "start", f"user@{uid}.service"])
-        self.rootful = Place(self.machine, "vfs", "/var/lib/containers/storage", MAP)
-        store = f"{home}/.local/share/containers/storage"
-        self.rootless = Place(self.machine, "overlay", store, "keep-id", uid, home)
+        self.rootful = HostStore(self.machine, "vfs", "/var/lib/containers/storage", MAP)
+        graphroot = f"{home}/.local/share/containers/storage"
+        self.rootless = HostStore(self.machine, "overlay", graphroot, "keep-id", uid, home)
 
     @property
-    def places(self) -> t.Tuple[Place, Place]:
+    def stores(self) -> t.Tuple[HostStore, HostStore]:
         """Root's store and alice's."""
         return self.rootful, self.rootless
 
 
-class Place:
-    """One store of the site, with its owner's systemd."""
+class HostStore:
+    """A store of the host, with the systemd manager of its owner."""
 
     def __init__(
         self,
@@ -73,21 +73,21 @@ class Place:
             for name, kind in (("ready", "path"), ("ready", "timer"), ("collect", "timer"))
         ]
 
-    def run(self, *words: str, check: bool = True) -> t.Any:
+    def run(self, *arguments: str, check: bool = True) -> t.Any:
         """Run a program as the owner."""
-        return self.machine.run([*self._prefix, *words], check=check)
+        return self.machine.run([*self._prefix, *arguments], check=check)
 
-    def systemctl(self, *words: str) -> str:
-        """What the owner's systemd answers."""
-        return str(self.run("systemctl", *self._scope, *words, check=False).stdout.strip())
+    def systemctl(self, *arguments: str) -> str:
+        """The output of systemctl for the owner's manager."""
+        return str(self.run("systemctl", *self._scope, *arguments, check=False).stdout.strip())
 
     def verify(self, *units: str) -> str:
-        """What systemd does not like about these units."""
-        words = ["systemd-analyze", *self._scope, "verify", "--man=no", *units]
-        return str(self.run(*words, check=False).stderr)
+        """The warnings of systemd-analyze about units."""
+        command = ["systemd-analyze", *self._scope, "verify", "--man=no", *units]
+        return str(self.run(*command, check=False).stderr)
 
     def mapped(self) -> t.List[str]:
-        """IDs of the mapped layers of the image with the name."""
+        """The IDs of the mapped layers of the image with the name."""
         path = pathlib.Path(f"{self.machine.root}{self.graphroot}/{self.driver}-images/images.json")
         images = json.loads(path.read_text())
         (image,) = (item for item in images if NAME in item.get("names", ()))
@@ -98,40 +98,40 @@ class Place:
         unshare = ["podman", "unshare"] if self._scope else []
         self.run(*unshare, "skopeo", "copy", "-q", image.source, f"containers-storage:{name}")
 
-    def wait_for_a_layer(self) -> str:
-        """The mapped layer that the host makes by itself."""
-        wait_until(self.mapped, describe=self.said, pause=0.2)
+    def wait_for_layer(self) -> str:
+        """Wait until the host has created a mapped layer; returns its ID."""
+        wait_until(self.mapped, describe=self.journal, pause=0.2)
         (layer,) = self.mapped()
         return layer
 
-    def said(self) -> str:
-        """What the journal has of the service."""
-        # Root asks for everybody; --user-unit would mean root's own.
+    def journal(self) -> str:
+        """The journal entries of the service."""
+        # Root reads the journal of all users; --user-unit would select root's own units.
         field = "USER_UNIT" if self._scope else "UNIT"
         match = [f"{field}={self.service}", "+", f"_SYSTEMD_{field}={self.service}"]
         return str(self.machine.run(["journalctl", "--no-pager", "-o", "cat", *match]).stdout)
 
     def runs(self) -> int:
-        """How often the service was started."""
-        return self.said().count(f"Starting {self.service}")
+        """The number of times the service was started."""
+        return self.journal().count(f"Starting {self.service}")
 
     def wait_until_done(self) -> None:
-        """Wait until the service does not run."""
+        """Wait until the service is not running."""
         wait_until(
             lambda: self.systemctl("is-active", self.service) == "inactive",
-            describe=self.said,
+            describe=self.journal,
             pause=0.2,
         )
 
-    def assert_starts_without_a_copy(self, layer: str) -> None:
-        """podman creates a container on that layer, and makes no other."""
+    def assert_no_copy_at_start(self, layer: str) -> None:
+        """Assert that podman creates a container with that layer and no other layer."""
         self.run("podman", "create", *self.options, NAME, "x")
         assert self.mapped() == [layer]
 
 
 @pytest.fixture(scope="module")
-def site(lab: t.Any) -> Site:
-    return Site(lab)
+def systemd_host(lab: t.Any) -> SystemdHost:
+    return SystemdHost(lab)
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,8 @@ def versions(lab: t.Any) -> t.List[images.Image]:
     ]
 
 
-def test_it_keeps_itself_ready(
-    play: t.Any, site: Site, versions: t.List[images.Image], tmp_path: pathlib.Path
+def test_service_creates_layers_of_new_images(
+    play: t.Any, systemd_host: SystemdHost, versions: t.List[images.Image], tmp_path: pathlib.Path
 ) -> None:
     both = tmp_path / "both.yml"
     jobs: t.List[t.Tuple[str, Json]] = [
@@ -159,7 +159,7 @@ def test_it_keeps_itself_ready(
         )
     )
     variables = {
-        **site.variables,
+        **systemd_host.variables,
         "ansible_pipelining": True,
         "prepare_install": False,
         "prepare_images": f"{NAME}={versions[0].source}",
@@ -169,72 +169,72 @@ def test_it_keeps_itself_ready(
     }
     inventory = {"all": {"hosts": {"host": variables}}}
     done = play(both, inventory)
-    for place in site.places:
-        unit = place.service.replace(".service", ".path")
-        file = f"{place.graphroot}/{place.driver}-images/images.json"
-        assert f"{place.owner}: {unit} watches {file} and creates the layers of" in done.output
+    for store in systemd_host.stores:
+        unit = store.service.replace(".service", ".path")
+        file = f"{store.graphroot}/{store.driver}-images/images.json"
+        assert f"{store.owner}: {unit} watches {file} and creates the layers of" in done.output
     assert play(both, inventory).recap("host")["changed"] == 0
-    first = {place.owner: place.mapped() for place in site.places}
+    first = {store.owner: store.mapped() for store in systemd_host.stores}
     assert [len(layers) for layers in first.values()] == [1, 1]
-    for place in site.places:
-        for unit in place.units:
-            assert place.systemctl("is-active", unit) == "active"
-            assert place.systemctl("is-enabled", unit) == "enabled"
-        assert place.verify(*place.units, place.service, place.collector) == ""
-        # After a boot it waits for containers that are created at each start.
-        collect = place.collector.replace(".service", ".timer")
-        assert place.systemctl("show", "--property=Persistent", "--value", collect) == "no"
-        after = place.systemctl("show", "--property=TimersMonotonic", "--value", collect)
+    for store in systemd_host.stores:
+        for unit in store.units:
+            assert store.systemctl("is-active", unit) == "active"
+            assert store.systemctl("is-enabled", unit) == "enabled"
+        assert store.verify(*store.units, store.service, store.collector) == ""
+        # After a boot, the timer waits for containers that are created at each start.
+        collect = store.collector.replace(".service", ".timer")
+        assert store.systemctl("show", "--property=Persistent", "--value", collect) == "no"
+        after = store.systemctl("show", "--property=TimersMonotonic", "--value", collect)
         assert "OnActiveUSec=1h ;" in after
-        place.wait_until_done()
-        # On a slow machine its time would come within this test; from here on only changes start a run.
-        place.systemctl("stop", place.timer)
-        place.wait_until_done()
-    runs = {place.owner: place.runs() for place in site.places}
+        store.wait_until_done()
+        # On a slow machine the timer would elapse during this test; from here on only changes start a run.
+        store.systemctl("stop", store.timer)
+        store.wait_until_done()
+    runs = {store.owner: store.runs() for store in systemd_host.stores}
 
-    # A new version under the same name.
-    for place in site.places:
-        place.load(versions[1])
-    for place in site.places:
-        layer = place.wait_for_a_layer()
-        assert [layer] != first[place.owner]
-        place.assert_starts_without_a_copy(layer)
-        assert f"{place.owner}: created layer {layer[:12]} of {NAME} for " in place.said()
-        place.wait_until_done()
-    # Its own change of the images starts no run.
-    second = {place.owner: place.runs() for place in site.places}
+    # A new version gets the same name.
+    for store in systemd_host.stores:
+        store.load(versions[1])
+    for store in systemd_host.stores:
+        layer = store.wait_for_layer()
+        assert [layer] != first[store.owner]
+        store.assert_no_copy_at_start(layer)
+        assert f"{store.owner}: created layer {layer[:12]} of {NAME} for " in store.journal()
+        store.wait_until_done()
+    # The service's own change of the images starts no run.
+    second = {store.owner: store.runs() for store in systemd_host.stores}
     time.sleep(7)
-    assert {place.owner: place.runs() for place in site.places} == second
+    assert {store.owner: store.runs() for store in systemd_host.stores} == second
     assert all(second[owner] > runs[owner] for owner in runs)
 
-    # Retagged, among other changes.
-    for place in site.places:
-        place.load(versions[2], "localhost/other:1")
+    # The name is moved to another image, among other changes.
+    for store in systemd_host.stores:
+        store.load(versions[2], "localhost/other:1")
         for name in ("localhost/a:1", "localhost/b:1", NAME):
-            place.run("podman", "tag", "localhost/other:1", name)
-    for place in site.places:
-        layer = place.wait_for_a_layer()
-        place.assert_starts_without_a_copy(layer)
-        place.wait_until_done()
-        assert place.runs() > second[place.owner]
-        # When the policy's time has come, what is declared stays.
-        place.systemctl("start", place.collector)
-        assert place.systemctl("is-failed", place.collector) == "inactive"
-        assert place.mapped() == [layer]
+            store.run("podman", "tag", "localhost/other:1", name)
+    for store in systemd_host.stores:
+        layer = store.wait_for_layer()
+        store.assert_no_copy_at_start(layer)
+        store.wait_until_done()
+        assert store.runs() > second[store.owner]
+        # Garbage collection keeps the declared layers.
+        store.systemctl("start", store.collector)
+        assert store.systemctl("is-failed", store.collector) == "inactive"
+        assert store.mapped() == [layer]
 
-    for place in site.places:
-        place.systemctl("start", place.timer)
-    # Taken away again.
-    gone = {**variables, "prepare_service": "absent", "prune_schedule": "absent"}
-    inventory = {"all": {"hosts": {"host": gone}}}
+    for store in systemd_host.stores:
+        store.systemctl("start", store.timer)
+    # Uninstall the service.
+    absent = {**variables, "prepare_service": "absent", "prune_schedule": "absent"}
+    inventory = {"all": {"hosts": {"host": absent}}}
     assert play(both, inventory, "--check").recap("host")["changed"] > 0
-    for place in site.places:
-        assert {place.systemctl("is-active", unit) for unit in place.units} == {"active"}
+    for store in systemd_host.stores:
+        assert {store.systemctl("is-active", unit) for unit in store.units} == {"active"}
     play(both, inventory)
-    for place in site.places:
-        assert {place.systemctl("is-active", unit) for unit in place.units} == {"inactive"}
-    left = site.machine.run(["find", "/etc/systemd", "-name", "userns-storage*"]).stdout
+    for store in systemd_host.stores:
+        assert {store.systemctl("is-active", unit) for unit in store.units} == {"inactive"}
+    left = systemd_host.machine.run(["find", "/etc/systemd", "-name", "userns-storage*"]).stdout
     assert left == ""
-    root = pathlib.Path(site.machine.root)
+    root = pathlib.Path(systemd_host.machine.root)
     assert not (root / "usr/local/libexec/userns-storage").exists()
     assert not (root / "etc/userns-storage").exists()

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The layouts of the role prepare that need no copy.
 
-`shared`: images, mounts, units; and all of it taken away again. `mapped`: images whose own layers carry the map.
+`shared`: images, mounts and units are created and removed. `mapped`: the own layers of images carry the map.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ STORES = pathlib.Path("/var/lib/userns-storage.service")
 
 
 def units():
-    """Paths of our units, and the links that enable them."""
+    """The paths of the collection's units, and of the links that enable them."""
     return sorted(str(path.relative_to(UNITS)) for path in UNITS.rglob("userns-storage*"))
 
 
-def test_the_shared_layout(play, lab, make_store, make_user, small_image):
-    # Other tests of the session may have left some.
+def test_shared_layout_is_created_and_removed(play, lab, make_store, make_user, small_image):
+    # Other tests of the session may have left units and stores.
     for name in units():
         (UNITS / name).unlink()
     mounts.detach_all(str(STORES))
@@ -97,7 +97,7 @@ def test_the_shared_layout(play, lab, make_store, make_user, small_image):
     assert play(playbook, inventory).recap("host")["changed"] == 0
 
 
-def test_the_mapped_layout(play, make_store, make_user, small_image):
+def test_mapped_layout_needs_no_copy(play, make_store, make_user, small_image):
     users = [make_user(), make_user()]
     # The first user has the image already, without a map.
     stores = [
@@ -106,7 +106,7 @@ def test_the_mapped_layout(play, make_store, make_user, small_image):
     ]
     plain = stores[0].layers()
 
-    def prepared(fails=False, **more):
+    def run_prepare(fails=False, **more):
         variables = {
             **LOCAL,
             "prepare_install": False,
@@ -124,18 +124,18 @@ def test_the_mapped_layout(play, make_store, make_user, small_image):
         {"prepare_mappings": "keep-id\n0:100000:65536"},
         {"prepare_pull": "never"},
     ):
-        refused = prepared(fails=True, **wrong)
+        refused = run_prepare(fails=True, **wrong)
         assert refused.recap("host")["failed"] == 1
         assert "prepare_layout: mapped needs one mapping with fixed IDs" in refused.output
         assert stores[1].images() == []
 
-    refused = prepared(fails=True)
+    refused = run_prepare(fails=True)
     assert refused.recap("host")["failed"] == 1
     assert f"For {users[0].name}: " in refused.output
     assert "convert: true" in refused.output
     assert stores[0].layers() == plain
 
-    done = prepared(prepare_convert=True)
+    done = run_prepare(prepare_convert=True)
     assert done.recap("host")["failed"] == 0
     for user, store in zip(users, stores):
         layers = store.layer_ids()
@@ -143,4 +143,4 @@ def test_the_mapped_layout(play, make_store, make_user, small_image):
         answer = store.run(small_image.name, "id", "-u", args=("--userns=keep-id",))
         assert answer.strip() == str(user.uid)
         assert store.layer_ids() == layers
-    assert prepared(prepare_convert=True).recap("host")["changed"] == 0
+    assert run_prepare(prepare_convert=True).recap("host")["changed"] == 0

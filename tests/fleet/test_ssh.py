@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The modules on a managed host that is reached by ssh, in each way that Ansible has to run them there."""
+"""The modules on a managed host that is reached by ssh, with each method by which Ansible runs modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if t.TYPE_CHECKING:
 
 Json = t.Dict[str, t.Any]
 MAP = "0:100000:65536"
-# Some thirty jobs of a walk.
+# About thirty jobs of a tree walk.
 FILES = 4500
 
 
@@ -41,7 +41,7 @@ def _mitogen() -> t.Dict[str, str]:
     return {"ANSIBLE_STRATEGY": "mitogen_linear", "ANSIBLE_STRATEGY_PLUGINS": str(folder)}
 
 
-WAYS = {
+METHODS = {
     "pipelining": {"ANSIBLE_PIPELINING": "true"},
     "files": {"ANSIBLE_PIPELINING": "false"},
     "mitogen": _mitogen(),
@@ -56,22 +56,22 @@ def remote(lab: Lab) -> managed.Managed:
 
 @pytest.fixture(scope="module")
 def inventory(lab: Lab, remote: managed.Managed) -> pathlib.Path:
-    """That host, for Ansible."""
+    """An inventory with that host."""
     return managed.inventory(lab.folder(), [remote])
 
 
 @pytest.fixture
 def store(lab: Lab, remote: managed.Managed) -> t.Iterator[Store]:
-    """A rootful store on it."""
+    """A rootful store on that host."""
     made = Store(lab, "vfs", machine=remote.machine)
     yield made
     made.close()
 
 
-@pytest.fixture(params=sorted(WAYS))
-def way(request: pytest.FixtureRequest) -> t.Dict[str, str]:
-    """Ansible's settings for one way to run a module."""
-    return WAYS[request.param]
+@pytest.fixture(params=sorted(METHODS))
+def method(request: pytest.FixtureRequest) -> t.Dict[str, str]:
+    """Ansible's settings for a method of running modules."""
+    return METHODS[request.param]
 
 
 def _environ(lab: Lab, home: pathlib.Path, tree: t.Optional[pathlib.Path] = None) -> Json:
@@ -81,13 +81,15 @@ def _environ(lab: Lab, home: pathlib.Path, tree: t.Optional[pathlib.Path] = None
         "HOME": str(home),
         "ANSIBLE_COLLECTIONS_PATH": str(tree or lab.tree),
         "ANSIBLE_NOCOLOR": "1",
-        # mitogen does not look at the inventory's options of ssh for that.
+        # mitogen ignores the ssh options of the inventory that disable host key checking.
         "ANSIBLE_HOST_KEY_CHECKING": "false",
     }
 
 
-def test_integration_targets(way: t.Dict[str, str], lab: Lab, inventory: pathlib.Path) -> None:
-    """All but that of the role prepare, which molecule's scenarios run by ssh."""
+def test_integration_targets_succeed(
+    method: t.Dict[str, str], lab: Lab, inventory: pathlib.Path
+) -> None:
+    """All targets except that of the role prepare, which the molecule scenarios run by ssh."""
     folder = lab.folder()
     play = {
         "hosts": "all",
@@ -100,14 +102,14 @@ def test_integration_targets(way: t.Dict[str, str], lab: Lab, inventory: pathlib
     environ["ANSIBLE_ROLES_PATH"] = str(
         lab.tree / "ansible_collections/userns/storage/tests/integration/targets"
     )
-    words = ["ansible-playbook", "-i", str(inventory), "play.json"]
-    done = lab.machine.run(words, env={**environ, **way}, cwd=str(folder), check=False)
+    command = ["ansible-playbook", "-i", str(inventory), "play.json"]
+    done = lab.machine.run(command, env={**environ, **method}, cwd=str(folder), check=False)
     assert done.rc == 0, done.stdout + done.stderr
     assert "failed=0" in done.stdout
 
 
-def test_becoming_an_ordinary_user(
-    way: t.Dict[str, str],
+def test_becoming_an_ordinary_user_works(
+    method: t.Dict[str, str],
     lab: Lab,
     remote: managed.Managed,
     inventory: pathlib.Path,
@@ -128,7 +130,7 @@ def test_becoming_an_ordinary_user(
             lab,
             [task, task],
             inventory=str(inventory),
-            environ={**way, **_environ(lab, lab.folder())},
+            environ={**method, **_environ(lab, lab.folder())},
         )
         first, second = results
         assert [item["action"] for item in first["layers"]] == ["created"], first
@@ -140,14 +142,16 @@ def test_becoming_an_ordinary_user(
         store.close()
 
 
-def _asked(store: Store, image: Image) -> Json:
+def _module_args(store: Store, image: Image) -> Json:
     return {**store.module_args(), "images": image.name, "uidmap": [MAP]}
 
 
-def test_async(lab: Lab, inventory: pathlib.Path, store: Store, small_image: Image) -> None:
+def test_async_task_succeeds(
+    lab: Lab, inventory: pathlib.Path, store: Store, small_image: Image
+) -> None:
     store.load(small_image)
     task = {
-        "userns.storage.layer_template": _asked(store, small_image),
+        "userns.storage.layer_template": _module_args(store, small_image),
         "async": 120,
         "poll": 1,
     }
@@ -156,8 +160,8 @@ def test_async(lab: Lab, inventory: pathlib.Path, store: Store, small_image: Ima
 
 
 @pytest.fixture(scope="module")
-def slow(lab: Lab) -> pathlib.Path:
-    """Where the collection is found that takes its time."""
+def slow_collection(lab: Lab) -> pathlib.Path:
+    """The search path with a copy of the collection that works slowly."""
     return paces.slow_collection(lab, 1)
 
 
@@ -168,14 +172,14 @@ def project(
     store: Store,
     many_files_image: t.Callable[[int], Image],
 ) -> t.Tuple[str, pathlib.Path]:
-    """The name of an image in the store, and where a play for it is."""
+    """The name of an image in the store, and the folder with a play for it."""
     image = many_files_image(FILES)
     store.load(image)
     folder = lab.folder()
     (folder / "project").mkdir()
     (folder / "inventory").mkdir()
     shutil.copy(inventory, folder / "inventory/hosts.json")
-    task = {"userns.storage.layer_template": _asked(store, image)}
+    task = {"userns.storage.layer_template": _module_args(store, image)}
     play = {"hosts": "all", "gather_facts": False, "tasks": [task]}
     (folder / "project/play.json").write_text(json.dumps([play]))
     return image.name, folder
@@ -185,14 +189,14 @@ def _playbook(folder: pathlib.Path) -> t.List[str]:
     return ["ansible-playbook", "-i", "inventory/hosts.json", "project/play.json"]
 
 
-def test_progress_is_shown_beside_the_results(
+def test_progress_is_displayed_beside_the_results(
     lab: Lab,
     store: Store,
-    slow: pathlib.Path,
+    slow_collection: pathlib.Path,
     project: t.Tuple[str, pathlib.Path],
 ) -> None:
     image, folder = project
-    environ = {**_environ(lab, folder, slow), **WAYS["pipelining"]}
+    environ = {**_environ(lab, folder, slow_collection), **METHODS["pipelining"]}
     done = lab.machine.run(_playbook(folder), env=environ, cwd=str(folder))
     lines = [line for line in done.stderr.splitlines() if line.startswith("debian13 | ")]
     assert lines
@@ -204,33 +208,33 @@ def test_progress_is_shown_beside_the_results(
     assert len(store.mapped_layers(image)) == 1
 
 
-def test_progress_leaves_a_callback_its_json(
+def test_progress_does_not_change_json_of_a_callback(
     lab: Lab,
     collections_path: str,
-    slow: pathlib.Path,
+    slow_collection: pathlib.Path,
     project: t.Tuple[str, pathlib.Path],
 ) -> None:
     image, folder = project
-    environ = _environ(lab, folder, slow)
+    environ = _environ(lab, folder, slow_collection)
     environ["ANSIBLE_COLLECTIONS_PATH"] += os.pathsep + collections_path
     environ["ANSIBLE_STDOUT_CALLBACK"] = "ansible.posix.json"
     done = lab.machine.run(_playbook(folder), env=environ, cwd=str(folder))
     assert f"; now {image} for {MAP}: " in done.stderr
-    told = json.loads(done.stdout)
-    assert told["stats"]["debian13"]["changed"] == 1
-    (task,) = told["plays"][0]["tasks"]
+    output = json.loads(done.stdout)
+    assert output["stats"]["debian13"]["changed"] == 1
+    (task,) = output["plays"][0]["tasks"]
     assert [item["action"] for item in task["hosts"]["debian13"]["layers"]] == ["created"]
 
 
-def test_progress_is_among_the_events_of_a_runner(
+def test_progress_is_in_the_events_of_ansible_runner(
     lab: Lab,
     store: Store,
-    slow: pathlib.Path,
+    slow_collection: pathlib.Path,
     project: t.Tuple[str, pathlib.Path],
 ) -> None:
     image, folder = project
-    words = ["ansible-runner", "run", str(folder), "-p", "play.json", "--ident", "1", "-q"]
-    lab.machine.run(words, env=_environ(lab, folder, slow))
+    command = ["ansible-runner", "run", str(folder), "-p", "play.json", "--ident", "1", "-q"]
+    lab.machine.run(command, env=_environ(lab, folder, slow_collection))
     events = [
         json.loads(path.read_text()) for path in (folder / "artifacts/1/job_events").glob("*.json")
     ]
@@ -244,37 +248,37 @@ def test_progress_is_among_the_events_of_a_runner(
 
 
 def _pythons(machine: Host) -> t.List[str]:
-    """Command lines of the Pythons that run on a host, whoever has inherited them."""
+    """The command lines of all Python processes on a host, including orphaned processes."""
     root = os.stat(f"{machine.root}/.")
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
             status = os.stat(f"/proc/{entry}/root/.")
-            with open(f"/proc/{entry}/cmdline", "rb") as words:
-                line = words.read().replace(b"\0", b" ").decode(errors="replace")
+            with open(f"/proc/{entry}/cmdline", "rb") as file:
+                line = file.read().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        here = (status.st_dev, status.st_ino) == (root.st_dev, root.st_ino)
-        if here and int(entry) != machine.pid and "python" in line:
+        on_host = (status.st_dev, status.st_ino) == (root.st_dev, root.st_ino)
+        if on_host and int(entry) != machine.pid and "python" in line:
             found.append(line)
     return found
 
 
 @pytest.mark.parametrize(
-    ("way", "number"),
+    ("method", "number"),
     [("pipelining", signal.SIGINT), ("files", signal.SIGTERM), ("mitogen", signal.SIGINT)],
 )
-def test_an_interrupted_play_leaves_nothing_running(
-    way: str,
+def test_interrupted_play_leaves_no_process_and_can_be_resumed(
+    method: str,
     number: signal.Signals,
     lab: Lab,
     remote: managed.Managed,
     store: Store,
-    slow: pathlib.Path,
+    slow_collection: pathlib.Path,
     project: t.Tuple[str, pathlib.Path],
 ) -> None:
     image, folder = project
-    environ = {**_environ(lab, folder, slow), **WAYS[way]}
+    environ = {**_environ(lab, folder, slow_collection), **METHODS[method]}
     play = lab.machine.popen(
         _playbook(folder),
         env=environ,
@@ -285,15 +289,15 @@ def test_an_interrupted_play_leaves_nothing_running(
     staging = store.graphroot / "userns-storage/staging"
     wait_until(lambda: paces.whole_files(staging), while_running=play)
     assert _pythons(remote.machine)
-    # As a terminal does it, to the whole process group.
+    # A terminal also signals the whole process group.
     os.killpg(play.pid, number)
     play.wait(LIMIT)
     wait_until(
         lambda: not _pythons(remote.machine), describe=lambda: _pythons(remote.machine), pause=0.1
     )
     assert store.mapped_layers(image) == []
-    (left,) = os.listdir(staging)
-    assert (staging / left / "suspended").exists()
+    (suspended,) = os.listdir(staging)
+    assert (staging / suspended / "suspended").exists()
     kept = paces.whole_files(staging)
     done = lab.machine.run(_playbook(folder), env=environ, cwd=str(folder))
     assert "changed=1" in done.stdout

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What AWX asks when a job is launched fits what the roles take."""
+"""The surveys of AWX match the variables of the roles."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ def options(job: str) -> t.Dict[str, t.Any]:
 
 
 def errors(job: str, answers: t.Mapping[str, t.Any]) -> t.List[str]:
-    """What the role's own validation says of these variables."""
+    """The error messages of the role's own validation of these variables."""
     spec = {
         name: {
-            key: value for key, value in one.items() if key not in ("description", "version_added")
+            key: value
+            for key, value in option.items()
+            if key not in ("description", "version_added")
         }
-        for name, one in options(job).items()
+        for name, option in options(job).items()
     }
     result = ArgumentSpecValidator(spec).validate(dict(answers))
     return list(result.error_messages)
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_controller_takes_the_survey(job):
+def test_controller_accepts_the_survey(job):
     awx.check_survey(survey(job))
 
 
@@ -53,27 +55,27 @@ def test_every_question_sets_a_variable_of_the_role(job):
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_every_answer_is_taken(job):
+def test_role_accepts_every_answer(job):
     spec = survey(job)["spec"]
     answers = []
     for item in spec:
         assert not item["required"]
         assert "default" not in item
-        found = [""] if item["type"] in ("text", "textarea") else []
+        values = [""] if item["type"] in ("text", "textarea") else []
         if item["type"] == "multiplechoice":
-            found += item["choices"]
+            values += item["choices"]
         elif item["type"] == "integer":
-            found += [item["min"], item["max"]]
+            values += [item["min"], item["max"]]
         else:
-            found += ["none"]
-        answers.append([(item["variable"], answer) for answer in found])
+            values += ["none"]
+        answers.append([(item["variable"], answer) for answer in values])
     for chosen in itertools.zip_longest(*answers):
-        pairs = [pair or answers[place][0] for place, pair in enumerate(chosen)]
+        pairs = [pair or answers[index][0] for index, pair in enumerate(chosen)]
         assert errors(job, dict(pairs)) == []
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_what_is_chosen_from_is_all_that_the_role_takes(job):
+def test_choices_are_all_choices_of_the_role(job):
     for item in survey(job)["spec"]:
         known = options(job)[item["variable"]]
         if item["type"] == "multiplechoice":
@@ -82,23 +84,23 @@ def test_what_is_chosen_from_is_all_that_the_role_takes(job):
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_defaults_and_specs_name_the_same_variables(job):
+def test_defaults_and_specs_have_the_same_variables(job):
     defaults = yaml.safe_load((ROOT / f"roles/{job}/defaults/main.yml").read_text())
     known = options(job)
     assert set(defaults) == set(known)
-    for name, one in known.items():
-        if "default" in one:
-            assert one["default"] == defaults[name], name
+    for name, option in known.items():
+        if "default" in option:
+            assert option["default"] == defaults[name], name
     literal = {name: value for name, value in defaults.items() if "{{" not in str(value)}
     assert errors(job, literal) == []
 
 
-def test_prune_has_all_that_layer_gc_has():
+def test_prune_has_all_options_of_layer_gc():
     text = (ROOT / "plugins/modules/layer_gc.py").read_text()
     documented = yaml.safe_load(text.partition('DOCUMENTATION = r"""')[2].partition('"""')[0])
-    wanted = {f"prune_{name}" for name in documented["options"]}
+    expected = {f"prune_{name}" for name in documented["options"]}
     own = {"prune_users", "prune_rootful", "prune_policies", "prune_schedule"}
     own |= {"prune_service_linger", "prune_service_python", "prune_ignore_variables"}
-    # Of the options that all modules have for a store.
+    # From the options for a store that all modules have.
     own |= {"prune_allow_untested_runtime"}
-    assert set(options("prune")) == {*wanted, *own}
+    assert set(options("prune")) == {*expected, *own}

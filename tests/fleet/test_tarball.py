@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The tarball is the same from the same files, and what it installs works on its own."""
+"""The tarball is reproducible, and the installed collection works on its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 GALAXY = pathlib.Path(sys.executable).parent / "ansible-galaxy"
 EPOCH = 1_800_000_000
 MAP = "0:100000:65536"
-# All that a host or a controller needs of it.
+# The folders that a host or a controller needs.
 NEEDED = {"meta", "plugins", "roles", "playbooks"}
 
 
@@ -39,7 +39,7 @@ def packed(tarball: t.Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.
 
 
 def other_tree(target: pathlib.Path) -> None:
-    """The same files made in another order, at another time, by somebody with another umask."""
+    """Copy the files in another order, with another time and with another umask."""
     for path in sorted(ROOT.rglob("*"), reverse=True):
         copy = target / path.relative_to(ROOT)
         if path.is_file() and "__pycache__" not in path.parts and ".git" not in path.parts:
@@ -49,17 +49,17 @@ def other_tree(target: pathlib.Path) -> None:
             os.utime(copy, (1, 1))
 
 
-def test_the_same_files_give_the_same_bytes(tarball, packed, tmp_path):
+def test_same_files_result_in_the_same_bytes(tarball, packed, tmp_path):
     other_tree(tmp_path / "tree")
-    again = tarball.build(tmp_path / "tree", tmp_path / "out", GALAXY, EPOCH)
-    assert again.name == packed.name
-    with tarfile.open(packed) as one, tarfile.open(again) as two:
-        assert one.getnames() == two.getnames()
-        assert {member.mtime for member in one} == {EPOCH}
-    assert again.read_bytes() == packed.read_bytes()
+    rebuilt = tarball.build(tmp_path / "tree", tmp_path / "out", GALAXY, EPOCH)
+    assert rebuilt.name == packed.name
+    with tarfile.open(packed) as first, tarfile.open(rebuilt) as second:
+        assert first.getnames() == second.getnames()
+        assert {member.mtime for member in first} == {EPOCH}
+    assert rebuilt.read_bytes() == packed.read_bytes()
 
 
-def test_it_is_what_ansible_galaxy_packs(packed, tmp_path):
+def test_tarball_has_the_content_of_ansible_galaxy_build(packed, tmp_path):
     command = [str(GALAXY), "collection", "build", "--output-path", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     contents = []
@@ -70,7 +70,7 @@ def test_it_is_what_ansible_galaxy_packs(packed, tmp_path):
                     member.name: (
                         member.mode,
                         member.type,
-                        (archive.extractfile(member) or _NONE).read(),
+                        (archive.extractfile(member) or _EMPTY_FILE).read(),
                     )
                     for member in archive
                     if member.name not in ("MANIFEST.json", "FILES.json")
@@ -79,19 +79,19 @@ def test_it_is_what_ansible_galaxy_packs(packed, tmp_path):
     assert contents[0] == contents[1]
 
 
-class _Nothing:
+class _EmptyFile:
     def read(self) -> bytes:
         return b""
 
 
-_NONE = _Nothing()
+_EMPTY_FILE = _EmptyFile()
 
 
 @pytest.fixture
 def installed(packed: pathlib.Path, tmp_path: pathlib.Path) -> t.Dict[str, str]:
-    """The environment in which Ansible finds the installed collection only, with what is needed of it only."""
+    """An environment in which Ansible finds only the installed collection, reduced to the needed folders."""
     target = tmp_path / "installed"
-    # Else the one that is tested counts as installed.
+    # Otherwise the collection under test counts as installed.
     environ = {"ANSIBLE_COLLECTIONS_PATH": str(target), "PYTHONPATH": ""}
     command = [str(GALAXY), "collection", "install", "--offline", "-p", str(target), str(packed)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **environ})
@@ -105,7 +105,7 @@ def installed(packed: pathlib.Path, tmp_path: pathlib.Path) -> t.Dict[str, str]:
     return environ
 
 
-def test_what_is_installed_works_on_its_own(installed, play, make_store, small_image, tmp_path):
+def test_installed_collection_works_on_its_own(installed, play, make_store, small_image, tmp_path):
     store = make_store("vfs", small_image)
     tasks = [
         {"userns.storage.layer_template": {"images": "localhost/small:1", "uidmap": [MAP]}},
