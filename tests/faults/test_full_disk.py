@@ -33,14 +33,14 @@ def plain_image(lab: Lab) -> Image:
 
 
 def create_with_podman(store: Store, image: Image) -> t.List[str]:
-    """Create two mapped layers with podman that no container uses."""
+    """Use podman to create two mapped layers that no container uses."""
     for text in MAPS:
         store.podman("rm", store.create(image.name, "--uidmap", text, "--gidmap", text))
     return store.mapped_layers(image.name)
 
 
 def create_with_layer_template(store: Store, image: Image, run_module: RunModule) -> t.List[str]:
-    """Create two mapped layers with layer_template."""
+    """Use layer_template to create two mapped layers."""
     for text in MAPS:
         args = {"image": image.name, "uidmap": [text], "gidmap": [text], "force": True}
         run_module("layer_template", {**store.module_args(), **args})
@@ -139,7 +139,7 @@ def test_run_killed_on_full_disk_is_completed_by_next_run(
     run_module: RunModule,
     plain_image: Image,
 ) -> None:
-    """After a kill at any call no layer without its data counts as complete.
+    """After a kill at any call, no layer without its data counts as complete.
 
     The next run completes the removal on the same full disk.
     """

@@ -224,7 +224,7 @@ class Tampered:
         (self.roots / "secret").chmod(0o600)
         (self.roots / "folder").mkdir(mode=0o755)
         (self.roots / "folder" / "file").write_text("x")
-        # All users may read it, and it has the files of a records folder, so that links to it are usable.
+        # All users may read this folder, and it has the files of a records folder, so that links to it work.
         for name in ("layers", "images", "containers"):
             (self.roots / "folder" / f"{name}.json").write_text("[]")
             (self.roots / "folder" / f"{name}.lock").write_text("")

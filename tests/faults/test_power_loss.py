@@ -38,7 +38,7 @@ class Recorded:
         for name, module, args in (
             ("present", "layer_template", PRESENT),
             ("absent", "layer_template", ABSENT),
-            ("again", "layer_template", PRESENT),
+            ("repeated", "layer_template", PRESENT),
             ("gc", "layer_gc", GC),
             ("other", "layer_template", {**PRESENT, "images": [OTHER_IMAGE]}),
             ("image", "image_layers", {"images": [OTHER_IMAGE], "state": "absent"}),
@@ -72,7 +72,7 @@ def test_records_never_refer_to_data_that_may_be_lost(
     recorded = Recorded(store, modules)
     for name, loss in recorded.losses.items():
         assert loss.check() == [], name
-        if name in ("again", "other"):
+        if name in ("repeated", "other"):
             # The first task has the same calls.
             continue
         needed = needed_syncs(loss)

@@ -39,7 +39,7 @@ def test_store_is_usable_after_stop_during_image_removal(
     make_store: t.Callable[..., Store],
     host: t.Callable[[str], Host],
 ) -> None:
-    """The own and the mapped layers are removed too; most of the points are deletions afterwards."""
+    """The image's own and mapped layers are removed too; most of the points are deletions afterwards."""
     machines = [lab.machine, host("trixie")]
     scene = stop_everywhere(lab, make_store, kind, "image", machines, thorough=False)
     assert scene.problems == []

@@ -254,12 +254,12 @@ def test_store_that_links_to_folder_of_root_is_not_followed(
 def test_command_in_message_works_for_root(
     run_module: t.Callable[..., Json], user: User, lab: Lab, shell: str
 ) -> None:
-    """It works in root's home with root's variables and any shell of the user, and creates no files of root."""
+    """The command works in root's home with any shell of the user; root owns no file in the user's home."""
     lab.machine.run(["usermod", "-s", shell, user.name])
     result = run_module("image_layers_info", {"user": user.name}, fails=True)
     match = re.search(r"(runuser .*)\. If they differ", result["msg"])
     assert match, result["msg"]
-    # podman images instead of podman info, which may not read the cgroups here.
+    # podman images replaces podman info, which may not read the cgroups here.
     command = match[1].replace("podman info --format", "podman images --noheading --format")
     command = command.replace("{{.Store.GraphRoot}}", "{{.ID}}")
     assert command != match[1]

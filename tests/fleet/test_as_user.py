@@ -32,7 +32,7 @@ def user_store(make_store: t.Any, small_image: t.Any) -> t.Any:
 
 
 def assert_only_user_access(done: t.Any, user: t.Any, count: int) -> None:
-    """Assert that only the user resolved paths below the home, and at least `count` of them."""
+    """Assert that only the user's IDs resolved paths below the home, and at least `count` of them."""
     assert done.trace.as_root == ()
     assert done.trace.as_others.get(user.uid, 0) >= count, done.trace
     own = {user.uid, *range(user.subuid_start, user.subuid_start + user.subuid_count)}
