@@ -17,7 +17,7 @@ from benchmarks.rows import Row, Say, median, ratio, seconds
 from support import images, users
 from support.images import Image
 from support.lab import Lab
-from support.modules import SYSTEM_PYTHON, run_module, service_words
+from support.modules import SYSTEM_PYTHON, run_module, service_command
 from support.stores import Json, Store
 from support.users import User
 
@@ -263,7 +263,7 @@ def many_users(lab: Lab, say: Say) -> t.Iterator[Row]:
                 lab.machine.run(["umount", "-l", point])
         env = {"PYTHONPATH": str(lab.tree), "PYTHONDONTWRITEBYTECODE": "1"}
         started = time.perf_counter()
-        lab.machine.run(service_words("share"), env=env)
+        lab.machine.run(service_command("share"), env=env)
         boot = time.perf_counter() - started
     where = f"{user_count} users, {image_count} images"
     yield Row("shared images", f"mounts, {where}", mounts, user_count * 2 + 5, "")

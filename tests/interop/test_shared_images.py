@@ -14,7 +14,7 @@ from support.conversions import convert, texts
 from support.images import Image
 from support.lab import Lab
 from support.machines import Machine
-from support.modules import service_words
+from support.modules import service_command
 from support.stores import Store
 
 Json = t.Dict[str, t.Any]
@@ -333,7 +333,7 @@ def test_service_restores_mounts(
     store = make_store("rootless-overlay", user=user)
     setup.share(user)
     setup.unmount_all()
-    command = service_words("share")
+    command = service_command("share")
     done = lab.machine.run(command, env={"PYTHONPATH": str(lab.tree)})
     assert user.name in done.stdout
     assert len(setup.mounts()) == 2

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Images without a registry: OCI layouts made from descriptions of their layers."""
+"""Create images without a registry: OCI layouts from descriptions of their layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import struct
 import tarfile
 import typing as t
 
-# 2021-06-01 and a fraction: nanoseconds must survive a copy.
+# 2021-06-01 with a fraction, because copies must preserve nanoseconds.
 MTIME_NS = 1_622_505_600_123_456_789
 
 CAP_NET_RAW = 13
@@ -33,7 +33,7 @@ _TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One thing in a layer. IDs are the container's; a hard link's `target` is a path in the image."""
+    """A file of any type in a layer. IDs are container IDs; the `target` of a hard link is a path in the image."""
 
     kind: str
     content: bytes = b""
@@ -68,12 +68,12 @@ def directory(mode: int = 0o755, uid: int = 0, gid: int = 0, xattrs: Xattrs = No
 
 
 def symlink(target: str, uid: int = 0, gid: int = 0) -> Entry:
-    """A symbolic link with that text."""
+    """A symbolic link to `target`."""
     return Entry("symlink", mode=0o777, uid=uid, gid=gid, target=target)
 
 
 def link(target: str) -> Entry:
-    """One more name for the file `target` of the same layer."""
+    """A hard link to the file `target` of the same layer."""
     return Entry("link", target=target)
 
 
@@ -83,22 +83,22 @@ def fifo(mode: int = 0o644, uid: int = 0, gid: int = 0) -> Entry:
 
 
 def device(kind: str, major: int, minor: int, mode: int = 0o600, uid: int = 0) -> Entry:
-    """A device node, `kind` being char or block (rootless stores cannot hold any)."""
+    """A device node; `kind` is char or block. Rootless stores cannot contain device nodes."""
     return Entry(kind, b"", mode, uid, uid, device=(major, minor))
 
 
 def whiteout() -> Entry:
-    """Takes the path away from the layers below."""
+    """A whiteout, which removes the path of the layers below."""
     return Entry("whiteout")
 
 
 def opaque(mode: int = 0o755, uid: int = 0, gid: int = 0) -> Entry:
-    """A directory that hides all its contents of the layers below."""
+    """A directory that hides its content in the layers below."""
     return Entry("opaque", b"", mode, uid, gid)
 
 
 def capability(*bits: int, rootid: t.Optional[int] = None) -> bytes:
-    """security.capability revision 2 (3 with a root ID) granting `bits`, effective and permitted."""
+    """The value of security.capability, revision 2 (3 with a root ID), with `bits` effective and permitted."""
     low = sum(1 << bit for bit in bits if bit < 32)
     high = sum(1 << (bit - 32) for bit in bits if bit >= 32)
     revision = 0x02000000 if rootid is None else 0x03000000
@@ -107,7 +107,7 @@ def capability(*bits: int, rootid: t.Optional[int] = None) -> bytes:
 
 
 def posix_acl(*entries: t.Tuple[str, int, t.Optional[int]]) -> bytes:
-    """system.posix_acl_* from (tag, permission bits, ID or None); tags as in the table below."""
+    """The value of system.posix_acl_* for entries of a tag (a key of `tags`), permission bits, and an ID or None."""
     tags = {"u": 1, "user": 2, "g": 4, "group": 8, "mask": 0x10, "other": 0x20}
     blob = struct.pack("<I", 2)
     for tag, bits, number in entries:
@@ -148,19 +148,19 @@ def layer_tar(layer: Layer) -> bytes:
                 _add(archive, path, entry, "dir")
                 _add(archive, f"{path}/.wh..wh..opq", Entry("file", mode=0), "file")
             elif entry.kind == "link":
-                # As tar writes it: the header of a further name repeats the file's owner and mode.
-                named = dataclasses.replace(layer[entry.target], target=entry.target)
-                _add(archive, path, named, "link")
+                # As in archives of tar, the header of a hard link repeats the owner and mode of the file.
+                linked = dataclasses.replace(layer[entry.target], target=entry.target)
+                _add(archive, path, linked, "link")
             else:
                 _add(archive, path, entry, entry.kind)
     return buffer.getvalue()
 
 
 def complete(layers: t.Sequence[Layer]) -> t.List[Layer]:
-    """The layers with every parent directory named, as tools that build images do.
+    """Add entries for missing parent directories to layers, as tools that build images do.
 
-    A directory known from a layer below keeps its owner and mode; others are 0755 of root. Keys
-    are paths without a leading slash, "." being the root directory.
+    A directory of a layer below keeps its owner and mode; others get mode 0755 and belong to root. Keys
+    are paths without a leading slash; "." is the root directory.
     """
     known: Layer = {}
     result = []
@@ -183,7 +183,7 @@ def complete(layers: t.Sequence[Layer]) -> t.List[Layer]:
 
 
 def merged(layers: t.Sequence[Layer]) -> Layer:
-    """What a container sees: all layers applied, hard links shown as the file they name."""
+    """The tree that a container sees: all layers applied, and hard links replaced by the linked file."""
     tree: Layer = {}
 
     def drop(path: str, itself: bool) -> None:
@@ -208,22 +208,22 @@ def merged(layers: t.Sequence[Layer]) -> Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """An OCI layout on disk that stores will know as `name`."""
+    """An OCI layout on disk, which stores import as `name`."""
 
     path: pathlib.Path
     name: str
     layers: t.Tuple[Layer, ...]
-    # Bytes of each layer's archive, lowest first: what runtimes record as diff-size.
+    # Bytes of the archive of each layer, lowest first. Runtimes record them as diff-size.
     sizes: t.Tuple[int, ...]
     tag: str = "image"
 
     @property
     def source(self) -> str:
-        """How skopeo and podman name the layout."""
+        """The name of the layout for skopeo and podman."""
         return f"oci:{self.path}:{self.tag}"
 
     def tree(self) -> Layer:
-        """What a container sees in it, with the container's IDs."""
+        """The tree that a container sees, with container IDs."""
         return merged(self.layers)
 
 
@@ -245,7 +245,7 @@ def _config(diff_ids: t.Sequence[str], config: t.Optional[t.Mapping[str, t.Any]]
 
 
 def image_id(layers: t.Sequence[Layer], config: t.Optional[t.Mapping[str, t.Any]] = None) -> str:
-    """The ID that stores give the image `build` makes of the same arguments."""
+    """The ID in stores of the image that `build` creates from the same arguments."""
     diff_ids = [hashlib.sha256(layer_tar(layer)).hexdigest() for layer in complete(layers)]
     body = _config([f"sha256:{digest}" for digest in diff_ids], config)
     return hashlib.sha256(body).hexdigest()
@@ -289,13 +289,13 @@ def build(
     name: str = "localhost/test:1",
     config: t.Optional[t.Mapping[str, t.Any]] = None,
 ) -> Image:
-    """Make an OCI layout of the described layers (parents are added) that stores know as `name`."""
+    """Create an OCI layout of layers, which stores import as `name`; missing parent directories are added."""
     full = complete(layers)
     sizes = write_oci(folder, (layer_tar(layer) for layer in full), config)
     return Image(folder, name, tuple(full), sizes)
 
 
-# A shell and what the tests ask for inside a container.
+# A shell and the other programs that tests run in containers.
 _APPLETS = (
     *("cat", "chmod", "chown", "cp", "cut", "echo", "env", "find", "grep", "head", "id", "ls"),
     *("mkdir", "mv", "ps", "readlink", "rm", "sed", "sh", "sleep", "sort", "stat", "su", "tail"),
@@ -319,11 +319,11 @@ def shell() -> Layer:
 
 
 def small_layers() -> t.List[Layer]:
-    """Four layers (2 MB, the last of a few bytes) with all that a mapping must carry over.
+    """Four layers (2 MB, the last of a few bytes) with everything that a mapped layer must preserve.
 
-    Owners 0, 1, 500 and 1000; setuid, setgid, sticky, a capability, a user xattr; symlinks absolute,
-    relative, dangling and owned; hard links over folders; whiteouts of a file and of a folder, an
-    opaque folder, a file that becomes a folder and the other way round; one-character names.
+    Owners 0, 1, 500 and 1000; setuid, setgid, sticky, a capability, a user xattr; absolute, relative,
+    dangling and owned symlinks; hard links across folders; whiteouts of a file and of a folder; an
+    opaque folder; a file that is replaced by a folder and the reverse; names of a single character.
     """
     base: Layer = {
         ".": directory(),

@@ -1,13 +1,13 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Our modules, stopped at any one of the system calls with which they change the filesystem.
+"""Stop modules of this collection at any of the system calls that change the filesystem.
 
-A server process holds the modules imported and forks a child for each run. A seccomp filter stops the
-child, and all that it forks, at each call of interest; the server's tracer counts them, and at the
-one that is wanted kills the lot, or has the call fail without being made. No call escapes: it is the
-kernel that stops them, whatever Python or C code makes them. Programs that a module executes (podman
---version) are none of its own and not counted.
+A server process imports the modules and forks a child for each run. A seccomp filter stops the child and
+its descendants at each relevant system call. The tracer in the server counts these calls; at the selected
+call it kills the processes, or makes the call fail without executing it. The kernel stops the calls, so
+that none is missed, whether Python or C code makes it. Calls of programs that a module executes (podman
+--version) are not counted.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ if t.TYPE_CHECKING:
     from .machines import Account
 
 Json = t.Dict[str, t.Any]
-# What a call is made to do: not to be made at all, because its processes are killed, or to fail.
+# The faults at the selected call: all processes or only the calling process are killed, or the call fails.
 KILL, KILL_ONE = "kill", "kill one"
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EINTR")
 
 _PACKAGE = "ansible_collections.userns.storage.plugins.modules"
-# A program that is called as a module is.
+# A program with the interface of a module.
 CONVERSION = "support.conversion_main"
 _MODULES = ("layer_template", "layer_gc", "image_layers", "image_layers_info", "shared_images")
 
-# Where the path or the descriptor of a call is among its arguments: f a descriptor, p a path below
-# the working directory, a a descriptor of a directory followed by a path.
+# The positions of paths and descriptors among the arguments of each call: f is a descriptor, p a path relative
+# to the working directory, a the descriptor of a directory followed by a path, - any other argument.
 _FORMS = {
     "write": "f", "pwrite64": "f", "writev": "f", "pwritev": "f", "pwritev2": "f",
     "sendfile": "f", "copy_file_range": "--f", "splice": "--f", "fallocate": "f",
@@ -82,17 +82,17 @@ _AARCH64 = {
 _NUMBERS = _AARCH64 if os.uname().machine == "aarch64" else _X86_64
 _NAMES = {number: name for name, number in _NUMBERS.items()}
 
-# FICLONE and FICLONERANGE; of btrfs snapshot, subvolume and their end.
+# FICLONE and FICLONERANGE; for btrfs, the creation of snapshots and subvolumes and their removal.
 _WRITING_IOCTLS = (0x40049409, 0x4020940D, 0x50009417, 0x50009418, 0x5000940F, 0x5000943F)
 _AT_FDCWD = 0xFFFFFF9C
 
 _TRACEME, _POKEUSER, _CONT, _SETREGSET = 0, 6, 7, 0x4205
 _SETOPTIONS, _GETEVENTMSG, _SYSCALL_INFO = 0x4200, 0x4201, 0x420E
-# Forks, clones, executions and the filter's stops are told; the traced die with the tracer.
+# Report forks, clones, executions and stops of the filter; kill the traced processes when the tracer exits.
 _OPTIONS = 0x2 | 0x4 | 0x8 | 0x10 | 0x80 | 0x100000
 _EVENT_FORKS, _EVENT_EXEC, _EVENT_SECCOMP = (1, 2, 3), 4, 7
 _WALL = 0x40000000
-# pause or ppoll, and rt_sigtimedwait, with which podman's pause process waits.
+# pause or ppoll, and rt_sigtimedwait: the calls in which podman's pause process waits.
 _PAUSES = ("73 ", "137 ") if os.uname().machine == "aarch64" else ("34 ", "128 ")
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -102,12 +102,12 @@ _LIBC.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call that was about to be made.
+    """A system call before its execution.
 
-    :ivar paths: what it is about, absolute; two for a rename or a link
-    :ivar content: of the file that is about to get the name of a file of records, else ""
-    :ivar uid: with whose rights on files, as the host counts users
-    :ivar changes: whether it would change anything
+    :ivar paths: its absolute paths; two for a rename or a link
+    :ivar content: the content of the file, if the call renames it to a file of records; otherwise ""
+    :ivar uid: the filesystem UID of the process, as a UID of the host
+    :ivar changes: whether the call changes the filesystem
     """
 
     name: str
@@ -122,12 +122,12 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run that has ended, or was ended.
+    """A run that was completed or killed.
 
-    :ivar points: calls of interest that were made, or would have been
-    :ivar at: the call that was not made; None if the run ended before it came
-    :ivar result: what the module printed; empty when it was killed
-    :ivar calls: all of them, where they were to be recorded
+    :ivar points: the number of relevant calls, including the selected call
+    :ivar at: the selected call; None if the run ended before it
+    :ivar result: the result of the module; empty if it was killed
+    :ivar calls: the calls, if they are recorded
     """
 
     points: int
@@ -138,7 +138,7 @@ class Run:
 
 
 class Modules:
-    """A server for our modules. Not for a process that has children of its own to wait for."""
+    """A server process that runs modules of this collection."""
 
     def __init__(self, lab: Lab, environ: t.Optional[t.Mapping[str, str]] = None) -> None:
         path = [str(lab.tree), str(pathlib.Path(__file__).parents[1])]
@@ -166,16 +166,16 @@ class Modules:
         opens: bool = False,
         account: t.Optional[Account] = None,
     ) -> Run:
-        """Run one of our modules.
+        """Run a module of this collection.
 
-        :param below: only calls about paths below this folder are points
-        :param at: the number of the call to stop at, from 1; 0 lets all be made
-        :param what: KILL, KILL_ONE or the name of an error
-        :param record: whether the calls are to be kept
-        :param opens: whether those that open something to read it are kept too; they are no points
-        :param account: who runs it; root if not given
+        :param below: only calls with paths below this folder are counted
+        :param at: the number of the selected call, from 1; 0 for a complete run
+        :param what: the fault: KILL, KILL_ONE or the name of an error
+        :param record: whether the calls are recorded
+        :param opens: whether calls that open files for reading are recorded, too; they are not counted
+        :param account: the user who runs it; root if not given
         """
-        asked = {
+        request = {
             "module": module,
             "args": dict(args),
             "below": below,
@@ -188,11 +188,11 @@ class Modules:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        stdin.write(json.dumps(asked).encode() + b"\n")
+        stdin.write(json.dumps(request).encode() + b"\n")
         stdin.flush()
         line = stdout.readline()
         if not line:
-            raise RuntimeError(f"the server ended with {self._process.wait()}")
+            raise RuntimeError(f"the server exited with status {self._process.wait()}")
         answer = json.loads(line)
         if "fault" in answer:
             raise RuntimeError(answer["fault"])
@@ -205,7 +205,7 @@ class Modules:
         )
 
     def close(self) -> None:
-        """End the server."""
+        """Stop the server."""
         stdin = self._process.stdin
         if stdin is not None:
             stdin.close()
@@ -218,8 +218,8 @@ def _root() -> Account:
     return ROOT
 
 
-def _call(found: t.Sequence[t.Any]) -> Call:
-    return Call(found[0], tuple(found[1]), found[2], found[3], found[4])
+def _call(fields: t.Sequence[t.Any]) -> Call:
+    return Call(fields[0], tuple(fields[1]), fields[2], fields[3], fields[4])
 
 
 def _result(output: str) -> Json:
@@ -242,11 +242,11 @@ def _ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> int:
 
 
 def _install_filter() -> None:
-    """Have the kernel stop this process, and all that it forks, at each call of interest."""
+    """Install a seccomp filter that stops this process and its descendants at each relevant call."""
     numbers = sorted(_NAMES)
     code = [(0x20, 0, 0, 0)]
-    for place, number in enumerate(numbers):
-        code.append((0x15, len(numbers) - place, 0, number))
+    for position, number in enumerate(numbers):
+        code.append((0x15, len(numbers) - position, 0, number))
     code += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x7FF00000)]
     body = b"".join(struct.pack("<HBBI", *item) for item in code)
     buffer = ctypes.create_string_buffer(body, len(body))
@@ -269,8 +269,8 @@ class _Memory:
     def text(self, address: int) -> str:
         data = b""
         while b"\0" not in data:
-            room = 4096 - (address + len(data)) % 4096
-            data += self.read(address + len(data), room)
+            size = 4096 - (address + len(data)) % 4096
+            data += self.read(address + len(data), size)
         return os.fsdecode(data[: data.index(b"\0")])
 
     def link(self, name: str) -> str:
@@ -296,7 +296,7 @@ class _Memory:
 
 
 def _call_of(pid: int) -> t.Tuple[int, t.List[int]]:
-    """The number and the arguments of the call that the seccomp filter has stopped."""
+    """The number and the arguments of the call at which the seccomp filter has stopped a process."""
     buffer = ctypes.create_string_buffer(88)
     _ptrace(_SYSCALL_INFO, pid, len(buffer), ctypes.addressof(buffer))
     number, *args = struct.unpack_from("<7Q", buffer, 24)
@@ -304,7 +304,7 @@ def _call_of(pid: int) -> t.Tuple[int, t.List[int]]:
 
 
 def _changes(pid: int, name: str, args: t.Sequence[int]) -> bool:
-    """Whether a call would change anything."""
+    """Whether a call changes the filesystem."""
     if name in ("open", "openat", "openat2"):
         if name == "openat2":
             (flags,) = struct.unpack("<Q", _Memory(pid).read(args[2], 8))
@@ -315,34 +315,34 @@ def _changes(pid: int, name: str, args: t.Sequence[int]) -> bool:
 
 
 def _paths(pid: int, name: str, args: t.Sequence[int]) -> t.List[str]:
-    """What a call is about."""
+    """The paths of a call."""
     memory = _Memory(pid)
-    paths, place = [], 0
+    paths, position = [], 0
     for form in _FORMS[name]:
         if form == "f":
-            paths.append(memory.descriptor(args[place]))
+            paths.append(memory.descriptor(args[position]))
         elif form == "p":
-            paths.append(memory.path(memory.link("cwd"), args[place]))
+            paths.append(memory.path(memory.link("cwd"), args[position]))
         elif form == "a":
-            paths.append(memory.path(memory.descriptor(args[place]), args[place + 1]))
-            place += 1
-        place += 1
+            paths.append(memory.path(memory.descriptor(args[position]), args[position + 1]))
+            position += 1
+        position += 1
     return paths
 
 
 def _uid(pid: int) -> int:
-    """With whose rights on files a process works."""
+    """The filesystem UID of a process."""
     with open(f"/proc/{pid}/status", encoding="utf-8") as status:
         line = next(line for line in status if line.startswith("Uid:"))
     return int(line.split()[4])
 
 
 class _Tracer:
-    """Sees one run through."""
+    """Traces a run. It waits for all children of this process, which must not have any others."""
 
-    def __init__(self, asked: Json) -> None:
-        self.asked = asked
-        self.below = asked["below"].rstrip("/") + "/" if asked["below"] else ""
+    def __init__(self, request: Json) -> None:
+        self.request = request
+        self.below = request["below"].rstrip("/") + "/" if request["below"] else ""
         self.points = 0
         self.at: t.Optional[t.List[t.Any]] = None
         self.calls: t.List[t.List[t.Any]] = []
@@ -354,7 +354,7 @@ class _Tracer:
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _child(self.asked, writing)
+            _child(self.request, writing)
         os.close(writing)
         self.known.add(pid)
         self.living.add(pid)
@@ -387,7 +387,7 @@ class _Tracer:
         }
 
     def _next(self) -> t.Tuple[int, int]:
-        """The next event. podman's pause process, which never ends itself, is killed after all other processes."""
+        """The next event. podman's pause process, which never exits, is killed after all other processes have ended."""
         while self.living and self.living <= self.foreign:
             pid, status = os.waitpid(-1, _WALL | os.WNOHANG)
             if pid:
@@ -400,10 +400,10 @@ class _Tracer:
         return os.waitpid(-1, _WALL)
 
     def _stopped(self, pid: int, status: int) -> int:
-        """Look at a stop; the signal to go on with."""
+        """Handle a stop; returns the signal with which the process continues."""
         number, event = os.WSTOPSIG(status), status >> 16
         if event == _EVENT_SECCOMP:
-            self._called(pid)
+            self._handle_call(pid)
             return 0
         if event in _EVENT_FORKS:
             message = ctypes.c_ulong()
@@ -420,26 +420,26 @@ class _Tracer:
             return 0
         return number
 
-    def _called(self, pid: int) -> None:
+    def _handle_call(self, pid: int) -> None:
         if pid in self.foreign:
             return
         number, args = _call_of(pid)
         name = _NAMES[number]
         changes = _changes(pid, name, args)
-        if not changes and not (self.asked["opens"] and name.startswith("open")):
+        if not changes and not (self.request["opens"] and name.startswith("open")):
             return
         paths = _paths(pid, name, args)
         if self.below and not any((path + "/").startswith(self.below) for path in paths):
             return
-        if self.asked["record"]:
+        if self.request["record"]:
             self.calls.append([name, paths, self._content(pid, name, paths), _uid(pid), changes])
         if not changes:
             return
         self.points += 1
-        if self.points != self.asked["at"]:
+        if self.points != self.request["at"]:
             return
         self.at = [name, paths, "", 0, True]
-        what = self.asked["what"]
+        what = self.request["what"]
         if what == KILL:
             for item in tuple(self.known):
                 with contextlib.suppress(ProcessLookupError):
@@ -447,7 +447,7 @@ class _Tracer:
         elif what == KILL_ONE:
             os.kill(pid, signal.SIGKILL)
         else:
-            _refuse(pid, getattr(errno, what))
+            _fail_call(pid, getattr(errno, what))
 
     @staticmethod
     def _content(pid: int, name: str, paths: t.Sequence[str]) -> str:
@@ -457,8 +457,8 @@ class _Tracer:
             return content.read()
 
 
-def _refuse(pid: int, number: int) -> None:
-    """Have the call that a process has stopped at return an error without being made."""
+def _fail_call(pid: int, number: int) -> None:
+    """Make the call at which a process has stopped return an error without executing it."""
     if os.uname().machine == "aarch64":
         for kind, value in ((0x404, struct.pack("<i", -1)), (1, struct.pack("<q", -number))):
             buffer = ctypes.create_string_buffer(value, len(value))
@@ -471,27 +471,27 @@ def _refuse(pid: int, number: int) -> None:
     _ptrace(_POKEUSER, pid, 10 * 8, ctypes.c_ulong(-number).value)
 
 
-def _child(asked: Json, output: int) -> t.NoReturn:
+def _child(request: Json, output: int) -> t.NoReturn:
     try:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        if asked["ids"]:
-            uid, gid = asked["ids"]
+        if request["ids"]:
+            uid, gid = request["ids"]
             os.setgroups([])
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)
         _ptrace(_TRACEME, 0)
         os.kill(os.getpid(), signal.SIGSTOP)
         _install_filter()
-        words = {
-            **asked["args"],
+        arguments = {
+            **request["args"],
             "_ansible_remote_tmp": "/tmp",
             "_ansible_keep_remote_files": False,
         }
-        sys.argv = [asked["module"], json.dumps({"ANSIBLE_MODULE_ARGS": words})]
-        _imported(asked["module"]).main()
+        sys.argv = [request["module"], json.dumps({"ANSIBLE_MODULE_ARGS": arguments})]
+        _imported(request["module"]).main()
     except SystemExit:
         pass
     except BaseException as error:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A large store of the driver overlay, written as a runtime would, and image_layers_info's work on it."""
+"""Write a large store of the overlay driver in the format of runtimes, and run image_layers_info on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .stores import Store
 
 Json = t.Dict[str, t.Any]
 
-# Layers of an image with the mapped ones, and how many of them are mapped.
+# Layers of an image including its mapped layers, and the number of its mapped layers.
 DEEP, MAPPED = 50, 5
 DIGEST = "sha256:" + "e" * 64
 
@@ -27,14 +27,14 @@ def layer_id(image: int, number: int, kind: str = "a") -> str:
 
 
 def link(name: str) -> str:
-    """26 letters and digits that stand for a layer."""
+    """The short name of a layer: 26 letters and digits."""
     return base64.b32encode(hashlib.sha256(name.encode()).digest()).decode()[:26]
 
 
 def populate(store: Store, count: int) -> None:
-    """Write what a runtime would have written for `count` images, with a tree of one file for each layer.
+    """Write `count` images as a runtime would, with a tree of a single file for each layer.
 
-    The store has to be a new one of the driver overlay.
+    The store must be new and use the overlay driver.
     """
     root = pathlib.Path(store.graphroot)
     home = root / "overlay"
@@ -99,7 +99,7 @@ def populate(store: Store, count: int) -> None:
     assert len(layers) == count * DEEP
 
 
-# Inside the process that has imported everything, as a module's has.
+# Runs in a process that has imported everything, like the process of a module.
 _GATHER = """
 import json, resource, sys, time
 from ansible_collections.userns.storage.plugins.module_utils._storage.userns import running as userns
@@ -108,7 +108,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 
 def processor():
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 called = 0
 
@@ -116,12 +116,12 @@ def note(_frame, event, _argument):
     global called
     called += event in ("call", "c_call")
 
-place = json.loads(sys.argv[1])
+store = json.loads(sys.argv[1])
 before = processor()
 started = time.perf_counter()
-request = image_layers_info.InfoRequest(store=StoreRequest(**place), measure="none")
+request = image_layers_info.InfoRequest(store=StoreRequest(**store), measure="none")
 if sys.argv[2:]:
-    # In this process, for what a child calls would not be counted.
+    # In this process, because calls of a child would not be counted.
     sys.setprofile(note)
     result = image_layers_info.info(request)
     sys.setprofile(None)
@@ -132,9 +132,9 @@ print(json.dumps({
     "processor": processor() - before,
     "calls": called,
     "images": len(result["images"]),
-    "layers": sum(len(one["layers"]) for one in result["images"]),
-    "mapped": sum(len(one["mapped_layers"]) for one in result["images"]),
-    "bad": [m["problem"] for one in result["images"] for m in one["layers"] + one["mapped_layers"]
+    "layers": sum(len(image["layers"]) for image in result["images"]),
+    "mapped": sum(len(image["mapped_layers"]) for image in result["images"]),
+    "bad": [m["problem"] for image in result["images"] for m in image["layers"] + image["mapped_layers"]
             if m["status"] != "ok"][:3],
     "orphans": len(result["orphans"]),
 }))
@@ -144,21 +144,28 @@ print(json.dumps({
 def gather(
     lab: Lab, store: Store, *, before: t.Sequence[str] = (), count_calls: bool = False
 ) -> Json:
-    """What image_layers_info gathers of a store, in a process of the system's Python.
+    """Run image_layers_info on a store in a process of the system's Python.
 
-    :param before: words before the command, such as those of strace
-    :param count_calls: count the functions that are called; then the seconds say nothing
-    :returns: seconds, processor (seconds), calls, and how many images, layers, mapped layers and
-        orphans were found, and what is said of up to three layers that are not in order
+    :param before: arguments before the command, such as strace with its options
+    :param count_calls: count the called functions; the seconds are then not meaningful
+    :returns: ``seconds``, ``processor`` (seconds), ``calls``; the numbers of ``images``, ``layers``, ``mapped``
+        layers and ``orphans``; and ``bad``, the problems of up to three layers
     """
-    place = json.dumps(
+    options = json.dumps(
         {
             "graphroot": str(store.graphroot),
             "runroot": str(store.runroot),
             "driver": store.driver,
         }
     )
-    words = [*before, "/usr/bin/python3", "-c", _GATHER, place, *(["count"] if count_calls else [])]
-    done = store.machine.run(words, env={"PYTHONPATH": str(lab.tree)})
+    command = [
+        *before,
+        "/usr/bin/python3",
+        "-c",
+        _GATHER,
+        options,
+        *(["count"] if count_calls else []),
+    ]
+    done = store.machine.run(command, env={"PYTHONPATH": str(lab.tree)})
     found: Json = json.loads(done.stdout)
     return found

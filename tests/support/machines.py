@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Where programs run: the laboratory's own mount namespace, or the root of another Debian."""
+"""Run programs in the mount namespace of the laboratory or in the root of another Debian release."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import shlex
 import subprocess
 import typing as t
 
-# Seconds, to end what hangs; what a program may take is no test's matter.
+# Seconds. It only ends programs that hang; no test depends on the duration of a program.
 DEFAULT_TIMEOUT = 1200.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """Who runs a program; root when a machine is given none."""
+    """The user who runs a program."""
 
     name: str
     uid: int
@@ -33,7 +33,7 @@ ROOT = Account("root", 0, 0, "/root")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a finished program left behind."""
+    """The exit status and the output of a program."""
 
     argv: t.Tuple[str, ...]
     rc: int
@@ -48,7 +48,7 @@ class Result:
 
 
 class CommandFailed(AssertionError):
-    """A program that had to succeed did not; the message holds all it said."""
+    """A program that must succeed has failed; the message contains its output."""
 
     def __init__(self, result: Result) -> None:
         self.result = result
@@ -61,16 +61,16 @@ DEFAULT_SIGNALS = "--default-signal=HUP,INT"
 
 
 class Machine:
-    """Runs programs with a clean environment; subclasses say in which root and namespaces."""
+    """Runs programs in a clean environment; subclasses define the root and the namespaces."""
 
     name = "local"
-    # Words put before each command to get into the machine.
+    # The arguments before each command that enter the machine.
     prefix: t.Tuple[str, ...] = ()
     # Its root directory as the laboratory sees it.
     root = "/"
 
     def path(self, name: str) -> pathlib.Path:
-        """Where the laboratory finds what this machine has at an absolute path."""
+        """The path in the laboratory of an absolute path of this machine."""
         return pathlib.Path(self.root, name.lstrip("/"))
 
     def command(
@@ -81,21 +81,27 @@ class Machine:
         env: t.Optional[t.Mapping[str, str]] = None,
         cwd: t.Optional[str] = None,
     ) -> t.List[str]:
-        """The full command line that runs `argv` on this machine as `account`."""
-        who = account or ROOT
-        words = [*self.prefix]
-        if who.uid != 0:
-            words += ["setpriv", f"--reuid={who.uid}", f"--regid={who.gid}", "--clear-groups", "--"]
-        # Below nohup the tests would hand down that hangups are ignored.
-        words += ["env", "-i", DEFAULT_SIGNALS, "-C", cwd or (who.home if who.uid else "/")]
-        words += [f"{key}={value}" for key, value in self.environ(who, env).items()]
-        return [*words, *argv]
+        """The complete command ancestors that runs `argv` on this machine as `account` (root if not given)."""
+        user = account or ROOT
+        arguments = [*self.prefix]
+        if user.uid != 0:
+            arguments += [
+                "setpriv",
+                f"--reuid={user.uid}",
+                f"--regid={user.gid}",
+                "--clear-groups",
+                "--",
+            ]
+        # If the tests run below nohup, programs would inherit that SIGHUP is ignored.
+        arguments += ["env", "-i", DEFAULT_SIGNALS, "-C", cwd or (user.home if user.uid else "/")]
+        arguments += [f"{key}={value}" for key, value in self.environ(user, env).items()]
+        return [*arguments, *argv]
 
     @staticmethod
     def environ(
         account: Account, extra: t.Optional[t.Mapping[str, str]] = None
     ) -> t.Dict[str, str]:
-        """A login's environment for `account` and nothing of the test runner's own."""
+        """The environment of a login of `account`, without variables of the test runner."""
         environ = {
             "PATH": _PATH,
             "HOME": account.home,
@@ -119,7 +125,10 @@ class Machine:
         check: bool = True,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> Result:
-        """Run `argv` to its end (`timeout` in seconds); a failure raises unless `check` is false."""
+        """Run a program (`timeout` in seconds).
+
+        :raises CommandFailed: the program fails, unless `check` is false
+        """
         done = subprocess.run(
             self.command(argv, account=account, env=env, cwd=cwd),
             input=(stdin or "").encode("utf-8", "surrogateescape"),
@@ -144,14 +153,14 @@ class Machine:
         cwd: t.Optional[str] = None,
         **options: t.Any,
     ) -> subprocess.Popen[bytes]:
-        """Start `argv` in a session of its own and return at once."""
+        """Start a program in a new session without waiting for it."""
         options.setdefault("stdin", subprocess.DEVNULL)
         return subprocess.Popen(
             self.command(argv, account=account, env=env, cwd=cwd), start_new_session=True, **options
         )
 
     def version(self, program: str) -> t.Tuple[int, ...]:
-        """The version `program` gives itself, as numbers: (4, 3, 1). It is asked once."""
+        """The version that a program reports, as numbers such as (4, 3, 1). It is cached."""
         known: t.Dict[str, t.Tuple[int, ...]] = vars(self).setdefault("versions", {})
         if program not in known:
             text = self.run([program, "--version"]).stdout
@@ -162,11 +171,11 @@ class Machine:
 
 
 def busy_pids(marker: str) -> t.List[int]:
-    """PIDs that name `marker` in command line or environment, with their descendants.
+    """PIDs of processes with `marker` in the command ancestors or environment, and of their descendants.
 
-    The marker is a path that this process has made up, so whoever names it was started for it.
+    The marker is a path that this process has created, so only processes that were started for it contain it.
     """
-    wanted = os.fsencode(marker)
+    searched = os.fsencode(marker)
     parents: t.Dict[int, int] = {}
     marked: t.Set[int] = set()
     for entry in os.listdir("/proc"):
@@ -178,16 +187,18 @@ def busy_pids(marker: str) -> t.List[int]:
                 parents[pid] = int(stat.read().rpartition(b")")[2].split()[1])
             for name in ("cmdline", "environ"):
                 with open(f"/proc/{pid}/{name}", "rb") as content:
-                    if wanted in content.read():
+                    if searched in content.read():
                         marked.add(pid)
         except OSError:
             continue
 
-    def line(pid: int) -> t.Iterator[int]:
+    def ancestors(pid: int) -> t.Iterator[int]:
         while pid > 0:
             yield pid
             pid = parents.get(pid, 0)
 
-    spared = set(line(os.getpid()))
-    marked -= spared
-    return sorted(pid for pid in parents if pid not in spared and marked.intersection(line(pid)))
+    excluded = set(ancestors(os.getpid()))
+    marked -= excluded
+    return sorted(
+        pid for pid in parents if pid not in excluded and marked.intersection(ancestors(pid))
+    )

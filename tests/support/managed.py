@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Managed hosts: other Debians with an sshd each, whose default stores and homes lie in scratch."""
+"""Managed hosts: Debian roots with an sshd, whose default stores and homes are in folders of the laboratory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typing as t
 from . import hosts, stores
 from .lab import Lab
 
-# The release of each managed host, by the name it has in inventories: podman 4.3, 5.4, 5.8 and 6.1.
+# The releases by names of hosts in inventories. They have podman 4.3, 5.4, 5.8 and 6.1.
 RELEASES = {
     "debian12": "bookworm",
     "debian13": "trixie",
@@ -22,10 +22,10 @@ RELEASES = {
 
 
 class Managed:
-    """One host that Ansible reaches by ssh, as long as the laboratory lives.
+    """A host that Ansible reaches by ssh until the laboratory closes.
 
-    Its default stores are /var/lib/containers/storage and those of its users, whose homes are to be
-    made below `homes`: what a play needs to know of the laboratory is in `variables`.
+    Its default stores are /var/lib/containers/storage and those of its users, whose homes must be
+    created below `homes`. `variables` contains the variables that a play requires.
     """
 
     def __init__(self, lab: Lab, name: str) -> None:
@@ -33,7 +33,7 @@ class Managed:
         self.machine = hosts.Host(lab, RELEASES[name])
         lab.on_close(self.machine.close)
         self.homes = lab.folder()
-        # The host's own root is an overlay in memory, and none can hold an overlay store.
+        # The root of the host is an overlay in memory, which cannot contain an overlay store.
         self._bind(lab.folder(), "/var/lib/containers")
         self._write("/etc/containers/containers.conf", stores.CONTAINERS_CONF)
         self.sshd = hosts.Sshd(lab, self.machine)
@@ -49,7 +49,7 @@ class Managed:
 
     @property
     def variables(self) -> t.Dict[str, t.Any]:
-        """What an inventory says of it."""
+        """Its variables in an inventory."""
         return {
             **self.sshd.variables,
             "ansible_python_interpreter": "/usr/bin/python3",

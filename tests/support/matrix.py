@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The interop matrix: every form in which a user namespace is asked for, and the table of what came of it.
+"""The interop matrix: all forms of user namespace options, and the table of their outcomes.
 
-The table is docs/interop-matrix.md. `parse` reads it, `render` writes it, and one undoes the other.
+The table is docs/interop-matrix.md. `parse` reads it and `render` writes it; each is the inverse of the other.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import pathlib
 import re
 import typing as t
 
-# The environment variable that names the file which gets the table.
+# The environment variable with the path of the file to which the table is written.
 WRITE = "USERNS_STORAGE_MATRIX"
 OWNER = "forms"
-# It has ranges, but no account.
+# A name with subordinate ranges, but without an account.
 GHOST = "ghost"
 USER = "5000:6000"
 
@@ -28,7 +28,7 @@ RELEASES = {
     "experimental": "Debian experimental",
 }
 ROOTFUL, ROOTLESS = "Rootful", "Rootless"
-# Column, kind of store, driver's options.
+# By mode and column: the kind of store and the options of the driver.
 COLUMNS: t.Dict[str, t.Dict[str, t.Tuple[str, t.Dict[str, str]]]] = {
     ROOTFUL: {
         "overlay": ("overlay", {}),
@@ -45,28 +45,28 @@ COLUMNS: t.Dict[str, t.Dict[str, t.Tuple[str, t.Dict[str, str]]]] = {
     },
 }
 
-# What a cell says. Anything else is a failure.
+# The outcomes in cells. Any other text is a failure.
 LAYER, SHIFTS, NO_MAP = "layer", "shifts", "no map"
 COPIES, REFUSED, BROKEN = "copies", "refused", "broken"
 WORDS = {
-    LAYER: "the map was predicted word for word, its layer made, and the runtime took it and made none of its own",
-    SHIFTS: "the map was predicted word for word, and that no layer is needed; the runtime made none",
-    NO_MAP: "there is no map, as predicted, and no layer was made",
-    COPIES: "the map was predicted word for word, and that the runtime copies the image for it, as it did; "
-    "copies for a mount program are not made by us, and we say so",
-    REFUSED: "the runtime refuses it when a container is created, and so do we",
-    BROKEN: "the runtime creates a container that it then cannot start; we refuse it at once",
+    LAYER: "the map was predicted exactly, its layer was created, and the runtime used it and created no other layer",
+    SHIFTS: "the map was predicted exactly, no layer is needed, as predicted, and the runtime created none",
+    NO_MAP: "there is no map, as predicted, and no layer was created",
+    COPIES: "the map was predicted exactly, and the runtime copied the image, as predicted; "
+    "the module does not create copies for a mount program and reports this",
+    REFUSED: "the runtime refuses to create a container, and the module refuses as well",
+    BROKEN: "the runtime creates a container that it cannot start; the module refuses immediately",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """One way to ask for a user namespace.
+    """Options for a user namespace.
 
-    :param uidmap: may hold "{uid}", the user's UID, and "{sub}", the first of its subordinate ones
-    :param slots: how many containers are created one after the other
-    :param user: the image names a USER
-    :param start: one of the containers that are started to see whose the files are
+    :param uidmap: may contain "{uid}", the user's UID, and "{sub}", the user's first subordinate UID
+    :param slots: the number of containers that are created one after the other
+    :param user: whether the image has a USER
+    :param start: whether the container is started to check the owners of files
     """
 
     userns: str = ""
@@ -84,12 +84,12 @@ class Form:
         uid, gid = ("uidmap", "gidmap")
         if self.program == "buildah":
             uid, gid = ("userns-uid-map", "userns-gid-map")
-        words = [f"--userns={self.userns}"] if self.userns else []
-        words += [f"--{uid}={item}" for item in self.uidmap]
-        words += [f"--{gid}={item}" for item in self.gidmap]
-        words += [f"--subuidname={self.subuidname}"] if self.subuidname else []
-        words += [f"--subgidname={self.subgidname}"] if self.subgidname else []
-        return words
+        options = [f"--userns={self.userns}"] if self.userns else []
+        options += [f"--{uid}={item}" for item in self.uidmap]
+        options += [f"--{gid}={item}" for item in self.gidmap]
+        options += [f"--subuidname={self.subuidname}"] if self.subuidname else []
+        options += [f"--subgidname={self.subgidname}"] if self.subgidname else []
+        return options
 
     def __str__(self) -> str:
         text = f"`{'' if self.program == 'podman' else 'buildah '}{' '.join(self.words())}`"
@@ -99,7 +99,7 @@ class Form:
 
     @property
     def later(self) -> bool:
-        """Its map depends on the containers that are there."""
+        """Whether its map depends on existing containers."""
         return self.userns.startswith("auto")
 
 
@@ -112,7 +112,7 @@ FORMS = {
         Form(uidmap=("0:100000:2000",), start=True),
         Form(uidmap=("0:100000:2000",), gidmap=("0:200000:2000",)),
         Form(gidmap=("0:200000:2000",)),
-        # Host order, container order, and neither is that of the command line.
+        # Host order and container order, both different from the order on the command line.
         Form(uidmap=("1000:100000:1000", "0:200000:1000"), start=True),
         Form(uidmap=("500:100500:1500", "0:100000:500")),
         Form(uidmap=("0:100500:500", "500:100000:500")),
@@ -165,7 +165,7 @@ FORMS = {
         Form(userns="keep-id:uid=0,gid=0"),
         Form(userns="keep-id:uid=200,gid=210"),
         Form(userns="keep-id:uid=70000"),
-        # More than any user's own UID, which the map then surrounds without a gap.
+        # Larger than the UID of any user, which the map then surrounds without a gap.
         Form(userns="keep-id:size=65000"),
         Form(userns="keep-id:size=1000"),
         Form(userns="nomap"),
@@ -199,9 +199,9 @@ FORMS = {
 
 
 def selected(release: str, mode: str, column: str) -> t.Tuple[Form, ...]:
-    """Every second form, so that each form is tried in each column, and in each release, but not in both at once.
+    """Every second form, so that each form is tested in each column and in each release, but not in each combination.
 
-    All of them are tried where the table is written anew.
+    All forms are tested when the table is regenerated.
     """
     shift = list(RELEASES).index(release) + list(COLUMNS[mode]).index(column)
     return FORMS[mode][shift % 2 :: 2]
@@ -209,7 +209,7 @@ def selected(release: str, mode: str, column: str) -> t.Tuple[Form, ...]:
 
 # The table
 
-# Release, mode, column, form: what came of it.
+# The outcome by release, mode, column and form.
 Cells = t.Dict[t.Tuple[str, str, str, str], str]
 
 _HEAD = """\
@@ -221,20 +221,20 @@ SPDX-License-Identifier: GPL-3.0-or-later
 
 # Interop matrix
 
-Written by `tests/interop/test_matrix.py`, which fails when what it finds is not what stands here. For each form in
-which a user namespace can be asked for, on each kind of store, `layer_template` prepares the image for the version of
-the runtime, then the real runtime creates its container, and the store's records are read.
+`tests/interop/test_matrix.py` writes this table, and fails if an outcome differs from it. For each form of user
+namespace options, on each kind of store, `layer_template` prepares the image for the version of the runtime, the real
+runtime creates a container, and the test reads the records of the store.
 
 | cell | meaning |
 | --- | --- |
 """
 _COMMAND = f"{WRITE}=$PWD/docs/interop-matrix.md scripts/test interop"
 _TAIL = f"""\
-To write it anew: `{_COMMAND}`
+To regenerate it: `{_COMMAND}`
 
-Without that variable, `scripts/test interop` tries every second cell: each form in each column and in each release.
+Without this variable, `scripts/test interop` tests every second cell: each form in each column and in each release.
 """
-HOW_TO_WRITE = f"If that is right, write the table anew: {_COMMAND}"
+HOW_TO_WRITE = f"If this is correct, regenerate the table: {_COMMAND}"
 
 
 @dataclasses.dataclass
@@ -246,7 +246,7 @@ class Matrix:
 
 
 def words(cell: str) -> t.List[str]:
-    """What a cell says; of several containers it may say more than one thing."""
+    """The outcomes in a cell, which differ if several containers have different outcomes."""
     return cell.split(" and ")
 
 
@@ -254,12 +254,12 @@ def render(matrix: Matrix) -> str:
     """The table as Markdown."""
     counts = collections.Counter(word for cell in matrix.cells.values() for word in words(cell))
     lines = [f"| {word} | {text} |" for word, text in WORDS.items()]
-    told = ", ".join(f"{counts[word]} {word}" for word in WORDS)
+    totals = ", ".join(f"{counts[word]} {word}" for word in WORDS)
     lines += [
         "",
-        "Where several containers run at once, a cell may say one thing of one and another of the next.",
+        "If several containers run at once, a cell may contain different outcomes for them.",
     ]
-    lines += ["", f"{len(matrix.cells)} cells: {told}.", ""]
+    lines += ["", f"{len(matrix.cells)} cells: {totals}.", ""]
     for release, name in RELEASES.items():
         if release not in matrix.versions:
             continue
@@ -289,7 +289,7 @@ def parse(text: str) -> Matrix:
         elif heading:
             mode, columns = heading[2].partition(",")[0], []
         elif mode and line.startswith("| ") and not line.startswith("| ---"):
-            # A form has no bar, and no cell is empty.
+            # No form contains a vertical bar, and no cell is empty.
             first, *rest = line.strip("| ").split(" | ")
             if not columns:
                 columns = rest
@@ -300,7 +300,7 @@ def parse(text: str) -> Matrix:
 
 
 def merge(path: pathlib.Path, found: Matrix) -> None:
-    """Put what was found into the table at `path`; cells of forms that are no more go."""
+    """Update the table at `path`; cells of forms that no longer exist are removed."""
     matrix = parse(path.read_text()) if path.exists() else Matrix()
     matrix.versions.update(found.versions)
     matrix.cells.update(found.cells)

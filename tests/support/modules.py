@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Running the collection's modules: directly as a process, or through ansible-playbook."""
+"""Run modules of this collection, directly as a process or with ansible-playbook."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _SERVICE = (
 )
 
 
-def service_words(*words: str) -> t.List[str]:
-    """The command line of a command of the service, with the collection on PYTHONPATH."""
-    return [SYSTEM_PYTHON, "-c", _SERVICE, *words]
+def service_command(*arguments: str) -> t.List[str]:
+    """The command line of a command of the service. The collection must be on PYTHONPATH."""
+    return [SYSTEM_PYTHON, "-c", _SERVICE, *arguments]
 
 
 class ModuleCrash(AssertionError):
-    """The module ended without a JSON result; the message holds all it said."""
+    """The module ended without a JSON result; the message contains its output."""
 
 
 def parsed(result: Result) -> Json:
@@ -51,7 +51,7 @@ def _command(
 ) -> t.List[str]:
     builtin, _dot, short = name.rpartition(".")
     package = "ansible.modules" if builtin == "ansible.builtin" else _PACKAGE
-    words: Json = {
+    arguments: Json = {
         **args,
         "_ansible_check_mode": check,
         "_ansible_diff": diff,
@@ -59,7 +59,7 @@ def _command(
         "_ansible_remote_tmp": "/tmp",
         "_ansible_keep_remote_files": False,
     }
-    return [python, "-m", f"{package}.{short}", json.dumps({"ANSIBLE_MODULE_ARGS": words})]
+    return [python, "-m", f"{package}.{short}", json.dumps({"ANSIBLE_MODULE_ARGS": arguments})]
 
 
 def _environ(lab: Lab, environ: t.Optional[t.Mapping[str, str]]) -> t.Dict[str, str]:
@@ -81,11 +81,11 @@ def run_module(
     timeout: float = LIMIT,
     prefix: t.Sequence[str] = (),
 ) -> Json:
-    """Run plugins/modules/NAME.py as a process of `python`, as root or `user`, and return its result.
+    """Run plugins/modules/NAME.py in a process of `python` as root or `user`; returns its result.
 
-    :param name: one of ours, or ansible.builtin.NAME
-    :param prefix: words before the command, as a become method puts them
-    :param fails: whether the module has to fail; None when either will do
+    :param name: a module of this collection, or ansible.builtin.NAME
+    :param prefix: arguments before the command, like those of a become method
+    :param fails: whether the module must fail; None if success and failure are both allowed
     """
     done = (machine or lab.machine).run(
         [*prefix, *_command(name, args, check, diff, python)],
@@ -112,7 +112,7 @@ def start_module(
     environ: t.Optional[t.Mapping[str, str]] = None,
     machine: t.Optional[Machine] = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a module as `run_module` does and return at once; both outputs are pipes."""
+    """Start a module like `run_module`, but without waiting for it; both outputs are pipes."""
     return (machine or lab.machine).popen(
         _command(name, args, False, False, python),
         account=user,
@@ -123,14 +123,14 @@ def start_module(
 
 
 def finish_module(process: subprocess.Popen[bytes], timeout: float = LIMIT) -> Json:
-    """The result of a module that `start_module` has started, once it has ended."""
+    """Wait for a module that `start_module` has started; returns its result."""
     output, errors = process.communicate(timeout=timeout)
-    words = ("module",)
-    return parsed(Result(words, process.returncode, output.decode(), errors.decode()))
+    command = ("module",)
+    return parsed(Result(command, process.returncode, output.decode(), errors.decode()))
 
 
 def _shell(lab: Lab, folder: pathlib.Path) -> pathlib.Path:
-    """A shell that enters the laboratory's machine first, unless its caller is there already."""
+    """A shell that first enters the machine of the laboratory, unless its caller already runs there."""
     there = lab.machine.run(["readlink", "/proc/self/ns/mnt"]).stdout.strip()
     enter = shlex.join(lab.machine.prefix)
     path = folder / "sh"
@@ -155,7 +155,7 @@ def run_playbook(
     python: str = SYSTEM_PYTHON,
     timeout: float = LIMIT,
 ) -> t.List[Json]:
-    """Run tasks through the real ansible-playbook; returns the result of each, failures included."""
+    """Run tasks with the real ansible-playbook; returns the results of all tasks, including failures."""
     folder = lab.folder()
     plays = []
     names = [f"result_{number}" for number in range(len(tasks))]

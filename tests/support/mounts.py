@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Mounts for the laboratory, through the C library and mount(8); independent of the code under test."""
+"""Manage mounts of the laboratory with the C library and mount(8), independently of the code under test."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _call(function: t.Any, *arguments: t.Any) -> None:
 
 
 def unshare_mounts(propagation: str = "private") -> None:
-    """Give this process a mount namespace of its own; nothing mounted there spreads to the old one.
+    """Move this process to a new mount namespace, whose mounts do not propagate to the old namespace.
 
-    :param propagation: "private", or "slave" to go on seeing what the old one mounts
+    :param propagation: "private", or "slave" to receive new mounts of the old namespace
     """
     _call(_LIBC.unshare, CLONE_NEWNS)
     mount(f"--make-r{propagation}", "/")
@@ -43,15 +43,15 @@ def pivot_root(new_root: str, put_old: str) -> None:
     _call(_LIBC.syscall, SYS_PIVOT_ROOT, os.fsencode(new_root), os.fsencode(put_old))
 
 
-def mount(*words: str) -> None:
-    """mount(8) with these words; its message is in the error."""
-    done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+def mount(*arguments: str) -> None:
+    """Run mount(8); its message is in the error."""
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise OSError(f"mount {' '.join(words)}: {done.stderr.strip()}")
+        raise OSError(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
 
 
 def detach(target: str) -> None:
-    """Unmount `target` at once, even when busy."""
+    """Unmount `target` immediately, even if it is busy."""
     _call(_LIBC.umount2, os.fsencode(target), MNT_DETACH)
 
 
@@ -75,6 +75,6 @@ def detach_all(below: str) -> None:
 
 
 def filesystem(path: str) -> str:
-    """Type of the filesystem that holds `path`."""
-    words = ["findmnt", "-no", "FSTYPE", "-T", path]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    """The type of the filesystem that contains `path`."""
+    command = ["findmnt", "-no", "FSTYPE", "-T", path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

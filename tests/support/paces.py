@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Work that is stopped half-way: the collection made slow and talkative, so that no machine is too fast for a
-test to see it, and what is there of a tree by then.
+"""Slow down a copy of the collection, so that tests can interrupt its work on any machine, and inspect partial
+trees.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ _CHANGES = (
 
 
 def slow_collection(lab: Lab, seconds: int) -> pathlib.Path:
-    """A folder for ANSIBLE_COLLECTIONS_PATH or, before that of the laboratory, PYTHONPATH.
+    """Create a slow copy of the collection that often reports progress.
 
-    A job of a walk, which is about a hundred entries, takes a fifth of a second at least, and no more than four
-    are on their way at a time, so that a run which has to stop at once does five at most, on any machine.
+    A job of a walk has about a hundred entries and takes at least 0.2 seconds. At most four jobs are in progress,
+    so that a run that must stop immediately completes at most five jobs on any machine.
 
-    :param seconds: the time limit that the action plugins give
+    :param seconds: the time limit that the action plugins set
+    :returns: a folder for ANSIBLE_COLLECTIONS_PATH, or for PYTHONPATH before that of the laboratory
     """
     base = lab.folder(0o755)
     tree = base / "ansible_collections/userns/storage"
@@ -61,11 +62,11 @@ def slow_collection(lab: Lab, seconds: int) -> pathlib.Path:
 
 
 def whole_files(tree: pathlib.Path) -> t.Set[int]:
-    """Inodes of the files of an image of many that are whole."""
+    """The inodes of the complete files in a partial tree of an image of `many_files_layers`."""
     found = set()
-    for at, _folders, names in os.walk(tree):
+    for folder, _folders, names in os.walk(tree):
         for name in names:
-            status = os.lstat(os.path.join(at, name))
+            status = os.lstat(os.path.join(folder, name))
             if name.isdigit() and status.st_mtime < 1700000000:
                 found.add(status.st_ino)
     return found
