@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whole programs with all that they start, stopped by the kernel at each system call that resolves a path.
+"""Trace programs and their descendants: the kernel stops them at each system call that resolves a path.
 
-The tracer notes who makes calls about paths below given folders: with which filesystem UID, as the host counts users
-(/proc/PID/status is translated to the reader's user namespace). So it tells root from a process that is UID 0 in a
-user's namespace only. Paths are taken as they are given and, for root, also with all links followed.
+The tracer records the filesystem UIDs of calls with paths below given folders, as UIDs of the host (/proc/PID/status
+is translated to the reader's user namespace). So it distinguishes root from a process that is UID 0 only in a user's
+namespace. It compares paths as given and, except in folders that only root can change, with all links resolved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from . import injection
 
 Json = t.Dict[str, t.Any]
 
-# f: a descriptor that no path follows; p: a path below the working directory; a: a folder's descriptor and a path.
+# p: a path relative to the working directory; a: the descriptor of a folder followed by a path; -: another argument.
 _FORMS = {
     "open": "p", "creat": "p", "openat": "a", "openat2": "a", "stat": "p", "lstat": "p", "newfstatat": "a",
     "statx": "a", "statfs": "p", "access": "p", "faccessat": "a", "faccessat2": "a", "readlink": "p",
@@ -63,17 +63,17 @@ _AARCH64 = {
 }  # fmt: skip
 _NUMBERS = _AARCH64 if os.uname().machine == "aarch64" else _X86_64
 _NAMES = {number: name for name, number in _NUMBERS.items()}
-_ROOTS_OWN = tuple(
+_ROOT_FOLDERS = tuple(
     f"{path}/" for path in ("/usr", "/lib", "/proc", "/sys", sys.prefix, sys.base_prefix)
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A program that has ended.
+    """The result of a traced program.
 
-    :ivar as_root: calls that root has made about paths below the folders, each as "PROGRAM: CALL(PATH)"
-    :ivar as_others: how many calls each other filesystem UID of the host has made there
+    :ivar as_root: calls of root with paths below the folders, each as "PROGRAM: CALL(PATH)"
+    :ivar as_others: the number of such calls of each other filesystem UID of the host
     """
 
     rc: int
@@ -83,23 +83,24 @@ class Trace:
 
 
 def trace(
-    words: t.Sequence[str],
+    command: t.Sequence[str],
     below: t.Iterable[t.Union[str, pathlib.Path]],
     *,
     env: t.Optional[t.Mapping[str, str]] = None,
     cwd: str = "/",
     until: t.Optional[t.Callable[[str], bool]] = None,
 ) -> Trace:
-    """Run a program to its end and see who resolves paths below folders.
+    """Run a program, and record the users who resolve paths below folders.
 
-    :param until: for a program that does not end by itself: called with its output, true ends it
+    :param until: for a program that does not exit by itself: a function of its output; the program is terminated
+        when it returns true
     """
     with tempfile.TemporaryDirectory(prefix="trace", dir="/run") as folder:
         log, output = f"{folder}/log", f"{folder}/output"
-        asked = {"words": list(words), "below": [str(item) for item in below], "log": log}
+        request = {"command": list(command), "below": [str(item) for item in below], "log": log}
         with open(output, "wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-B", "-m", "support.path_trace", json.dumps(asked)],
+                [sys.executable, "-B", "-m", "support.path_trace", json.dumps(request)],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -133,7 +134,7 @@ def trace(
 def _install_filter() -> None:
     numbers = sorted(_NAMES)
     code = [(0x20, 0, 0, 0)]
-    code += [(0x15, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
+    code += [(0x15, len(numbers) - position, 0, number) for position, number in enumerate(numbers)]
     code += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x7FF00000)]
     body = b"".join(struct.pack("<HBBI", *item) for item in code)
     buffer = ctypes.create_string_buffer(body, len(body))
@@ -144,8 +145,8 @@ def _install_filter() -> None:
 
 
 class _Tracer:
-    def __init__(self, words: t.Sequence[str], below: t.Sequence[str]) -> None:
-        self.words = words
+    def __init__(self, command: t.Sequence[str], below: t.Sequence[str]) -> None:
+        self.command = command
         self.below = tuple(below)
         self.root: t.List[str] = []
         self.others: t.Dict[int, int] = {}
@@ -170,7 +171,7 @@ class _Tracer:
             if not os.WIFSTOPPED(status):
                 self.known.discard(pid)
                 if pid == self.first:
-                    # What it has left running, podman's pause process above all, ends with the tracer.
+                    # Processes that it leaves running, such as podman's pause process, end with the tracer.
                     self.status = os.waitstatus_to_exitcode(status)
                     break
                 continue
@@ -188,16 +189,16 @@ class _Tracer:
             environ = dict(os.environ)
             environ["PYTHONPATH"] = environ.pop("PATH_TRACE_PYTHONPATH")
             _install_filter()
-            os.execvpe(self.words[0], list(self.words), environ)
+            os.execvpe(self.command[0], list(self.command), environ)
         finally:
             os._exit(127)
 
     def _stopped(self, pid: int, status: int) -> int:
         number, event = os.WSTOPSIG(status), status >> 16
         if event == injection._EVENT_SECCOMP:
-            # It has ended, or gave a pointer that leads nowhere.
+            # The process may have ended, or its argument may be an invalid pointer.
             with contextlib.suppress(OSError, ValueError):
-                self._called(pid)
+                self._record_call(pid)
             return 0
         if event:
             return 0
@@ -206,48 +207,48 @@ class _Tracer:
             return 0
         return number
 
-    def _called(self, pid: int) -> None:
+    def _record_call(self, pid: int) -> None:
         number, args = injection._call_of(pid)
         name = _NAMES[number]
         for path in self._paths(pid, name, args):
-            # Links are followed only where somebody else than root can have put one.
-            real = path if path.startswith(_ROOTS_OWN) else os.path.realpath(path)
-            if self._counts(path) or self._counts(real):
+            # Links are resolved only where users other than root can create them.
+            real = path if path.startswith(_ROOT_FOLDERS) else os.path.realpath(path)
+            if self._is_below(path) or self._is_below(real):
                 uid = injection._uid(pid)
                 if uid:
                     self.others[uid] = self.others.get(uid, 0) + 1
                 elif len(self.root) < 200:
                     self.root.append(f"{self._program(pid)}: {name}({path})")
 
-    def _counts(self, path: str) -> bool:
+    def _is_below(self, path: str) -> bool:
         return any(path == item or path.startswith(f"{item}/") for item in self.below)
 
     @staticmethod
     def _program(pid: int) -> str:
-        with open(f"/proc/{pid}/cmdline", "rb") as words:
-            return words.read()[:200].replace(b"\0", b" ").decode("utf-8", "replace").strip()
+        with open(f"/proc/{pid}/cmdline", "rb") as arguments:
+            return arguments.read()[:200].replace(b"\0", b" ").decode("utf-8", "replace").strip()
 
     @staticmethod
     def _paths(pid: int, name: str, args: t.Sequence[int]) -> t.Iterator[str]:
         memory = injection._Memory(pid)
-        place = 0
+        position = 0
         for form in _FORMS[name]:
             folder = injection._AT_FDCWD
             if form == "a":
-                folder = args[place]
-                place += 1
-            # An empty path means the descriptor itself, which somebody has opened before.
-            given = memory.text(args[place]) if form in "pa" and args[place] else ""
+                folder = args[position]
+                position += 1
+            # An empty path means the descriptor itself, which an earlier call has opened.
+            given = memory.text(args[position]) if form in "pa" and args[position] else ""
             if given.startswith("/") and not given.startswith("/proc/"):
                 yield os.path.normpath(given)
             elif given:
-                yield memory.path(memory.descriptor(folder), args[place])
-            place += 1
+                yield memory.path(memory.descriptor(folder), args[position])
+            position += 1
 
 
-def _main(asked: Json) -> int:
-    found = _Tracer(asked["words"], asked["below"]).run()
-    with open(asked["log"], "w", encoding="utf-8") as log:
+def _main(request: Json) -> int:
+    found = _Tracer(request["command"], request["below"]).run()
+    with open(request["log"], "w", encoding="utf-8") as log:
         json.dump(found, log)
     return 0
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""podman at work while layer_gc collects all that it may, round after round."""
+"""Run podman commands in a loop while layer_gc repeatedly removes all unused mapped layers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from .stores import Store
 class Rounds:
     """A loop that creates, starts and removes containers with user namespaces.
 
-    Attributes: failures (what went wrong, in words), count (rounds run), collections (runs of layer_gc
-    that came to their end meanwhile), removed (layers that they took).
+    :ivar failures: messages of failures
+    :ivar count: the number of completed rounds
+    :ivar collections: the number of successful runs of layer_gc
+    :ivar removed: the number of layers that they removed
     """
 
     def __init__(self, lab: Lab, store: Store, image: str, maps: t.Sequence[str]) -> None:
@@ -29,16 +31,16 @@ class Rounds:
         self._end = threading.Event()
 
     def run(self, count: int) -> None:
-        """So many rounds more, each with one container on the next map."""
+        """Run `count` further rounds, each for a container with the next map."""
         for _round in range(count):
             self._round(self.count, self.maps[self.count % len(self.maps)])
             self.count += 1
 
     def _round(self, number: int, text: str) -> None:
         name = f"round{number}"
-        words = ["--name", name, "--uidmap", text, "--gidmap", text]
+        options = ["--name", name, "--uidmap", text, "--gidmap", text]
         for step in (
-            ["create", *words, self.image, "cat", "/etc/release"],
+            ["create", *options, self.image, "cat", "/etc/release"],
             ["start", "--attach", name],
             ["images", "-a"],
             ["start", "--attach", name],
@@ -53,7 +55,7 @@ class Rounds:
             self.failures.append(f"round {number}: podman rm: {done.stderr}")
 
     def _check_parent(self, number: int, name: str) -> None:
-        """The layer under a container is there, as a record and on disk."""
+        """Check that the parent layer of a container has a record and a folder."""
         container = next((c for c in self.store.containers() if name in c.get("names", ())), None)
         if container is None:
             self.failures.append(f"round {number}: no container {name}")
@@ -63,10 +65,10 @@ class Rounds:
             self.failures.append(f"round {number}: the layer {parent} of {name} was lost")
 
     def collect_all_the_while(self) -> None:
-        """Run layer_gc with nothing protected but what is in use, until `stop`."""
-        asked = {**self.store.module_args(), "min_age": "0", "max_copies_per_image": 0}
+        """Run layer_gc until `stop` is called; only layers in use are protected."""
+        args = {**self.store.module_args(), "min_age": "0", "max_copies_per_image": 0}
         while not self._end.is_set():
-            result = run_module(self.lab, "layer_gc", asked, fails=None)
+            result = run_module(self.lab, "layer_gc", args, fails=None)
             if result.get("failed"):
                 self.failures.append(f"layer_gc: {result['msg']}")
             else:
@@ -74,5 +76,5 @@ class Rounds:
                 self.removed += len(result["removed"])
 
     def stop(self) -> None:
-        """Have the collecting come to its end."""
+        """End `collect_all_the_while` after the current run."""
         self._end.set()

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A disk that loses what was not synced: a module's recorded calls, replayed and cut off anywhere.
+"""A model of a disk that loses unsynced data: the recorded calls of a module, with power losses between them.
 
-The model is worse than any filesystem of today. A change of a directory is on disk for sure once that
-directory was synced (or the whole filesystem) after it; until then it may be there or not, whatever
-else is, in any combination. Data is there for sure once its file was synced after the last write.
+The model is worse than any current filesystem. A change of a directory is certainly on disk only after that
+directory or the whole filesystem is synced. Until then it may be on disk or not, in any combination with
+other changes. Data is certainly on disk only after its file is synced after the last write.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _ID = re.compile(r"[0-9a-f]{64}")
 
 @dataclasses.dataclass
 class _Change:
-    """One change of a directory: something is there from now on, or no longer.
+    """A change of a directory: a name is created or removed.
 
-    :ivar made: number of the call that did it
-    :ivar durable: number of the call that made it last, if any
+    :ivar made: the number of the call that makes the change
+    :ivar durable: the number of the call that makes the change durable, if any
     """
 
     made: int
@@ -38,9 +38,9 @@ class _Change:
 
 
 class PowerLoss:
-    """A run's calls on one store, to be cut off at any of them.
+    """The calls of a run on a store, and the possible states of the store after a power loss between them.
 
-    :param records: the files of records as they were before, by path
+    :param records: the files of records before the run, by path
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PowerLoss:
             self._names[path] = [_Change(0, True, value, 0)]
         self._replay()
 
-    # Reading the calls
+    # Replay
 
     def _replay(self) -> None:
         synced: t.Dict[str, bool] = {}
@@ -74,10 +74,10 @@ class PowerLoss:
                     tokens[os.path.dirname(path)] = True
             elif name in ("fdatasync", "fsync"):
                 synced[path] = True
-                self._settle(number, path)
+                self._sync(number, path)
             elif name in ("syncfs", "sync"):
                 synced = dict.fromkeys(synced, True)
-                self._settle(number, None)
+                self._sync(number, None)
             elif name.startswith("rename"):
                 self._renamed(number, call, synced, tokens)
             elif name == "symlinkat":
@@ -92,15 +92,15 @@ class PowerLoss:
         inside = [path for path in synced if path == old or path.startswith(old + "/")]
         relevant = new.startswith((self.layers + "/", f"{self.graphroot}/{self.driver}-"))
         if relevant:
-            late = [path for path in inside if not synced[path]]
-            if late:
-                self.problems.append(f"{number}: {call} moves data that may not be there: {late}")
+            unsynced = [path for path in inside if not synced[path]]
+            if unsynced:
+                self.problems.append(f"{number}: {call} moves data that is not synced: {unsynced}")
         for path in inside:
             synced[new + path[len(old) :]] = synced.pop(path)
         self._change(old, _Change(number, False))
         if new in self._files.values():
             if not tokens.pop(os.path.dirname(new), False):
-                self.problems.append(f"{number}: {call} without a new token before it")
+                self.problems.append(f"{number}: {call} without a new token of the lock before it")
             self._change(new, _Change(number, True, json.loads(call.content)))
         else:
             self._change(new, _Change(number, True))
@@ -108,72 +108,72 @@ class PowerLoss:
     def _change(self, path: str, change: _Change) -> None:
         self._names.setdefault(path, []).append(change)
 
-    def _settle(self, number: int, folder: t.Optional[str]) -> None:
+    def _sync(self, number: int, folder: t.Optional[str]) -> None:
         for path, changes in self._names.items():
             if folder is None or os.path.dirname(path) == folder:
                 for change in changes:
                     change.durable = number if change.durable is None else change.durable
 
-    # Cutting it off
+    # States after a power loss
 
-    def possible(self, path: str, cut: int) -> t.List[_Change]:
-        """What may be found at a path when the power goes before the call after number `cut`."""
+    def possible_states(self, path: str, cut: int) -> t.List[_Change]:
+        """The possible states of a path if power is lost after the call with the number `cut`."""
         changes = [name for name in self._names.get(path, ()) if name.made <= cut]
         last = max(
             (
-                place
-                for place, one in enumerate(changes)
-                if one.durable is not None and one.durable <= cut
+                index
+                for index, change in enumerate(changes)
+                if change.durable is not None and change.durable <= cut
             ),
             default=None,
         )
         if last is None:
-            # Never synced: it may also be as it was before any of this.
+            # Never synced: the path may also be in its state before the run.
             before = [_Change(0, not changes[0].present)] if changes else []
             return [*before, *changes]
         return changes[last:]
 
-    def surely_there(self, path: str, cut: int) -> bool:
-        """Whether something will be found at a path; what the run never touched is there."""
-        return all(item.present for item in self.possible(path, cut))
+    def certainly_exists(self, path: str, cut: int) -> bool:
+        """Whether a path certainly exists; paths that the run does not change exist."""
+        return all(item.present for item in self.possible_states(path, cut))
 
     def check(self) -> t.List[str]:
-        """Each way in which a record could point at what is not there; empty is good."""
+        """All possible references of records to missing data, and other problems; empty if there are none."""
         found = list(self.problems)
         for cut in range(len(self.calls) + 1):
-            ways = [self.possible(path, cut) for path in self._files.values()]
-            for chosen in itertools.product(*ways):
-                layers, images, containers = (item.value or [] for item in chosen)
-                for problem in self._wrong(cut, layers, images, containers):
+            states = [self.possible_states(path, cut) for path in self._files.values()]
+            for selected in itertools.product(*states):
+                layers, images, containers = (item.value or [] for item in selected)
+                for problem in self._inconsistencies(cut, layers, images, containers):
                     after = self.calls[cut - 1] if cut else "nothing"
                     found.append(f"power lost after {cut} {after}: {problem}")
         return found
 
-    def _wrong(
+    def _inconsistencies(
         self,
         cut: int,
         layers: t.Sequence[Json],
         images: t.Sequence[Json],
         containers: t.Sequence[Json],
     ) -> t.Iterator[str]:
-        whole = {item["id"] for item in layers if not (item.get("flags") or {}).get("incomplete")}
+        complete = {item["id"] for item in layers if not (item.get("flags") or {}).get("incomplete")}
         known = {item["id"] for item in layers}
         for layer in layers:
-            # Layers that are marked incomplete are deleted by whoever loads them, in whatever order.
-            needed = whole if layer["id"] in whole else known
+            # A runtime that loads the records deletes layers that are marked as incomplete, in any order.
+            needed = complete if layer["id"] in complete else known
             if layer.get("parent") and layer["parent"] not in needed:
                 yield f"layer {layer['id'][:12]} has no parent"
-            if layer["id"] in whole:
+            if layer["id"] in complete:
                 for path in self._data_of(layer["id"]):
-                    if not self.surely_there(path, cut):
+                    if not self.certainly_exists(path, cut):
                         yield f"layer {layer['id'][:12]} may lack {path[len(self.graphroot) + 1 :]}"
         for image in images:
             for layer_id in [image["layer"], *image.get("mapped-layers", ())]:
-                if layer_id not in whole:
+                if layer_id not in complete:
                     state = "incomplete" if layer_id in known else "unknown"
-                    yield f"image {image['id'][:12]} names the {state} layer {layer_id[:12]}"
+                    yield f"image {image['id'][:12]} refers to the {state} layer {layer_id[:12]}"
         for container in containers:
-            if container["layer"] not in whole:
+            if container["layer"] not in complete:
                 yield f"container {container['id'][:12]} has lost its layer"
 
     def _data_of(self, layer_id: str) -> t.Iterator[str]:
@@ -188,12 +188,12 @@ class PowerLoss:
             )
 
     def _layer_near(self, link: str) -> str:
-        """The layer whose short name it is: the one that is moved to its place, or away, next to it."""
+        """The layer of a short name: the layer whose folder is renamed by the call nearest to the change of the link."""
         number = self._names[link][0].made
-        near = [
+        distances = [
             (abs(number - change.made), os.path.basename(path))
             for path, changes in self._names.items()
             if os.path.dirname(path) == self.layers and _ID.fullmatch(os.path.basename(path))
             for change in changes
         ]
-        return min(near)[1] if near else ""
+        return min(distances)[1] if distances else ""

@@ -1,12 +1,12 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""podman, buildah and our modules at work on one store at once, each at random, and what must be there in the end.
+"""Run random operations of podman, buildah and this collection's modules on a store at the same time.
 
-Each worker has containers and images of its own, which nobody else touches, and all share one image.
-So no operation has a reason to fail, and the model of what is there in the end is the sum of what the
-workers have made and not removed. Only, podman beside podman fails now and then all the same: KNOWN
-says how and why. Each of these was seen in races without any module of ours (`run(ours=0)`).
+Each worker has containers and images of its own, which other workers do not use, and all workers share an
+image. So no operation may fail, and the expected final state is everything that workers have created and not
+removed. However, concurrent podman processes sometimes fail even without this collection: KNOWN lists these
+failures and their reasons. Each was observed in races without modules of this collection (`run(ours=0)`).
 """
 
 from __future__ import annotations
@@ -35,32 +35,34 @@ from .modules import run_module
 from .stores import Json, Store
 
 ROOTFUL_MAPS = tuple(f"0:{start}:65536" for start in (100000, 200000, 300000))
-# The same in another form: a layer of its own to every runtime.
+# A contiguous map in two parts, for which every runtime creates a separate layer.
 SPLIT_MAP = ("0:400000:1000", "1000:401000:64536")
 
-EMPTY_COPY = "on a copy of podman's own, in which nothing is"
+EMPTY_COPY = "on an empty copy that podman created"
 
-# What podman and buildah do to each other, as patterns of an operation with its error, and why.
+# Failures that podman and buildah cause each other: patterns of an operation with its error, and the reason.
 KNOWN: t.Mapping[str, str] = {
     r"podman (run|start) .*crun: .*Permission denied": (
-        "containers/storage gives the driver's folder to the root of the container that was created "
-        "last, and the root of one that starts just then cannot enter it"
+        "containers/storage changes the owner of the driver's folder to the root of the newest "
+        "container, and the root of a container that starts at this time cannot enter it"
     ),
     r"(podman|buildah) (images|ps|containers)\b.*(not known|file does not exist)": (
-        "it asks for each image and container it has listed, and one has come or gone meanwhile"
+        "it reads each image and container of its list, which may have changed in the meantime"
     ),
     rf"podman (run|start) .*{re.escape(EMPTY_COPY)}": (
-        "now and then podman takes a copy for made in which it has changed no owner, and containers "
-        "with that map fail from then on"
+        "podman sometimes regards a copy as complete although it has changed no owner, and then "
+        "containers with that map fail"
     ),
 }
 
 
 class Race:
-    """A race on one store. Attributes: failures (in words), known (how often podman alone would have
-    failed, by reason), done (operations by name).
+    """Concurrent workers on a store.
 
-    :param seed: the same seed has each worker draw the same operations
+    :param seed: with the same seed, each worker selects the same operations
+    :ivar failures: messages of failures, except known failures
+    :ivar known: the number of known failures by reason
+    :ivar done: the number of completed operations by name
     """
 
     def __init__(self, lab: Lab, store: Store, image: Image, seed: int) -> None:
@@ -70,8 +72,8 @@ class Race:
         self.done: t.Counter[str] = collections.Counter()
         self.containers: t.Dict[str, str] = {}
         self.images: t.Set[str] = {image.name}
-        # Held while names come and go, for podman alone loses some: rmi and skopeo read an image's names and
-        # write them anew, and prune takes an image that a commit is about to name.
+        # Held while names change, because podman alone loses names: rmi and skopeo read the names of an image and
+        # write them back, and prune removes an image that a commit is about to name.
         self.naming = threading.Lock()
         self._guard = threading.Lock()
         self._until = 0.0
@@ -88,11 +90,11 @@ class Race:
         ours: int = 2,
         needed: t.Sequence[str] = (),
     ) -> None:
-        """Let the workers race, and each end what it has begun.
+        """Run the workers, and wait for them.
 
-        :param steps: of each worker, at least
-        :param seconds: for soaks: how long each worker goes on, at least
-        :param needed: operations that have to come to their end before any worker stops
+        :param steps: the minimum number of operations of each worker
+        :param seconds: for soak tests: the minimum duration
+        :param needed: operations that must be completed before any worker stops
         """
         self._until = time.monotonic() + seconds
         self._steps = steps
@@ -122,29 +124,31 @@ class Race:
         except Exception:
             self.fail(f"{worker.name}: {traceback.format_exc()}")
 
-    def fail(self, words: str) -> None:
-        """Note what went wrong."""
-        reasons = [why for how, why in KNOWN.items() if re.search(how, words, re.DOTALL)]
+    def fail(self, message: str) -> None:
+        """Record a failure."""
+        reasons = [
+            reason for pattern, reason in KNOWN.items() if re.search(pattern, message, re.DOTALL)
+        ]
         with self._guard:
             self.known.update(reasons[:1])
             if not reasons:
-                self.failures.append(words)
+                self.failures.append(message)
 
-    def count(self, what: str) -> None:
-        """Note an operation that came to its end."""
+    def count(self, operation: str) -> None:
+        """Record a completed operation."""
         with self._guard:
-            self.done[what] += 1
+            self.done[operation] += 1
 
-    # The end
+    # Checks of the final state
 
     def settle(self) -> None:
-        """Collect all that nobody uses, and compare what is left with the model."""
+        """Remove all unused layers, and compare the store with the expected state."""
         final = {"min_age": "0", "max_copies_per_image": 0, "duplicates": True}
-        asked = {**self.store.module_args(), **final}
-        run_module(self.lab, "layer_gc", asked)
-        result = run_module(self.lab, "layer_gc", asked)
+        args = {**self.store.module_args(), **final}
+        run_module(self.lab, "layer_gc", args)
+        result = run_module(self.lab, "layer_gc", args)
         if result["removed"]:
-            self.fail(f"layer_gc has something to do twice: {result['removed']}")
+            self.fail(f"a second run of layer_gc removed layers: {result['removed']}")
         self._check_names()
         self._check_layers()
         self._check_disk()
@@ -154,10 +158,10 @@ class Race:
                 self.fail(f"podman inspect {name}: {done.stderr}")
 
     def check(self, machine: Machine) -> None:
-        """Have containers-storage look for damage, on a machine where it can.
+        """Run `containers-storage check` on a machine that has this command.
 
-        In layers that the runtimes have mapped it dislikes times and owners, see docs/interop-matrix.md;
-        in all others, and in ours, there may be nothing that it dislikes.
+        It reports times and owners of mapped layers that runtimes have created, see docs/interop-matrix.md.
+        It must report no problems of other layers, including mapped layers of this collection.
         """
         inside = ("podman", "unshare") if self.store.user else ()
         done = machine.run(
@@ -168,11 +172,11 @@ class Race:
         )
         if not re.search(r"^\d+ layer errors, ", done.stderr, re.MULTILINE) and done.rc != 0:
             self.fail(f"containers-storage check: {done.stdout}{done.stderr}")
-        theirs = {layer["id"] for layer in self.store.layers() if _copied_by_a_runtime(layer)}
+        copies = {layer["id"] for layer in self.store.layers() if _copied_by_a_runtime(layer)}
         for line in dict.fromkeys(done.stdout.splitlines()):
             found = re.fullmatch(r" *layer (\w{64}): (.+)", line)
-            odd = found and found[1] in theirs and found[2].endswith(", layer content modified")
-            if found and not odd:
+            known = found and found[1] in copies and found[2].endswith(", layer content modified")
+            if found and not known:
                 self.fail(f"containers-storage check: {line}")
 
     def _check_names(self) -> None:
@@ -182,15 +186,15 @@ class Race:
         self._compare("names of images", names, self.images)
         done = self.store.podman("images", "--format={{.Repository}}:{{.Tag}}", check=False)
         if done.rc != 0:
-            self.fail(f"podman images, when all is over: {done.stderr}")
+            self.fail(f"podman images, after the race: {done.stderr}")
             return
-        told = set(done.stdout.split()) - {"<none>:<none>"}
-        self._compare("images that podman lists", told, self.images)
+        listed = set(done.stdout.split()) - {"<none>:<none>"}
+        self._compare("images that podman lists", listed, self.images)
 
-    def _compare(self, what: str, found: t.Set[str], wanted: t.Set[str]) -> None:
-        if found != wanted:
-            lost, new = sorted(wanted - found), sorted(found - wanted)
-            self.fail(f"{what}: lost are {lost}, and nobody made {new}")
+    def _compare(self, subject: str, found: t.Set[str], expected: t.Set[str]) -> None:
+        if found != expected:
+            missing, unexpected = sorted(expected - found), sorted(found - expected)
+            self.fail(f"{subject}: {missing} are missing, and {unexpected} are unexpected")
 
     def _check_layers(self) -> None:
         layers = {item["id"]: item for item in self.store.layers()}
@@ -202,17 +206,17 @@ class Race:
         for container in self.store.containers():
             self._need(layers, needed, container["layer"], f"container {container['names']}")
         for layer_id in sorted(set(layers) - needed):
-            self.fail(f"layer {layer_id[:12]} is leaked: {layers[layer_id]}")
+            self.fail(f"layer {layer_id[:12]} is an orphan: {layers[layer_id]}")
         for layer in layers.values():
             if (layer.get("flags") or {}).get("incomplete"):
                 self.fail(f"layer {layer['id'][:12]} is incomplete")
 
     def _need(
-        self, layers: t.Mapping[str, Json], needed: t.Set[str], layer_id: str, who: str
+        self, layers: t.Mapping[str, Json], needed: t.Set[str], layer_id: str, user: str
     ) -> None:
         while layer_id:
             if layer_id not in layers:
-                self.fail(f"{who} has lost the layer {layer_id[:12]}")
+                self.fail(f"layer {layer_id[:12]} of {user} is missing")
                 return
             needed.add(layer_id)
             layer_id = layers[layer_id].get("parent") or ""
@@ -224,7 +228,7 @@ class Race:
             if item in layers
         ]
         if len(maps) != len(set(maps)):
-            self.fail(f"image {image['id'][:12]} has two layers with one map: {maps}")
+            self.fail(f"image {image['id'][:12]} has two layers with the same map: {maps}")
 
     def _check_disk(self) -> None:
         known = self.store.layer_ids()
@@ -238,25 +242,25 @@ class Race:
                     self.fail(f"{folder / name} belongs to no layer")
         for layer_id in sorted(known):
             if not self.store.layer_folder(layer_id).is_dir():
-                self.fail(f"the data of layer {layer_id[:12]} is lost")
+                self.fail(f"the data of layer {layer_id[:12]} is missing")
         links = self.store.graphroot / "overlay" / "l"
         for path in links.iterdir() if links.is_dir() else ():
             if not path.exists():
-                self.fail(f"{path} leads nowhere")
+                self.fail(f"{path} is a dangling link")
         for kind in ("staging", "trash"):
-            left = self.store.graphroot / "userns-storage" / kind
-            if left.is_dir() and os.listdir(left):
-                self.fail(f"{left} holds {os.listdir(left)}")
+            folder = self.store.graphroot / "userns-storage" / kind
+            if folder.is_dir() and os.listdir(folder):
+                self.fail(f"{folder} contains {os.listdir(folder)}")
 
 
 def _copied_by_a_runtime(layer: Json) -> bool:
-    """Whether a layer is a mapped one, and not of ours."""
+    """Whether a runtime, and not this collection, has created a mapped layer."""
     ours = (layer.get("flags") or {}).get(ORIGIN_FLAG) == ORIGIN
     return bool(layer.get("uidmap")) and not ours
 
 
 class _Worker:
-    """Draws operations and carries them out."""
+    """Executes random operations."""
 
     steps: t.ClassVar[t.Mapping[str, int]] = {}
 
@@ -269,28 +273,28 @@ class _Worker:
         self.plain: t.Set[str] = set()
 
     def step(self) -> None:
-        """Do one thing."""
-        (what,) = self.random.choices(list(self.steps), list(self.steps.values()))
-        step: t.Callable[[], bool] = getattr(self, what)
+        """Execute an operation."""
+        (operation,) = self.random.choices(list(self.steps), list(self.steps.values()))
+        step: t.Callable[[], bool] = getattr(self, operation)
         if step():
-            self.race.count(f"{type(self).__name__.strip('_').lower()} {what}")
+            self.race.count(f"{type(self).__name__.strip('_').lower()} {operation}")
 
-    def fresh(self) -> str:
-        """A name that nobody else has."""
+    def new_name(self) -> str:
+        """A unique name."""
         return f"{self.name}n{next(self.numbers)}"
 
     def maps(self) -> t.List[str]:
-        """A mapping, in the words of podman's options."""
+        """podman's options for a random mapping."""
         if self.race.store.user:
             return [self.random.choice(["--userns=keep-id", "--userns=nomap", "--userns=host"])]
-        one = self.random.choice([*((m,) for m in ROOTFUL_MAPS), SPLIT_MAP, ()])
-        return [f"--{kind}map={part}" for kind in ("uid", "gid") for part in one]
+        parts = self.random.choice([*((m,) for m in ROOTFUL_MAPS), SPLIT_MAP, ()])
+        return [f"--{kind}map={part}" for kind in ("uid", "gid") for part in parts]
 
-    def tell(self, done: Result) -> bool:
-        """Note a failure; whether it was none."""
+    def succeeded(self, done: Result) -> bool:
+        """Whether a command succeeded; a failure is recorded."""
         if done.rc != 0:
-            words = " ".join(done.argv)
-            self.race.fail(f"{self.name}: {words}: {done.stdout}{done.stderr}".strip())
+            command = " ".join(done.argv)
+            self.race.fail(f"{self.name}: {command}: {done.stdout}{done.stderr}".strip())
         return done.rc == 0
 
 
@@ -300,28 +304,28 @@ class _Podman(_Worker):
         "listing": 2, "prune": 1,
     }  # fmt: skip
 
-    def podman(self, *words: str) -> bool:
-        return self.tell(self.race.store.podman(*words, check=False))
+    def podman(self, *args: str) -> bool:
+        return self.succeeded(self.race.store.podman(*args, check=False))
 
-    def run_on(self, find: t.Callable[[], t.Optional[Json]], *words: str) -> bool:
-        """Run a container; a failure tells whether it stood on an empty copy.
+    def run_on(self, find: t.Callable[[], t.Optional[Json]], *args: str) -> bool:
+        """Run a container; the message of a failure states whether its mapped layer is an empty copy.
 
-        :param find: finds the mapped layer that it stood on
+        :param find: returns the mapped layer of the container
         """
         store = self.race.store
-        done = store.podman(*words, check=False)
+        done = store.podman(*args, check=False)
         if done.rc != 0:
             layer = find()
             if layer and _copied_by_a_runtime(layer) and not store.own_entries(layer["id"]):
                 done = dataclasses.replace(done, stderr=f"{done.stderr} {EMPTY_COPY}")
-        return self.tell(done)
+        return self.succeeded(done)
 
-    def podman_on_names(self, *words: str) -> bool:
+    def podman_on_names(self, *args: str) -> bool:
         with self.race.naming:
-            return self.podman(*words)
+            return self.podman(*args)
 
     def create(self) -> bool:
-        name = self.fresh()
+        name = self.new_name()
         image = self.random.choice([self.race.image.name, *self.own_images])
         command = ["sh", "-c", "stat -c %u /etc/passwd"]
         if self.podman("create", "--name", name, *self.maps(), "--user=0", image, *command):
@@ -349,7 +353,7 @@ class _Podman(_Worker):
         starts = self.host_ids(maps)
 
         def find() -> t.Optional[Json]:
-            # The container is gone by now; the layers of the image tell their maps.
+            # The container no longer exists; its layer is found by its map.
             mapped = self.race.store.mapped_layers(self.race.image.name)
             for layer in self.race.store.layers():
                 hosts = [part["host_id"] for part in layer.get("uidmap") or ()]
@@ -363,7 +367,7 @@ class _Podman(_Worker):
         )  # fmt: skip
 
     def host_ids(self, maps: t.Sequence[str]) -> t.List[int]:
-        """Where the parts of the UID map begin that the options ask for, as layers record them."""
+        """The first host IDs of the parts of the UID map that belongs to options, in the form of layer records."""
         user = self.race.store.user
         if user is None:
             return [int(item.split(":")[1]) for item in maps if item.startswith("--uidmap=")]
@@ -381,33 +385,33 @@ class _Podman(_Worker):
         return self.podman("rm", "-f", name)
 
     def commit(self) -> bool:
-        # The shared image has no history, and podman refuses to commit twice on top of that.
+        # The shared image has no history, and podman refuses a second commit on top of such an image.
         plain = [item for item in self.own if item in self.plain]
         if not plain:
             return False
-        name = f"localhost/{self.fresh()}:1"
+        name = f"localhost/{self.new_name()}:1"
         return self._image(name, "commit", "-q", self.random.choice(plain), name)
 
     def load(self) -> bool:
-        name = f"localhost/{self.fresh()}:1"
+        name = f"localhost/{self.new_name()}:1"
         target = f"containers-storage:{name}"
         with self.race.naming:
             done = self.race.store.skopeo("copy", "-q", self.race.image.source, target, check=False)
-        if self.tell(done):
+        if self.succeeded(done):
             self.own_images.append(name)
             self.race.images.add(name)
             return True
         return False
 
-    def _image(self, name: str, *words: str) -> bool:
-        if self.podman_on_names(*words):
+    def _image(self, name: str, *args: str) -> bool:
+        if self.podman_on_names(*args):
             self.own_images.append(name)
             self.race.images.add(name)
             return True
         return False
 
     def remove_image(self) -> bool:
-        # Its containers' images have to stay.
+        # Images of containers must not be removed.
         used = {c.get("image") for c in self.race.store.containers()}
         ids = {n: i["id"] for i in self.race.store.images() for n in i.get("names") or ()}
         free = [own_image for own_image in self.own_images if ids.get(own_image) not in used]
@@ -428,11 +432,11 @@ class _Podman(_Worker):
 class _Buildah(_Worker):
     steps = {"begin": 3, "config": 2, "commit": 2, "end": 3, "listing": 1}
 
-    def buildah(self, *words: str) -> bool:
-        return self.tell(self.race.store.buildah(*words, check=False))
+    def buildah(self, *args: str) -> bool:
+        return self.succeeded(self.race.store.buildah(*args, check=False))
 
     def begin(self) -> bool:
-        name = self.fresh()
+        name = self.new_name()
         maps = []
         if not self.race.store.user:
             part = self.random.choice(ROOTFUL_MAPS)
@@ -449,7 +453,7 @@ class _Buildah(_Worker):
     def commit(self) -> bool:
         if not self.own:
             return False
-        name = f"localhost/{self.fresh()}:1"
+        name = f"localhost/{self.new_name()}:1"
         with self.race.naming:
             done = self.buildah("commit", "-q", self.random.choice(self.own), name)
         if done:
@@ -478,21 +482,21 @@ class _Ours(_Worker):
         )
         if not result.get("failed"):
             return True
-        if not any(word in result["msg"] for word in allowed):
+        if not any(part in result["msg"] for part in allowed):
             self.race.fail(f"{self.name}: {name} {args}: {result['msg']}")
         return False
 
-    def wanted(self) -> Json:
+    def mapping_args(self) -> Json:
         if self.race.store.user:
             return {"userns": self.random.choice(["keep-id", "nomap"])}
         return {"uidmap": list(self.random.choice([*((m,) for m in ROOTFUL_MAPS), SPLIT_MAP]))}
 
     def present(self) -> bool:
-        return self.module("layer_template", {"images": [self.race.image.name], **self.wanted()})
+        return self.module("layer_template", {"images": [self.race.image.name], **self.mapping_args()})
 
     def absent(self) -> bool:
-        args = {"images": [self.race.image.name], "state": "absent", **self.wanted()}
-        # A container that was there first is right.
+        args = {"images": [self.race.image.name], "state": "absent", **self.mapping_args()}
+        # The removal must fail if a container uses the layer.
         return self.module("layer_template", args, ["is in use by"])
 
     def collect(self) -> bool:
