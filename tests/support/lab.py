@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The laboratory: a private mount namespace, a short scratch folder, and the end of all it started."""
+"""The laboratory: a private mount namespace and a temporary folder, with the removal of everything in them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .waiting import LIMIT
 
 COLLECTION = pathlib.Path(__file__).resolve().parents[2]
 _PREFIX = "us-"
-# Folders of the machine, and what below them a stray podman or skopeo would write to.
-# The stores alone: podman keeps a cache beside them, which the integration tests may write meanwhile.
+# Folders of the machine, and paths below them to which podman or skopeo would write by mistake. These are only the
+# stores: podman has a cache beside them, which integration tests may write at the same time.
 _DEFAULT_STORES = (
     ("/var", "lib/containers/storage"),
     ("/root", ".local/share/containers/storage"),
@@ -33,7 +33,7 @@ _DEFAULT_STORES = (
 
 
 def cache_dir() -> pathlib.Path:
-    """Where roots and images are kept between runs; made when missing."""
+    """The folder in which roots and images are kept between runs; it is created if it is missing."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = pathlib.Path(
         os.environ.get("USERNS_STORAGE_CACHE") or os.path.join(base, "userns-storage")
@@ -53,26 +53,26 @@ def _locked(folder: str) -> t.Iterator[None]:
 
 
 class Lab:
-    """One per test process.
+    """The laboratory of a test process, which must not create a second one.
 
-    Entering it moves the whole process into a private mount namespace with
+    Its creation moves the process into a private mount namespace with
 
-    - a pure cgroup2 tree, without which crun starts nothing on hybrid hosts,
-    - empty /run and /dev/shm, so that no lock, socket or runroot of the machine is met,
-    - private /etc and /var (overlays), so that users, subordinate IDs, storage.conf and the default
-      store's place can be written freely,
-    - `base`, /tmp/us-XXXX: all stores, images and homes live below it (runroots must be short),
-    - `tree`, an ansible_collections folder that any user and any Python may read.
+    - a pure cgroup2 tree, because crun cannot start containers on hybrid hosts,
+    - empty /run and /dev/shm, so that no lock, socket or run root of the machine is used,
+    - private /etc and /var (overlays), so that users, subordinate IDs, storage.conf and the path of
+      the default store can be changed,
+    - `base`, /tmp/us-XXXX, for all stores, images and homes (paths of run roots must be short),
+    - `tree`, a folder with ansible_collections that any user and any Python can read.
 
-    Everything vanishes with the process, even when it is killed, save `base`, which the next
-    laboratory sweeps.
+    Everything disappears with the process, even if it is killed, except `base`, which the next
+    laboratory removes.
     """
 
     def __init__(self) -> None:
-        # One at a time, or a folder would be swept before it is locked.
+        # Without this lock, another process could remove the folder before it is locked.
         with _locked("/tmp"):
-            self._sweep()
-            # buildah takes the path for an image's name, in which underscores are not allowed everywhere.
+            self._remove_stale()
+            # buildah uses the path as the name of an image, which must not contain underscores in some positions.
             self.base = pathlib.Path(f"/tmp/{_PREFIX}{secrets.token_hex(4)}")
             self.base.mkdir(mode=0o700)
             self.base.chmod(0o755)
@@ -80,7 +80,7 @@ class Lab:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._numbers = itertools.count(1)
         self._closers: t.List[t.Callable[[], None]] = []
-        # Opened before the private mounts, these show what the machine itself has.
+        # Opened before the private mounts, these descriptors refer to the folders of the machine.
         self._outside = {
             folder: os.open(folder, os.O_PATH | os.O_CLOEXEC) for folder, _path in _DEFAULT_STORES
         }
@@ -89,13 +89,13 @@ class Lab:
         self._private_mounts()
         self.tree = self.base / "tree"
         self._expose_collection()
-        # The laboratory's own mount namespace, whatever release its `machine` stands for.
+        # The mount namespace of the laboratory, even if `machine` is of another release.
         self.local = Machine()
         self.machine = self.local
 
     @staticmethod
-    def _sweep() -> None:
-        """Remove the folders of laboratories whose process is gone."""
+    def _remove_stale() -> None:
+        """Remove the folders of laboratories whose process has ended."""
         for old in pathlib.Path("/tmp").glob(_PREFIX + "*"):
             try:
                 lock = os.open(old / ".lock", os.O_RDWR | os.O_CLOEXEC)
@@ -130,20 +130,20 @@ class Lab:
             os.makedirs(f"/run/{name}")
         os.chmod("/run/lock", 0o1777)
         for folder in ("/etc", "/var"):
-            self._privatise(folder)
+            self._redirect_writes(folder)
         if os.path.exists("/dev/fuse"):
-            # Machines without udev keep it for root; fuse-overlayfs of a user needs it open to all.
+            # Without udev, only root can open it; fuse-overlayfs of a user requires access for all users.
             os.makedirs("/run/lab/dev")
             mounts.mount("-t", "tmpfs", "lab", "/run/lab/dev")
             os.mknod("/run/lab/dev/fuse", stat.S_IFCHR | 0o666, os.stat("/dev/fuse").st_rdev)
             os.chmod("/run/lab/dev/fuse", 0o666)
             mounts.mount("--bind", "/run/lab/dev/fuse", "/dev/fuse")
-        # As under systemd; whoever makes mounts of his own has to see to it that they stay private.
+        # As under systemd; code that creates mounts must make them private if required.
         mounts.mount("--make-rshared", "/")
 
     @staticmethod
-    def _privatise(folder: str) -> None:
-        """Let writes below `folder` go to memory; what is mounted below it stays visible."""
+    def _redirect_writes(folder: str) -> None:
+        """Redirect writes below `folder` to memory; mounts below it stay visible."""
         kept = {
             point: os.open(point, os.O_PATH | os.O_CLOEXEC)
             for point in reversed(mounts.mount_points(folder))
@@ -158,10 +158,10 @@ class Lab:
             os.close(handle)
 
     def _expose_collection(self) -> None:
-        """Bind the collection and Ansible's own package where every user may read them."""
+        """Bind-mount the collection and the package ansible at paths that every user can read."""
         spec = importlib.util.find_spec("ansible")
         if spec is None or not spec.origin:
-            raise RuntimeError("ansible-core is not installed beside pytest")
+            raise RuntimeError("ansible-core is not installed in the environment of pytest")
         sources = {
             self.tree / "ansible_collections" / "userns" / "storage": COLLECTION,
             self.tree / "ansible": pathlib.Path(spec.origin).parent,
@@ -171,18 +171,18 @@ class Lab:
             mounts.mount("--bind", str(source), str(target))
 
     def folder(self, mode: int = 0o755) -> pathlib.Path:
-        """A fresh folder with a short path below `base`."""
+        """A new folder with a short path below `base`."""
         path = self.base / str(next(self._numbers))
         path.mkdir()
         path.chmod(mode)
         return path
 
     def on_close(self, closer: t.Callable[[], None]) -> None:
-        """Have `closer` called when the laboratory closes, last come first served."""
+        """Register a function that is called when the laboratory closes; the last function is called first."""
         self._closers.append(closer)
 
     def kill(self, marker: t.Union[str, pathlib.Path]) -> None:
-        """End every process that was started to work below the folder `marker`, one of ours."""
+        """End all processes that were started for the folder `marker` of the laboratory."""
         marker = f"{marker}/"
         for sign in (signal.SIGTERM, signal.SIGKILL):
             pids = busy_pids(marker)
@@ -191,13 +191,13 @@ class Lab:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, sign)
-            # The first signal is a courtesy; after the second the kernel ends them in its own time.
+            # Processes get little time to exit after the first signal; after the second, the kernel may take longer.
             until = time.monotonic() + (0.2 if sign == signal.SIGTERM else LIMIT)
             while time.monotonic() < until and busy_pids(marker):
                 time.sleep(0.02)
 
     def remove(self, folder: pathlib.Path) -> None:
-        """End what works below a folder, unmount what is mounted there and delete it."""
+        """End the processes of a folder, unmount everything below it and delete it."""
         self.kill(folder)
         mounts.detach_all(str(folder))
         shutil.rmtree(folder, ignore_errors=True)
@@ -205,11 +205,14 @@ class Lab:
             shutil.rmtree(folder)
 
     def close(self) -> None:
-        """Undo everything; raises when a default store of the machine was touched meanwhile."""
+        """Remove everything.
+
+        :raises AssertionError: a default store of the machine was changed
+        """
         while self._closers:
             self._closers.pop()()
         self.remove(self.base)
         os.close(self._lock)
         after = self._default_stores()
         if after != self._before:
-            raise AssertionError(f"a default store was touched: {self._before} became {after}")
+            raise AssertionError(f"a default store was changed: {self._before} became {after}")

@@ -156,7 +156,9 @@ class PowerLoss:
         images: t.Sequence[Json],
         containers: t.Sequence[Json],
     ) -> t.Iterator[str]:
-        complete = {item["id"] for item in layers if not (item.get("flags") or {}).get("incomplete")}
+        complete = {
+            item["id"] for item in layers if not (item.get("flags") or {}).get("incomplete")
+        }
         known = {item["id"] for item in layers}
         for layer in layers:
             # A runtime that loads the records deletes layers that are marked as incomplete, in any order.

@@ -492,7 +492,9 @@ class _Ours(_Worker):
         return {"uidmap": list(self.random.choice([*((m,) for m in ROOTFUL_MAPS), SPLIT_MAP]))}
 
     def present(self) -> bool:
-        return self.module("layer_template", {"images": [self.race.image.name], **self.mapping_args()})
+        return self.module(
+            "layer_template", {"images": [self.race.image.name], **self.mapping_args()}
+        )
 
     def absent(self) -> bool:
         args = {"images": [self.race.image.name], "state": "absent", **self.mapping_args()}

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Registries on a loopback port: one has an image under every name, one takes what is pushed to it, and a real one."""
+"""Registries on a loopback port: one serves an image under every name, one receives images, one is docker-registry."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .waiting import wait_until
 
 
 class Registry:
-    """Serves until it is closed.
+    """Serves an image under every name until it is closed.
 
-    :param hosts: the registries that it stands for once `configure` has been called
-    :param hold: the digest of a blob whose download waits until `go_on` is set; `waits` says that one has begun
+    :param hosts: the registries that it replaces after a call of `configure`
+    :param hold: the digest of a blob whose downloads wait until `go_on` is set; `waits` is set when a download waits
     """
 
     def __init__(self, image: Image, hosts: t.Sequence[str], hold: str = "") -> None:
@@ -79,10 +79,13 @@ class Registry:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def configure(self, etc: pathlib.Path) -> None:
-        """Have the programs of a machine take this for those registries: its folder etc/containers."""
-        place = f"127.0.0.1:{self.server.server_port}"
+        """Make programs use this registry instead of `hosts`.
+
+        :param etc: the folder etc/containers of a machine
+        """
+        location = f"127.0.0.1:{self.server.server_port}"
         parts = [
-            f'[[registry]]\nprefix = "{host}"\nlocation = "{place}"\ninsecure = true\n'
+            f'[[registry]]\nprefix = "{host}"\nlocation = "{location}"\ninsecure = true\n'
             for host in self.hosts
         ]
         (etc / "registries.conf").write_text("\n".join(parts))
@@ -93,9 +96,12 @@ class Registry:
 
 
 class Receiver:
-    """A registry that keeps in memory what is pushed to it, and serves it, until it is closed.
+    """A registry that stores pushed images in memory and serves them until it is closed.
 
-    Attributes: address ("127.0.0.1:PORT"), blobs and manifests (by digest), tags (digests by "name:tag").
+    :ivar address: "127.0.0.1:PORT"
+    :ivar blobs: by digest
+    :ivar manifests: media types and contents by digest
+    :ivar tags: digests by "name:tag"
     """
 
     def __init__(self) -> None:
@@ -145,9 +151,9 @@ class Receiver:
 
             def do_POST(self) -> None:
                 self._body()
-                place = f"{self.path.partition('?')[0].rstrip('/')}/{next(numbers)}"
-                uploads[place] = b""
-                self._answer(202, Location=place, Range="0-0")
+                location = f"{self.path.partition('?')[0].rstrip('/')}/{next(numbers)}"
+                uploads[location] = b""
+                self._answer(202, Location=location, Range="0-0")
 
             def do_PATCH(self) -> None:
                 uploads[self.path] += self._body()
@@ -156,21 +162,21 @@ class Receiver:
 
             def do_PUT(self) -> None:
                 body = self._body()
-                place, _mark, query = self.path.partition("?")
-                if place in uploads:
-                    body = uploads.pop(place) + body
+                location, _mark, query = self.path.partition("?")
+                if location in uploads:
+                    body = uploads.pop(location) + body
                 digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
-                wanted = urllib.parse.parse_qs(query).get("digest", [digest])
-                if wanted != [digest]:
+                expected = urllib.parse.parse_qs(query).get("digest", [digest])
+                if expected != [digest]:
                     self._answer(400)
                     return
-                kind, _slash, name = place.rpartition("/")
+                kind, _slash, name = location.rpartition("/")
                 if kind.endswith("/manifests"):
                     registry.manifests[digest] = (self.headers["Content-Type"], body)
                     registry.tags[f"{kind[4:-10]}:{name}"] = digest
                 else:
                     registry.blobs[digest] = body
-                self._answer(201, Location=place, Docker_Content_Digest=digest)
+                self._answer(201, Location=location, Docker_Content_Digest=digest)
 
             def log_message(self, format: str, *args: t.Any) -> None:
                 pass
@@ -180,7 +186,7 @@ class Receiver:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def layers(self, name: str) -> t.List[tarfile.TarFile]:
-        """The layers of an image that was pushed as "name:tag", the lowest first, as open archives."""
+        """The layers of the image that was pushed as "name:tag", as open archives, the lowest layer first."""
         manifest = json.loads(self.manifests[self.tags[name]][1])
         blobs = [self.blobs[item["digest"]] for item in manifest["layers"]]
         return [tarfile.open(fileobj=io.BytesIO(blob), errors="surrogateescape") for blob in blobs]
@@ -191,13 +197,14 @@ class Receiver:
 
 
 class PrivateRegistry:
-    """Debian's docker-registry with TLS and one account, until it is closed.
+    """Debian's docker-registry with TLS and a single account, until it is closed.
 
-    Attributes: address ("127.0.0.1:PORT"), certificate (the file that says whom to trust).
+    :ivar address: "127.0.0.1:PORT"
+    :ivar certificate: the file with its certificate
     """
 
     def __init__(self, folder: pathlib.Path, name: str, password: str) -> None:
-        """:param folder: for its files"""
+        """:param folder: a folder for its files"""
         self.certificate, key = folder / "registry.crt", folder / "registry.key"
         subprocess.run(
             [
@@ -235,7 +242,7 @@ class PrivateRegistry:
 
     def _listens(self) -> bool:
         if self.process.poll() is not None:
-            raise RuntimeError(f"docker-registry has ended with {self.process.returncode}")
+            raise RuntimeError(f"docker-registry exited with status {self.process.returncode}")
         host, _colon, port = self.address.partition(":")
         with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
             return True
@@ -247,8 +254,8 @@ class PrivateRegistry:
 
 
 def _bcrypt(password: str) -> str:
-    """The hash that docker-registry reads, by the C library's own crypt."""
+    """The hash of a password in the format that docker-registry reads, created by crypt(3)."""
     crypt = ctypes.CDLL("libcrypt.so.1").crypt
     crypt.restype = ctypes.c_char_p
-    made: bytes = crypt(password.encode(), b"$2b$05$userns.storage.tests..")
-    return made.decode()
+    hashed: bytes = crypt(password.encode(), b"$2b$05$userns.storage.tests..")
+    return hashed.decode()

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Temporary users with subordinate IDs, made by useradd on a machine and taken away again."""
+"""Create and remove temporary users with subordinate IDs on a machine."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _RANGE = 65536
 
 @dataclasses.dataclass(frozen=True)
 class User(Account):
-    """A temporary user: IDs `subuid_start` to `subuid_start + subuid_count - 1` belong to it."""
+    """A temporary user with the subordinate IDs `subuid_start` to `subuid_start + subuid_count - 1`."""
 
     subuid_start: int = 0
     subuid_count: int = 0
 
     def write(self, path: str, text: str) -> pathlib.Path:
-        """Put a file of the user's own below its home, folders included."""
+        """Write a file below the user's home; the user owns the file and its new folders."""
         target = pathlib.Path(self.home) / path
         missing = [p for p in (target, *target.parents) if not p.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ class User(Account):
 
 
 def _claimed(etc: pathlib.Path) -> t.Tuple[t.Set[int], t.List[t.Tuple[int, int]]]:
-    """IDs taken by users and groups, and all subordinate ranges as (first, past the last)."""
+    """The IDs of users and groups, and all subordinate ranges as (first, last + 1)."""
     taken: t.Set[int] = set()
     for name in ("passwd", "group"):
         for line in (etc / name).read_text().splitlines():
@@ -56,9 +56,9 @@ def _claimed(etc: pathlib.Path) -> t.Tuple[t.Set[int], t.List[t.Tuple[int, int]]
 
 @contextlib.contextmanager
 def _numbers(lab: Lab) -> t.Iterator[t.Callable[[t.Collection[int]], int]]:
-    """Hold the lock on account files, and get UIDs that no laboratory of this machine has just used.
+    """Hold the lock of the account files; yields a function that returns a UID that no laboratory has used recently.
 
-    Laboratories share PIDs: an equal UID elsewhere would make userdel find processes of "the user".
+    Laboratories share PIDs: if another laboratory used the same UID, userdel would find processes of the user.
     """
     with open(lab.base.parent / ".us-users.lock", "a+", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -66,17 +66,17 @@ def _numbers(lab: Lab) -> t.Iterator[t.Callable[[t.Collection[int]], int]]:
         def number(taken: t.Collection[int]) -> int:
             lock.seek(0)
             last = int(lock.read() or 0)
-            fresh = next(n for n in _circle(last) if n not in taken)
+            uid = next(n for n in _uids_after(last) if n not in taken)
             lock.truncate(0)
-            lock.write(str(fresh))
+            lock.write(str(uid))
             lock.flush()
-            return fresh
+            return uid
 
         yield number
 
 
-def _circle(last: int) -> t.Iterator[int]:
-    """UIDs of ordinary users, those after `last` first."""
+def _uids_after(last: int) -> t.Iterator[int]:
+    """All UIDs of ordinary users, those after `last` first."""
     first, past = 1500, 60000
     start = last + 1 if first <= last < past - 1 else first
     return itertools.chain(range(start, past), range(first, start))
@@ -89,33 +89,33 @@ def add_user(
     uid: int = 0,
     name: str = "",
 ) -> User:
-    """Make a user whose home lies in the laboratory, with `subordinate` IDs (0: none).
+    """Create a user with a home in the laboratory and `subordinate` IDs (0 for none).
 
-    Ranges and UIDs overlap no other's on that machine. /run/user/UID is there and is the user's, as
-    after a login.
+    The UID and the ranges do not overlap with others on the machine. /run/user/UID exists and belongs to the
+    user, as after a login.
     """
     machine = machine or lab.machine
     home = lab.folder() / "h"
-    with _numbers(lab) as fresh:
+    with _numbers(lab) as next_uid:
         taken, ranges = _claimed(machine.path("/etc"))
         for other in _also_known_to(lab, machine):
             more_taken, more_ranges = _claimed(other.path("/etc"))
             taken, ranges = taken | more_taken, ranges + more_ranges
-        number = uid or fresh(taken)
+        number = uid or next_uid(taken)
         name = name or f"us{os.getpid() % 100000}n{next(_NUMBERS)}x"
         machine.run(["groupadd", "-g", str(number), name])
-        # -K keeps useradd from choosing ranges itself; -M from copying /etc/skel.
-        words = ["-M", "-N", "-u", str(number), "-g", str(number), "-d", str(home)]
-        words += ["-s", "/bin/bash", "-K", "SUB_UID_COUNT=0", "-K", "SUB_GID_COUNT=0"]
-        machine.run(["useradd", *words, name])
+        # -K prevents useradd from allocating ranges, and -M from copying /etc/skel.
+        options = ["-M", "-N", "-u", str(number), "-g", str(number), "-d", str(home)]
+        options += ["-s", "/bin/bash", "-K", "SUB_UID_COUNT=0", "-K", "SUB_GID_COUNT=0"]
+        machine.run(["useradd", *options, name])
         start = 0
         if subordinate:
             start = 100_000 + _RANGE * (number - 1500)
             while any(start < end and first < start + subordinate for first, end in ranges):
                 start += _RANGE
             last = start + subordinate - 1
-            words = ["--add-subuids", f"{start}-{last}", "--add-subgids", f"{start}-{last}"]
-            machine.run(["usermod", *words, name])
+            options = ["--add-subuids", f"{start}-{last}", "--add-subgids", f"{start}-{last}"]
+            machine.run(["usermod", *options, name])
     home.mkdir(mode=0o700)
     os.chown(home, number, number)
     runtime = f"/run/user/{number}"
@@ -127,12 +127,12 @@ def add_user(
 
 
 def _also_known_to(lab: Lab, machine: Machine) -> t.List[Machine]:
-    """Tests use the library in their own process, too, so it has to know the users of the machine under test."""
+    """Further machines that need the users of a machine, because tests also use the library in their own process."""
     return [lab.local] if machine is lab.machine and machine is not lab.local else []
 
 
 def introduce(user: User, machine: Machine) -> None:
-    """Make a user of this machine known to another one, with the same IDs, for as long as that lives."""
+    """Add a user with the same IDs to the account files of another machine, for the lifetime of that machine."""
     etc = machine.path("/etc")
     lines = {
         "passwd": f"{user.name}:x:{user.uid}:{user.gid}::{user.home}:/bin/bash",
@@ -149,7 +149,7 @@ def introduce(user: User, machine: Machine) -> None:
 
 
 def remove_user(lab: Lab, user: User, machine: t.Optional[Machine] = None) -> None:
-    """End what the user runs, and take away home, runtime folder, account and range lines."""
+    """End the user's processes, and remove the home, the runtime folder, the account and the ranges."""
     machine = machine or lab.machine
     lab.remove(pathlib.Path(user.home).parent)
     for item in (machine, *_also_known_to(lab, machine)):

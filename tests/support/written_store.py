@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A user's vfs store written file by file, for what no runtime would write; and all that our modules do with a store.
+"""Write a user's vfs store with content that no runtime writes, and run the operations of all modules on it.
 
-Functions here run in the user's namespace as well.
+The functions also run in the user's namespace.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ IMAGE, TOP, BASE, MAPPED, OWN, CONTAINER = (letter * 64 for letter in "abcdef")
 _CONFIG = "=" + base64.b64encode(f"sha256:{IMAGE}".encode()).decode()
 _RUNTIME = "podman 5.4.2"
 
-# Every file that is opened by its name in a user's reach, relative to the graph root; that of storage.conf is
-# relative to the home. A new place needs a line here: test_obstacles.py puts obstacles there.
+# All paths that are opened by name and that a user can change, relative to the graph root; that of storage.conf is
+# relative to the home. New paths must be added here, because test_obstacles.py replaces each path with obstacles.
 PLACES: t.Mapping[str, str] = {
     "storage.conf": "~/.config/containers/storage.conf",
     "podman's database (SQLite)": "db.sql",
@@ -75,7 +75,7 @@ PLACES: t.Mapping[str, str] = {
 
 
 def records() -> t.Dict[str, t.List[Json]]:
-    """The records of an image with a base layer, a mapped layer, and a container on that."""
+    """The records of an image with a base layer and a mapped layer, and of a container on the mapped layer."""
     maps = {
         kind: [{"container_id": 0, "host_id": 1, "size": 65536}] for kind in ("uidmap", "gidmap")
     }
@@ -120,8 +120,8 @@ def write(
 ) -> StoreRequest:
     """Write a store into a folder.
 
-    :param home: is emptied first; the store comes into its folder ``storage``
-    :param changed: records in place of :func:`records`, by kind
+    :param home: a folder that is emptied first; the store is in its subfolder ``storage``
+    :param changed: records that replace those of :func:`records`, by kind
     :param files: further files, by path below the graph root
     """
     root = os.path.join(home, "storage")
@@ -153,7 +153,7 @@ def write(
 
 
 def write_database(path: str, statements: t.Iterable[str]) -> None:
-    """A database of SQLite."""
+    """Write an SQLite database."""
     with sqlite3.connect(path) as connection:
         for statement in statements:
             connection.execute(statement)
@@ -161,9 +161,9 @@ def write_database(path: str, statements: t.Iterable[str]) -> None:
 
 
 def operate(store: StoreRequest, check: bool = False) -> t.List[str]:
-    """Do all that the modules do: for each, "done" or the name of the error's class.
+    """Run the operations of all modules; returns "done" or the class name of the error for each operation.
 
-    :raises Exception: an error that is none of ours, or a result that no receiver accepts
+    :raises Exception: an error that is not a StorageError, or a result that the receiver does not accept
     """
     namespaces = (
         MappingOptions("auto", runtime=_RUNTIME),
