@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A stand-in for the interface of an AWX 24 controller. It is no controller.
+"""A stand-in for the interface of an AWX 24 controller. It is not a controller.
 
 It answers the requests of the modules of awx.awx in the format that AWX's documentation of its interface describes:
 lists with ``count``, ``next`` and ``results``, objects with ``url`` and ``related``, 201 for new objects, 204 for
@@ -80,29 +80,29 @@ def check_survey(survey: Json) -> None:
     if not survey["spec"]:
         raise Refused("'spec' doesn't contain any items.")
     seen = set()
-    for number, one in enumerate(survey["spec"]):
+    for number, question in enumerate(survey["spec"]):
         for key in ("type", "question_name", "variable", "required"):
-            if key not in one:
+            if key not in question:
                 raise Refused(f"'{key}' missing from survey question {number}")
-        if one["type"] not in _TYPES:
+        if question["type"] not in _TYPES:
             raise Refused(
-                f"'{one['type']}' in survey question {number} is not one of the allowed types"
+                f"'{question['type']}' in survey question {number} is not one of the allowed types"
             )
-        if one["variable"] in seen or not one["variable"]:
+        if question["variable"] in seen or not question["variable"]:
             raise Refused(
-                f"'variable' '{one['variable']}' duplicated or malformed in question {number}"
+                f"'variable' '{question['variable']}' duplicated or malformed in question {number}"
             )
-        seen.add(one["variable"])
-        default = one.get("default", "")
-        fits = isinstance(default, _TYPES[one["type"]]) and not isinstance(default, bool)
+        seen.add(question["variable"])
+        default = question.get("default", "")
+        fits = isinstance(default, _TYPES[question["type"]]) and not isinstance(default, bool)
         if default != "" and not fits:
             raise Refused(
-                f"Default value {default!r} in question {number} is not of type {one['type']}"
+                f"Default value {default!r} in question {number} is not of type {question['type']}"
             )
-        if one["type"] == "multiplechoice":
-            if not one.get("choices"):
+        if question["type"] == "multiplechoice":
+            if not question.get("choices"):
                 raise Refused(f"Question {number} has no choices")
-            if default not in ["", *_choices(one)]:
+            if default not in ["", *_choices(question)]:
                 raise Refused(f"The default of question {number} is no choice of it")
 
 
@@ -180,9 +180,10 @@ def check_rrule(rrule: str) -> None:
 class StandIn:
     """The stand-in, which listens on loopback inside a with block.
 
-    Attributes: url; requests, a list of (method, path, body); objects, what it keeps; failing_updates, how many of the
-    next updates of projects fail, as they do where the source cannot be reached; galaxy_reachable, for each update
-    installs the collections that the project asks for.
+    :ivar requests: a list of (method, path, body)
+    :ivar objects: the stored objects by kind and number
+    :ivar failing_updates: the number of following project updates that fail, like those from an unreachable source
+    :ivar galaxy_reachable: if false, updates of projects that require collections fail
     """
 
     def __init__(self, project: pathlib.Path) -> None:
@@ -260,8 +261,8 @@ class StandIn:
         """Start an update of a project. It ends after its first query."""
         fails = self.failing_updates > 0
         self.failing_updates -= fails
-        wants_galaxy = (self.project / "collections/requirements.yml").exists()
-        fails = fails or (wants_galaxy and not self.galaxy_reachable)
+        needs_galaxy = (self.project / "collections/requirements.yml").exists()
+        fails = fails or (needs_galaxy and not self.galaxy_reachable)
         self.number += 1
         update = {
             "id": self.number,
@@ -313,40 +314,40 @@ class StandIn:
 
     def answer(self, method: str, path: str, body: t.Any) -> t.Tuple[int, t.Any]:
         parsed = urllib.parse.urlparse(path)
-        words = parsed.path.strip("/").split("/")
+        segments = parsed.path.strip("/").split("/")
         query = dict(urllib.parse.parse_qsl(parsed.query))
         if method != "GET":
             self.requests.append((method, parsed.path, body))
         try:
-            return self._answer(method, words[2:], query, body)
+            return self._answer(method, segments[2:], query, body)
         except Refused as refusal:
             return 400, {"__all__": [str(refusal)]}
 
     def _answer(
-        self, method: str, words: t.Sequence[str], query: t.Mapping[str, str], body: t.Any
+        self, method: str, segments: t.Sequence[str], query: t.Mapping[str, str], body: t.Any
     ) -> t.Tuple[int, t.Any]:
-        kind = words[0] if words else ""
+        kind = segments[0] if segments else ""
         if kind == "unified_job_templates" and method == "GET":
             return 200, self._list(["job_templates", "projects"], query)
-        if kind == "project_updates" and method == "GET" and int(words[1]) in self.updates:
-            update = self.updates[int(words[1])]
+        if kind == "project_updates" and method == "GET" and int(segments[1]) in self.updates:
+            update = self.updates[int(segments[1])]
             answer = dict(update)
             self._proceed(update)
             return 200, answer
         if kind not in self.objects:
             return 404, {"detail": "Not found."}
-        if len(words) == 1:
+        if len(segments) == 1:
             if method == "GET":
                 return 200, self._list([kind], query)
             if method == "POST":
                 self._check(kind, body)
                 return 201, self.put(kind, body)
             return 405, {"detail": f'Method "{method}" not allowed.'}
-        number = int(words[1])
+        number = int(segments[1])
         if number not in self.objects[kind]:
             return 404, {"detail": "Not found."}
-        if len(words) == 3:
-            return self._sub(method, kind, number, words[2], body)
+        if len(segments) == 3:
+            return self._sub(method, kind, number, segments[2], body)
         if method == "PATCH":
             self._check(kind, {**self.objects[kind][number], **body})
             self.objects[kind][number].update(body)
@@ -377,9 +378,9 @@ class StandIn:
     def _list(self, kinds: t.Sequence[str], query: t.Mapping[str, str]) -> Json:
         found = []
         for kind in kinds:
-            for number, one in self.objects[kind].items():
+            for number, item in self.objects[kind].items():
                 if all(
-                    str(one.get(key)) == value for key, value in query.items() if "__" not in key
+                    str(item.get(key)) == value for key, value in query.items() if "__" not in key
                 ):
                     found.append(self.shown(kind, number))
         return {"count": len(found), "next": None, "previous": None, "results": found}

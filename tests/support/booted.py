@@ -74,7 +74,7 @@ Environment=XDG_RUNTIME_DIR=/run/user/%i
 
 
 class Booted(Machine):
-    """A host with a running systemd, as long as the object exists."""
+    """A host with a running systemd until `close` is called."""
 
     def __init__(self, host: Host) -> None:
         self.name = host.name
@@ -105,7 +105,7 @@ class Booted(Machine):
                     break
             if self._process.poll() is not None or time.monotonic() > until:
                 self.close()
-                raise RuntimeError("systemd did not come up")
+                raise RuntimeError("systemd did not start")
             time.sleep(0.1)
         self.root = f"/proc/{pids[0]}/root"
 
@@ -118,5 +118,5 @@ class Booted(Machine):
             "find . -depth -type d ! -name . -exec rmdir {} + ; cd / ; "
             'rmdir "/sys/fs/cgroup$1"'
         )
-        words = ["unshare", "--mount", "sh", "-c", script, "sh", self._group]
-        wait_until(lambda: self._host.run(words, check=False).rc == 0, pause=0.1)
+        command = ["unshare", "--mount", "sh", "-c", script, "sh", self._group]
+        wait_until(lambda: self._host.run(command, check=False).rc == 0, pause=0.1)

@@ -32,7 +32,7 @@ _ARGUMENTS = (
 
 
 class Browser:
-    """One window; `close` ends the browser and its driver."""
+    """A browser window; `close` ends the browser and its driver."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         """:param folder: for the browser's profile."""
@@ -50,9 +50,9 @@ class Browser:
                 break
         options = {"args": [*_ARGUMENTS, f"--user-data-dir={folder}"]}
         # Console messages of the page, including refused requests.
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         try:
-            answer = self._call("/session", {"capabilities": {"alwaysMatch": wanted}})
+            answer = self._call("/session", {"capabilities": {"alwaysMatch": capabilities}})
         except BaseException:
             self.driver.terminate()
             raise

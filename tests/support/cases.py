@@ -81,10 +81,10 @@ class Case:
 
     def layer_template(self, *, options: t.Optional[Json] = None, **args: t.Any) -> Json:
         """layer_template for the case's image and namespace, with `args` added or replaced."""
-        asked: Json = {"images": [self.image.name], **args}
+        arguments: Json = {"images": [self.image.name], **args}
         if not {"userns", "uidmap", "gidmap"}.intersection(args):
-            asked.update(self.wanted)
-        return self.call("layer_template", asked, **(options or {}))
+            arguments.update(self.wanted)
+        return self.call("layer_template", arguments, **(options or {}))
 
     def info(self, *, options: t.Optional[Json] = None, **args: t.Any) -> Json:
         """image_layers_info on the case's store."""
@@ -107,7 +107,7 @@ class Case:
         return self.store.mapped_layers(self.image.name)
 
     def assert_podman_is_well(self) -> None:
-        """podman's own listings succeed."""
+        """Check that podman's listings succeed."""
         self.store.podman("images", "-a")
         self.store.podman("system", "df", "-v")
 
@@ -124,11 +124,11 @@ class Case:
             assert names_below(tree) == set(described)
             for path, entry in described.items():
                 info, origin = os.lstat(tree / path), os.lstat(model / path)
-                wanted = (
+                expected = (
                     store.host_id(record.get("uidmap", ()), entry.uid),
                     store.host_id(record.get("gidmap", ()), entry.gid),
                 )
-                assert (info.st_uid, info.st_gid) == wanted, path
+                assert (info.st_uid, info.st_gid) == expected, path
                 assert stat.S_IFMT(info.st_mode) == stat.S_IFMT(origin.st_mode), path
                 if path == ".":
                     # The overlay driver sets its own mode on the root directory.
@@ -167,10 +167,10 @@ def _assert_content(path: pathlib.Path, entry: Entry) -> None:
             for key in ("security.capability",)
             if key in os.listxattr(path, follow_symlinks=False)
         )
-        wanted = dict(entry.xattrs)
+        expected = dict(entry.xattrs)
         # Capabilities of a user namespace have its root's ID after the same sets.
         assert {key: _sets(key, value) for key, value in found.items()} == {
-            key: _sets(key, value) for key, value in wanted.items()
+            key: _sets(key, value) for key, value in expected.items()
         }, path
 
 

@@ -25,17 +25,17 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.userns imp
 
 def main() -> None:
     """Convert ``images`` (IDs) to ``uidmap`` and ``gidmap`` in the store that the other arguments name."""
-    words: t.Dict[str, t.Any] = json.loads(sys.argv[1])["ANSIBLE_MODULE_ARGS"]
-    check = bool(words.get("_ansible_check_mode"))
-    images, uidmap, gidmap = (tuple(words[key]) for key in ("images", "uidmap", "gidmap"))
+    arguments: t.Dict[str, t.Any] = json.loads(sys.argv[1])["ANSIBLE_MODULE_ARGS"]
+    check = bool(arguments.get("_ansible_check_mode"))
+    images, uidmap, gidmap = (tuple(arguments[key]) for key in ("images", "uidmap", "gidmap"))
     store = StoreRequest(
-        account=account_named(words.get("user")),
-        storage_conf=words.get("storage_conf", ""),
-        graphroot=words.get("graphroot", ""),
-        runroot=words.get("runroot", ""),
-        driver=words.get("driver", ""),
-        storage_options=tuple(words.get("storage_options", ())),
-        lock_timeout=words.get("lock_timeout", 60.0),
+        account=account_named(arguments.get("user")),
+        storage_conf=arguments.get("storage_conf", ""),
+        graphroot=arguments.get("graphroot", ""),
+        runroot=arguments.get("runroot", ""),
+        driver=arguments.get("driver", ""),
+        storage_options=tuple(arguments.get("storage_options", ())),
+        lock_timeout=arguments.get("lock_timeout", 60.0),
     )
     request = image_conversion.ConversionRequest(store, images, uidmap, gidmap, check)
     started = time.perf_counter()

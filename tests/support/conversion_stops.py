@@ -15,7 +15,7 @@ import subprocess
 import typing as t
 
 from . import subvolumes
-from .conversions import texts, words
+from .conversions import texts, conversion_args
 from .injection import CONVERSION, KILL, Modules, Run
 from .lab import Lab
 from .machines import Machine
@@ -38,7 +38,7 @@ class Conversions:
         self.modules = Modules(lab)
         # A user's namespace has 65,536 IDs.
         self.map = "0:1:2000" if store.user else MAP
-        self.asked = words(store, [self.image.name], [self.map])
+        self.args = conversion_args(store, [self.image.name], [self.map])
         self.before = {name: self._trees(name) for name in (self.image.name, OTHER_IMAGE)}
         self._saved = store.base / ("disk/saved" if (store.base / "disk").is_dir() else "saved")
         self._save("before")
@@ -47,7 +47,7 @@ class Conversions:
     def run(self, at: int = 0, what: str = "") -> Run:
         """Start a conversion and stop it at a point."""
         below = str(self.store.graphroot)
-        return self.modules.run(CONVERSION, self.asked, below=below, at=at, what=what)
+        return self.modules.run(CONVERSION, self.args, below=below, at=at, what=what)
 
     def _save(self, name: str) -> None:
         shutil.rmtree(self._saved / name, ignore_errors=True)
@@ -75,14 +75,14 @@ class Conversions:
         store."""
         points = self.run().points
         self.restore()
-        chosen = list(spread(points, most)) if most else list(range(1, points + 1))
-        for at in chosen:
+        selected = list(spread(points, most)) if most else list(range(1, points + 1))
+        for at in selected:
             assert self.run(at, KILL).at is not None
             self.look(may_be_lost=True)
             self.restore()
         # The image is lost only between the first and the last calls.
         assert set(self.seen) == {"old", "lost", "new"}
-        return len(chosen)
+        return len(selected)
 
     # Checks
 
@@ -95,19 +95,19 @@ class Conversions:
         self._save("left")
         for machine in self.machines:
             self.restore("left")
-            self._told(machine)
+            self._check_podman(machine)
             assert self._form(OTHER_IMAGE) == "old"
             form = self._form(self.image.name)
             assert form != "lost" or may_be_lost
         self.seen[form] = self.seen.get(form, 0) + 1
         self.store.load(self.image)
         assert self._form(self.image.name) in ("old", "new")
-        self._told(machine)
+        self._check_podman(machine)
         done = self.run()
         assert not done.result.get("failed"), done.output
         assert self._form(self.image.name) == "new"
         assert self._form(OTHER_IMAGE) == "old"
-        self._told(machine)
+        self._check_podman(machine)
 
     def incomplete_layers(self, graphroot: pathlib.Path) -> int:
         """The number of layers of a copy of the store that are marked as incomplete; the other layers must match
@@ -122,8 +122,8 @@ class Conversions:
                 assert record["id"] in self.before[self.image.name]
             elif record["id"] in trees:
                 mapped = bool(record.get("uidmap"))
-                place = graphroot / driver / ("subvolumes" if driver == "btrfs" else "")
-                folder = place / record["id"] / ("diff" if driver == "overlay" else "")
+                layers = graphroot / driver / ("subvolumes" if driver == "btrfs" else "")
+                folder = layers / record["id"] / ("diff" if driver == "overlay" else "")
                 tree = _tree(folder, functools.partial(self._container_id, mapped=mapped))
                 assert tree == trees[record["id"]]
         return incomplete
@@ -132,7 +132,7 @@ class Conversions:
         """Whether the image has its old form or the new one, or is lost."""
         return self._form(self.image.name)
 
-    def _told(self, machine: Machine) -> None:
+    def _check_podman(self, machine: Machine) -> None:
         commands = [["images", "-a"], ["ps", "-a", "--external"], ["system", "df", "-v"]]
         for command in commands:
             self._podman(machine, "podman", *command)
@@ -156,11 +156,11 @@ class Conversions:
             assert "incomplete" not in record.get("flags", {})
             maps.add((*texts(record, "uidmap"), *texts(record, "gidmap")))
             layer = record.get("parent", "")
-        (only,) = maps
-        assert only in ((), (self.map, self.map))
-        trees = self._trees(name, bool(only))
+        (mapping,) = maps
+        assert mapping in ((), (self.map, self.map))
+        trees = self._trees(name, bool(mapping))
         assert trees == self.before[name]
-        return "new" if only else "old"
+        return "new" if mapping else "old"
 
     def _container_id(self, host_id: int, mapped: bool) -> int:
         """The ID that a container with the map, or without one, sees."""

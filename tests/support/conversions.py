@@ -22,7 +22,7 @@ def texts(record: Json, key: str) -> t.List[str]:
     ]
 
 
-def words(
+def conversion_args(
     store: Store,
     images: t.Sequence[str],
     uidmap: t.Sequence[str],
@@ -44,12 +44,12 @@ def convert(
     gidmap: t.Optional[t.Sequence[str]] = None,
     check: bool = False,
 ) -> Json:
-    """Convert images by their names; arguments as for `words`.
+    """Convert images by their names; arguments as for `conversion_args`.
 
     :returns: the operation's result, or its ``msg``, ``kind`` and ``facts``; and the ``seconds`` it took
     """
-    asked = {**words(store, images, uidmap, gidmap), "_ansible_check_mode": check}
-    text = json.dumps({"ANSIBLE_MODULE_ARGS": asked})
+    args = {**conversion_args(store, images, uidmap, gidmap), "_ansible_check_mode": check}
+    text = json.dumps({"ANSIBLE_MODULE_ARGS": args})
     env = {"PYTHONPATH": str(store.lab.tree), "PYTHONDONTWRITEBYTECODE": "1"}
     if not store.user:
         env.update({key: value for key, value in store.env().items() if key.startswith("_CONT")})

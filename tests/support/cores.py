@@ -42,15 +42,15 @@ def python_with_core(name: str) -> pathlib.Path:
     if name == "own":
         return pathlib.Path(sys.executable)
     tools = workshop()
-    at_hand = tools.pythons()
+    available = tools.pythons()
     for line, versions in _LINES[name].items():
         for version in versions:
-            if version in at_hand:
+            if version in available:
                 folder: pathlib.Path = tools.environment(
                     f"core-{name}",
                     f"ansible-core~={line}.0",
                     requirements="core",
-                    python=at_hand[version],
+                    python=available[version],
                 )
                 return folder / "bin/python"
-    raise RuntimeError(f"none of the Pythons {', '.join(at_hand)} runs the {name} ansible-core")
+    raise RuntimeError(f"none of the Pythons {', '.join(available)} runs the {name} ansible-core")

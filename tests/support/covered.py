@@ -43,9 +43,9 @@ def feed(names: t.Sequence[str], seed: int, limit: str) -> Fed:
         base = pathlib.Path(folder)
         for part in ("corpus", "work", "found"):
             (base / part).mkdir()
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             for number, data in enumerate(SEEDS[name]):
-                (base / "corpus" / f"{name}{number}").write_bytes(bytes([place]) + data)
+                (base / "corpus" / f"{name}{number}").write_bytes(bytes([index]) + data)
         command = [sys.executable, "-m", f"{__package__}.covered", ",".join(names), folder, limit]
         command += [f"-seed={seed % 2**31 or 1}", f"-artifact_prefix={base}/found/", "-timeout=600"]
         command += ["-max_len=4096", "-verbosity=0", "-print_final_stats=1", str(base / "corpus")]
@@ -60,9 +60,9 @@ def feed(names: t.Sequence[str], seed: int, limit: str) -> Fed:
         trouble = ""
         if done.returncode != 0:
             inputs = [repr(path.read_bytes()) for path in (base / "found").iterdir()]
-            trouble = f"{done.stdout[-4000:]}{done.stderr[-4000:]}\nnot stood: {' '.join(inputs)}"
-    told = re.search(r"number_of_executed_units: *(\d+)", done.stderr)
-    return Fed(int(told[1]) if told else 0, trouble)
+            trouble = f"{done.stdout[-4000:]}{done.stderr[-4000:]}\nfailing inputs: {' '.join(inputs)}"
+    executed = re.search(r"number_of_executed_units: *(\d+)", done.stderr)
+    return Fed(int(executed[1]) if executed else 0, trouble)
 
 
 def _feed(names: t.Sequence[str], folder: str, *options: str) -> None:
@@ -72,11 +72,11 @@ def _feed(names: t.Sequence[str], folder: str, *options: str) -> None:
         from . import fuzz
     work = pathlib.Path(folder) / "work"
 
-    def one(data: bytes) -> None:
+    def test_one_input(data: bytes) -> None:
         if data:
             fuzz.read(names[data[0] % len(names)], data[1:], work)
 
-    atheris.Setup([sys.argv[0], *options], one)
+    atheris.Setup([sys.argv[0], *options], test_one_input)
     atheris.Fuzz()
 
 

@@ -192,9 +192,9 @@ class HandMadeStore:
         )
         for name in names:
             container_id = hex_id(f"container {name}")
-            told = json.dumps({"id": container_id, "name": name})
+            config = json.dumps({"id": container_id, "name": name})
             connection.execute(
-                "INSERT INTO ContainerConfig VALUES (?, ?, '', ?)", (container_id, name, told)
+                "INSERT INTO ContainerConfig VALUES (?, ?, '', ?)", (container_id, name, config)
             )
         connection.commit()
         connection.close()

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Compares a mapped tree with its template, entry by entry; independent of the code under test."""
+"""Compare a mapped tree with its template, entry by entry, independently of the code under test."""
 
 from __future__ import annotations
 
@@ -142,15 +142,15 @@ class _Differ:
         """Compare all entries; returns the subdirectories in both trees."""
         listings = [_listing(fd) for fd in fds]
         for name in sorted(listings[0].keys() - listings[1].keys()):
-            self._say(name, "is missing")
+            self._add_difference(name, "is missing")
         for name in sorted(listings[1].keys() - listings[0].keys()):
-            self._say(name, "is not in the template")
+            self._add_difference(name, "is not in the template")
         below = []
         for name in sorted(listings[0].keys() & listings[1].keys()):
             both = [listing[name] for listing in listings]
             kinds = [_KINDS[stat.S_IFMT(status.st_mode)] for status in both]
             if kinds[0] != kinds[1]:
-                self._say(name, f"is a {kinds[1]}, not a {kinds[0]}")
+                self._add_difference(name, f"is a {kinds[1]}, not a {kinds[0]}")
                 continue
             if kinds[0] == "directory":
                 below.append(name)
@@ -182,10 +182,10 @@ class _Differ:
             self._equal("target", name, *(os.readlink(name, dir_fd=fd) for fd in fds))
         if stat.S_ISREG(was.st_mode):
             if was.st_size == now.st_size and not self._same_content(fds, name):
-                self._say(name, "content differs", "content")
+                self._add_difference(name, "content differs", "content")
             allocated = [status.st_blocks * 512 for status in both]
             if allocated[1] > allocated[0] + _SLACK:
-                self._say(name, f"allocates {allocated[1]}, not {allocated[0]} bytes", "sparse")
+                self._add_difference(name, f"allocates {allocated[1]}, not {allocated[0]} bytes", "sparse")
         had, has = (_xattrs(fd, name) for fd in fds)
         for attribute in sorted(had.keys() | has.keys()):
             aspect = "acl" if attribute in _ACL else attribute
@@ -219,10 +219,10 @@ class _Differ:
         opened = [os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=fd) for fd in fds]
         try:
             while True:
-                one, other = (os.read(fd, 1 << 20) for fd in opened)
-                if one != other:
+                first, second = (os.read(fd, 1 << 20) for fd in opened)
+                if first != second:
                     return False
-                if not one:
+                if not first:
                     return True
         finally:
             for fd in opened:
@@ -235,15 +235,15 @@ class _Differ:
         ]
         self._path = []
         for names in sets[0] - sets[1]:
-            self._say(min(names), f"is no longer one file with {sorted(names)}", "links")
+            self._add_difference(min(names), f"is no longer one file with {sorted(names)}", "links")
         for names in sets[1] - sets[0]:
-            self._say(min(names), f"became one file with {sorted(names)}", "links")
+            self._add_difference(min(names), f"became one file with {sorted(names)}", "links")
 
     def _equal(self, aspect: str, name: bytes, expected: t.Any, actual: t.Any) -> None:
         if expected != actual:
-            self._say(name, f"{aspect} is {actual!r}, not {expected!r}", aspect)
+            self._add_difference(name, f"{aspect} is {actual!r}, not {expected!r}", aspect)
 
-    def _say(self, name: bytes, what: str, aspect: str = "existence") -> None:
+    def _add_difference(self, name: bytes, what: str, aspect: str = "existence") -> None:
         if aspect not in self.ignore:
             path = b"/".join((*self._path, name))
             self.found.append(f"{path[-200:]!r}: {what}")

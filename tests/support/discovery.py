@@ -66,7 +66,7 @@ def compare(
 def filled(value: t.Any, base: str, user: Json) -> t.Any:
     """Replace BASE, HOME and UID, except in names of variables: $UID, ${HOME}, XDG_CONFIG_HOME."""
     if isinstance(value, dict):
-        return {filled(key, base, user): filled(one, base, user) for key, one in value.items()}
+        return {filled(key, base, user): filled(item, base, user) for key, item in value.items()}
     if isinstance(value, list):
         return [filled(item, base, user) for item in value]
     if not isinstance(value, str):
@@ -134,19 +134,19 @@ def _theirs(program: str, environ: t.Mapping[str, str]) -> Json:
     )
     if done.returncode != 0:
         return {"error": done.stderr.strip()[-500:]}
-    told = json.loads(done.stdout)["store"]
+    info = json.loads(done.stdout)["store"]
     if program == "buildah":
         return {
-            "graphroot": told["GraphRoot"],
-            "runroot": told["RunRoot"],
-            "driver": told["GraphDriverName"],
+            "graphroot": info["GraphRoot"],
+            "runroot": info["RunRoot"],
+            "driver": info["GraphDriverName"],
         }
     options: t.Dict[str, str] = {}
     stores: t.List[str] = []
     # The driver's own options override common options of the same name.
-    for key, value in sorted((told["graphOptions"] or {}).items(), key=lambda item: "." in item[0]):
+    for key, value in sorted((info["graphOptions"] or {}).items(), key=lambda item: "." in item[0]):
         prefix, _dot, rest = key.lower().rpartition(".")
-        if prefix not in ("", told["graphDriverName"], f"{told['graphDriverName']}2"):
+        if prefix not in ("", info["graphDriverName"], f"{info['graphDriverName']}2"):
             continue
         if rest.endswith("additionalimagestores"):
             # With several stores, the older key contains only the last.
@@ -156,12 +156,12 @@ def _theirs(program: str, environ: t.Mapping[str, str]) -> Json:
         elif not rest.endswith("additionallayerstore"):
             options[rest] = value["Executable"] if isinstance(value, dict) else value
     return {
-        "graphroot": told["graphRoot"],
-        "runroot": told["runRoot"],
-        "driver": told["graphDriverName"],
+        "graphroot": info["graphRoot"],
+        "runroot": info["runRoot"],
+        "driver": info["graphDriverName"],
         "options": options,
         "image_stores": [os.path.normpath(store) for store in stores],
-        "transient": told.get("transientStore", False),
+        "transient": info.get("transientStore", False),
     }
 
 
@@ -198,7 +198,7 @@ def _ours(row: Json, program: str, environ: t.Mapping[str, str], user: Json) -> 
     }
 
 
-def _become(user: Json) -> None:
+def _switch_user(user: Json) -> None:
     os.setgroups([])
     os.setresgid(user["gid"], user["gid"], user["gid"])
     os.setresuid(user["uid"], user["uid"], user["uid"])
@@ -209,7 +209,7 @@ def _run(row: Json, base: str, user: Json) -> Json:
     environ = _environment(row, base, user)
     program = row.get("program", "podman")
     if row["rootless"]:
-        _become(user)
+        _switch_user(user)
     # As at a login, with the machine's own variables for the user's folders.
     os.environ.clear()
     os.environ.update(environ)

@@ -56,7 +56,7 @@ def place_of(store: Store) -> Place:
 
 
 def inside(store: Store, function: t.Callable[..., t.Any], *arguments: t.Any) -> t.Any:
-    """Run a function as the store's owner; its first argument is the place."""
+    """Run a function as the store's owner; its first argument is the description of the store."""
     user = store.user
     account = Account(user.name, user.uid, user.gid, user.home) if user else None
     return userns.run(function, [place_of(store), *arguments], account)

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Count the work of an action, which is the same on every machine. scripts/bench measures times."""
+"""Count the function calls of an action, which are the same on every machine. scripts/bench measures times."""
 
 from __future__ import annotations
 

@@ -198,23 +198,23 @@ def _markdown(document: str, text: str) -> t.Iterator[Block]:
 
 def _rst(document: str, text: str) -> t.Iterator[Block]:
     lines = [*text.splitlines(), "end"]
-    note, place = "", 0
-    while place < len(lines):
-        line = lines[place]
+    note, position = "", 0
+    while position < len(lines):
+        line = lines[position]
         match = re.match(r"( *)\.\. (?:code-block|example): ?:? ?(.*)$", line)
-        place += 1
+        position += 1
         if match is None:
             note = "" if line.strip() else note
         elif ".. example" in line:
             note = match[2]
         else:
-            start, inner = place, []
-            while place < len(lines) and (
-                not lines[place].strip()
-                or len(lines[place]) - len(lines[place].lstrip()) > len(match[1])
+            start, inner = position, []
+            while position < len(lines) and (
+                not lines[position].strip()
+                or len(lines[position]) - len(lines[position].lstrip()) > len(match[1])
             ):
-                inner.append(lines[place])
-                place += 1
+                inner.append(lines[position])
+                position += 1
             inside = textwrap.dedent("\n".join(inner)).splitlines()
             while inside and (option := re.match(r":([a-z-]+): *(.*)", inside[0])):
                 note = f"file {option[2]}" if option[1] == "caption" else note

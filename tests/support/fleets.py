@@ -24,7 +24,7 @@ _USERS = ("root", "alice", "runner")
 
 def hostvars(count: int, seed: int = 1) -> t.Dict[str, Json]:
     """Variables of `count` hosts; of every 25, one is unreachable, one fails and one has incomplete data."""
-    dice = random.Random(seed)
+    random_source = random.Random(seed)
     found: t.Dict[str, Json] = {}
     for number in range(count):
         name = f"node{number:03d}.example.org"
@@ -41,13 +41,13 @@ def hostvars(count: int, seed: int = 1) -> t.Dict[str, Json]:
                 "report_error": "The module interpreter '/usr/bin/python3' was not found.",
             }
         else:
-            users = _USERS[: dice.randint(1, 3)]
-            found[name] = _host(users, dice, broken=number % 25 == 13)
+            users = _USERS[: random_source.randint(1, 3)]
+            found[name] = _host(users, random_source, broken=number % 25 == 13)
     return found
 
 
-def _host(users: t.Sequence[str], dice: random.Random, broken: bool) -> Json:
-    stores = {user: _store(user, dice) for user in users}
+def _host(users: t.Sequence[str], random_source: random.Random, broken: bool) -> Json:
+    stores = {user: _store(user, random_source) for user in users}
     found = [entry for entry, _gc in stores.values()]
     if broken:
         found[-1] = {
@@ -63,7 +63,7 @@ def _host(users: t.Sequence[str], dice: random.Random, broken: bool) -> Json:
             "image_id": "a" * 64,
             "uidmap": ["0:1:1000", "1000:0:1", "1001:1001:64536"],
             "gidmap": ["0:1:1000", "1000:0:1", "1001:1001:64536"],
-            "action": dice.choice(["created", "existing", "not_needed"]),
+            "action": random_source.choice(["created", "existing", "not_needed"]),
             "reason": "No layer with this map is there, and the overlay driver cannot shift IDs for rootless users.",
             "size_apparent": 962 * MIB,
         }
@@ -79,13 +79,13 @@ def _host(users: t.Sequence[str], dice: random.Random, broken: bool) -> Json:
     }
 
 
-def _store(user: str, dice: random.Random) -> t.Tuple[Json, Json]:
+def _store(user: str, random_source: random.Random) -> t.Tuple[Json, Json]:
     images: t.List[Json] = []
     removed = []
-    for name, size in dice.sample(_IMAGES, dice.randint(2, len(_IMAGES))):
+    for name, size in random_source.sample(_IMAGES, random_source.randint(2, len(_IMAGES))):
         mapped = []
-        for number in range(dice.choice([0, 1, 1, 2, 4])):
-            layer = _layer(size // 9, size, f"0:{100000 + 65536 * number}:65536", dice)
+        for number in range(random_source.choice([0, 1, 1, 2, 4])):
+            layer = _layer(size // 9, size, f"0:{100000 + 65536 * number}:65536", random_source)
             mapped.append(layer)
             if number:
                 removed.append(
@@ -108,7 +108,7 @@ def _store(user: str, dice: random.Random) -> t.Tuple[Json, Json]:
             if mapped:
                 mapped[0]["uidmap"] = mapped[0]["gidmap"] = []
                 image["identity_copy"] = mapped[0]["id"]
-        image["layers"] = [_layer(size, size, "", dice)]
+        image["layers"] = [_layer(size, size, "", random_source)]
         images.append(image)
     layers = [item for image in images for item in (*image["layers"], *image["mapped_layers"])]
     mapped = [item for image in images for item in image["mapped_layers"]]
@@ -122,7 +122,7 @@ def _store(user: str, dice: random.Random) -> t.Tuple[Json, Json]:
             if user == "root"
             else f"/home/{user}/.local/share/containers/storage",
             "driver": "overlay",
-            "backing_filesystem": dice.choice(["ext4", "xfs"]),
+            "backing_filesystem": random_source.choice(["ext4", "xfs"]),
         },
     }
     gc = {
@@ -136,14 +136,14 @@ def _store(user: str, dice: random.Random) -> t.Tuple[Json, Json]:
     return entry, gc
 
 
-def _layer(recorded: int, size: int, ids: str, dice: random.Random) -> Json:
+def _layer(recorded: int, size: int, ids: str, random_source: random.Random) -> Json:
     return {
-        "id": f"{dice.getrandbits(256):064x}",
+        "id": f"{random_source.getrandbits(256):064x}",
         "uidmap": [ids] if ids else [],
         "gidmap": [ids] if ids else [],
         "recorded_size": recorded,
         "size_apparent": size,
-        "size_exclusive": int(size * dice.uniform(0.9, 1.1)),
+        "size_exclusive": int(size * random_source.uniform(0.9, 1.1)),
         "inodes": size // 30000,
         "status": "ok",
         "problem": None,

@@ -47,8 +47,8 @@ def fill_bytes(folder: pathlib.Path) -> None:
 
 def fill_inodes(folder: pathlib.Path) -> None:
     """Create empty files in a folder until no inode is free."""
-    for _round in range(2):
-        inner = folder / f"inodes-{_round}"
+    for attempt in range(2):
+        inner = folder / f"inodes-{attempt}"
         try:
             inner.mkdir()
             for number in itertools.count():

@@ -87,9 +87,9 @@ def store_records(data: bytes, _folder: pathlib.Path) -> None:
                 snapshot.resolve_image(name)
     for container in containers:
         str((container.name, container.podman_name, container.created))
-    again = records.parse(records.serialise(layers), records.Layer, "layers.json")
-    if [item.raw for item in again] != [item.raw for item in layers]:
-        raise AssertionError("records do not survive being written")
+    reread = records.parse(records.serialise(layers), records.Layer, "layers.json")
+    if [item.raw for item in reread] != [item.raw for item in layers]:
+        raise AssertionError("writing and reading changes records")
 
 
 def storage_conf(data: bytes, folder: pathlib.Path) -> None:
@@ -120,7 +120,7 @@ def grammar(data: bytes, _folder: pathlib.Path) -> None:
 
 
 def attributes(data: bytes, _folder: pathlib.Path) -> None:
-    """POSIX ACLs and capabilities of untrusted files."""
+    """POSIX ACLs and file capabilities of untrusted files."""
     shift = Shift(
         Mapping(IDMap.parse(["0:0:65536"]), IDMap.parse(["0:0:65536"])),
         Mapping(IDMap.parse(["0:100000:65536"]), IDMap.parse(["0:100000:65536"])),
@@ -200,22 +200,22 @@ def units(data: bytes, _folder: pathlib.Path) -> None:
             unit_mapping.unit_mapping(given)
 
 
-def words(data: bytes, _folder: pathlib.Path) -> None:
+def survey_answers(data: bytes, _folder: pathlib.Path) -> None:
     """Answers of surveys, and settings for a storage.conf."""
     text = data.decode("utf-8", "surrogateescape")
-    for read_words in (
+    for read_text in (
         mappings.mappings,
         lambda item: storage_conf_filter.storage_conf(item, item),
     ):
         with contextlib.suppress(AnsibleFilterError):
-            read_words(text)
+            read_text(text)
 
 
 READERS: t.Mapping[str, t.Callable[[bytes, pathlib.Path], None]] = {
     item.__name__: item
     for item in (
         *(store_records, storage_conf, grammar, attributes, databases, answers, policies),
-        *(units, words),
+        *(units, survey_answers),
     )
 }
 
@@ -260,7 +260,7 @@ SEEDS: t.Mapping[str, t.Sequence[bytes]] = {
         b"[Pod]\nRemapUsers=manual\nRemapUid=0:1:2\nRemapGid=0:1:2\n[Kube]\nYaml=c.yaml\n",
         b"kind: Pod\nspec:\n  hostUsers: false\n  containers:\n  - image: a.example/b:1\n",
     ],
-    "words": [
+    "survey_answers": [
         b"keep-id\nauto:size=4096 slots=3\n0:1:2/0:3:4\n",
         b'[storage]\ndriver = "overlay"\noverlay.mountopt=nodev\n',
     ],

@@ -190,7 +190,7 @@ class PowerLoss:
             )
 
     def _layer_near(self, link: str) -> str:
-        """The layer of a short name: the layer whose folder is renamed by the call nearest to the change of the link."""
+        """The layer of a short name: that whose folder is renamed by the call nearest to the change of the link."""
         number = self._names[link][0].made
         distances = [
             (abs(number - change.made), os.path.basename(path))

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Private stores made and used by the real podman, buildah and skopeo."""
+"""Private stores that the real podman, buildah and skopeo create and use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KINDS: t.Dict[str, t.Tuple[str, str, bool]] = {
     "overlay-forced": ("overlay", "", False),
     "overlay-ext4": ("overlay", "ext4", False),
     "overlay-xfs": ("overlay", "xfs", False),
-    # In memory: for what is done so often that the disk must not be waited for.
+    # In memory: for operations that are repeated so often that they must not wait for the disk.
     "overlay-tmpfs": ("overlay", "tmpfs", False),
     "vfs-tmpfs": ("vfs", "tmpfs", False),
     "vfs-xfs": ("vfs", "xfs", False),
@@ -67,12 +67,12 @@ Json = t.Dict[str, t.Any]
 
 @dataclasses.dataclass(frozen=True)
 class DiskState:
-    """Everything below some folders at one instant: what each path is, and the locks' tokens."""
+    """The state of all paths below some folders, including the tokens of locks."""
 
     entries: t.Mapping[str, t.Tuple[t.Any, ...]]
 
     def changes(self, later: DiskState) -> t.List[str]:
-        """What differs in `later`, one line a path; empty when nothing was written."""
+        """The differences in `later`, a line for each path; empty if nothing was written."""
         lines = []
         for path in sorted({*self.entries, *later.entries}):
             old, new = self.entries.get(path), later.entries.get(path)
@@ -82,10 +82,10 @@ class DiskState:
 
 
 def disk_state(*folders: t.Union[str, pathlib.Path]) -> DiskState:
-    """Mode, owner, size, inode, mtime and ctime (ns) of all paths, link texts, and lock files' tokens."""
+    """Mode, owner, size, inode, mtime and ctime (ns) of all paths, targets of links, and tokens of lock files."""
     entries: t.Dict[str, t.Tuple[t.Any, ...]] = {}
 
-    def look(path: str) -> None:
+    def record(path: str) -> None:
         info = os.lstat(path)
         extra: t.Any = None
         if stat.S_ISLNK(info.st_mode):
@@ -104,20 +104,20 @@ def disk_state(*folders: t.Union[str, pathlib.Path]) -> DiskState:
     for folder in map(str, folders):
         if not os.path.lexists(folder):
             continue
-        look(folder)
-        waiting = [folder]
-        while waiting:
-            parent = waiting.pop()
+        record(folder)
+        pending = [folder]
+        while pending:
+            parent = pending.pop()
             for name in _names(parent):
                 path = os.path.join(parent, name)
-                look(path)
+                record(path)
                 if entries[path][0].startswith("0o4"):
-                    waiting.append(path)
+                    pending.append(path)
     return DiskState(entries)
 
 
 def _names(folder: str) -> t.List[str]:
-    """The names in a folder. Its access time stays, for that tells our modules whether a layer was used."""
+    """The names in a folder. The access time is preserved, because modules use it to see whether a layer was used."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NOATIME)
     try:
         return os.listdir(handle)
@@ -126,20 +126,20 @@ def _names(folder: str) -> t.List[str]:
 
 
 def _logged(log: pathlib.Path) -> str:
-    """The standard output in a log of conmon's: lines of time, stream, F(ull) or P(artial), text."""
-    said = []
+    """The standard output in a log of conmon, whose lines contain time, stream, F(ull) or P(artial), and text."""
+    output = []
     for line in log.read_text("utf-8", "surrogateescape").split("\n")[:-1]:
         _time, stream, kind, text = line.split(" ", 3)
         if stream == "stdout":
-            said.append(text + ("\n" if kind == "F" else ""))
-    return "".join(said)
+            output.append(text + ("\n" if kind == "F" else ""))
+    return "".join(output)
 
 
 class Store:
-    """One private store. Rootful ones are told to tools by CONTAINERS_STORAGE_CONF; a rootless one is
-    its user's own default store, with ~/.config/containers/storage.conf, as on a real workstation.
+    """A private store. Programs find a rootful store by CONTAINERS_STORAGE_CONF; a rootless store is the
+    default store of its user, with ~/.config/containers/storage.conf, as on a real workstation.
 
-    Attributes: kind, driver, graphroot, runroot (pathlib.Path), user (None when rootful), machine.
+    Attributes: kind, driver, graphroot, runroot (pathlib.Path), user (None if rootful), machine.
     """
 
     def __init__(
@@ -154,12 +154,15 @@ class Store:
         mib: int = 600,
         on_disk: bool = False,
     ) -> None:
-        """:param options: keys of [storage.options.DRIVER]; :param read_only: additional image stores;
-        :param mib: size of the loop file for the kinds that format one; :param on_disk: whether that
-        file lies in the laboratory's folder, for what measures disks, and not in memory."""
+        """
+        :param options: keys of [storage.options.DRIVER]
+        :param read_only: additional image stores
+        :param mib: the size of the loop file, for kinds with a filesystem
+        :param on_disk: whether that file is in the laboratory's folder, for measurements of disks, and not in memory
+        """
         self.driver, filesystem, rootless = KINDS[kind]
         if rootless != (user is not None):
-            raise ValueError(f"{kind}: a user is needed for rootless stores, and only for them")
+            raise ValueError(f"{kind}: rootless stores require a user, and other stores have none")
         self.lab, self.kind, self.user = lab, kind, user
         self.machine = machine or lab.machine
         self.account: t.Optional[Account] = user
@@ -198,16 +201,16 @@ class Store:
             (cache / "idmapped-lower-dir-false").touch()
 
     def add_read_only(self, graphroot: pathlib.Path) -> None:
-        """Use one more additional image store, with images that this store may have pulled already."""
+        """Add an additional image store, whose images may already exist in this store."""
         self.read_only = (*self.read_only, str(graphroot))
         self.storage_conf.write_text(self._storage_conf(paths=True))
 
     @staticmethod
     def _use_memory(user: User, mib: int) -> None:
-        place = os.path.join(user.home, ".local")
-        os.mkdir(place)
+        folder = os.path.join(user.home, ".local")
+        os.mkdir(folder)
         options = f"size={mib}m,mode=0700,uid={user.uid},gid={user.gid}"
-        mounts.mount("-t", "tmpfs", "-o", options, "lab", place)
+        mounts.mount("-t", "tmpfs", "-o", options, "lab", folder)
 
     def _format(self, filesystem: str, mib: int, on_disk: bool) -> None:
         image, disk = self.base / "disk.img", self.base / "disk"
@@ -216,15 +219,15 @@ class Store:
             mounts.mount("-t", "tmpfs", "-o", f"size={mib}m", "lab", str(disk))
             return
         if not on_disk:
-            # A filesystem that is synced often must not wait for the machine's disk.
+            # Frequent syncs of the filesystem must not wait for the disk of the machine.
             self._memory = pathlib.Path(f"/dev/shm/us-{os.getpid()}-{self.base.name}.img")
             image.symlink_to(self._memory)
         with open(image, "wb") as content:
             content.truncate(mib << 20)
         more: t.Tuple[str, ...] = ()
         if filesystem == "ext4":
-            # Many small files must not run out of inodes before they run out of bytes; and the kernel is
-            # not to go on formatting while something else is measured.
+            # With many small files, the inodes must not run out before the blocks; and the kernel must not
+            # continue formatting during measurements.
             more = ("-i", "4096", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0")
         self.lab.local.run([f"mkfs.{filesystem}", "-q", *more, str(image)])
         disk.mkdir()
@@ -242,7 +245,7 @@ class Store:
         return "\n".join(lines) + "\n"
 
     def _env_forces(self) -> bool:
-        """Whether this machine's containers/storage honours the variable."""
+        """Whether the machine's containers/storage supports _CONTAINERS_OVERLAY_DISABLE_IDMAP."""
         version = self.machine.version("podman")
         storage = released_storage("podman", version)
         return capabilities("podman", version, storage).idmap_can_be_disabled
@@ -250,7 +253,7 @@ class Store:
     # Programs
 
     def env(self) -> t.Dict[str, str]:
-        """What tools need to find the store and to start containers here."""
+        """The environment in which programs find the store and can start containers."""
         env = {"TMPDIR": str(self.base / "tmp"), "CONTAINERS_CONF": str(self.containers_conf)}
         if not self.user:
             env["CONTAINERS_STORAGE_CONF"] = str(self.storage_conf)
@@ -259,15 +262,15 @@ class Store:
         return {**env, **self.module_environ()}
 
     def module_environ(self) -> t.Dict[str, str]:
-        """What a module's task has to set for it to see the store as :meth:`env`'s programs do."""
+        """The environment variables with which a module treats the store like programs with :meth:`env`."""
         forced = self.forced and self._env_forces()
         return {"_CONTAINERS_OVERLAY_DISABLE_IDMAP": "yes"} if forced else {}
 
     def tool(self, *argv: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
-        """Run a program with the store as its default one; options as Machine.run takes them."""
+        """Run a program with this store as its default store; options are those of Machine.run."""
         env = {**self.env(), **options.pop("env", {})}
         return self.machine.run(
-            [str(word) for word in argv], account=self.account, env=env, **options
+            [str(argument) for argument in argv], account=self.account, env=env, **options
         )
 
     def podman(self, *args: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
@@ -280,10 +283,10 @@ class Store:
         return self.machine.version("podman") >= (5, 8)
 
     def assert_image_is_not_listed(self, name: str) -> None:
-        """What `podman images` does with an image whose record names a layer that is not there."""
+        """Check that `podman images` does not list an image whose record refers to a missing layer."""
         listed = self.podman("images", check=False)
         assert name.partition(":")[0] not in listed.stdout
-        # podman 4 refuses to list any image; from podman 5 on this image is left out without a word.
+        # podman 4 does not list any image and fails; podman 5 and later omit this image without a message.
         assert listed.rc == (0 if self.machine.version("podman") >= (5,) else 125)
 
     def buildah(self, *args: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
@@ -291,7 +294,7 @@ class Store:
         return self.tool("buildah", *args, **options)
 
     def skopeo(self, *args: t.Union[str, pathlib.Path], **options: t.Any) -> Result:
-        """`skopeo ARGS` with this store behind containers-storage: names."""
+        """`skopeo ARGS` with this store for names with containers-storage:."""
         inside = ("podman", "unshare") if self.user else ()
         return self.tool(*inside, "skopeo", *args, **options)
 
@@ -311,10 +314,10 @@ class Store:
         return self.podman("create", *args, image, *command).stdout.split()[-1]
 
     def run(self, image: str, *command: str, args: t.Sequence[str] = ()) -> str:
-        """Really start a container (`podman run --rm ARGS IMAGE COMMAND`); returns its standard output.
+        """Start a container (`podman run --rm ARGS IMAGE COMMAND`); returns its standard output.
 
-        It is read from conmon's log, for the client that podman attaches may miss all that a short-lived
-        container says.
+        The output is read from conmon's log, because podman's attached client may miss all output of a
+        short-lived container.
         """
         log = self.base / "tmp" / f"{uuid.uuid4().hex}.log"
         options = ("--log-driver=k8s-file", f"--log-opt=path={log}")
@@ -322,7 +325,7 @@ class Store:
         return _logged(log)
 
     def shell(self, image: str, script: str, args: t.Sequence[str] = ()) -> str:
-        """Really start a container that runs a shell script."""
+        """Start a container that runs a shell script; returns its standard output."""
         return self.run(image, "sh", "-c", script, args=args)
 
     def timed(self, action: t.Callable[[], t.Any]) -> float:
@@ -333,7 +336,7 @@ class Store:
 
     @contextlib.contextmanager
     def service(self) -> t.Iterator[Service]:
-        """`podman system service` as long as the context lasts."""
+        """Run `podman system service` during the context."""
         path = self.base / "tmp" / f"s{time.monotonic_ns() % 10**6}"
         process = self.machine.popen(
             ["podman", "system", "service", "-t", "0", f"unix://{path}"],
@@ -348,21 +351,21 @@ class Store:
             process.wait(LIMIT)
 
     def own_entries(self, layer_id: str) -> t.List[pathlib.Path]:
-        """What an overlay layer holds itself, and does not only show of the layers below."""
-        return [path for place in self._own_folders(layer_id) for path in place.iterdir()]
+        """The entries of an overlay layer itself, without those of the layers below."""
+        return [path for folder in self._own_folders(layer_id) for path in folder.iterdir()]
 
     def _own_folders(self, layer_id: str) -> t.List[pathlib.Path]:
-        # containers/storage turns diff into diff1, diff2 and so on when it has changed owners.
+        # containers/storage renames diff to diff1, diff2 and so on when it changes owners.
         return sorted((self.graphroot / "overlay" / layer_id).glob("diff*"))
 
     def forget_owners(self, layer_id: str) -> None:
-        """Leave an overlay layer as a copy is that podman made and gave no owner to: empty."""
+        """Make an overlay layer empty, like a copy by podman without a changed owner."""
         for own_entry in self.own_entries(layer_id):
             shutil.rmtree(
                 own_entry
             ) if own_entry.is_dir() and not own_entry.is_symlink() else own_entry.unlink()
 
-    # Records, read straight from the files
+    # Records, read directly from the files
 
     def _records(self, folder: str, *names: str) -> t.List[Json]:
         records: t.List[Json] = []
@@ -385,7 +388,7 @@ class Store:
         return self._records("containers", "containers.json", "volatile-containers.json")
 
     def layer(self, layer_id: str) -> Json:
-        """The record of one layer."""
+        """The record of a layer."""
         return next(layer for layer in self.layers() if layer["id"] == layer_id)
 
     def image(self, name: str) -> Json:
@@ -412,21 +415,21 @@ class Store:
         return self.graphroot / self.driver / inner / layer_id
 
     def snapshot_of_disk(self) -> DiskState:
-        """All of graphroot and runroot as it is: compare two with `changes`."""
+        """The current state of graph root and run root; `changes` compares two states."""
         return disk_state(self.graphroot, self.runroot)
 
     @contextlib.contextmanager
     def mounted(self, layer_id: str) -> t.Iterator[pathlib.Path]:
-        """The tree of a layer as the runtime sees it without any container (host IDs)."""
+        """Mount the tree of a layer as the runtime does without a container (with host IDs)."""
         if self.driver != "overlay":
             yield self.layer_folder(layer_id)
             return
         home = self.graphroot / "overlay"
-        lowers = _with_numbered(home / layer_id)
+        lowers = _diff_folders(home / layer_id)
         lower = home / layer_id / "lower"
         if lower.exists():
-            for word in lower.read_text().split(":"):
-                lowers += _with_numbered((home / word).resolve().parent)
+            for link in lower.read_text().split(":"):
+                lowers += _diff_folders((home / link).resolve().parent)
         target = self.base / "tmp" / f"m{time.monotonic_ns()}"
         target.mkdir()
         option = "userxattr," if self.user else ""
@@ -444,7 +447,7 @@ class Store:
             target.rmdir()
 
     def leftovers(self, layer_id: str) -> t.List[str]:
-        """Paths of the store that still speak of a layer."""
+        """Paths of the store that still refer to a layer."""
         paths = disk_state(self.graphroot).entries
         found = [path for path in paths if os.path.basename(path).startswith(layer_id)]
         links = self.graphroot / "overlay" / "l"
@@ -455,7 +458,7 @@ class Store:
         return found
 
     def host_id(self, mapping: t.Sequence[Json], container_id: int) -> int:
-        """The ID on this machine's disk for a container's ID under a record's map."""
+        """The ID on disk for a container ID with the map of a record."""
         inner = container_id
         for part in mapping:
             if part["container_id"] <= container_id < part["container_id"] + part["size"]:
@@ -468,10 +471,10 @@ class Store:
             return inner
         return self.user.uid if inner == 0 else self.user.subuid_start + inner - 1
 
-    # For our modules
+    # For modules of this collection
 
     def module_args(self) -> Json:
-        """Store options for the modules, run as root: paths, or the rootless store's user."""
+        """The store options for modules that run as root: the paths, or the user of a rootless store."""
         if self.user:
             return {"user": self.user.name}
         args: Json = {
@@ -498,7 +501,7 @@ class Store:
             self._memory.unlink()
 
 
-def _with_numbered(folder: pathlib.Path) -> t.List[pathlib.Path]:
+def _diff_folders(folder: pathlib.Path) -> t.List[pathlib.Path]:
     """diff, diff1, diff2 ... of an overlay layer, top first."""
     found = [folder / "diff"]
     while (folder / f"diff{len(found)}").exists():
@@ -523,13 +526,16 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class Service:
-    """A running podman API: one process that keeps the store open."""
+    """A running podman API, whose process keeps the store open."""
 
     def __init__(self, path: str, pid: int) -> None:
         self.path, self.pid = path, pid
 
     def call(self, method: str, path: str, body: t.Optional[Json] = None) -> t.Any:
-        """One request to the libpod API; a refusal raises."""
+        """Send a request to the libpod API.
+
+        :raises AssertionError: the response has an error status
+        """
         connection = _UnixConnection(self.path)
         try:
             connection.request(
