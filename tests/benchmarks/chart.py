@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A table for people, JSON for programs, and a chart for the README."""
+"""Format the results of the benchmarks as a table and as a chart for the README."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def number(row: Row, value: t.Optional[float]) -> str:
 
 
 def line(row: Row) -> str:
-    """One row in a line."""
+    """A row as a line of text."""
     limit = f" of {number(row, row.allowed)}" if row.allowed is not None else ""
     return f"{row.group}: {row.work}: {number(row, row.value)}{limit} {row.verdict}".rstrip()
 
 
 def table(rows: t.Sequence[Row]) -> str:
-    """Lines of work, value, bar and verdict, as wide as they need be."""
-    cells = [("work", "measured", "bar", "verdict")]
+    """A table of work, value, limit and verdict, with columns as wide as required."""
+    cells = [("work", "measured", "limit", "verdict")]
     for row in rows:
         limit = f"<= {number(row, row.allowed)}" if row.allowed is not None else ""
         cells.append((f"{row.group}: {row.work}", number(row, row.value), limit, row.verdict))
@@ -43,12 +43,12 @@ def table(rows: t.Sequence[Row]) -> str:
 
 
 def svg(rows: t.Sequence[Row], title: str, notes: t.Sequence[str]) -> str:
-    """Each row with a bar in words as a bar on paper: its length is the share of what was allowed."""
+    """A chart of all rows with a limit; the length of a bar is the value relative to the limit."""
     shown = [row for row in rows if row.allowed]
     height = 76 + _LINE * len(shown) + 16 * len(notes) + 20
-    room = _WIDTH - _LEFT - _RIGHT
-    # What was allowed lies at two thirds; what goes beyond the edge is cut there.
-    allowed = room / 1.5
+    width = _WIDTH - _LEFT - _RIGHT
+    # The limit is at two thirds of the width; longer bars are truncated at the edge.
+    allowed = width / 1.5
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
         f'font-family="sans-serif" font-size="12">',
@@ -60,11 +60,11 @@ def svg(rows: t.Sequence[Row], title: str, notes: t.Sequence[str]) -> str:
     top = 62
     for index, row in enumerate(shown):
         y = top + _LINE * index
-        length = max(2.0, min(row.value / (row.allowed or 1) * allowed, room))
-        words = html.escape(f"{row.group}: {row.work}")
+        length = max(2.0, min(row.value / (row.allowed or 1) * allowed, width))
+        label = html.escape(f"{row.group}: {row.work}")
         parts += [
             f'<text x="{_LEFT - 8}" y="{y + 15}" text-anchor="end" fill="#1d2733" '
-            f'font-size="11">{words}</text>',
+            f'font-size="11">{label}</text>',
             f'<rect x="{_LEFT}" y="{y + 3}" width="{length:.1f}" height="{_LINE - 8}" '
             f'fill="{_COLOURS[row.verdict]}"/>',
             f'<text x="{_WIDTH - _RIGHT + 8}" y="{y + 15}" fill="#1d2733">'

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the measurements share: stores to measure on, contestants, and watchers beside them."""
+"""Stores for measurements, the measured operations, and observers of memory, locks and waiting times."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ MAKE_LAYER = pathlib.Path(__file__).with_name("make_layer.py")
 
 
 @dataclasses.dataclass
-class Made:
-    """One run of what layer_template does.
+class TemplateRun:
+    """A run of the operation of layer_template.
 
     :param wall: seconds of the whole process
     :param inner: seconds from the task's options to its result
-    :param cpu: seconds of processor that all of it took, imports left out
-    :param lock: seconds that the store was locked, as it says
-    :param memory: bytes, the largest sum of all its processes, shared pages counted once
-    :param largest: bytes, the largest of its processes
+    :param cpu: processor seconds without imports
+    :param lock: seconds for which the store was locked, as reported in the result
+    :param memory: bytes, the maximum sum of all its processes, with shared pages counted once
+    :param largest: bytes of its largest process
     """
 
     wall: float
@@ -58,20 +58,20 @@ class Made:
 
 
 def processor_seconds() -> float:
-    """What all processes that this one has started and waited for have taken so far."""
+    """The processor seconds of all ended child processes of this process."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-class Place:
-    """A store with one image, and what is done to it again and again."""
+class MeasuredStore:
+    """A store with an image, and the measured operations on it."""
 
     def __init__(self, lab: Lab, kind: str, image: Image, mib: int = 2048, **options: str) -> None:
         self.lab, self.image = lab, image
         self.store = Store(lab, kind, options=options, mib=mib, on_disk=True)
         self._write_directly()
         self.store.load(image)
-        # podman's own first steps in a store are not what is measured.
+        # podman's initialisation of the store is not measured.
         self.store.podman("rm", self.store.create(image.name))
         self.plain = self.store.graphroot.parent / "plain"
 
@@ -88,61 +88,61 @@ class Place:
     def close(self) -> None:
         self.store.close()
 
-    def calm(self) -> None:
-        """Leave nothing for the next one to write, and nothing that was deleted to be freed."""
+    def sync(self) -> None:
+        """Sync the filesystem and complete deletions, so that they do not affect the next measurement."""
         descriptor = os.open(self.store.graphroot, os.O_RDONLY)
         try:
             _LIBC.syncfs(descriptor)
             if self.store.driver == "btrfs":
-                for what in ("filesystem", "subvolume", "filesystem"):
-                    self.store.tool("btrfs", what, "sync", str(self.store.graphroot))
+                for command in ("filesystem", "subvolume", "filesystem"):
+                    self.store.tool("btrfs", command, "sync", str(self.store.graphroot))
         finally:
             os.close(descriptor)
 
-    def forget(self) -> None:
-        """Remove all containers and all layers that the image came without."""
+    def reset(self) -> None:
+        """Remove all containers and all mapped layers."""
         if self.store.containers():
             self.store.podman("rm", "-f", "-a")
         for layer_id in self.store.mapped_layers(self.image.name):
             self.store.storage_cli("delete-layer", layer_id)
-        self.calm()
+        self.sync()
 
     def used(self) -> int:
-        """Bytes of the filesystem in use."""
-        self.calm()
+        """The used bytes of the filesystem."""
+        self.sync()
         space = os.statvfs(self.store.graphroot)
         return (space.f_blocks - space.f_bfree) * space.f_frsize
 
-    # What is timed; each returns seconds
+    # Measured operations; each returns seconds
 
     def listing(self) -> float:
         """`podman images`."""
         return self.store.timed(lambda: self.store.podman("images"))
 
     def podman(self) -> t.Tuple[float, float]:
-        """podman's first container with the map, and its second one, whose layer is there."""
+        """Create two containers with the map: podman creates the layer for the first and reuses it for the second."""
         first, second = (
             self.store.timed(lambda: self.store.create(self.image.name, *MAP_ARGS))
             for _number in range(2)
         )
         if len(self.store.mapped_layers(self.image.name)) != 1:
-            raise RuntimeError("podman has made no mapped layer")
+            raise RuntimeError("podman has not created a mapped layer")
         return first, second
 
     def start(self) -> float:
-        """A container with the map from its creation to its end."""
+        """Run a container with the map, from its creation to its end."""
         return self.store.timed(lambda: self.store.run(self.image.name, "true", args=MAP_ARGS))
 
-    def ours(self, watch: bool = False) -> Made:
-        """What layer_template does, in a process of the system's Python that has imported it."""
-        where = json.dumps(self.store.module_args())
+    def ours(self, watch: bool = False) -> TemplateRun:
+        """Run the operation of layer_template in a process of the system's Python that has imported it."""
+        options = json.dumps(self.store.module_args())
         env = {"PYTHONPATH": str(self.lab.tree), "PYTHONDONTWRITEBYTECODE": "1"}
         forced = "_CONTAINERS_OVERLAY_DISABLE_IDMAP"
         if forced in self.store.env():
             env[forced] = "yes"
         started = time.perf_counter()
         process = self.lab.machine.popen(
-            [SYSTEM_PYTHON, str(MAKE_LAYER), where, self.image.name, MAP],
+            [SYSTEM_PYTHON, str(MAKE_LAYER), options, self.image.name, MAP],
             env=env,
             stdout=subprocess.PIPE,
         )
@@ -155,14 +155,14 @@ class Place:
             raise RuntimeError(result["error"])
         (entry,) = result["layers"]
         peak = memory.peak if memory else 0
-        return Made(wall, inner, cpu, entry["lock_seconds"], entry, peak, largest)
+        return TemplateRun(wall, inner, cpu, entry["lock_seconds"], entry, peak, largest)
 
-    def converted(self, back: bool = False) -> Json:
-        """What a conversion of the image in place does, in a process that has imported it."""
+    def convert_image(self, back: bool = False) -> Json:
+        """Convert the image in place, in a process that has imported the operation."""
         return convert(self.store, [self.image.name], [] if back else [MAP])
 
     def diff_and_apply(self) -> float:
-        """Each layer as an archive into a layer with the map, by containers-storage itself."""
+        """Copy each layer as an archive into a layer with the map, with the program containers-storage."""
         chain = []
         layer = self.template
         while layer:
@@ -173,8 +173,8 @@ class Place:
         started = time.perf_counter()
         for number, template in enumerate(reversed(chain)):
             name = f"{number:x}".rjust(64, "f")
-            words = ["--id", name, "--uidmap", MAP, "--gidmap", MAP]
-            self.store.storage_cli("create-layer", *words, *made[-1:])
+            options = ["--id", name, "--uidmap", MAP, "--gidmap", MAP]
+            self.store.storage_cli("create-layer", *options, *made[-1:])
             self.store.storage_cli("diff", "-u", "-f", str(archive), template)
             self.store.storage_cli("applydiff", "-f", str(archive), name)
             made.append(name)
@@ -182,27 +182,27 @@ class Place:
         archive.unlink()
         for name in reversed(made):
             self.store.storage_cli("delete-layer", name)
-        self.calm()
+        self.sync()
         return seconds
 
-    def copied(self) -> t.Tuple[float, float]:
-        """`cp -a --reflink=auto` of the merged tree as a plain folder; then all of it on the disk."""
+    def copy_tree(self) -> t.Tuple[float, float]:
+        """Copy the merged tree with `cp -a --reflink=auto`; returns the seconds without and with a sync."""
         if not self.plain.exists():
             with self.store.mounted(self.template) as tree:
                 self.store.tool("cp", "-a", f"{tree}/.", str(self.plain))
-            self.calm()
+            self.sync()
         target = self.plain.with_name("copy")
         started = time.perf_counter()
         self.store.tool("cp", "-a", "--reflink=auto", str(self.plain), str(target))
         seconds = time.perf_counter() - started
-        self.calm()
+        self.sync()
         whole = time.perf_counter() - started
         shutil.rmtree(target)
-        self.calm()
+        self.sync()
         return seconds, whole
 
     def fill(self, count: int) -> None:
-        """Put so many small files into the image's top layer, behind the runtime's back."""
+        """Add `count` small files to the top layer of the image, without the runtime."""
         below = "diff" if self.store.driver == "overlay" else "."
         root = self.store.layer_folder(self.template) / below
         workers = len(os.sched_getaffinity(0))
@@ -214,7 +214,7 @@ class Place:
             job.start()
         for job in jobs:
             job.join()
-        self.calm()
+        self.sync()
 
 
 def _fill(root: pathlib.Path, number: int, step: int, count: int) -> None:
@@ -232,7 +232,7 @@ def _fill(root: pathlib.Path, number: int, step: int, count: int) -> None:
 
 
 class Memory:
-    """Watches how much memory a process and all that it starts hold together."""
+    """Observes the total memory of a process and its descendants."""
 
     def __init__(self, pid: int) -> None:
         self.peak = 0
@@ -250,20 +250,22 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._end.wait(0.1):
-            self.peak = max(self.peak, sum(_proportional(pid) for pid in _family(self._pid)))
+            self.peak = max(
+                self.peak, sum(_proportional_size(pid) for pid in _process_tree(self._pid))
+            )
 
 
-def _family(pid: int) -> t.Iterator[int]:
+def _process_tree(pid: int) -> t.Iterator[int]:
     yield pid
     try:
         text = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
     except OSError:
         return
     for child in text.split():
-        yield from _family(int(child))
+        yield from _process_tree(int(child))
 
 
-def _proportional(pid: int) -> int:
+def _proportional_size(pid: int) -> int:
     try:
         for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -274,7 +276,7 @@ def _proportional(pid: int) -> int:
 
 
 class LockWatch:
-    """A process of its own that asks, over and over, whether a store's locks could be had."""
+    """A separate process that repeatedly tests whether the locks of a store are held."""
 
     # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, PID.
     _FLOCK = struct.Struct("=hh4xqqi4x")
@@ -286,7 +288,7 @@ class LockWatch:
             str(store.graphroot / f"{store.driver}-{name}" / f"{name}.lock") for name in names
         ]
         self._end = multiprocessing.Event()
-        self._answers: multiprocessing.Queue[float] = multiprocessing.Queue()
+        self._results: multiprocessing.Queue[float] = multiprocessing.Queue()
 
     def __enter__(self) -> LockWatch:
         self._process = multiprocessing.Process(target=self._watch)
@@ -295,17 +297,17 @@ class LockWatch:
 
     def __exit__(self, *_error: object) -> None:
         self._end.set()
-        self.longest = self._answers.get()
+        self.longest = self._results.get()
         self._process.join()
 
     def _watch(self) -> None:
         files = [os.open(path, os.O_RDONLY) for path in self._paths]
-        asked = self._FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+        request = self._FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
         longest, since = 0.0, None
         while not self._end.is_set():
             now = time.perf_counter()
             taken = any(
-                self._FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
+                self._FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, request))[0] != fcntl.F_UNLCK
                 for file in files
             )
             if taken:
@@ -313,19 +315,19 @@ class LockWatch:
             elif since is not None:
                 longest, since = max(longest, now - since), None
             time.sleep(0.0005)
-        self._answers.put(longest)
+        self._results.put(longest)
 
 
-class Waiting:
-    """A thread that lists the images with podman, again and again."""
+class ImageListing:
+    """A thread that repeatedly lists the images with podman."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, store: MeasuredStore) -> None:
         self.waits: t.List[float] = []
-        self._place = place
+        self._store = store
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._list)
 
-    def __enter__(self) -> Waiting:
+    def __enter__(self) -> ImageListing:
         self._thread.start()
         return self
 
@@ -335,4 +337,4 @@ class Waiting:
 
     def _list(self) -> None:
         while not self._end.is_set():
-            self.waits.append(self._place.listing())
+            self.waits.append(self._store.listing())

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What layer_template does, timed in a process of the host's Python that has imported everything.
+"""Measure the operation of layer_template in a process of the host's Python that has imported everything.
 
-``python3 make_layer.py STORE IMAGE MAP`` with STORE as JSON prints seconds, seconds of processor, the bytes of its
-largest process, and the result. How long imports take depends on the host's Python, so that they come before.
+``python3 make_layer.py STORE IMAGE MAP`` with STORE as JSON prints seconds, processor seconds, the bytes of its
+largest process, and the result. The time of imports depends on the host's Python and is not included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.userns imp
 
 
 def main(store: str, image: str, mapping: str) -> None:
-    """Make the mapped layer of an image."""
+    """Create the mapped layer of an image."""
     options = json.loads(store)
     started = time.perf_counter()
     options["storage_options"] = tuple(options.get("storage_options", ()))

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What images cost that are pulled with the map of their containers, against podman's pull and its copy."""
+"""Compare images that are pulled with the map of their containers with podman's pull and copy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GROUP = "images pulled with a map"
 
 
 class _Pulls:
-    """A user's store, and a registry with the image."""
+    """Pulls of an image from a registry into the store of a user."""
 
     def __init__(self, lab: Lab, image: Image) -> None:
         self.lab = lab
@@ -36,30 +36,30 @@ class _Pulls:
         self.store.podman("images")
 
     def theirs(self) -> None:
-        """Pull as users do it, and run a container with keep-id."""
+        """Pull with podman, and run a container with keep-id."""
         self.store.podman("pull", "-q", self.name)
         self._start()
 
     def ours(self) -> None:
-        """Pull with the map of keep-id containers, and run one."""
-        asked = {"image": self.name, "userns": "keep-id", "user": self.user.name, "measure": "none"}
-        run_module(self.lab, "image_layers", asked)
+        """Pull with the map of keep-id containers, and run a container with keep-id."""
+        args = {"image": self.name, "userns": "keep-id", "user": self.user.name, "measure": "none"}
+        run_module(self.lab, "image_layers", args)
         self._start()
 
     def _start(self) -> None:
         self.store.run(self.name, "true", args=KEEP_ID)
 
-    def plain(self) -> int:
-        """Bytes of all layers after a pull alone."""
+    def pull_only(self) -> int:
+        """Pull with podman; returns the bytes of all layers."""
         self.store.podman("pull", "-q", self.name)
         return self.used()
 
     def used(self) -> int:
-        """Bytes of all layers."""
+        """The bytes of all layers."""
         return disk_usage(self.store.graphroot / "overlay")
 
-    def forget(self) -> None:
-        """As before the pull."""
+    def remove_images(self) -> None:
+        """Remove all images."""
         self.store.podman("rmi", "--all", "--force")
 
     def close(self) -> None:
@@ -69,24 +69,24 @@ class _Pulls:
         self.registry.close()
 
 
-def measure(lab: Lab, pictures: t.Sequence[Image], rounds: int, say: Say) -> t.Iterator[Row]:
-    """The time until a container has run, and the disk that image and container take."""
-    for image in pictures:
+def measure(lab: Lab, test_images: t.Sequence[Image], rounds: int, say: Say) -> t.Iterator[Row]:
+    """Measure the time of a pull and the first container, and the disk space of image and container."""
+    for image in test_images:
         where = image.name.partition("/")[2].partition(":")[0]
         say(f"pull with a map, {where}")
         mine: t.List[float] = []
         theirs: t.List[float] = []
         mapped = copied = 0
         with contextlib.closing(_Pulls(lab, image)) as pulls:
-            plain = pulls.plain()
-            pulls.forget()
+            pull_only = pulls.pull_only()
+            pulls.remove_images()
             for _number in range(rounds):
                 theirs.append(pulls.store.timed(pulls.theirs))
                 copied = pulls.used()
-                pulls.forget()
+                pulls.remove_images()
                 mine.append(pulls.store.timed(pulls.ours))
                 mapped = pulls.used()
-                pulls.forget()
+                pulls.remove_images()
         yield Row(
             _GROUP,
             f"pull and first keep-id start, {where}",
@@ -97,7 +97,7 @@ def measure(lab: Lab, pictures: t.Sequence[Image], rounds: int, say: Say) -> t.I
         yield Row(
             _GROUP,
             f"disk with a container, of the image alone, {where}",
-            mapped / plain,
+            mapped / pull_only,
             1.02,
-            detail={"image": plain, "ours": mapped, "podman": copied},
+            detail={"image": pull_only, "ours": mapped, "podman": copied},
         )

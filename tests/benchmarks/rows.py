@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The measurements, one function for each part of the table."""
+"""The measurements, with a function for each part of the table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import time
 import typing as t
 
-from benchmarks.ground import LockWatch, Made, Place, Waiting, processor_seconds
+from benchmarks.ground import ImageListing, LockWatch, MeasuredStore, TemplateRun, processor_seconds
 from support import images
 from support import large_store as store_data
 from support.images import Image
@@ -23,11 +23,11 @@ Say = t.Callable[[str], None]
 
 @dataclasses.dataclass
 class Row:
-    """One line of the table.
+    """A row of the table.
 
-    :param value: what was measured, in ``unit``
-    :param allowed: what it may come to at most; None for what only informs
-    :param detail: the figures that it is made of
+    :param value: the measured value in ``unit``
+    :param allowed: the limit of the value; None if the value is only informative
+    :param detail: the figures from which the value is calculated
     """
 
     group: str
@@ -57,7 +57,7 @@ def seconds(values: t.Sequence[float]) -> t.List[float]:
     return [round(value, 3) for value in values]
 
 
-# kind of store, its options, words for it, bar against podman's own copy
+# kind of store, its options, its description, limit relative to podman's copy
 PODMAN: t.Tuple[t.Tuple[str, t.Dict[str, str], str, float], ...] = (
     ("overlay-ext4", {}, "overlay on ext4", 0.6),
     ("overlay-xfs", {}, "overlay on xfs, reflink", 0.25),
@@ -68,68 +68,75 @@ PODMAN: t.Tuple[t.Tuple[str, t.Dict[str, str], str, float], ...] = (
 COPIES_LIMIT = ("overlay-ext4", "overlay-xfs")
 
 
-def against_podman(lab: Lab, pictures: t.Sequence[Image], rounds: int, say: Say) -> t.Iterator[Row]:
-    """Time to a ready mapped layer against podman, diff + apply and cp; disk taken by it."""
-    for image in pictures:
-        for kind, options, words, allowed in PODMAN:
-            where = f"{words}, {image.name.partition('/')[2].partition(':')[0]}"
+def against_podman(
+    lab: Lab, test_images: t.Sequence[Image], rounds: int, say: Say
+) -> t.Iterator[Row]:
+    """Compare the time for a mapped layer with podman, diff + apply and cp, and measure its disk space."""
+    for image in test_images:
+        for kind, options, description, allowed in PODMAN:
+            where = f"{description}, {image.name.partition('/')[2].partition(':')[0]}"
             say(where)
-            place = Place(lab, kind, image, 2048, **options)
+            measured = MeasuredStore(lab, kind, image, 2048, **options)
             try:
-                yield from _pairs(place, where, allowed, kind, options, rounds)
+                yield from _pairs(measured, where, allowed, kind, options, rounds)
             finally:
-                place.close()
+                measured.close()
 
 
 def _pairs(
-    place: Place, where: str, allowed: float, kind: str, options: t.Dict[str, str], rounds: int
+    measured: MeasuredStore,
+    where: str,
+    allowed: float,
+    kind: str,
+    options: t.Dict[str, str],
+    rounds: int,
 ) -> t.List[Row]:
     theirs: t.List[t.Tuple[float, float]] = []
-    mine: t.List[Made] = []
+    mine: t.List[TemplateRun] = []
     applied: t.List[float] = []
     copies: t.List[t.Tuple[float, float]] = []
     disk: t.List[int] = []
 
-    # Beside a busy neighbour these tell more than the clock does.
+    # On a busy machine, processor time is more meaningful than elapsed time.
     cpu: t.Dict[str, t.List[float]] = {}
 
     def podman() -> None:
         before = processor_seconds()
-        theirs.append(place.podman())
+        theirs.append(measured.podman())
         cpu.setdefault("podman_both", []).append(processor_seconds() - before)
 
     def ours() -> None:
-        before = place.used()
-        mine.append(place.ours())
-        disk.append(place.used() - before)
+        before = measured.used()
+        mine.append(measured.ours())
+        disk.append(measured.used() - before)
         cpu.setdefault("ours", []).append(mine[-1].cpu)
 
     def diff() -> None:
         before = processor_seconds()
-        applied.append(place.diff_and_apply())
+        applied.append(measured.diff_and_apply())
         cpu.setdefault("diff_apply", []).append(processor_seconds() - before)
 
     def copy() -> None:
         before = processor_seconds()
-        copies.append(place.copied())
+        copies.append(measured.copy_tree())
         cpu.setdefault("cp", []).append(processor_seconds() - before)
 
-    contestants = [ours, podman]
+    operations = [ours, podman]
     plain = not options
     if plain and kind == "overlay-ext4":
-        contestants.append(diff)
+        operations.append(diff)
     if plain and kind in COPIES_LIMIT:
-        contestants.append(copy)
-        place.copied()
-    place.ours()
-    place.forget()
+        operations.append(copy)
+        measured.copy_tree()
+    measured.ours()
+    measured.reset()
     for number in range(rounds):
-        turn = number % len(contestants)
-        for contestant in contestants[turn:] + contestants[:turn]:
-            contestant()
-            place.forget()
+        first = number % len(operations)
+        for operation in operations[first:] + operations[:first]:
+            operation()
+            measured.reset()
     inner = [item.inner for item in mine]
-    # What a first container waits for the copy alone: its second start does all the rest too.
+    # The time of the copy alone: the second container includes everything else.
     alone = [max(first - second, 0.001) for first, second in theirs]
     detail = {
         "ours": seconds(inner),
@@ -189,7 +196,7 @@ def _pairs(
             "disk per map",
             where,
             round(median(disk) / size * 100, 2),
-            # Files smaller than an inode with its name cannot be had for less than an inode.
+            # A file requires at least an inode, which may be larger than the file.
             5.0 if shares and not small_files else None,
             "%",
             {
@@ -204,65 +211,67 @@ def _pairs(
 
 
 def tiny(lab: Lab) -> Image:
-    """An image to be filled behind the runtime's back."""
+    """An image to which files are added without the runtime."""
     return images.build(lab.folder(), images.many_files_layers(1), "localhost/filled:1")
 
 
 def locks_and_waits(lab: Lab, rounds: int, say: Say) -> t.Iterator[Row]:
-    """How long the store is locked, and how long podman waits meanwhile."""
-    picture = tiny(lab)
+    """Measure how long the store is locked, and how long podman waits at the same time."""
+    image = tiny(lab)
     for count in (10_000, 100_000):
         say(f"locks, {count:,} files")
-        place = Place(lab, "overlay-ext4", picture, mib=1024 + count // 50)
-        place.fill(count)
-        told, seen, meanwhile, idle = [], [], [], []
+        measured = MeasuredStore(lab, "overlay-ext4", image, mib=1024 + count // 50)
+        measured.fill(count)
+        reported, observed, busy_waits, idle_waits = [], [], [], []
         try:
             for _number in range(rounds):
-                with LockWatch(place.store) as watch:
-                    made = place.ours()
-                told.append(made.lock)
-                seen.append(watch.longest)
-                place.forget()
-                with Waiting(place) as waiting:
-                    place.ours()
-                meanwhile.append(waiting.waits)
-                place.forget()
-                idle.append([place.listing() for _call in range(max(10, len(waiting.waits)))])
+                with LockWatch(measured.store) as watch:
+                    made = measured.ours()
+                reported.append(made.lock)
+                observed.append(watch.longest)
+                measured.reset()
+                with ImageListing(measured) as waiting:
+                    measured.ours()
+                busy_waits.append(waiting.waits)
+                measured.reset()
+                idle_waits.append(
+                    [measured.listing() for _call in range(max(10, len(waiting.waits)))]
+                )
             theirs = []
-            with Waiting(place) as waiting:
-                place.podman()
+            with ImageListing(measured) as waiting:
+                measured.podman()
             theirs = waiting.waits
         finally:
-            place.close()
+            measured.close()
         yield Row(
             "the store's locks are held",
             f"longest, {count:,} files",
-            round(max(*told, *seen) * 1000, 1),
+            round(max(*reported, *observed) * 1000, 1),
             50,
             "ms",
             {
-                "told_ms": [round(item * 1000, 1) for item in told],
-                "seen_by_another_process_ms": [round(item * 1000, 1) for item in seen],
+                "told_ms": [round(item * 1000, 1) for item in reported],
+                "seen_by_another_process_ms": [round(item * 1000, 1) for item in observed],
             },
         )
         yield Row(
             "podman images meanwhile",
             f"longest wait, {count:,} files",
-            median(max(busy) / max(calm) for busy, calm in zip(meanwhile, idle)),
+            median(max(busy) / max(idle) for busy, idle in zip(busy_waits, idle_waits)),
             2,
             detail={
-                "longest": seconds([max(item) for item in meanwhile]),
-                "median": seconds([median(item) for item in meanwhile]),
-                "idle_longest": seconds([max(item) for item in idle]),
-                "idle_median": seconds([median(item) for item in idle]),
+                "longest": seconds([max(item) for item in busy_waits]),
+                "median": seconds([median(item) for item in busy_waits]),
+                "idle_longest": seconds([max(item) for item in idle_waits]),
+                "idle_median": seconds([median(item) for item in idle_waits]),
                 "longest_beside_podmans_own_copy": round(max(theirs), 3),
             },
         )
 
 
 def growth(lab: Lab, most: int, rounds: int, say: Say) -> t.List[Row]:
-    """Seconds and memory as an image grows."""
-    picture = tiny(lab)
+    """Measure time and memory for a small and a large image."""
+    image = tiny(lab)
     counts = [10_000, most]
     taken: t.List[float] = []
     peaks: t.List[int] = []
@@ -270,17 +279,17 @@ def growth(lab: Lab, most: int, rounds: int, say: Say) -> t.List[Row]:
     largest = 0
     for count in counts:
         say(f"growth, {count:,} files")
-        place = Place(lab, "overlay-ext4", picture, mib=1024 + count // 50)
+        measured = MeasuredStore(lab, "overlay-ext4", image, mib=1024 + count // 50)
         try:
-            place.fill(count)
-            # Whoever counts a process's pages holds it up: no time is taken of this one.
-            watched = place.ours(watch=True)
+            measured.fill(count)
+            # Counting the pages of a process delays it, so the time of this run is not used.
+            watched = measured.ours(watch=True)
             runs = []
             for _number in range(rounds):
-                place.forget()
-                runs.append(place.ours())
+                measured.reset()
+                runs.append(measured.ours())
         finally:
-            place.close()
+            measured.close()
         walls.append([run.inner for run in runs])
         taken.append(median(run.inner for run in runs))
         peaks.append(watched.memory)
@@ -305,17 +314,17 @@ def growth(lab: Lab, most: int, rounds: int, say: Say) -> t.List[Row]:
     ]
 
 
-def in_place(lab: Lab, picture: Image, rounds: int, say: Say) -> t.List[Row]:
-    """A run that finds everything in place."""
+def in_place(lab: Lab, image: Image, rounds: int, say: Say) -> t.List[Row]:
+    """Measure a run that finds everything in place."""
     say("a run that finds everything in place")
-    place = Place(lab, "overlay-ext4", picture)
+    measured = MeasuredStore(lab, "overlay-ext4", image)
     try:
-        place.ours()
-        runs = [place.ours() for _number in range(max(rounds, 3))]
+        measured.ours()
+        runs = [measured.ours() for _number in range(max(rounds, 3))]
         if any(run.entry["action"] != "existing" for run in runs):
-            raise RuntimeError("a second run did not find the first one's layer")
+            raise RuntimeError("a second run did not find the layer of the first run")
     finally:
-        place.close()
+        measured.close()
     return [
         Row(
             "a run that finds everything in place",
@@ -331,24 +340,24 @@ def in_place(lab: Lab, picture: Image, rounds: int, say: Say) -> t.List[Row]:
     ]
 
 
-def conversions(lab: Lab, pictures: t.Sequence[Image], rounds: int, say: Say) -> t.Iterator[Row]:
-    """An image converted in place against a mapped layer of ours."""
-    for image in pictures:
+def conversions(lab: Lab, test_images: t.Sequence[Image], rounds: int, say: Say) -> t.Iterator[Row]:
+    """Compare the conversion of an image in place with the creation of a mapped layer."""
+    for image in test_images:
         where = f"overlay on ext4, {image.name.partition('/')[2].partition(':')[0]}"
         say(f"conversion in place, {where}")
-        place = Place(lab, "overlay-ext4", image)
+        measured = MeasuredStore(lab, "overlay-ext4", image)
         copies: t.List[float] = []
         found: t.List[t.Dict[str, t.Any]] = []
         try:
             for _number in range(rounds):
-                copies.append(place.ours().inner)
-                place.forget()
-                found.append(place.converted())
-                place.calm()
-                place.converted(back=True)
-                place.calm()
+                copies.append(measured.ours().inner)
+                measured.reset()
+                found.append(measured.convert_image())
+                measured.sync()
+                measured.convert_image(back=True)
+                measured.sync()
         finally:
-            place.close()
+            measured.close()
         if any(not item.get("changed") for item in found):
             raise RuntimeError(f"not converted: {found}")
         mine = [item["seconds"] for item in found]
@@ -372,7 +381,7 @@ LARGE = 200
 
 
 def large_store(lab: Lab, rounds: int, say: Say) -> t.List[Row]:
-    """image_layers_info on 10,000 layers against containers-storage, which only lists them."""
+    """Compare image_layers_info on 10,000 layers with containers-storage, which only lists them."""
     say(f"a store of {LARGE * store_data.DEEP:,} layers")
     store = Store(lab, "overlay-forced")
     ours: t.List[t.Tuple[float, float]] = []
@@ -393,7 +402,7 @@ def large_store(lab: Lab, rounds: int, say: Say) -> t.List[Row]:
         ([mine[part] for mine in ours], [their[part] for their in theirs]) for part in (0, 1)
     )
     return [
-        # Go works on all processors at once, we on one.
+        # containers-storage, in Go, uses all processors; image_layers_info uses only one.
         Row(group, f"against {LISTING}", ratio(*walls), 1.25, detail=_pair(*walls)),
         Row(
             group,
@@ -413,24 +422,24 @@ def _pair(ours: t.Sequence[float], theirs: t.Sequence[float]) -> t.Dict[str, t.A
 
 
 def first_start(lab: Lab, rounds: int, say: Say) -> t.Iterator[Row]:
-    """The first start of a container on a layer of ours against the second one."""
+    """Compare the first start of a container on a layer of this collection with the second start."""
     image = images.build(lab.folder(), images.many_files_layers(3000), "localhost/many:3000")
     for kind in ("vfs-ext4", "overlay-ext4"):
         say(f"first start on a layer of ours, {kind}")
-        place = Place(lab, kind, image)
+        measured = MeasuredStore(lab, kind, image)
         first, second = [], []
         try:
-            # podman's own warm-up (database, page cache) is not what is measured.
-            place.store.run(image.name, "true")
+            # podman's warm-up (database, page cache) is not measured.
+            measured.store.run(image.name, "true")
             for _number in range(rounds):
-                place.ours()
-                first.append(place.start())
-                second.append(place.start())
-                if len(place.store.mapped_layers(image.name)) != 1:
-                    raise RuntimeError("podman has made a layer of its own")
-                place.forget()
+                measured.ours()
+                first.append(measured.start())
+                second.append(measured.start())
+                if len(measured.store.mapped_layers(image.name)) != 1:
+                    raise RuntimeError("podman has created another layer")
+                measured.reset()
         finally:
-            place.close()
+            measured.close()
         detail = {"first": seconds(first), "second": seconds(second)}
         driver = kind.partition("-")[0]
         yield Row(
@@ -443,5 +452,5 @@ def first_start(lab: Lab, rounds: int, say: Say) -> t.Iterator[Row]:
 
 
 def progress(text: str) -> None:
-    """Say what is being measured."""
+    """Print the current measurement or a result."""
     print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Measures what the README promises, as ratios of pairs taken in one run, on loop filesystems.
+"""Measure the claims of the README as ratios of pairs in the same run, on loop filesystems.
 
-Needs root, podman, containers-storage, mkfs.ext4, mkfs.xfs and mkfs.btrfs. Everything happens below /tmp and is gone
-afterwards. With --soak it measures nothing, and looks for faults for long.
+Requires root, podman, containers-storage, mkfs.ext4, mkfs.xfs and mkfs.btrfs. All files are below /tmp and are removed
+at the end. With --soak it runs soak tests instead of measurements.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ PARTS = (
 
 
 def main() -> int:
-    """0 when every bar was met."""
-    asked = _asked()
-    if asked.soak is not None:
-        parts = [name for name in soak.PARTS if name in (asked.only or soak.PARTS)]
-        return 1 if soak.soak(parts, asked.soak, asked.seed) else 0
-    outside = os.getloadavg()
+    """Run the measurements or soak tests; returns 0 if all limits are met and no problems are found."""
+    options = _options()
+    if options.soak is not None:
+        parts = [name for name in soak.PARTS if name in (options.only or soak.PARTS)]
+        return 1 if soak.soak(parts, options.soak, options.seed) else 0
+    load = os.getloadavg()
     found: t.List[rows.Row] = []
     lab = Lab()
     try:
-        about = _about(lab, asked, outside)
-        for row in _measure(lab, asked):
+        about = _about(lab, options, load)
+        for row in _measure(lab, options):
             rows.progress(chart.line(row))
             found.append(row)
             about["load_after"] = [round(item, 2) for item in os.getloadavg()]
-            # What has been measured stays, whatever becomes of the rest.
-            _write(asked.docs, found, about)
+            # Completed measurements are kept, even if later measurements fail.
+            _write(options.docs, found, about)
     finally:
         lab.close()
     print(chart.table(_sorted(found)))
@@ -75,11 +75,11 @@ def _notes(about: t.Mapping[str, t.Any]) -> t.List[str]:
         f"loop filesystems (direct I/O) on {about['filesystem']}; {about['date']}; {load}",
         "; ".join(f"{name} {version}" for name, version in about["versions"].items()),
         f"Medians of {about['rounds']} pairs; ours from options to result, "
-        "podman's first container less its second one.",
+        "podman's first container minus its second container.",
     ]
 
 
-def _asked() -> argparse.Namespace:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="pairs for each ratio (5)")
     parser.add_argument(
@@ -94,42 +94,42 @@ def _asked() -> argparse.Namespace:
         nargs="?",
         const=600.0,
         metavar="SECONDS",
-        help="look for faults: races and fuzzing for so long each (600); the others end by themselves",
+        help="run soak tests: races and fuzzing take this time each (600); the others end by themselves",
     )
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of a soak")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="seed of the soak tests")
     parser.add_argument("--docs", type=pathlib.Path, help="folder for benchmarks.json and .svg")
     return parser.parse_args()
 
 
-def _measure(lab: Lab, asked: argparse.Namespace) -> t.Iterator[rows.Row]:
-    parts = [name for name in PARTS if name in (asked.only or PARTS)]
+def _measure(lab: Lab, options: argparse.Namespace) -> t.Iterator[rows.Row]:
+    parts = [name for name in PARTS if name in (options.only or PARTS)]
     if "in-place" in parts:
-        yield from rows.in_place(lab, hosts.debian_image(lab), asked.rounds, rows.progress)
+        yield from rows.in_place(lab, hosts.debian_image(lab), options.rounds, rows.progress)
     if "large-store" in parts:
-        yield from rows.large_store(lab, asked.rounds, rows.progress)
+        yield from rows.large_store(lab, options.rounds, rows.progress)
     if "first-start" in parts:
-        yield from rows.first_start(lab, asked.rounds, rows.progress)
+        yield from rows.first_start(lab, options.rounds, rows.progress)
     if "sharing" in parts:
-        yield from sharing.measure(lab, hosts.debian_image(lab), asked.rounds, rows.progress)
+        yield from sharing.measure(lab, hosts.debian_image(lab), options.rounds, rows.progress)
     if {"copies", "conversion", "mapped-images"}.intersection(parts):
         many = images.build(lab.folder(), images.many_files_layers(10_000), "localhost/many:10000")
         both = (hosts.debian_image(lab), many)
         if "mapped-images" in parts:
-            yield from mapped_images.measure(lab, both, asked.rounds, rows.progress)
+            yield from mapped_images.measure(lab, both, options.rounds, rows.progress)
         if "conversion" in parts:
-            yield from rows.conversions(lab, both, asked.rounds, rows.progress)
+            yield from rows.conversions(lab, both, options.rounds, rows.progress)
         if "copies" in parts:
-            yield from rows.against_podman(lab, both, asked.rounds, rows.progress)
+            yield from rows.against_podman(lab, both, options.rounds, rows.progress)
     if "locks" in parts:
-        yield from rows.locks_and_waits(lab, asked.rounds, rows.progress)
+        yield from rows.locks_and_waits(lab, options.rounds, rows.progress)
     if "growth" in parts:
-        yield from rows.growth(lab, 1_000_000, asked.rounds, rows.progress)
+        yield from rows.growth(lab, 1_000_000, options.rounds, rows.progress)
 
 
-def _about(lab: Lab, asked: argparse.Namespace, load: t.Sequence[float]) -> t.Dict[str, t.Any]:
-    def first_line(*words: str) -> str:
+def _about(lab: Lab, options: argparse.Namespace, load: t.Sequence[float]) -> t.Dict[str, t.Any]:
+    def first_line(*command: str) -> str:
         done = subprocess.run(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
         return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
 
@@ -140,7 +140,7 @@ def _about(lab: Lab, asked: argparse.Namespace, load: t.Sequence[float]) -> t.Di
         "processors": len(os.sched_getaffinity(0)),
         "memory_mb": memory >> 20,
         "filesystem": mounts.filesystem(str(lab.base)),
-        "rounds": asked.rounds,
+        "rounds": options.rounds,
         "load_before": [round(item, 2) for item in load],
         "versions": {
             "podman": ".".join(map(str, lab.machine.version("podman"))),

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What shared_images does for one user after another, timed as in ``make_layer``.
+"""Measure the operation of shared_images for each of several users, like ``make_layer``.
 
-``python3 share_images.py GRAPHROOT RUNROOT USER...`` shares all images with each user by a request of its own, for a
-plain run and for keep-id, and prints the seconds of each as JSON.
+``python3 share_images.py GRAPHROOT RUNROOT USER...`` shares all images with each user by a separate request, for
+containers without a user namespace and with keep-id, and prints the seconds of each request as JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 
 
 def main(graphroot: str, runroot: str, *users: str) -> None:
-    """Share with each user."""
+    """Share all images with each user."""
     spent = []
     for user in users:
         started = time.perf_counter()

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What images that are shared with users cost, against copies of each user's own."""
+"""Compare images that are shared with users with copies in the stores of users."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.stores import Json, Store
 from support.users import User
 
 KEEP_ID = ("--userns=keep-id",)
-# Where shared_images keeps all that it makes.
+# The folder in which shared_images creates stores.
 STORES = pathlib.Path("/var/lib/userns-storage.service")
 SHARE_IMAGES = pathlib.Path(__file__).with_name("share_images.py")
 MANY_USERS = 20
@@ -33,7 +33,7 @@ _READ = (
 
 
 class Shared:
-    """A store of root's with one image, and the users that it is shared with."""
+    """A store of root with an image, and the users with whom it is shared."""
 
     def __init__(self, lab: Lab, image: Image) -> None:
         self.lab, self.image = lab, image
@@ -48,14 +48,14 @@ class Shared:
         return self._users[-1]
 
     def own_store(self) -> Store:
-        """The store of a new user who has used podman before, but never the image."""
+        """The store of a new user who has used podman, but not the image."""
         store = Store(self.lab, "rootless-overlay", user=self.user())
         self._stores.append(store)
         store.podman("images")
         return store
 
     def share(self, names: t.Sequence[str], **options: t.Any) -> Json:
-        """Run shared_images for a plain run and for keep-id."""
+        """Run shared_images for containers without a user namespace and with keep-id."""
         args = {
             "graphroot": str(self.store.graphroot),
             "runroot": str(self.store.runroot),
@@ -66,19 +66,19 @@ class Shared:
         return run_module(self.lab, "shared_images", args)
 
     def share_one_by_one(self, names: t.Sequence[str]) -> t.List[float]:
-        """Seconds that it takes to share with each of the users."""
-        words = [str(self.store.graphroot), str(self.store.runroot), *names]
+        """Share with each of the users separately; returns the seconds for each user."""
+        arguments = [str(self.store.graphroot), str(self.store.runroot), *names]
         env = {"PYTHONPATH": str(self.lab.tree), "PYTHONDONTWRITEBYTECODE": "1"}
-        done = self.lab.machine.run([SYSTEM_PYTHON, str(SHARE_IMAGES), *words], env=env)
+        done = self.lab.machine.run([SYSTEM_PYTHON, str(SHARE_IMAGES), *arguments], env=env)
         spent: t.List[float] = json.loads(done.stdout)
         return spent
 
     def image_bytes(self) -> int:
-        """Of the image's layers on disk."""
+        """The bytes of the image's layers on disk."""
         return disk_usage(self.store.graphroot / "overlay")
 
     def close(self) -> None:
-        """Take all of it away."""
+        """Remove all stores and users."""
         for store in self._stores:
             store.podman("rm", "--all", "--force", "--time=0")
         if self._users:
@@ -91,7 +91,7 @@ class Shared:
 
 
 def disk_usage(*folders: pathlib.Path) -> int:
-    """Bytes below folders, without what is mounted there: each file in whole blocks, all else a block."""
+    """Bytes below folders, without mounts: files count as whole blocks, all other entries as a block."""
     total = 0
     for folder in folders:
         if not folder.exists():
@@ -120,7 +120,7 @@ def _start(store: Store, image: Image) -> float:
 
 
 def _read(store: Store, image: Image, layers: pathlib.Path) -> float:
-    """Seconds that a container needs to read all files of its image, none of them in memory."""
+    """The seconds in which a container reads all files of its image, without cached pages."""
     _drop_pages(layers)
     return int(store.shell(image.name, _READ, args=(*KEEP_ID, "--user=0:0"))) / 1e9
 
@@ -140,7 +140,7 @@ def _drop_pages(folder: pathlib.Path) -> None:
 
 
 def starts(lab: Lab, image: Image, rounds: int, say: Say) -> t.Iterator[Row]:
-    """The first start of a user, and reading, against the user's own copy that is there already."""
+    """Compare the first start of a user, and reading, with an existing copy in the user's store."""
     say("the first start on a shared image")
     with _shared(lab, image) as shared:
         copied = shared.own_store()
@@ -174,7 +174,7 @@ def starts(lab: Lab, image: Image, rounds: int, say: Say) -> t.Iterator[Row]:
 
 
 def disk(lab: Lab, image: Image, say: Say) -> t.Iterator[Row]:
-    """What is written for many users."""
+    """Measure the disk space for many users."""
     say(f"an image shared with {MANY_USERS} users")
     with _shared(lab, image) as shared:
         names = [shared.user().name for _number in range(MANY_USERS)]
@@ -199,8 +199,8 @@ def disk(lab: Lab, image: Image, say: Say) -> t.Iterator[Row]:
         )
 
 
-def one_more_user(lab: Lab, picture: Image, rounds: int, say: Say) -> t.Iterator[Row]:
-    """How long it takes to make an image available to one more user, whatever its size and layers."""
+def one_more_user(lab: Lab, large_image: Image, rounds: int, say: Say) -> t.Iterator[Row]:
+    """Measure the time to share images of different sizes and numbers of layers with a further user."""
 
     def thin(count: int) -> Image:
         more = [{f"layer{number}": images.file("x\n")} for number in range(count - 1)]
@@ -208,18 +208,18 @@ def one_more_user(lab: Lab, picture: Image, rounds: int, say: Say) -> t.Iterator
             lab.folder(), [*images.many_files_layers(1), *more[1:]], f"localhost/layers:{count}"
         )
 
-    for image, words in (
+    for image, description in (
         (thin(5), "5 small layers"),
         (thin(50), "50 small layers"),
-        (picture, "3 layers of 200 MB"),
+        (large_image, "3 layers of 200 MB"),
     ):
-        say(f"one more user, {words}")
+        say(f"one more user, {description}")
         with _shared(lab, image) as shared:
             shared.share([shared.user().name])
             spent = shared.share_one_by_one([shared.user().name for _number in range(rounds)])
         yield Row(
             "shared images",
-            f"one more user, {words}",
+            f"one more user, {description}",
             round(median(spent), 3),
             0.1,
             "s",
@@ -228,7 +228,7 @@ def one_more_user(lab: Lab, picture: Image, rounds: int, say: Say) -> t.Iterator
 
 
 def many_users(lab: Lab, say: Say) -> t.Iterator[Row]:
-    """What 50 users and 30 images cost: mounts, the work at boot, podman ps and a login."""
+    """Measure mounts, the work at boot, podman ps and a login for 50 users and 30 images."""
     user_count, image_count = 50, 30
     say(f"{image_count} images shared with {user_count} users")
     image = images.build(lab.folder(), images.many_files_layers(1), "localhost/many:0")
@@ -250,8 +250,8 @@ def many_users(lab: Lab, say: Say) -> t.Iterator[Row]:
             return median(alone.timed(lambda: alone.podman("ps", "--all")) for _number in range(10))
 
         def login() -> float:
-            words = ["su", "-", first.name, "-c", "true"]
-            return median(alone.timed(lambda: lab.machine.run(words)) for _number in range(10))
+            command = ["su", "-", first.name, "-c", "true"]
+            return median(alone.timed(lambda: lab.machine.run(command)) for _number in range(10))
 
         before = listing(), login()
         done = shared.share([first.name, *others])
@@ -268,19 +268,19 @@ def many_users(lab: Lab, say: Say) -> t.Iterator[Row]:
     where = f"{user_count} users, {image_count} images"
     yield Row("shared images", f"mounts, {where}", mounts, user_count * 2 + 5, "")
     yield Row("shared images", f"mounting all at boot, {where}", round(boot, 2), None, "s")
-    for words, index in (("podman ps", 0), ("a login", 1)):
+    for action, index in (("podman ps", 0), ("a login", 1)):
         yield Row(
             "shared images",
-            f"{words}, {where}, against before",
+            f"{action}, {where}, against before",
             after[index] / before[index],
             None,
             detail={"before": round(before[index], 4), "after": round(after[index], 4)},
         )
 
 
-def measure(lab: Lab, picture: Image, rounds: int, say: Say) -> t.Iterator[Row]:
-    """All rows."""
-    yield from starts(lab, picture, rounds, say)
-    yield from disk(lab, picture, say)
-    yield from one_more_user(lab, picture, rounds, say)
+def measure(lab: Lab, large_image: Image, rounds: int, say: Say) -> t.Iterator[Row]:
+    """All measurements of shared images."""
+    yield from starts(lab, large_image, rounds, say)
+    yield from disk(lab, large_image, say)
+    yield from one_more_user(lab, large_image, rounds, say)
     yield from many_users(lab, say)

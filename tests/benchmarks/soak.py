@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What takes too long for each test run: all stops, long races, 500 rounds beside collections, and fuzzing."""
+"""Tests that take too long for each test run: all stops, long races, 500 rounds beside layer_gc, and fuzzing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from support import images, stores, users
 from support.lab import Lab
 
 
-class Place:
-    """The laboratory with what the soaks need of it."""
+class SoakContext:
+    """The laboratory, an image and the stores of a soak test."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -23,7 +23,7 @@ class Place:
         self._undo = contextlib.ExitStack()
 
     def make_store(self, kind: str, *loaded: images.Image, **options: t.Any) -> stores.Store:
-        """A store of that kind with these images; gone with the laboratory."""
+        """A store of a kind with images, which is removed by `close`."""
         if stores.KINDS[kind][2]:
             user = users.add_user(self.lab)
             self._undo.callback(users.remove_user, self.lab, user)
@@ -35,35 +35,35 @@ class Place:
         return store
 
     def close(self) -> None:
-        """Take it all away."""
+        """Remove all stores and users."""
         self._undo.close()
 
 
-# By name: what gets the place, so many seconds and a seed, and gives the number of problems found.
-PARTS: t.Mapping[str, t.Callable[[Place, float, int], int]] = {
+# The soak tests by name: functions of context, seconds and seed, which return the number of problems.
+PARTS: t.Mapping[str, t.Callable[[SoakContext, float, int], int]] = {
     "races": soak_races.soak,
-    "gc": lambda place, _seconds, _seed: soak_gc.soak(place),
-    "fuzz": lambda _place, seconds, seed: soak_fuzz.soak(seconds, seed),
-    "stops": lambda place, _seconds, _seed: soak_stops.soak(place),
+    "gc": lambda context, _seconds, _seed: soak_gc.soak(context),
+    "fuzz": lambda _context, seconds, seed: soak_fuzz.soak(seconds, seed),
+    "stops": lambda context, _seconds, _seed: soak_stops.soak(context),
 }
 
 
 def soak(parts: t.Sequence[str], seconds: float, seed: int) -> int:
-    """Soak; the number of problems found.
+    """Run soak tests; returns the number of problems.
 
-    :param seconds: for the races, and again for fuzzing; the other parts end by themselves
+    :param seconds: the duration of races and that of fuzzing; the other parts end by themselves
     """
     print(f"seed {seed}", flush=True)
     problems = 0
     lab = Lab()
     try:
         for name in parts:
-            place = Place(lab)
+            context = SoakContext(lab)
             try:
                 started = time.monotonic()
-                found = PARTS[name](place, seconds, seed)
+                found = PARTS[name](context, seconds, seed)
             finally:
-                place.close()
+                context.close()
             problems += found
             print(f"{name}: {time.monotonic() - started:.0f} s, {found} problems", flush=True)
     finally:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""All that is read of others, fed by atheris for long."""
+"""Fuzz all readers of untrusted data with atheris for a long time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from support import covered
 
 
 def soak(seconds: float, seed: int) -> int:
-    """Feed all readers, for so long altogether; the number of those that did not stand it."""
+    """Fuzz all readers within a total time; returns the number of readers that failed."""
     if not covered.available():
-        print("atheris has no wheel for this Python; tests/faults/test_fuzz.py does without it")
+        print("atheris has no wheel for this Python; tests/faults/test_fuzz.py does not require it")
         return 0
     from support.fuzz import READERS
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""layer_gc beside a busy podman, for 500 rounds."""
+"""Run layer_gc beside a busy podman, for 500 rounds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import typing as t
 from support.podman_load import Rounds
 
 if t.TYPE_CHECKING:
-    from benchmarks.soak import Place
+    from benchmarks.soak import SoakContext
 
 KINDS = ("overlay-forced", "vfs")
 MAPS = [f"0:{start}:65536" for start in range(100000, 800000, 70000)]
 
 
-def soak(place: Place, count: int = 500) -> int:
-    """Run so many rounds on each kind of store; the number of commands that failed and layers that were lost."""
+def soak(context: SoakContext, count: int = 500) -> int:
+    """Run `count` rounds on each kind of store; returns the number of failed commands and lost layers."""
     failures = 0
     for kind in KINDS:
-        store = place.make_store(kind, place.image)
-        rounds = Rounds(place.lab, store, place.image.name, MAPS)
+        store = context.make_store(kind, context.image)
+        rounds = Rounds(context.lab, store, context.image.name, MAPS)
         worker = threading.Thread(target=rounds.collect_all_the_while)
         started = time.monotonic()
         worker.start()
@@ -34,7 +34,7 @@ def soak(place: Place, count: int = 500) -> int:
             worker.join()
         print(
             f"{kind}: {rounds.count} rounds in {time.monotonic() - started:.0f} s, {rounds.collections} collections "
-            f"took {rounds.removed} layers, {len(rounds.failures)} failures",
+            f"removed {rounds.removed} layers, {len(rounds.failures)} failures",
             flush=True,
         )
         for failure in rounds.failures:

@@ -1,11 +1,13 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The first start of a container with a user namespace, without and with this collection: first_start.py PAGE.
+"""Demonstrate the first start of a container with a user namespace, without and with this collection.
 
-It shows podman's own copy, a pre-mapped layer, an image that is pulled with the map, an image that users share, what a
-pull waits for meanwhile, and the removal. Everything happens in stores of temporary users that are gone afterwards; the
-report about them stays in the file PAGE.
+Usage: first_start.py PAGE
+
+It shows podman's copy, a pre-mapped layer, an image that is pulled with the map, an image that users share, the waiting
+time of a pull during copies, and the removal. It uses stores of temporary users, which are removed at the end; the
+report about them is kept in the file PAGE.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ def main() -> None:
         with _Pulls(with_layer, other) as pulls:
             _premap(lab, with_layer, image)
         print(f"A pull of another image took {pulls.longest:.2f} s meanwhile.")
-        prepared, again = _start(with_layer, image), _start(with_layer, image)
-        print(f"First start: {prepared:.2f} s. Second start: {again:.2f} s.")
+        prepared, repeated = _start(with_layer, image), _start(with_layer, image)
+        print(f"First start: {prepared:.2f} s. Second start: {repeated:.2f} s.")
 
         _title("An image pulled with the map: userns.storage.image_layers")
         mapped = _empty_store(lab)
@@ -105,7 +107,7 @@ def main() -> None:
 class _Pulls:
     """Pulls of a small image into a store, one after the other.
 
-    :ivar longest: seconds
+    :ivar longest: the longest time of a pull in seconds
     """
 
     def __init__(self, store: Store, image: Image) -> None:
@@ -138,7 +140,7 @@ def _empty_store(lab: Lab) -> Store:
     lab.on_close(lambda: users.remove_user(lab, user))
     store = Store(lab, "rootless-overlay", user=user)
     lab.on_close(store.close)
-    # podman's own first steps in a store are not measured.
+    # podman's initialisation of the store is not measured.
     store.podman("images")
     return store
 
@@ -146,7 +148,7 @@ def _empty_store(lab: Lab) -> Store:
 def _store(lab: Lab, image: Image) -> Store:
     store = _empty_store(lab)
     store.load(image)
-    # Without a namespace of its own: nothing but the container's first start is measured later.
+    # Without a user namespace, so that only the copy and the container are measured later.
     store.run(image.name, "true")
     return store
 
@@ -164,7 +166,7 @@ def _report(lab: Lab, stores: t.Sequence[Store], page: pathlib.Path) -> None:
         "report_users": [_name(store) for store in stores],
         "report_html": str(page),
         "report_markdown": "none",
-        # What could be collected, if nothing were to stay.
+        # The report includes all layers that could be removed.
         "prune_max_copies_per_image": "0",
         "prune_min_age": "0",
     }
@@ -227,7 +229,7 @@ def _play(lab: Lab, playbook: str, variables: t.Optional[t.Mapping[str, t.Any]] 
         "ANSIBLE_INVENTORY_UNPARSED_WARNING": "false",
     }
     program = pathlib.Path(sys.executable).parent / "ansible-playbook"
-    given = {"ansible_python_interpreter": "/usr/bin/python3", **(variables or {})}
+    extra_vars = {"ansible_python_interpreter": "/usr/bin/python3", **(variables or {})}
     command = [
         str(program),
         str(playbook),
@@ -236,28 +238,28 @@ def _play(lab: Lab, playbook: str, variables: t.Optional[t.Mapping[str, t.Any]] 
         "-c",
         "local",
         "-e",
-        json.dumps(given),
+        json.dumps(extra_vars),
     ]
     subprocess.run(command, check=True, env=environment, cwd=folder)
 
 
 def _sizes(store: Store, image: Image) -> t.Tuple[int, int]:
-    """Bytes of the image's mapped layer: as recorded, and on the disk."""
+    """Bytes of the image's mapped layer: the recorded size, and the size on disk."""
     (layer_id,) = store.mapped_layers(image.name)
-    said = subprocess.run(
+    usage = subprocess.run(
         ["du", "-s", "--block-size=1", store.layer_folder(layer_id)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
-    return store.layer(layer_id).get("diff-size", 0), int(said.stdout.split()[0])
+    return store.layer(layer_id).get("diff-size", 0), int(usage.stdout.split()[0])
 
 
 def _used(store: Store) -> int:
     """Bytes of the store on disk."""
-    words = ["du", "-s", "--block-size=1", str(store.graphroot / store.driver)]
+    command = ["du", "-s", "--block-size=1", str(store.graphroot / store.driver)]
     return int(
-        subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[0]
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[0]
     )
 
 

@@ -15,7 +15,7 @@ import subprocess
 import typing as t
 
 from . import subvolumes
-from .conversions import texts, conversion_args
+from .conversions import conversion_args, texts
 from .injection import CONVERSION, KILL, Modules, Run
 from .lab import Lab
 from .machines import Machine

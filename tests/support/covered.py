@@ -60,7 +60,9 @@ def feed(names: t.Sequence[str], seed: int, limit: str) -> Fed:
         trouble = ""
         if done.returncode != 0:
             inputs = [repr(path.read_bytes()) for path in (base / "found").iterdir()]
-            trouble = f"{done.stdout[-4000:]}{done.stderr[-4000:]}\nfailing inputs: {' '.join(inputs)}"
+            trouble = (
+                f"{done.stdout[-4000:]}{done.stderr[-4000:]}\nfailing inputs: {' '.join(inputs)}"
+            )
     executed = re.search(r"number_of_executed_units: *(\d+)", done.stderr)
     return Fed(int(executed[1]) if executed else 0, trouble)
 

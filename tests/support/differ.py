@@ -185,7 +185,9 @@ class _Differ:
                 self._add_difference(name, "content differs", "content")
             allocated = [status.st_blocks * 512 for status in both]
             if allocated[1] > allocated[0] + _SLACK:
-                self._add_difference(name, f"allocates {allocated[1]}, not {allocated[0]} bytes", "sparse")
+                self._add_difference(
+                    name, f"allocates {allocated[1]}, not {allocated[0]} bytes", "sparse"
+                )
         had, has = (_xattrs(fd, name) for fd in fds)
         for attribute in sorted(had.keys() | has.keys()):
             aspect = "acl" if attribute in _ACL else attribute
