@@ -196,10 +196,10 @@ class MeasuredStore:
         self.store.tool("cp", "-a", "--reflink=auto", str(self.plain), str(target))
         seconds = time.perf_counter() - started
         self.sync()
-        whole = time.perf_counter() - started
+        with_sync = time.perf_counter() - started
         shutil.rmtree(target)
         self.sync()
-        return seconds, whole
+        return seconds, with_sync
 
     def fill(self, count: int) -> None:
         """Add `count` small files to the top layer of the image, without the runtime."""

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A store, an image and a user namespace, and calls of our modules for them."""
+"""A store, an image and a user namespace, and calls of modules of this collection for them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def wanted(self) -> Json:
-        """Our modules' options for the same namespace."""
+        """The modules' options for the same namespace."""
         return {"userns": "keep-id"} if self.keep_id else {"uidmap": [ROOTFUL_MAP]}
 
     @property
@@ -61,11 +61,11 @@ class Case:
         return [f"0:1:{uid}", f"{uid}:0:1", f"{uid + 1}:{uid + 1}:{size - uid}"]
 
     def call(self, module: str, args: t.Mapping[str, t.Any], **options: t.Any) -> Json:
-        """Run one of our modules on the store; options as run_module takes them."""
+        """Run a module on the store; options are those of run_module."""
         return run_module(self.store.lab, module, self._args(args), **self._options(options))
 
     def start(self, module: str, args: t.Mapping[str, t.Any]) -> subprocess.Popen[bytes]:
-        """Start one of our modules on the store; see start_module and finish_module."""
+        """Start a module on the store; see start_module and finish_module."""
         return start_module(self.store.lab, module, self._args(args), **self._options({}))
 
     def _args(self, args: t.Mapping[str, t.Any]) -> Json:
@@ -91,7 +91,7 @@ class Case:
         return self.call("image_layers_info", args, **(options or {}))
 
     def create(self, *args: str) -> str:
-        """podman creates a container with the namespace; returns its ID."""
+        """Create a container with the namespace; returns its ID."""
         return self.store.create(self.image.name, *self.podman_args, *args)
 
     def shell(self, script: str) -> str:

@@ -392,21 +392,21 @@ class World(Reader):
             # In a file, because Ansible would evaluate podman's templates.
             script = self.folder / f"{len(self.playbooks)}-{len(self.steps)}.sh"
             script.write_text(command)
-            words = self.lab.machine.command(
+            arguments = self.lab.machine.command(
                 ["bash", "-e", str(script)],
                 account=self.people.get(user),
                 env=self.stores[user].env(),
             )
-            self.steps.append({"name": name, "ansible.builtin.command": {"argv": words}})
+            self.steps.append({"name": name, "ansible.builtin.command": {"argv": arguments}})
             return
-        words = shlex.split(command)
-        if words[:3] == ["ansible-playbook", "-i", "hosts.ini"] and "-" not in {
-            word[0] for word in words[3:]
+        arguments = shlex.split(command)
+        if arguments[:3] == ["ansible-playbook", "-i", "hosts.ini"] and "-" not in {
+            word[0] for word in arguments[3:]
         }:
             self._end_steps()
-            self.playbooks += words[3:]
+            self.playbooks += arguments[3:]
             return
-        if words[0] != "ansible":
+        if arguments[0] != "ansible":
             self._end()
             self._ansible(command, str(block))
             return
@@ -417,7 +417,7 @@ class World(Reader):
             known.add_argument(short, long, default="")
         for switch in ("--become", "--check"):
             known.add_argument(switch, action="store_true")
-        given = known.parse_args(words[1:])
+        given = known.parse_args(arguments[1:])
         step: Json = {"name": name, given.module: parse_kv(given.args)}
         step["become"] = given.become
         if given.check:
