@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import MapError, StoreUnwritten
 from ..idmap.mapping import Mapping
@@ -38,27 +38,32 @@ class FormRequest:
     :param wanted: the user namespace of its containers
     :param image: its ID; empty if unknown
     :param chain: the IDs of its own layers, lowest first; for an image that is not in the store
+    :param programs: the versions that programs reported before; see ``detect``
     """
 
     store: StoreRequest
     wanted: MappingOptions
     image: str = ""
     chain: t.Tuple[str, ...] = ()
+    programs: t.Mapping[str, str] = field(default_factory=dict)
 
 
 @returns(inventory_results.IMAGE_FORM)
 def examine(request: FormRequest) -> t.Dict[str, t.Any]:
     """The map that an image's own layers need, and the map that they carry, or will carry after a pull. Writes nothing.
 
+    :returns: also, as ``programs``, the given versions and those of the programs that were run
+
     :raises StorageError: the map is not possible, or the store cannot be read
     """
+    programs = dict(request.programs)
     try:
         with opened(request.store, read_only=True) as store_ctx:
             snapshot = store_ctx.store.snapshot()
             image = snapshot.images.get(request.image)
             present = (snapshot, image) if image else None
             resolved = own_layers_mapping(
-                store_ctx.config, store_ctx.account, request.wanted, present
+                store_ctx.config, store_ctx.account, request.wanted, programs, present
             )
             layers = _own_layers(snapshot, image) if image else _reused(snapshot, request.chain)
             sharing = _images_by_layer(snapshot, request.image, layers)
@@ -76,10 +81,11 @@ def examine(request: FormRequest) -> t.Dict[str, t.Any]:
                     for item in reversed(list(snapshot.images.values()))
                     for name in item.names
                 },
+                "programs": programs,
             }
     except StoreUnwritten:
         resolved = own_layers_mapping(
-            configured(request.store), request.store.account, request.wanted
+            configured(request.store), request.store.account, request.wanted, programs
         )
         return {
             **_wanted(resolved),
@@ -88,6 +94,7 @@ def examine(request: FormRequest) -> t.Dict[str, t.Any]:
             "layers": [],
             "fits": True,
             "holders": {},
+            "programs": programs,
         }
 
 

@@ -98,8 +98,9 @@ def declare(request: ImagesRequest) -> t.Dict[str, t.Any]:
         return result
     names = tuple(dict.fromkeys(_full_name(item, request.source) for item in request.images))
     groups = [names] if request.source else [(name,) for name in names]
-    converted = _convert(request, groups)
-    steps = [_present(request, group, converted) for group in groups]
+    forms = _Forms(request, request.wanted) if request.wanted is not None else None
+    converted = _convert(request, groups, forms)
+    steps = [_present(request, group, converted, forms) for group in groups]
     result = {
         "changed": any(item["changed"] for item in steps),
         "images": [image for item in steps for image in item["images"]],
@@ -136,6 +137,24 @@ def _full_name(name: str, source: str) -> str:
 
 
 # Present
+
+
+class _Forms:
+    """Compares the maps of images with the map that a task requests."""
+
+    def __init__(self, request: ImagesRequest, mapping: MappingOptions) -> None:
+        self._request = request
+        self._mapping = mapping
+        # The versions that programs reported, so that they run once for all images.
+        self.programs: t.Dict[str, str] = {}
+
+    def examine(self, image_id: str, chain: t.Tuple[str, ...] = ()) -> t.Dict[str, t.Any]:
+        """The form of an image; see :func:`image_forms.examine`."""
+        store = self._request.store
+        step = image_forms.FormRequest(store, self._mapping, image_id, chain, self.programs)
+        form: t.Dict[str, t.Any] = userns.run(image_forms.examine, (step,), store.account)
+        self.programs = form.pop("programs")
+        return form
 
 
 @dataclass(frozen=True)
@@ -175,20 +194,22 @@ class _Converted:
         return image_forms.with_map(form, layers) if layers else form
 
 
-def _convert(request: ImagesRequest, groups: t.Sequence[t.Tuple[str, ...]]) -> _Converted:
+def _convert(
+    request: ImagesRequest, groups: t.Sequence[t.Tuple[str, ...]], forms: t.Optional[_Forms]
+) -> _Converted:
     """Convert images with another map to the requested map, all of them together, because they may
     share layers.
 
     :param groups: the names of each image
     """
-    wanted, account = request.wanted, request.store.account
+    account = request.store.account
     found = _Converted([], {})
-    if wanted is None or not request.convert:
+    if forms is None or not request.convert:
         return found
     by_map: t.Dict[t.Tuple[t.Tuple[str, ...], ...], t.List[str]] = {}
     for names in groups:
         current = userns.run(look, (_Step(request.store, names),), account)["current"]
-        form = _examine(request, wanted, current) if current else None
+        form = forms.examine(current) if current else None
         if form is not None and not form["fits"] and current not in found.before:
             maps = (tuple(form["uidmap"]), tuple(form["gidmap"]))
             by_map.setdefault(maps, []).append(current)
@@ -204,17 +225,22 @@ def _convert(request: ImagesRequest, groups: t.Sequence[t.Tuple[str, ...]]) -> _
 
 
 def _present(
-    request: ImagesRequest, names: t.Tuple[str, ...], converted: _Converted
+    request: ImagesRequest,
+    names: t.Tuple[str, ...],
+    converted: _Converted,
+    forms: t.Optional[_Forms],
 ) -> t.Dict[str, t.Any]:
     account = request.store.account
     source = request.source or f"docker://{names[0]}"
     found = userns.run(look, (_Step(request.store, names),), account)
     tools = Tools.at(request.store, found, request.credentials)
     current: t.Optional[str] = found["current"]
-    if request.wanted is None:
+    if forms is None:
         brought = _Brought(_bring(request, tools, source, names, current))
     else:
-        brought = _bring_mapped(request, converted, request.wanted, tools, source, names, current)
+        # Existing layers decide about the map of an image that is pulled onto them.
+        reuses = bool(found["layers"])
+        brought = _bring_mapped(request, converted, forms, tools, source, names, current, reuses)
     wanted = brought.image_id
     actions: t.List[str] = ["converted"] if current in converted.before else []
     lacking = [name for name in names if found["holders"].get(name) != wanted]
@@ -295,26 +321,29 @@ def _copy(request: ImagesRequest, tools: Tools, source: str, name: str) -> t.Opt
 def _bring_mapped(
     request: ImagesRequest,
     converted: _Converted,
-    mapping: MappingOptions,
+    forms: _Forms,
     tools: Tools,
     source: str,
     names: t.Sequence[str],
     current: t.Optional[str],
+    reuses: bool,
 ) -> _Brought:
     """As :func:`_bring`, with layers that carry a map.
 
     Nothing is pulled if existing layers of the store would prevent the image from getting the map.
+
+    :param reuses: whether the store has layers that the image may share
     """
     if request.pull == MISSING and current is not None:
-        form = converted.corrected(_examine(request, mapping, current))
+        form = converted.corrected(forms.examine(current))
         return _Brought(current, form, current)
-    asks = request.check or request.pull == NEWER or tools.can_describe
+    asks = request.check or request.pull == NEWER or (reuses and tools.can_describe)
     image = tools.source_image(source) if asks else SourceImage("", ())
     if request.pull != ALWAYS and image.image_id == current:
-        form = converted.corrected(_examine(request, mapping, image.image_id))
+        form = converted.corrected(forms.examine(image.image_id))
         return _Brought(current, form, image.image_id)
     chain = image_forms.chain_ids(image.diff_ids)
-    form = converted.corrected(_examine(request, mapping, image.image_id, chain))
+    form = converted.corrected(forms.examine(image.image_id, chain))
     if not form["fits"]:
         return _Brought(current, form, image.image_id)
     if request.check:
@@ -325,15 +354,7 @@ def _bring_mapped(
         userns.run(name_pulled, (step,), request.store.account)
     else:
         pulled = _copy(request, tools, source, names[0]) or ""
-    return _Brought(pulled, _examine(request, mapping, pulled), pulled)
-
-
-def _examine(
-    request: ImagesRequest, mapping: MappingOptions, image_id: str, chain: t.Tuple[str, ...] = ()
-) -> t.Dict[str, t.Any]:
-    step = image_forms.FormRequest(request.store, mapping, image_id, chain)
-    form: t.Dict[str, t.Any] = userns.run(image_forms.examine, (step,), request.store.account)
-    return form
+    return _Brought(pulled, forms.examine(pulled), pulled)
 
 
 @userns.returns(inventory_results.IMAGES_LOOKED_UP)
@@ -346,6 +367,7 @@ def look(step: _Step) -> t.Dict[str, t.Any]:
             "holders": {},
             "current": None,
             "names": [],
+            "layers": False,
             **location_of_unwritten(step.store, error),
         }
 
@@ -363,6 +385,7 @@ def _look(step: _Step) -> t.Dict[str, t.Any]:
             "holders": {name: holders[name] for name in step.images if name in holders},
             "current": current,
             "names": list(snapshot.images[current].names) if current else [],
+            "layers": bool(snapshot.layers),
             **location(store_ctx.config),
         }
 
@@ -417,7 +440,7 @@ class _PulledStep:
     store: StoreRequest
     image: str
     name: str
-    holders: t.Dict[str, str]
+    holders: t.Mapping[str, str]
 
 
 @userns.returns(inventory_results.NOTHING)

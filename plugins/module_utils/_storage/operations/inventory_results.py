@@ -111,6 +111,7 @@ IMAGES_LOOKED_UP = Record(
         "holders": table(text),
         "current": Maybe(text),
         "names": TEXTS,
+        "layers": flag,
         "driver": DRIVER,
         "graphroot": text,
         "runroot": text,
@@ -137,6 +138,7 @@ IMAGE_FORM = Record(
         "layers": _FORM_LAYERS,
         "fits": flag,
         "holders": table(text),
+        "programs": table(text),
     }
 )
 IMAGES_REPORTED = Record({"images": Items(IMAGE), "store": STORE})

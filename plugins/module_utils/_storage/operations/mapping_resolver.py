@@ -132,19 +132,21 @@ def own_layers_mapping(
     config: StoreConfig,
     account: t.Optional[Account],
     wanted: MappingOptions,
+    version_cache: t.Dict[str, str],
     present: t.Optional[t.Tuple[Snapshot, Image]] = None,
 ) -> ResolvedMapping:
     """The map that an image's own layers need, so that containers with a user namespace start without a copy.
 
     It is no map if the runtime shifts IDs, or if the user namespace changes no IDs.
 
+    :param version_cache: see ``detect``
     :param present: the image, if it is in the store: the form of the map that the runtime used for its
         containers is preferred
     :raises MapError: a map is malformed, or the namespace has no map of its own (``auto``)
     :raises ConfigError: no runtime is installed, or an unknown one is named
     :raises NamespaceError: the user has no subordinate IDs
     """
-    request = MappingRequest(wanted, account, {})
+    request = MappingRequest(wanted, account, version_cache)
     if request.automatic:
         raise MapError(
             "userns auto",

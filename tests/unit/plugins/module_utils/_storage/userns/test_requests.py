@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+import collections.abc
+import dataclasses
+import importlib
+import inspect
 import json
+import pkgutil
 import typing as t
 
 import pytest
+from ansible_collections.userns.storage.plugins.module_utils import _storage
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import InternalError
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
     image_layers,
@@ -24,6 +30,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.service import store_tasks
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import Account
+from ansible_collections.userns.storage.plugins.module_utils._storage.userns import declared
 from ansible_collections.userns.storage.plugins.module_utils._storage.userns.requests import (
     as_data,
     from_data,
@@ -63,6 +70,52 @@ def sent(value: t.Any) -> t.Any:
 def test_requests_are_restored_from_data(
     function: t.Callable[..., t.Any], arguments: t.Tuple[t.Any, ...]
 ) -> None:
+    assert tuple(from_data(function, sent(arguments))) == arguments
+
+
+def declared_functions() -> t.List[t.Callable[..., t.Any]]:
+    """All functions of the library that run in a namespace, which ``podman unshare`` may have to create."""
+    for module in pkgutil.walk_packages(_storage.__path__, f"{_storage.__name__}."):
+        importlib.import_module(module.name)
+    return [
+        getattr(importlib.import_module(module), name)
+        for module, name in sorted(declared._FORMS)
+        # _watched runs programs as a user, without a namespace.
+        if module.startswith(_storage.__name__) and name != "_watched"
+    ]
+
+
+def example(kind: t.Any) -> t.Any:
+    """A value of a type."""
+    plain = {str: "a", int: 1, float: 1.5, bool: True, t.Any: {"a": [1]}}
+    if kind in plain:
+        return plain[kind]
+    origin, inner = t.get_origin(kind), t.get_args(kind)
+    if origin is t.Union:
+        return example(inner[0])
+    if dataclasses.is_dataclass(kind):
+        types = t.get_type_hints(kind)
+        return t.cast("t.Any", kind)(
+            **{field.name: example(types[field.name]) for field in dataclasses.fields(kind)}
+        )
+    if origin is tuple and inner[-1:] != (Ellipsis,):
+        return tuple(example(item) for item in inner)
+    if origin in (tuple, collections.abc.Sequence):
+        return (example(inner[0]),)
+    if origin in (dict, collections.abc.Mapping):
+        return {"a": example(inner[1])}
+    raise AssertionError(f"no example for {kind}")
+
+
+@pytest.mark.parametrize("function", declared_functions(), ids=lambda item: item.__qualname__)
+def test_arguments_of_every_declared_function_travel(function: t.Callable[..., t.Any]) -> None:
+    types = t.get_type_hints(function)
+    required = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+    ]
+    arguments = tuple(example(types[name]) for name in required)
     assert tuple(from_data(function, sent(arguments))) == arguments
 
 
