@@ -56,13 +56,31 @@ html_css_files = ['site.css']
 CSS = """
 article h1 { font-size: 2em; }
 article .toctree-wrapper .caption { display: none; }
+article .table-wrapper td code.literal { overflow-wrap: anywhere; }
 """
 
-REFERENCE = """
+INTRODUCTION = """
+New readers start with :ref:`First steps <ansible_collections.userns.storage.docsite.first_steps>`, which explains the
+problem that the collection solves, and checks whether a host has it. The other guides are independent of each other.
+The :ref:`glossary <ansible_collections.userns.storage.docsite.glossary>` defines the terms.
+"""
+# Sections of the start page that list the Markdown files, each with the text that it is inserted before.
+PAGES = {
+    "Further guides": ("Background\n-", ("fleet", "ready", "mapping")),
+    "Design and development": (
+        ".. _plugin_index_for_",
+        ("architecture", "durability", "threat-model", "interop-matrix", "releasing"),
+    ),
+}
+SECTION = """\
+{title}
+{line}
+
 .. toctree::
+    :caption: {title}
     :maxdepth: 1
-    :hidden:
-    :caption: Reference
+
+{entries}
 
 """
 
@@ -133,16 +151,17 @@ def without_contents(text: str) -> str:
 
 def with_short_names(index: str) -> str:
     """The navigation at the side of every page: the guides by their titles, everything else by name, in groups."""
-    for kind in ("module", "filter", "role"):
+    for kind in ("module", "filter", "lookup", "role"):
         words = rf"(\.\. toctree::\n)((?: +:[^\n]*\n)+\n(?: +\w+_{kind}\n)+)"
         match = re.search(words, index)
         if match:
             entries = re.sub(rf"(\w+)_{kind}\n", rf"\1 <\1_{kind}>\n", match[2])
             caption = f"    :caption: {kind.capitalize()}s\n"
             index = index.replace(match[0], f"{match[1]}{caption}{entries}")
-    for title in ("Guides", "Background"):
-        heading = f"\n{title}\n{'-' * len(title)}\n\n.. toctree::\n"
-        index = index.replace(heading, f"{heading}    :caption: {title}\n")
+    for title, text in (("Guides", INTRODUCTION), ("Background", "")):
+        heading, tree = f"\n{title}\n{'-' * len(title)}\n", "\n.. toctree::\n"
+        before, heading, after = index.partition(heading)
+        index = before + heading + text + after.replace(tree, f"{tree}    :caption: {title}\n", 1)
     return index.replace("\nUserns.Storage\n", f"\n{NAME}\n")
 
 
@@ -164,8 +183,12 @@ def bring_markdown(docs: Path, rst: Path) -> None:
         for picture in docs.glob("*.svg"):
             text = re.sub(rf"https://raw\S+/docs/{re.escape(picture.name)}", picture.name, text)
         page.write_text(text)
-    with (rst / "index.rst").open("a") as index:
-        index.write(REFERENCE + "".join(f"    docsite/{name[:-3]}\n" for name in names))
+    index = (rst / "index.rst").read_text()
+    for title, (following, pages) in PAGES.items():
+        entries = "\n".join(f"    docsite/{name}" for name in pages)
+        section = SECTION.format(title=title, line="-" * len(title), entries=entries)
+        index = index.replace(following, section + following, 1)
+    (rst / "index.rst").write_text(index)
 
 
 if __name__ == "__main__":
