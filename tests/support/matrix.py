@@ -49,13 +49,13 @@ COLUMNS: t.Dict[str, t.Dict[str, t.Tuple[str, t.Dict[str, str]]]] = {
 LAYER, SHIFTS, NO_MAP = "layer", "shifts", "no map"
 COPIES, REFUSED, BROKEN = "copies", "refused", "broken"
 WORDS = {
-    LAYER: "the map was predicted exactly, its layer was created, and the runtime used it and created no other layer",
-    SHIFTS: "the map was predicted exactly, no layer is needed, as predicted, and the runtime created none",
-    NO_MAP: "there is no map, as predicted, and no layer was created",
-    COPIES: "the map was predicted exactly, and the runtime copied the image, as predicted; "
-    "the module does not create copies for a mount program and reports this",
-    REFUSED: "the runtime refuses to create a container, and the module refuses as well",
-    BROKEN: "the runtime creates a container that it cannot start; the module refuses immediately",
+    LAYER: "the module predicted the map exactly and created its layer; the runtime used it and created no other",
+    SHIFTS: "the module predicted the map exactly, and that no layer is needed; the runtime created none",
+    NO_MAP: "the module predicted that there is no map; no layer was created",
+    COPIES: "the module predicted the map exactly, and that the runtime copies the image for it; the runtime copied "
+    "it. The module does not create copies for a mount program, and reports this",
+    REFUSED: "the runtime refuses the options when a container is created; the module also refuses them",
+    BROKEN: "the runtime creates a container that it then cannot start; the module refuses the options",
 }
 
 
@@ -221,20 +221,21 @@ SPDX-License-Identifier: GPL-3.0-or-later
 
 # Interop matrix
 
-`tests/interop/test_matrix.py` writes this table, and fails if an outcome differs from it. For each form of user
-namespace options, on each kind of store, `layer_template` prepares the image for the version of the runtime, the real
-runtime creates a container, and the test reads the records of the store.
+The predictions of `layer_template`, compared with real runtimes. `tests/interop/test_matrix.py` writes this page, and
+fails if its results differ from it. For each combination of options for a user namespace, and on each kind of store,
+`layer_template` prepares the image for the version of the runtime. Then the real runtime creates a container, and the
+test reads the records of the store.
 
 | cell | meaning |
 | --- | --- |
 """
 _COMMAND = f"{WRITE}=$PWD/docs/interop-matrix.md scripts/test interop"
 _TAIL = f"""\
-To regenerate it: `{_COMMAND}`
+To generate this page again, run `{_COMMAND}`.
 
 Without this variable, `scripts/test interop` tests every second cell: each form in each column and in each release.
 """
-HOW_TO_WRITE = f"If this is correct, regenerate the table: {_COMMAND}"
+HOW_TO_WRITE = f"If the new results are right, generate the table again: {_COMMAND}"
 
 
 @dataclasses.dataclass
@@ -257,7 +258,7 @@ def render(matrix: Matrix) -> str:
     totals = ", ".join(f"{counts[word]} {word}" for word in WORDS)
     lines += [
         "",
-        "If several containers run at once, a cell may contain different outcomes for them.",
+        "If several containers run at the same time, a cell can contain a different result for each of them.",
     ]
     lines += ["", f"{len(matrix.cells)} cells: {totals}.", ""]
     for release, name in RELEASES.items():
