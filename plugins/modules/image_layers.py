@@ -14,8 +14,9 @@ description:
   - Copies an image from a registry, an archive or a directory into a container store, and sets its names.
   - Removes an image with all its layers, mapped layers first. Layers that other images share are kept.
   - The module copies images with C(skopeo) on the host, or with C(podman) if C(skopeo) is not installed.
-  - With a user namespace, such as O(userns=keep-id), it pulls the image so that the image's own layers carry the map. Containers with this
-    map then start without a copy, and no second copy of the image takes up space.
+  - With a user namespace, such as O(userns=keep-id), it pulls the image so that the image's own layers carry the map, which means that
+    their files have the owners that containers in this user namespace need. These containers then start without a copy, and no second copy
+    of the image takes up space.
 extends_documentation_fragment:
   - userns.storage._attributes
   - userns.storage._attributes.actiongroup_store

@@ -68,7 +68,7 @@ EXAMPLES = r"""
   ansible.builtin.debug:
     msg: >-
       {{ store.totals.mapped.layers }} mapped layers hold {{ store.totals.mapped.exclusive | human_readable }},
-      of which {{ store.totals.reclaimable | human_readable }} could go
+      of which {{ store.totals.reclaimable | human_readable }} can be freed
 
 - name: List the toolbox images of alice
   userns.storage.image_layers_info:

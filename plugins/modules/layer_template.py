@@ -11,13 +11,14 @@ module: layer_template
 short_description: Pre-map images for containers with user namespaces
 version_added: 1.0.0
 description:
-  - Creates ID-mapped copies of an image's top layer in advance. Otherwise podman, buildah or CRI-O create such a copy when the first
-    container with that user namespace starts, and block all other commands that use the store during that time.
-  - The module builds the copy (the mapped layer) from the image's own layer (the template) without holding any lock of the store, and adds
-    it to the store in milliseconds. The runtimes find and use it without further configuration.
+  - Creates mapped layers in advance. A mapped layer is a copy of an image with the file owners that containers in a user namespace need.
+    Otherwise podman, buildah or CRI-O create this copy when the first container with that user namespace starts, and block all other
+    commands that use the store during that time.
+  - The module builds the mapped layer from a layer of the image (the template) without holding any lock of the store, and adds it to the
+    store in milliseconds. The runtimes find and use it without further configuration.
   - If the kernel of the host can shift IDs for the store, no copy is needed. The module then reports this and changes nothing.
   - If the image's own layers carry the map, see M(userns.storage.image_layers), no copy is needed either. For containers with another map
-    and without a map the runtimes copy such an image, and this module creates these copies in advance.
+    or without a map, the runtimes copy such an image, and this module creates these copies in advance.
   - The mapped layer belongs to the image. C(podman rmi) removes it together with the image.
 extends_documentation_fragment:
   - userns.storage._attributes

@@ -11,14 +11,15 @@ module: shared_images
 short_description: Share the images of one root-owned store with the rootless users of a host
 version_added: 1.0.0
 description:
-  - Makes the images of a store that root owns available to each user's podman, buildah and toolbox, with the owners that the user's
-    containers need. Nothing is copied, regardless of the number of users and mappings.
-  - Each user gets a read-only image store that consists of records and ID-mapped mounts of the real store. Plain containers, containers
+  - Makes the images of a store that root owns (the real store) available to each user's podman, buildah and toolbox, with the owners that
+    the user's containers need. Nothing is copied, regardless of the number of users and mappings.
+  - Each user gets a read-only image store that consists of records and idmapped mounts of the real store. Plain containers, containers
     with the declared mappings, builds and commits work as with images that the user pulled.
-  - An image stays in the real store while a container or an image of a user needs it. Until then it has a name of this collection there.
+  - An image that is removed from the real store is kept there while a container or an image of a user needs it. During that time its name
+    is C(localhost/userns-storage/shared).
   - All users with whom the real store is shared can read all of its contents, including secrets in images.
   - The mounts exist until the host shuts down. The unit C(userns-storage.service) creates them again at boot, see the role
-    P(userns.storage.service#role).
+    P(userns.storage.share#role).
 extends_documentation_fragment:
   - userns.storage._attributes
   - userns.storage._attributes.actiongroup_store
@@ -33,7 +34,7 @@ attributes:
 options:
   graphroot:
     description:
-      - The graph root of the real store. It must be an overlay store of root on a filesystem that supports ID-mapped mounts.
+      - The graph root of the real store. It must be an overlay store of root on a filesystem that supports idmapped mounts.
       - Use M(userns.storage.image_layers) with the same O(graphroot) to add images.
     type: path
     default: /var/lib/userns-storage/images
