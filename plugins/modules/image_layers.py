@@ -11,9 +11,9 @@ module: image_layers
 short_description: Pull or remove an image and all its layers
 version_added: 1.0.0
 description:
-  - Copies an image from a registry, an archive or a directory into a container store, and sets its names.
+  - Pulls an image from a registry, an archive or a directory into a container store, and sets its names.
   - Removes an image with all its layers, mapped layers first. Layers that other images share are kept.
-  - The module copies images with C(skopeo) on the host, or with C(podman) if C(skopeo) is not installed.
+  - The module pulls images with C(skopeo) on the host, or with C(podman) if C(skopeo) is not installed.
   - With a user namespace, such as O(userns=keep-id), it pulls the image so that the image's own layers carry the map, which means that
     their files have the owners that containers in this user namespace need. These containers then start without a copy, and no second copy
     of the image takes up space.
@@ -39,7 +39,7 @@ options:
         with V(localhost/) if O(source) is set, and with V(docker.io/) otherwise. If another image has such a name, the name moves to this
         image.
       - Names are recorded in the same form as by the runtimes. V(docker.io/redis) becomes V(docker.io/library/redis:latest).
-      - Without O(source), each name stands for an image of its own, which is copied from the registry in the name.
+      - Without O(source), each name stands for an image of its own, which is pulled from the registry in the name.
       - With O(state=absent), names, IDs or digests. If an image has further names, only the given name is removed. With an ID or a digest,
         the image is removed with all its names.
     type: list
@@ -54,15 +54,15 @@ options:
     type: str
   state:
     description:
-      - V(present) copies the image into the store and sets its names.
+      - V(present) pulls the image into the store and sets its names.
       - V(absent) removes the image. It fails while containers use the image, including stopped containers and containers of other programs.
     type: str
     choices: [present, absent]
     default: present
   pull:
     description:
-      - When to copy an image if the store already contains an image with one of the names. V(missing) never copies it, V(newer) copies it
-        if the source has a different image, and V(always) copies it in any case.
+      - When to pull an image if the store already contains an image with one of the names. V(missing) never pulls it, V(newer) pulls it if
+        the source has a different image, and V(always) pulls it in any case.
       - The module reports a change only if the result is a different image or a different name.
     type: str
     choices: [missing, newer, always]
@@ -82,7 +82,7 @@ options:
   password:
     description:
       - The password or token for O(username).
-      - While the image is copied, the module keeps the credentials in memory. They are not written to any file and do not appear in the
+      - While the image is pulled, the module keeps the credentials in memory. They are not written to any file and do not appear in the
         command line of any process. Root and the owner of the store can read them during this time, so use credentials that this user may
         know.
     type: str
@@ -129,7 +129,7 @@ author:
 """
 
 EXAMPLES = r"""
-- name: Copy an image from an archive
+- name: Pull an image from an archive
   userns.storage.image_layers:
     images:
       - localhost/app:1
@@ -141,7 +141,7 @@ EXAMPLES = r"""
     image: docker.io/library/postgres:17
     pull: newer
 
-- name: Copy an image from a registry that requires a login
+- name: Pull an image from a registry that requires a login
   userns.storage.image_layers:
     image: registry.example.org/toolbox:latest
     username: robot

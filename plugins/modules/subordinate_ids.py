@@ -8,7 +8,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: subordinate_ids
-short_description: Grant users unique ranges of subordinate IDs
+short_description: Assign unique ranges of subordinate IDs to users
 version_added: 1.0.0
 description:
   - Ensures that users have subordinate UIDs and GIDs in C(/etc/subuid) and C(/etc/subgid), as required for rootless containers and C(podman
@@ -17,7 +17,7 @@ description:
     whether that is listed by name or by number, or the ID of any local account or group.
   - The module writes the files under the locks of C(usermod) and C(useradd), and keeps backups of the old files as these tools do.
   - The module reads the files as C(newuidmap) and C(newgidmap) on the host do. A line that these programs ignore, for example because it
-    ends with a blank, grants nothing to its user, and the module warns. The module also never grants a range to another user that any
+    ends with a blank, assigns nothing to its user, and the module warns. The module also never assigns a range to another user that any
     version of these programs would read in such a line.
   - New ranges are between C(SUB_UID_MIN) and C(SUB_UID_MAX), or between C(SUB_GID_MIN) and C(SUB_GID_MAX), in C(/etc/login.defs).
   - The module warns if a user shares subordinate IDs with another user or with a local account.
@@ -44,7 +44,7 @@ options:
     aliases: [user, name]
   count:
     description:
-      - The minimum number of subordinate UIDs and of subordinate GIDs for each user. Users with fewer IDs are granted the missing number.
+      - The minimum number of subordinate UIDs and of subordinate GIDs for each user. The module assigns the missing number to users with fewer IDs.
     type: int
     default: 65536
 requirements:
@@ -60,7 +60,7 @@ EXAMPLES = r"""
   userns.storage.subordinate_ids:
     users: [alice, bob]
 
-- name: Grant IDs for 64 containers of the rootful store with automatic namespaces
+- name: Assign IDs for 64 containers of the rootful store with automatic namespaces
   userns.storage.subordinate_ids:
     users: containers
     count: 4194304
