@@ -25,10 +25,10 @@ if t.TYPE_CHECKING:
 
 @pytest.fixture
 def count_calls() -> t.Callable[[t.Callable[[], t.Any]], int]:
-    """support.effort.calls, which counts the function calls of an action."""
-    from support.effort import calls
+    """support.call_count.count_calls, which counts the function calls of an action."""
+    from support import call_count
 
-    return calls
+    return call_count.count_calls
 
 
 @pytest.fixture(scope="session")

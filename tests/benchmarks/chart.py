@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import typing as t
 
-from benchmarks.rows import Row
+from benchmarks.measurements import Row
 
 _WIDTH, _LINE, _LEFT, _RIGHT = 860, 24, 430, 130
 _COLOURS = {"met": "#2a7f62", "missed": "#b3541e", "": "#7a8794"}

@@ -9,7 +9,7 @@ import contextlib
 import pathlib
 import typing as t
 
-from benchmarks.rows import Row, Say, ratio, seconds
+from benchmarks.measurements import Row, Say, ratio, seconds
 from benchmarks.sharing import disk_usage
 from support import users
 from support.images import Image

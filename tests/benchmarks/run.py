@@ -21,7 +21,7 @@ import typing as t
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks import chart, mapped_images, rows, sharing, soak
+from benchmarks import chart, mapped_images, measurements, sharing, soak
 from support import hosts, images, mounts
 from support.lab import Lab
 from support.modules import SYSTEM_PYTHON
@@ -46,12 +46,12 @@ def main() -> int:
         parts = [name for name in soak.PARTS if name in (options.only or soak.PARTS)]
         return 1 if soak.soak(parts, options.soak, options.seed) else 0
     load = os.getloadavg()
-    found: t.List[rows.Row] = []
+    found: t.List[measurements.Row] = []
     lab = Lab()
     try:
         about = _about(lab, options, load)
         for row in _measure(lab, options):
-            rows.progress(chart.line(row))
+            measurements.progress(chart.line(row))
             found.append(row)
             about["load_after"] = [round(item, 2) for item in os.getloadavg()]
             # Completed measurements are kept, even if later measurements fail.
@@ -63,7 +63,7 @@ def main() -> int:
     return 1 if any(row.verdict == "missed" for row in found) else 0
 
 
-def _sorted(found: t.Sequence[rows.Row]) -> t.List[rows.Row]:
+def _sorted(found: t.Sequence[measurements.Row]) -> t.List[measurements.Row]:
     order = list(dict.fromkeys(row.group for row in found))
     return sorted(found, key=lambda row: order.index(row.group))
 
@@ -101,29 +101,33 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(lab: Lab, options: argparse.Namespace) -> t.Iterator[rows.Row]:
+def _measure(lab: Lab, options: argparse.Namespace) -> t.Iterator[measurements.Row]:
     parts = [name for name in PARTS if name in (options.only or PARTS)]
     if "in-place" in parts:
-        yield from rows.in_place(lab, hosts.debian_image(lab), options.rounds, rows.progress)
+        yield from measurements.in_place(
+            lab, hosts.debian_image(lab), options.rounds, measurements.progress
+        )
     if "large-store" in parts:
-        yield from rows.large_store(lab, options.rounds, rows.progress)
+        yield from measurements.large_store(lab, options.rounds, measurements.progress)
     if "first-start" in parts:
-        yield from rows.first_start(lab, options.rounds, rows.progress)
+        yield from measurements.first_start(lab, options.rounds, measurements.progress)
     if "sharing" in parts:
-        yield from sharing.measure(lab, hosts.debian_image(lab), options.rounds, rows.progress)
+        yield from sharing.measure(
+            lab, hosts.debian_image(lab), options.rounds, measurements.progress
+        )
     if {"copies", "conversion", "mapped-images"}.intersection(parts):
         many = images.build(lab.folder(), images.many_files_layers(10_000), "localhost/many:10000")
         both = (hosts.debian_image(lab), many)
         if "mapped-images" in parts:
-            yield from mapped_images.measure(lab, both, options.rounds, rows.progress)
+            yield from mapped_images.measure(lab, both, options.rounds, measurements.progress)
         if "conversion" in parts:
-            yield from rows.conversions(lab, both, options.rounds, rows.progress)
+            yield from measurements.conversions(lab, both, options.rounds, measurements.progress)
         if "copies" in parts:
-            yield from rows.against_podman(lab, both, options.rounds, rows.progress)
+            yield from measurements.against_podman(lab, both, options.rounds, measurements.progress)
     if "locks" in parts:
-        yield from rows.locks_and_waits(lab, options.rounds, rows.progress)
+        yield from measurements.locks_and_waits(lab, options.rounds, measurements.progress)
     if "growth" in parts:
-        yield from rows.growth(lab, 1_000_000, options.rounds, rows.progress)
+        yield from measurements.growth(lab, 1_000_000, options.rounds, measurements.progress)
 
 
 def _about(lab: Lab, options: argparse.Namespace, load: t.Sequence[float]) -> t.Dict[str, t.Any]:
@@ -157,7 +161,7 @@ def _about(lab: Lab, options: argparse.Namespace, load: t.Sequence[float]) -> t.
 
 def _write(
     docs: t.Optional[pathlib.Path],
-    found: t.Sequence[rows.Row],
+    found: t.Sequence[measurements.Row],
     about: t.Mapping[str, t.Any],
 ) -> None:
     if docs is None:

@@ -13,7 +13,7 @@ import stat
 import time
 import typing as t
 
-from benchmarks.rows import Row, Say, median, ratio, seconds
+from benchmarks.measurements import Row, Say, median, ratio, seconds
 from support import images, users
 from support.images import Image
 from support.lab import Lab

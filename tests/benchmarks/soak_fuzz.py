@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from support import covered
+from support import fuzz_atheris
 
 
 def soak(seconds: float, seed: int) -> int:
     """Fuzz all readers within a total time; returns the number of readers that failed."""
-    if not covered.available():
+    if not fuzz_atheris.available():
         print("atheris has no wheel for this Python; tests/faults/test_fuzz.py does not require it")
         return 0
     from support.fuzz import READERS
@@ -18,7 +18,7 @@ def soak(seconds: float, seed: int) -> int:
     failed = 0
     for name in READERS:
         limit = f"-max_total_time={max(int(seconds / len(READERS)), 1)}"
-        fed = covered.feed([name], seed, limit)
+        fed = fuzz_atheris.feed([name], seed, limit)
         print(f"{name}: {fed.inputs} inputs", flush=True)
         if fed.trouble:
             failed += 1

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the userns.storage contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Stop each task at each of its calls with each fault; tests/faults/test_stops.py tests a selection."""
+"""Stop each task at each of its calls with each fault; tests/faults/test_interrupted_tasks.py tests a selection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typing as t
 
 from support.conversion_stops import Conversions
 from support.hosts import Host
-from support.stops import TASKS, stop_everywhere
+from support.task_stops import TASKS, stop_everywhere
 
 if t.TYPE_CHECKING:
     from benchmarks.soak import SoakContext

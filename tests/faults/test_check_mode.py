@@ -15,8 +15,8 @@ import pytest
 from support.injection import Modules
 from support.lab import Lab
 from support.registry import Registry
-from support.stops import MAP, OTHER_IMAGE, tiny_image
 from support.stores import Store
+from support.task_stops import MAP, OTHER_IMAGE, tiny_image
 from support.users import User
 
 MakeStore = t.Callable[..., Store]

@@ -17,8 +17,8 @@ import pytest
 from support.images import Image
 from support.lab import Lab
 from support.modules import finish_module, run_module, start_module
-from support.stops import MAP
 from support.stores import Store
+from support.task_stops import MAP
 from support.waiting import wait_until
 
 MakeStore = t.Callable[..., Store]

@@ -10,12 +10,12 @@ import subprocess
 import typing as t
 
 import pytest
-from support import full, images, mounts
+from support import fill_filesystem, images, mounts
 from support.images import Image
 from support.injection import KILL, Modules
 from support.lab import Lab
-from support.stops import spread
 from support.stores import Store
+from support.task_stops import spread
 
 MakeStore = t.Callable[..., Store]
 RunModule = t.Callable[..., t.Dict[str, t.Any]]
@@ -53,9 +53,9 @@ def fill(store: Store, resource: str) -> None:
     if resource == "inodes":
         if store.kind.endswith("xfs"):
             subprocess.run(["xfs_growfs", "-m", "1", str(disk)], check=True, capture_output=True)
-        full.fill_inodes(disk)
+        fill_filesystem.fill_inodes(disk)
     else:
-        full.fill_bytes(disk)
+        fill_filesystem.fill_bytes(disk)
 
 
 def collect(store: Store, run_module: RunModule, check: bool = False) -> t.Dict[str, t.Any]:

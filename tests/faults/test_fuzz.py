@@ -14,7 +14,7 @@ import typing as t
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import covered
+from support import fuzz_atheris
 from support.fuzz import READERS, SEEDS, read
 
 IDS = st.sampled_from(
@@ -65,7 +65,7 @@ def test_arbitrary_bytes_are_read_or_refused(
 
 def test_coverage_guided_input_is_read_or_refused() -> None:
     """Use atheris if it has a wheel for this Python; the test above does not need it."""
-    if not covered.available():
+    if not fuzz_atheris.available():
         assert (
             sys.version_info < (3, 11)
             or sys.version_info >= (3, 15)
@@ -73,8 +73,8 @@ def test_coverage_guided_input_is_read_or_refused() -> None:
         )
         print("atheris has no wheel for this Python")
         return
-    fed = covered.feed(list(READERS), 1, "-runs=6000")
-    assert fed == covered.Fed(6000, "")
+    fed = fuzz_atheris.feed(list(READERS), 1, "-runs=6000")
+    assert fed == fuzz_atheris.Fed(6000, "")
     print(f"{fed.inputs} inputs passed")
 
 

@@ -17,8 +17,8 @@ import pytest
 from support import images
 from support.injection import Modules, Run
 from support.lab import Lab
-from support.stops import MAP, tiny_image
 from support.stores import Store, disk_state
+from support.task_stops import MAP, tiny_image
 from support.users import User
 
 MakeStore = t.Callable[..., Store]

@@ -10,16 +10,16 @@ import threading
 import typing as t
 
 import pytest
-from support import full, mounts
+from support import fill_filesystem, mounts
 from support.conversion_stops import Conversions
 from support.conversions import convert
 from support.hosts import Host
 from support.images import Image
 from support.injection import ERRORS, KILL, KILL_ONE
 from support.lab import Lab
-from support.power_cut import cut_off
-from support.stops import MAP, OTHER_IMAGE, spread, tiny_image
+from support.power_loss_mount import cut_off
 from support.stores import Json, Store
+from support.task_stops import MAP, OTHER_IMAGE, spread, tiny_image
 
 MakeStore = t.Callable[..., Store]
 
@@ -100,7 +100,7 @@ def test_conversion_on_full_disk_succeeds_or_keeps_image(
     store = make_store(kind, mib=320)
     scene = Conversions(lab, store, [lab.machine])
     try:
-        full.fill_bytes(store.base / "disk")
+        fill_filesystem.fill_bytes(store.base / "disk")
         done = scene.run()
         assert "unexpected" not in str(done.result.get("msg")), done.output
         assert scene.form() == ("old" if done.result.get("failed") else "new"), done.result

@@ -16,10 +16,10 @@ from support import mounts
 from support.images import Image
 from support.injection import KILL, Call, Modules
 from support.lab import Lab
-from support.power import PowerLoss
-from support.power_cut import cut_off
-from support.stops import MAP, OTHER_IMAGE, tiny_image
+from support.power_loss_model import PowerLoss
+from support.power_loss_mount import cut_off
 from support.stores import Store
+from support.task_stops import MAP, OTHER_IMAGE, tiny_image
 
 PRESENT = {"images": ["localhost/tiny:1"], "uidmap": [MAP]}
 ABSENT = {**PRESENT, "state": "absent"}

@@ -17,8 +17,8 @@ from support.images import Image
 from support.injection import KILL, Modules
 from support.lab import Lab
 from support.registry import Registry
-from support.stops import MAP, Scene, spread, tiny_image
 from support.stores import Store
+from support.task_stops import MAP, Scene, spread, tiny_image
 
 MakeStore = t.Callable[..., Store]
 BLOCKED = "blocked"

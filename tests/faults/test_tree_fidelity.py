@@ -57,7 +57,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.tree_
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import mounts
-from support.differ import IDs, Ranges, differences, to_host
+from support.tree_compare import IDs, Ranges, differences, to_host
 from support.waiting import wait_until
 
 if t.TYPE_CHECKING:

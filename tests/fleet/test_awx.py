@@ -14,7 +14,7 @@ import typing as t
 
 import pytest
 import yaml
-from support import awx, cores
+from support import ansible_core_versions, awx
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 JOBS = ("prepare", "prune", "report")
@@ -227,7 +227,7 @@ def test_answers_have_same_meaning_in_each_ansible_core_version(play, store, tmp
         "-e",
         f"@{answers}",
         environ=store.env(),
-        python=cores.python_with_core(core),
+        python=ansible_core_versions.python_with_core(core),
     )
     text = done.output.partition("RUN: ")[2]
     stats, _end = json.JSONDecoder().raw_decode(text)

@@ -9,7 +9,7 @@ import pathlib
 import typing as t
 
 import pytest
-from support import managed
+from support import managed_hosts
 
 LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
 
@@ -90,7 +90,7 @@ def test_invalid_storage_conf_keys_are_rejected(refused: t.Any) -> None:
 
 
 def test_check_mode_works_without_python_apt(play: t.Any, lab: t.Any) -> None:
-    host = managed.Managed(lab, "debian13")
+    host = managed_hosts.ManagedHost(lab, "debian13")
     assert host.machine.run(["python3", "-c", "import apt"], check=False).rc != 0
     variables = {**host.variables, "prepare_rootful": True}
     for packages, predicted in (("", 0), ("cowsay", 1)):

@@ -12,7 +12,7 @@ import typing as t
 import pytest
 from ansible_collections.userns.storage.plugins.filter.fleet_report import fleet_report
 from ansible_collections.userns.storage.plugins.plugin_utils import _fleet
-from support import cores, fleets
+from support import ansible_core_versions, fleets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 VIA = "Failed to connect to the host via ssh"
@@ -90,7 +90,9 @@ def test_browser_displays_the_page(browser, pages, tmp_path, count, dark, width)
 @pytest.fixture(scope="module")
 def axe() -> str:
     """The source of axe-core, which finds accessibility problems."""
-    return (cores.workshop().npm_package("axe-core", "4.14.1") / "axe.min.js").read_text()
+    return (
+        ansible_core_versions.workshop().npm_package("axe-core", "4.14.1") / "axe.min.js"
+    ).read_text()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

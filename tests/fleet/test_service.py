@@ -11,8 +11,8 @@ import time
 import typing as t
 
 import pytest
-from support import hosts, images, managed
-from support.booted import Booted
+from support import hosts, images, managed_hosts
+from support.systemd_host import SystemdHost
 from support.waiting import wait_until
 
 Json = t.Dict[str, t.Any]
@@ -20,12 +20,12 @@ NAME = "localhost/app:1"
 MAP = "0:100000:65536"
 
 
-class SystemdHost:
+class ServiceHost:
     """A managed host with systemd, on which alice has a session."""
 
     def __init__(self, lab: t.Any) -> None:
-        host = managed.Managed(lab, "debian13")
-        self.machine = Booted(host.machine)
+        host = managed_hosts.ManagedHost(lab, "debian13")
+        self.machine = SystemdHost(host.machine)
         lab.on_close(self.machine.close)
         sshd = hosts.Sshd(lab, self.machine)
         lab.on_close(sshd.close)
@@ -49,7 +49,7 @@ class HostStore:
 
     def __init__(
         self,
-        machine: Booted,
+        machine: SystemdHost,
         driver: str,
         graphroot: str,
         mapping: str,
@@ -130,8 +130,8 @@ class HostStore:
 
 
 @pytest.fixture(scope="module")
-def systemd_host(lab: t.Any) -> SystemdHost:
-    return SystemdHost(lab)
+def systemd_host(lab: t.Any) -> ServiceHost:
+    return ServiceHost(lab)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def versions(lab: t.Any) -> t.List[images.Image]:
 
 
 def test_service_creates_layers_of_new_images(
-    play: t.Any, systemd_host: SystemdHost, versions: t.List[images.Image], tmp_path: pathlib.Path
+    play: t.Any, systemd_host: ServiceHost, versions: t.List[images.Image], tmp_path: pathlib.Path
 ) -> None:
     both = tmp_path / "both.yml"
     jobs: t.List[t.Tuple[str, Json]] = [

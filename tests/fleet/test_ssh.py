@@ -16,8 +16,9 @@ import sys
 import typing as t
 
 import pytest
-from support import managed, paces
+from support import managed_hosts
 from support.modules import run_playbook
+from support.slow_collection import create_slow_collection, whole_files
 from support.stores import Store
 from support.waiting import LIMIT, wait_until
 
@@ -49,19 +50,19 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def remote(lab: Lab) -> managed.Managed:
+def remote(lab: Lab) -> managed_hosts.ManagedHost:
     """A host with an sshd."""
-    return managed.Managed(lab, "debian13")
+    return managed_hosts.ManagedHost(lab, "debian13")
 
 
 @pytest.fixture(scope="module")
-def inventory(lab: Lab, remote: managed.Managed) -> pathlib.Path:
+def inventory(lab: Lab, remote: managed_hosts.ManagedHost) -> pathlib.Path:
     """An inventory with that host."""
-    return managed.inventory(lab.folder(), [remote])
+    return managed_hosts.inventory(lab.folder(), [remote])
 
 
 @pytest.fixture
-def store(lab: Lab, remote: managed.Managed) -> t.Iterator[Store]:
+def store(lab: Lab, remote: managed_hosts.ManagedHost) -> t.Iterator[Store]:
     """A rootful store on that host."""
     made = Store(lab, "vfs", machine=remote.machine)
     yield made
@@ -111,7 +112,7 @@ def test_integration_targets_succeed(
 def test_becoming_an_ordinary_user_works(
     method: t.Dict[str, str],
     lab: Lab,
-    remote: managed.Managed,
+    remote: managed_hosts.ManagedHost,
     inventory: pathlib.Path,
     small_image: Image,
     make_user: t.Callable[..., User],
@@ -162,7 +163,7 @@ def test_async_task_succeeds(
 @pytest.fixture(scope="module")
 def slow_collection(lab: Lab) -> pathlib.Path:
     """The search path with a copy of the collection that works slowly."""
-    return paces.slow_collection(lab, 1)
+    return create_slow_collection(lab, 1)
 
 
 @pytest.fixture
@@ -272,7 +273,7 @@ def test_interrupted_play_leaves_no_process_and_can_be_resumed(
     method: str,
     number: signal.Signals,
     lab: Lab,
-    remote: managed.Managed,
+    remote: managed_hosts.ManagedHost,
     store: Store,
     slow_collection: pathlib.Path,
     project: t.Tuple[str, pathlib.Path],
@@ -287,7 +288,7 @@ def test_interrupted_play_leaves_no_process_and_can_be_resumed(
         stderr=subprocess.DEVNULL,
     )
     staging = store.graphroot / "userns-storage/staging"
-    wait_until(lambda: paces.whole_files(staging), while_running=play)
+    wait_until(lambda: whole_files(staging), while_running=play)
     assert _pythons(remote.machine)
     # A terminal also signals the whole process group.
     os.killpg(play.pid, number)
@@ -298,10 +299,10 @@ def test_interrupted_play_leaves_no_process_and_can_be_resumed(
     assert store.mapped_layers(image) == []
     (suspended,) = os.listdir(staging)
     assert (staging / suspended / "suspended").exists()
-    kept = paces.whole_files(staging)
+    kept = whole_files(staging)
     done = lab.machine.run(_playbook(folder), env=environ, cwd=str(folder))
     assert "changed=1" in done.stdout
     assert os.listdir(staging) == []
     (layer,) = store.mapped_layers(image)
     with store.mounted(layer) as tree:
-        assert kept <= paces.whole_files(tree)
+        assert kept <= whole_files(tree)

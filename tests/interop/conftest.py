@@ -13,9 +13,9 @@ import typing as t
 import pytest
 
 if t.TYPE_CHECKING:
-    from support.cases import Case
     from support.images import Image
     from support.lab import Lab
+    from support.store_cases import Case
     from support.stores import Json, Store
 
 
@@ -28,7 +28,7 @@ def tmp_path(lab: Lab) -> pathlib.Path:
 @pytest.fixture
 def make_case(make_store: t.Callable[..., Store], small_image: Image) -> t.Callable[..., Case]:
     """Creates a Case from a key of SETUPS or a kind of store; takes an image and options of the store."""
-    from support.cases import SETUPS, Case
+    from support.store_cases import SETUPS, Case
 
     def make(setup: str, image: t.Optional[Image] = None, **options: t.Any) -> Case:
         kind, as_user = SETUPS.get(setup, (setup, False))

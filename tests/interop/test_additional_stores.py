@@ -11,7 +11,7 @@ import typing as t
 
 import pytest
 from support import hosts, matrix, mounts
-from support.cases import ROOTFUL_MAP, Case
+from support.store_cases import ROOTFUL_MAP, Case
 
 if t.TYPE_CHECKING:
     from support.hosts import Host

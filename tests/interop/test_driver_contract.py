@@ -43,7 +43,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.merge
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.tree_tools import (
     Suspended,
 )
-from support.driver_stores import Place, inside, opened, staging_folder
+from support.driver_access import Place, inside, opened, staging_folder
 
 if t.TYPE_CHECKING:
     from support.images import Image

@@ -41,7 +41,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.stag
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.store import (
     Store as OurStore,
 )
-from support.driver_stores import Place, config_of, inside, opened, place_of, staging_folder
+from support.driver_access import Place, config_of, inside, opened, place_of, staging_folder
 
 if t.TYPE_CHECKING:
     from support.images import Image

@@ -14,11 +14,11 @@ import tarfile
 import typing as t
 
 import pytest
-from support import differ, images
-from support.cases import Case
+from support import images, tree_compare
 from support.hosts import SUITES, Host
 from support.images import Image
 from support.lab import Lab
+from support.store_cases import Case
 
 MakeCase = t.Callable[..., Case]
 Json = t.Dict[str, t.Any]
@@ -83,14 +83,14 @@ def add_special_files(case: Case) -> None:
     subprocess.run(["setfacl", "-d", *acl, str(new)], check=True)
 
 
-def ids_of(case: Case, items: t.Sequence[str] = ()) -> differ.IDs:
+def ids_of(case: Case, items: t.Sequence[str] = ()) -> tree_compare.IDs:
     """Both maps of a layer of the store with host IDs, from the map in its record."""
     user = case.store.user
     host_ranges = [(0, 0, 1 << 32)]
     if user is not None:
         host_ranges = [(0, user.uid, 1), (1, user.subuid_start, user.subuid_count)]
     if not items:
-        return differ.IDs(host_ranges, host_ranges)
+        return tree_compare.IDs(host_ranges, host_ranges)
     found = []
     for item in items:
         container, inner, count = map(int, item.split(":"))
@@ -98,13 +98,13 @@ def ids_of(case: Case, items: t.Sequence[str] = ()) -> differ.IDs:
             start, end = max(inner, first), min(inner + count, first + size)
             if start < end:
                 found.append((container + start - inner, there + start - first, end - start))
-    return differ.IDs(found, found)
+    return tree_compare.IDs(found, found)
 
 
 def differences(case: Case, layer_id: str, items: t.Sequence[str]) -> t.List[str]:
     store = case.store
     with store.mounted(case.template()) as template, store.mounted(layer_id) as mapped:
-        return differ.differences(
+        return tree_compare.differences(
             str(template),
             str(mapped),
             ids_of(case),
@@ -302,7 +302,7 @@ def test_mapped_layer_does_not_change_commit_export_save_and_push(
     # podman exports the owners on disk, which are host IDs.
     ranges = [t.cast(t.Tuple[int, int, int], tuple(map(int, item.split(":")))) for item in case.map]
     assert owners == {
-        path: (differ.to_host(ranges, uid), differ.to_host(ranges, gid))
+        path: (tree_compare.to_host(ranges, uid), tree_compare.to_host(ranges, gid))
         for path, (uid, gid) in plain_owners.items()
     }
 

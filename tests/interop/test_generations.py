@@ -9,7 +9,7 @@ import typing as t
 
 import pytest
 from support import hosts, matrix
-from support.cases import Case
+from support.store_cases import Case
 
 if t.TYPE_CHECKING:
     from support.hosts import Host

@@ -18,12 +18,12 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.capabiliti
     released_storage,
 )
 from support import images
-from support.cases import ROOTFUL_MAP, Case, names_below
 from support.hosts import SUITES, Host
 from support.images import Image
 from support.lab import Lab
 from support.machines import busy_pids
 from support.modules import finish_module, run_module
+from support.store_cases import ROOTFUL_MAP, Case, names_below
 from support.stores import DiskState, Store, disk_state
 from support.users import User
 from support.waiting import wait_until

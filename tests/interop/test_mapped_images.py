@@ -16,9 +16,9 @@ import typing as t
 
 import pytest
 from support import hosts, images
-from support.cases import ROOTFUL_MAP, Case
 from support.images import Image
 from support.registry import Receiver
+from support.store_cases import ROOTFUL_MAP, Case
 from support.stores import Store
 
 if t.TYPE_CHECKING:

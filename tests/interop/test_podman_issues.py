@@ -32,10 +32,10 @@ import typing as t
 
 import pytest
 from support import images
-from support.cases import Case
 from support.images import CAP_NET_RAW, Image, capability, directory, file, link, symlink
 from support.lab import Lab
 from support.modules import finish_module
+from support.store_cases import Case
 from support.stores import Store
 from support.waiting import wait_until
 

@@ -14,11 +14,11 @@ import typing as t
 
 import pytest
 from support import hosts, matrix
-from support.cases import Case
 from support.injection import Modules
 from support.lab import Lab
 from support.machines import Machine
 from support.registry import PrivateRegistry
+from support.store_cases import Case
 
 if t.TYPE_CHECKING:
     from support.hosts import Host

@@ -16,9 +16,9 @@ import pathlib
 import typing as t
 
 import pytest
-from support.cases import Case
 from support.hosts import Host
 from support.lab import Lab
+from support.store_cases import Case
 
 Json = t.Dict[str, t.Any]
 MakeCase = t.Callable[..., Case]

@@ -16,10 +16,10 @@ import time
 import typing as t
 
 import pytest
-from support.cases import Case
 from support.images import Image, build, file
 from support.lab import Lab
 from support.machines import Result
+from support.store_cases import Case
 from support.waiting import LIMIT, wait_until
 
 Json = t.Dict[str, t.Any]

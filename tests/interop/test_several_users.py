@@ -8,10 +8,10 @@ from __future__ import annotations
 import typing as t
 
 import pytest
-from support.cases import Case
 from support.images import Image
 from support.lab import Lab
 from support.modules import run_module
+from support.store_cases import Case
 from support.users import User
 
 MakeCase = t.Callable[..., Case]

@@ -12,9 +12,9 @@ import typing as t
 
 import pytest
 from support import hosts, images, matrix
-from support.cases import Case
 from support.images import Image
 from support.lab import Lab
+from support.store_cases import Case
 from support.stores import Store
 
 if t.TYPE_CHECKING:

@@ -11,15 +11,15 @@ import subprocess
 import typing as t
 
 import pytest
-from support import paces
 from support.images import Image
 from support.machines import busy_pids
 from support.modules import run_playbook
+from support.slow_collection import create_slow_collection, whole_files
 from support.waiting import LIMIT, wait_until
 
 if t.TYPE_CHECKING:
-    from support.cases import Case
     from support.lab import Lab
+    from support.store_cases import Case
 
 MakeCase = t.Callable[..., t.Any]
 # A walk has about thirty jobs, of which a run with a time limit of zero does at most five.
@@ -29,13 +29,13 @@ FILES = 3600
 @pytest.fixture(scope="session")
 def slow(lab: Lab) -> str:
     """A search path with the slow collection before the collection of the laboratory."""
-    return f"{paces.slow_collection(lab, 0)}{os.pathsep}{lab.tree}"
+    return f"{create_slow_collection(lab, 0)}{os.pathsep}{lab.tree}"
 
 
 @pytest.fixture
 def slow_modules(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the cases run the slow modules."""
-    from support.cases import Case
+    from support.store_cases import Case
 
     options = Case._options
 
@@ -131,7 +131,7 @@ def test_interrupted_work_is_resumed(large: Case, slow_modules: None) -> None:
 
 def staged_inodes(case: Case) -> t.Set[int]:
     """Inode numbers of the complete files in the staging folder, which are all except the last few."""
-    return paces.whole_files(case.store.graphroot / "userns-storage/staging")
+    return whole_files(case.store.graphroot / "userns-storage/staging")
 
 
 def layer_inodes(case: Case, layer_id: str) -> t.Set[int]:

@@ -22,7 +22,7 @@ import typing as t
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[5]))
 
-from support import images, managed
+from support import images, managed_hosts
 from support.lab import Lab
 
 # The hosts of each scenario. The longest scenario is first, so that the workers end at about the same time.
@@ -77,9 +77,9 @@ def _molecule(scenario: str, command: t.Sequence[str]) -> int:
     lab = Lab()
     try:
         image = images.build(lab.folder(), images.small_layers())
-        hosts = [managed.Managed(lab, name) for name in SCENARIOS[scenario]]
+        hosts = [managed_hosts.ManagedHost(lab, name) for name in SCENARIOS[scenario]]
         folder = lab.folder()
-        inventory = managed.inventory(folder, hosts, lab_image=image.source)
+        inventory = managed_hosts.inventory(folder, hosts, lab_image=image.source)
         tools = pathlib.Path(sys.executable).parent
         environment = {
             **os.environ,

@@ -19,8 +19,8 @@ from .conversions import conversion_args, texts
 from .injection import CONVERSION, KILL, Modules, Run
 from .lab import Lab
 from .machines import Machine
-from .stops import MAP, OTHER_IMAGE, spread, tiny_image
 from .stores import Store
+from .task_stops import MAP, OTHER_IMAGE, spread, tiny_image
 
 Tree = t.Dict[str, t.Tuple[t.Any, ...]]
 

@@ -24,7 +24,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
     StoreRequest,
 )
 from hypothesis import HealthCheck, example, given, settings
-from support.damage import KINDS, Damage, HandMadeStore, damages, hex_id
+from support.damaged_store import KINDS, Damage, HandMadeStore, damages, hex_id
 
 FREE = hex_id("free copy")
 SPARE = hex_id("spare")

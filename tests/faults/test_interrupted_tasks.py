@@ -13,8 +13,8 @@ import typing as t
 import pytest
 from support.hosts import Host
 from support.lab import Lab
-from support.stops import stop_everywhere
 from support.stores import Store
+from support.task_stops import stop_everywhere
 
 
 @pytest.mark.parametrize("task", ["present", "absent", "gc"])

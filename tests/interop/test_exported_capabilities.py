@@ -13,9 +13,9 @@ import typing as t
 
 import pytest
 from support import hosts, images, matrix
-from support.cases import Case
 from support.images import CAP_NET_RAW, capability
 from support.registry import Receiver
+from support.store_cases import Case
 
 if t.TYPE_CHECKING:
     from support.hosts import Host

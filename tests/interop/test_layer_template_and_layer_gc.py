@@ -21,7 +21,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.damage import HandMadeStore, hex_id
+from support.damaged_store import HandMadeStore, hex_id
 from support.lab import Lab
 
 IMAGE = "localhost/second:1"

@@ -46,7 +46,14 @@ def feed(names: t.Sequence[str], seed: int, limit: str) -> Fed:
         for index, name in enumerate(names):
             for number, data in enumerate(SEEDS[name]):
                 (base / "corpus" / f"{name}{number}").write_bytes(bytes([index]) + data)
-        command = [sys.executable, "-m", f"{__package__}.covered", ",".join(names), folder, limit]
+        command = [
+            sys.executable,
+            "-m",
+            f"{__package__}.fuzz_atheris",
+            ",".join(names),
+            folder,
+            limit,
+        ]
         command += [f"-seed={seed % 2**31 or 1}", f"-artifact_prefix={base}/found/", "-timeout=600"]
         command += ["-max_len=4096", "-verbosity=0", "-print_final_stats=1", str(base / "corpus")]
         done = subprocess.run(

@@ -5,16 +5,16 @@
 
 How the files of the fault injection work together, for a task on a store::
 
-    test_stops.py, scripts/bench          select the stores, the tasks and the number of points
+    test_interrupted_tasks.py, scripts/bench   select the stores, the tasks and the number of points
       |
-    stops.stop_everywhere                 creates a Scene for each task and selects points
+    task_stops.stop_everywhere            creates a Scene for each task and selects points
       |
-    stops.Scene.begin                     saves the store and completes the task: counts the points, and records
+    task_stops.Scene.begin                saves the store and completes the task: counts the points, and records
       |                                   the expected outcome
-      |     for each point and each kind of fault (KILL, KILL_ONE, ERRORS):
-    stops.Scene.stop                      runs the task on the restored store
+      |     for each point and each kind of fault (KILL, KILL_CALLER, ERRORS):
+    task_stops.Scene.stop                 runs the task on the restored store
       |
-      +-- injection.Modules.run           sends a request to the server process
+      +-- injection.ModuleServer.run      sends a request to the server process
       |     +-- injection._serve          forks a child for each run, with a seccomp filter
       |     +-- injection._Tracer         counts the relevant calls of the child and its descendants; at the
       |     |                             selected call, it kills them or makes the call fail with an error
@@ -26,8 +26,9 @@ How the files of the fault injection work together, for a task on a store::
       |                                   reports only problems that it can repair itself
       +-- Scene._check_next_run           runs the same task again: it has the recorded outcome
 
-    power.py replays recorded calls (Run.calls) on a model of a disk that loses unsynced data.
-    full.py really fills a filesystem; paces.py slows the modules down, so that tests can interrupt them.
+    power_loss_model.py replays recorded calls (Run.calls) on a model of a disk that loses unsynced data.
+    fill_filesystem.py really fills a filesystem; slow_collection.py slows the modules down, so that tests can
+    interrupt them.
 
 Two states of a store are equal if they differ only in random names (layer IDs, short names, trash), times
 of writing and tokens. Runtimes do not distinguish such states either, so each state is tested once with each

@@ -73,7 +73,7 @@ Environment=XDG_RUNTIME_DIR=/run/user/%i
 }
 
 
-class Booted(Machine):
+class SystemdHost(Machine):
     """A host with a running systemd until `close` is called."""
 
     def __init__(self, host: Host) -> None:

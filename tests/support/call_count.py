@@ -9,7 +9,7 @@ import sys
 import typing as t
 
 
-def calls(action: t.Callable[[], t.Any]) -> int:
+def count_calls(action: t.Callable[[], t.Any]) -> int:
     """The number of Python and C functions that ``action`` calls in this thread."""
     counted = 0
 

@@ -21,7 +21,7 @@ RELEASES = {
 }
 
 
-class Managed:
+class ManagedHost:
     """A host that Ansible reaches by ssh until the laboratory closes.
 
     Its default stores are /var/lib/containers/storage and those of its users, whose homes must be
@@ -58,7 +58,7 @@ class Managed:
 
 
 def inventory(
-    folder: pathlib.Path, managed: t.Iterable[Managed], **variables: t.Any
+    folder: pathlib.Path, managed: t.Iterable[ManagedHost], **variables: t.Any
 ) -> pathlib.Path:
     """Write an inventory of managed hosts, with variables for all of them."""
     entries = {host.name: host.variables for host in managed}

@@ -39,7 +39,7 @@ _CHANGES = (
 )
 
 
-def slow_collection(lab: Lab, seconds: int) -> pathlib.Path:
+def create_slow_collection(lab: Lab, seconds: int) -> pathlib.Path:
     """Create a slow copy of the collection that often reports progress.
 
     A job of a walk has about a hundred entries and takes at least 0.2 seconds. At most four jobs are in progress,

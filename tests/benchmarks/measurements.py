@@ -11,7 +11,13 @@ import sys
 import time
 import typing as t
 
-from benchmarks.ground import ImageListing, LockWatch, MeasuredStore, TemplateRun, processor_seconds
+from benchmarks.measured_store import (
+    ImageListing,
+    LockWatch,
+    MeasuredStore,
+    TemplateRun,
+    processor_seconds,
+)
 from support import images
 from support import large_store as store_data
 from support.images import Image
