@@ -238,7 +238,7 @@ def conclude(counts: list[tuple[int, int]]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except workshop.SetupError as trouble:
-        sys.exit(f"error: {trouble}")
+    except workshop.SetupError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -90,5 +90,5 @@ def _json(data: object) -> bytes:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except workshop.SetupError as trouble:
-        sys.exit(f"error: {trouble}")
+    except workshop.SetupError as error:
+        sys.exit(f"error: {error}")

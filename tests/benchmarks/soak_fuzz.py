@@ -18,9 +18,9 @@ def soak(seconds: float, seed: int) -> int:
     failed = 0
     for name in READERS:
         limit = f"-max_total_time={max(int(seconds / len(READERS)), 1)}"
-        fed = fuzz_atheris.feed([name], seed, limit)
-        print(f"{name}: {fed.inputs} inputs", flush=True)
-        if fed.trouble:
+        result = fuzz_atheris.fuzz_readers([name], seed, limit)
+        print(f"{name}: {result.inputs} inputs", flush=True)
+        if result.error:
             failed += 1
-            print(f"{name}: {fed.trouble}", flush=True)
+            print(f"{name}: {result.error}", flush=True)
     return failed

@@ -24,7 +24,7 @@ def soak(context: SoakContext, count: int = 500) -> int:
     for kind in KINDS:
         store = context.make_store(kind, context.image)
         rounds = Rounds(context.lab, store, context.image.name, MAPS)
-        worker = threading.Thread(target=rounds.collect_all_the_while)
+        worker = threading.Thread(target=rounds.collect_until_stopped)
         started = time.monotonic()
         worker.start()
         try:

@@ -25,7 +25,7 @@ def soak(context: SoakContext, seconds: float, seed: int) -> int:
         for ours in (0, 2):
             race = Race(context.lab, context.make_store(kind, context.image), context.image, seed)
             race.run(seconds=seconds / len(KINDS) / (1 if ours else 3), ours=ours)
-            race.settle()
+            race.check_final_state()
             title = kind if ours else f"{kind} without modules"
             counts = ", ".join(f"{number} {what}" for what, number in sorted(race.done.items()))
             print(f"{title}: {sum(race.done.values())} operations: {counts}", flush=True)

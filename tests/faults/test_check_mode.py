@@ -12,7 +12,7 @@ import sqlite3
 import typing as t
 
 import pytest
-from support.injection import Modules
+from support.injection import ModuleServer
 from support.lab import Lab
 from support.registry import Registry
 from support.stores import Store
@@ -66,9 +66,9 @@ def test_check_mode_changes_no_file(
     registries = lab.machine.path("/etc/containers/registries.conf")
     original = registries.read_bytes() if registries.exists() else None
     registry.configure(registries.parent)
-    modules = Modules(lab)
+    modules = ModuleServer(lab)
     try:
-        before, files_before = store.snapshot_of_disk(), host_files(user)
+        before, files_before = store.disk_state(), host_files(user)
         for module, args in TASKS:
             arguments = json.loads(
                 json.dumps(args).replace("LAYOUT", image.source).replace("USER", user.name)
@@ -94,7 +94,7 @@ def test_check_mode_changes_no_file(
                 item for item in changing if not item.startswith(("write(", "syncfs(", "fsync("))
             ] == [], (module, args)
             # The programs that the module starts change no file either.
-            assert before.changes(store.snapshot_of_disk()) == [], (module, args)
+            assert before.changes(store.disk_state()) == [], (module, args)
             assert host_files(user) == files_before, (module, args)
     finally:
         modules.close()

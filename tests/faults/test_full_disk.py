@@ -12,7 +12,7 @@ import typing as t
 import pytest
 from support import fill_filesystem, images, mounts
 from support.images import Image
-from support.injection import KILL, Modules
+from support.injection import KILL, ModuleServer
 from support.lab import Lab
 from support.stores import Store
 from support.task_stops import spread
@@ -110,7 +110,7 @@ def test_layer_gc_removes_layers_on_full_filesystem(
     assert store.mapped_layers(plain_image.name) == []
     assert not store.layer_ids().intersection(unused)
     for layer_id in unused:
-        assert store.leftovers(layer_id) == []
+        assert store.remaining_paths(layer_id) == []
     delete_fill(store)
     collect(store, run_module)
     assert not list((store.graphroot / f"{store.driver}-layers").glob(".tmp*"))
@@ -153,7 +153,7 @@ def test_run_killed_on_full_disk_is_completed_by_next_run(
     complete = {layer_id: entries(store, layer_id) for layer_id in store.layer_ids()}
     disk = Disk(store)
     disk.save()
-    modules = Modules(lab)
+    modules = ModuleServer(lab)
     args = {**store.module_args(), "min_age": "0", "max_copies_per_image": 0}
     tried = 0
     try:
@@ -161,7 +161,7 @@ def test_run_killed_on_full_disk_is_completed_by_next_run(
         # Most of the points are similar deletions.
         for at in spread(points, 8):
             disk.restore()
-            run = modules.run("layer_gc", args, below=str(store.graphroot), at=at, what=KILL)
+            run = modules.run("layer_gc", args, below=str(store.graphroot), at=at, fault=KILL)
             if run.at is None:
                 break
             tried += 1
@@ -179,7 +179,7 @@ def test_run_killed_on_full_disk_is_completed_by_next_run(
             assert remaining == set(), where
             delete_fill(store)
             store.podman("images", "-a")
-            assert [store.leftovers(item) for item in unused] == [[], []], where
+            assert [store.remaining_paths(item) for item in unused] == [[], []], where
     finally:
         modules.close()
     assert tried >= 6

@@ -73,9 +73,9 @@ def test_coverage_guided_input_is_read_or_refused() -> None:
         )
         print("atheris has no wheel for this Python")
         return
-    fed = fuzz_atheris.feed(list(READERS), 1, "-runs=6000")
-    assert fed == fuzz_atheris.Fed(6000, "")
-    print(f"{fed.inputs} inputs passed")
+    result = fuzz_atheris.fuzz_readers(list(READERS), 1, "-runs=6000")
+    assert result == fuzz_atheris.FuzzResult(6000, "")
+    print(f"{result.inputs} inputs passed")
 
 
 @given(st.tuples(*[st.lists(RECORD, max_size=4, unique_by=lambda item: item["id"])] * 3))

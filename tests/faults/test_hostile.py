@@ -15,7 +15,7 @@ import typing as t
 
 import pytest
 from support import images
-from support.injection import Modules, Run
+from support.injection import ModuleServer, Run
 from support.lab import Lab
 from support.stores import Store, disk_state
 from support.task_stops import MAP, tiny_image
@@ -28,9 +28,9 @@ SECRET = "what only root may read"
 
 
 @pytest.fixture
-def modules(lab: Lab) -> t.Iterator[Modules]:
+def modules(lab: Lab) -> t.Iterator[ModuleServer]:
     """The modules of the collection, whose system calls can be recorded."""
-    server = Modules(lab)
+    server = ModuleServer(lab)
     yield server
     server.close()
 
@@ -92,7 +92,7 @@ def fill(folder: pathlib.Path, count: int) -> None:
 
 
 def test_hostile_image_affects_nothing_outside_its_layer(
-    lab: Lab, make_store: MakeStore, modules: Modules
+    lab: Lab, make_store: MakeStore, modules: ModuleServer
 ) -> None:
     image = tiny_image(lab)
     store = make_store("vfs-tmpfs", image)
@@ -183,7 +183,7 @@ def _assert_owners_in_map(tree: pathlib.Path) -> None:
 
 
 def test_results_are_bounded_and_do_not_disclose_content(
-    lab: Lab, make_store: MakeStore, modules: Modules
+    lab: Lab, make_store: MakeStore, modules: ModuleServer
 ) -> None:
     layer = {
         f"data/{number // 500}/{SECRET} {number}": images.file(SECRET, uid=number)
@@ -214,7 +214,7 @@ def test_results_are_bounded_and_do_not_disclose_content(
 class Tampered:
     """A user's store that can be restored, and files of root that no run may change."""
 
-    def __init__(self, lab: Lab, store: Store, modules: Modules) -> None:
+    def __init__(self, lab: Lab, store: Store, modules: ModuleServer) -> None:
         assert store.user is not None
         self.user: User = store.user
         self.store, self.modules = store, modules
@@ -328,7 +328,7 @@ def tampered(lab: Lab) -> t.Iterator[Tampered]:
         lab.folder(), [{"etc": images.directory(), "etc/a": images.file("a")}], "localhost/tiny:1"
     )
     store = Store(lab, "rootless-vfs-tmpfs", user=user)
-    server = Modules(lab)
+    server = ModuleServer(lab)
     try:
         store.load(image)
         case = Tampered(lab, store, server)

@@ -15,9 +15,9 @@ from support.conversion_stops import Conversions
 from support.conversions import convert
 from support.hosts import Host
 from support.images import Image
-from support.injection import ERRORS, KILL, KILL_ONE
+from support.injection import ERRORS, KILL, KILL_CALLER
 from support.lab import Lab
-from support.power_loss_mount import cut_off
+from support.power_loss_mount import mount_after_power_loss
 from support.stores import Json, Store
 from support.task_stops import MAP, OTHER_IMAGE, spread, tiny_image
 
@@ -84,7 +84,7 @@ def test_power_loss_leaves_no_complete_layer_with_wrong_owners(
             scene.restore()
             subprocess.run(["sync", "-f", disk], check=True)
             assert scene.run(at, KILL).at is not None
-            with cut_off(store) as graphroot:
+            with mount_after_power_loss(store) as graphroot:
                 incomplete += scene.incomplete_layers(graphroot)
         assert incomplete
     finally:
@@ -120,7 +120,7 @@ def test_store_is_usable_after_kill_in_user_namespace(lab: Lab, make_store: Make
         points = scene.run().points
         scene.restore()
         for at in spread(points, 6):
-            run = scene.run(at, KILL_ONE)
+            run = scene.run(at, KILL_CALLER)
             assert "Traceback" not in run.output, run.output
             scene.look(may_be_lost=True)
             scene.restore()

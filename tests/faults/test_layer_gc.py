@@ -26,7 +26,7 @@ def test_concurrent_podman_never_fails_and_loses_no_layer(
 ) -> None:
     store = make_store(kind, small_image)
     rounds = Rounds(lab, store, small_image.name, MAPS)
-    worker = threading.Thread(target=rounds.collect_all_the_while)
+    worker = threading.Thread(target=rounds.collect_until_stopped)
     worker.start()
     try:
         rounds.run(8)

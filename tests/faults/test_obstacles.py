@@ -22,7 +22,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.userns imp
     running as userns,
 )
 from support import written_store
-from support.written_store import PLACES
+from support.written_store import OPENED_PATHS
 
 if t.TYPE_CHECKING:
     from support.lab import Lab
@@ -80,17 +80,17 @@ def _run_as(account: Account, function: t.Callable[..., t.Any], *arguments: t.An
 def _operate_with_obstacle(home: str, location: str, obstacle: str) -> t.List[str]:
     """Run all operations in a store with an obstacle at a location; returns how each of them ended."""
     request = written_store.write(home)
-    path = PLACES[location].replace("~", home)
+    path = OPENED_PATHS[location].replace("~", home)
     path = os.path.join(home, "storage", path)
     if os.path.isdir(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
         os.unlink(path)
     OBSTACLES[obstacle](path)
-    return written_store.operate(request)
+    return written_store.run_all_operations(request)
 
 
-@pytest.mark.parametrize("location", PLACES)
+@pytest.mark.parametrize("location", OPENED_PATHS)
 def test_obstacle_causes_no_internal_error(alice: Account, location: str) -> None:
     """All operations run as the user, and end with a result or a documented error."""
     for obstacle in OBSTACLES:
@@ -107,7 +107,7 @@ def test_operations_succeed_without_obstacle(alice: Account) -> None:
 
 
 def _operate_on_valid_store(home: str) -> t.List[str]:
-    return written_store.operate(written_store.write(home))
+    return written_store.run_all_operations(written_store.write(home))
 
 
 ENDLESS = (

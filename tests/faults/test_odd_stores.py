@@ -152,12 +152,14 @@ def _odd_stores(home: str) -> t.Dict[str, int]:
         check: bool,
     ) -> None:
         files = {
-            f"vfs-images/{IMAGE}/{pathlib.Path(written_store.PLACES[_CONFIG]).name}": config,
+            f"vfs-images/{IMAGE}/{pathlib.Path(written_store.OPENED_PATHS[_CONFIG]).name}": config,
             f"vfs/dir/{TOP}/etc/passwd": passwd,
             f"vfs/dir/{TOP}/etc/group": group,
             "userns-storage/ledger.json": ledger,
         }
-        for outcome in written_store.operate(written_store.write(home, changed, files), check):
+        for outcome in written_store.run_all_operations(
+            written_store.write(home, changed, files), check
+        ):
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
         assert "InternalError" not in outcomes
         if not changed:
@@ -188,12 +190,12 @@ def _odd_images(home: str) -> int:
     def operate(config: bytes, passwd: bytes, group: bytes, ledger: bytes) -> None:
         nonlocal done
         files = {
-            written_store.PLACES[_CONFIG]: config,
-            written_store.PLACES["an image's passwd"]: passwd,
-            written_store.PLACES["an image's group"]: group,
-            written_store.PLACES["our ledger"]: ledger,
+            written_store.OPENED_PATHS[_CONFIG]: config,
+            written_store.OPENED_PATHS["an image's passwd"]: passwd,
+            written_store.OPENED_PATHS["an image's group"]: group,
+            written_store.OPENED_PATHS["our ledger"]: ledger,
         }
-        found = written_store.operate(written_store.write(home, None, files), True)
+        found = written_store.run_all_operations(written_store.write(home, None, files), True)
         assert found == ["done"] * 5 + ["LayerInUse"]
         done += 1
 

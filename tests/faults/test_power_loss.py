@@ -14,10 +14,10 @@ import typing as t
 import pytest
 from support import mounts
 from support.images import Image
-from support.injection import KILL, Call, Modules
+from support.injection import KILL, Call, ModuleServer
 from support.lab import Lab
 from support.power_loss_model import PowerLoss
-from support.power_loss_mount import cut_off
+from support.power_loss_mount import mount_after_power_loss
 from support.stores import Store
 from support.task_stops import MAP, OTHER_IMAGE, tiny_image
 
@@ -32,7 +32,7 @@ MakeStore = t.Callable[..., Store]
 class Recorded:
     """A store, and the system calls of consecutive tasks in it."""
 
-    def __init__(self, store: Store, modules: Modules) -> None:
+    def __init__(self, store: Store, modules: ModuleServer) -> None:
         self.store, self.modules = store, modules
         self.losses: t.Dict[str, PowerLoss] = {}
         for name, module, args in (
@@ -56,16 +56,16 @@ class Recorded:
 
 
 @pytest.fixture
-def modules(lab: Lab) -> t.Iterator[Modules]:
+def modules(lab: Lab) -> t.Iterator[ModuleServer]:
     """A server that runs modules and can kill them at a system call."""
-    server = Modules(lab)
+    server = ModuleServer(lab)
     yield server
     server.close()
 
 
 @pytest.mark.parametrize("kind", ["vfs-tmpfs", "overlay-tmpfs"])
 def test_records_never_refer_to_data_that_may_be_lost(
-    kind: str, lab: Lab, make_store: MakeStore, modules: Modules
+    kind: str, lab: Lab, make_store: MakeStore, modules: ModuleServer
 ) -> None:
     store = make_store(kind, tiny_image(lab), tiny_image(lab, OTHER_IMAGE))
     store.create("localhost/tiny:1", "--uidmap=0:300000:65536", "--gidmap=0:300000:65536")
@@ -107,7 +107,7 @@ def describe(call: Call, graphroot: str) -> str:
 
 @pytest.mark.parametrize("kind", ["overlay-ext4", "btrfs"])
 def test_real_filesystem_keeps_recorded_data_after_power_loss(
-    kind: str, lab: Lab, make_store: MakeStore, modules: Modules
+    kind: str, lab: Lab, make_store: MakeStore, modules: ModuleServer
 ) -> None:
     """The test mounts a copy of the disk without the data that the kernel has not written yet."""
     image = tiny_image(lab)
@@ -130,9 +130,9 @@ def test_real_filesystem_keeps_recorded_data_after_power_loss(
             # Begin with a synced disk: Linux 6.18 cannot mount a btrfs whose log contains files that were
             # replaced repeatedly, regardless of the program.
             subprocess.run(["sync", "-f", below], check=True)
-            run = modules.run("layer_template", {**args, **task}, below=below, at=at, what=KILL)
+            run = modules.run("layer_template", {**args, **task}, below=below, at=at, fault=KILL)
             assert run.at is not None
-            with cut_off(store) as graphroot:
+            with mount_after_power_loss(store) as graphroot:
                 assert missing_data(graphroot, store.driver, image) == [], run.at
             modules.run("layer_template", {**args, **opposite})
             tried += 1

@@ -14,7 +14,7 @@ import typing as t
 import pytest
 from support import images
 from support.images import Image
-from support.injection import KILL, Modules
+from support.injection import KILL, ModuleServer
 from support.lab import Lab
 from support.registry import Registry
 from support.stores import Store
@@ -48,7 +48,7 @@ def test_pull_after_killed_removal_works_without_leftovers(
     base, top = digests(new)
     store = make_store(kind, tiny_image(lab))
     store.load(old)
-    modules = Modules(lab)
+    modules = ModuleServer(lab)
     store_args = store.module_args()
     absent = {**store_args, "images": [old.name], "state": "absent"}
     below = str(store.graphroot)
@@ -69,7 +69,7 @@ def test_pull_after_killed_removal_works_without_leftovers(
         points = [*spread(last, 6), *(last + item for item in spread(len(calls) - last, 2))]
         for at in points:
             scene.restore("before")
-            run = modules.run("image_layers", absent, below=below, at=at, what=KILL)
+            run = modules.run("image_layers", absent, below=below, at=at, fault=KILL)
             if run.at is None:
                 break
             tried += 1
@@ -92,7 +92,7 @@ def test_pull_after_killed_removal_works_without_leftovers(
 def pull_failures(
     store: Store,
     registry: Registry,
-    modules: Modules,
+    modules: ModuleServer,
     absent: t.Dict[str, t.Any],
     base: str,
     where: str,

@@ -30,10 +30,10 @@ def test_concurrent_programs_lose_nothing_and_do_not_fail(
 ) -> None:
     race = Race(lab, make_store(kind, small_image), small_image, seed=6)
     race.run(steps=STEPS, needed=NEEDED)
-    race.settle()
+    race.check_final_state()
     checking_host = host("trixie")
     if race.store.user:
-        users.introduce(race.store.user, checking_host)
+        users.add_to_machine(race.store.user, checking_host)
     race.check(checking_host)
     print(f"{kind}: {sum(race.done.values())} operations, {dict(race.known)}")
     assert race.failures == []

@@ -11,7 +11,7 @@ import typing as t
 
 import pytest
 from support.images import Image
-from support.injection import KILL, Modules
+from support.injection import KILL, ModuleServer
 from support.lab import Lab
 from support.stores import Store
 
@@ -57,7 +57,7 @@ def test_run_killed_at_any_call_is_completed_by_next_run(
 ) -> None:
     real, own, args = shared
     other = "absent" if state == "present" else "present"
-    modules = Modules(lab)
+    modules = ModuleServer(lab)
     try:
 
         def run(requested: str, **more: t.Any) -> t.Any:
@@ -69,7 +69,7 @@ def test_run_killed_at_any_call_is_completed_by_next_run(
         steps = {1, 2, 3, points, *range(1, points, max(points // KILLS, 1))}
         for at in sorted(steps):
             run(other)
-            killed = run(state, at=at, what=KILL)
+            killed = run(state, at=at, fault=KILL)
             if killed.at is None:
                 # This run made fewer calls than the first run.
                 continue
@@ -113,7 +113,7 @@ def test_users_cannot_change_or_escape_shared_store(
         "copies": "cat /var/lib/userns-storage.service/copies/*/*",
         "device": f"mknod {view}/null c 1 3",
     }
-    before = real.snapshot_of_disk()
+    before = real.disk_state()
     for name, script in attacks.items():
         for command in (["sh", "-c", script], ["unshare", "-rm", "sh", "-c", script]):
             failed = lab.machine.run(command, account=user, check=False)
@@ -130,5 +130,5 @@ def test_users_cannot_change_or_escape_shared_store(
         failed = lab.machine.run(["ls", path], account=other, check=False)
         assert failed.rc != 0
         assert "ermission denied" in failed.stderr
-    assert before.changes(real.snapshot_of_disk()) == []
+    assert before.changes(real.disk_state()) == []
     assert own.podman(*ALIVE).stdout.split() != []

@@ -30,16 +30,16 @@ PREFIX = "userns.storage."
 
 
 @pytest.fixture(scope="module")
-def world(lab: t.Any) -> t.Iterator[examples.World]:
-    made = examples.World(lab)
+def example_host(lab: t.Any) -> t.Iterator[examples.ExampleHost]:
+    made = examples.ExampleHost(lab)
     yield made
     made.close()
 
 
 @pytest.mark.parametrize("document", list(DOCUMENTS))
-def test_examples_work(world, document):
+def test_examples_work(example_host, document):
     found = DOCUMENTS[document]
-    done = world.run(found)
+    done = example_host.run(found)
     for block in found:
         assert block in done or block.skipped or block.file or block.kind in ("text", "data"), block
     # Each saved file appears in a command, which may be an example that is not run.

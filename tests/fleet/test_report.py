@@ -69,7 +69,7 @@ def test_browser_displays_the_page(browser, pages, tmp_path, count, dark, width)
     assert browser.run(OVERFLOWING) == []
     assert browser.run("return document.documentElement.scrollWidth") == width
     assert browser.run("return performance.getEntriesByType('resource').length") == 0
-    assert browser.complaints() == []
+    assert browser.console_messages() == []
     found = browser.run(CONTRAST)
     assert len(found) > 10
     assert {name: ratio for name, ratio in found.items() if ratio < 4.5} == {}
@@ -200,7 +200,7 @@ def test_names_are_escaped(browser, tmp_path):
     assert browser.run(
         "return [document.scripts.length,document.images.length,document.links.length]"
     ) == [1, 0, 0]
-    assert browser.complaints() == []
+    assert browser.console_messages() == []
     text = fleet_report(list(facts), facts, "markdown", title=HOSTILE_TEXT)
     rows = [line for line in text.splitlines() if line.startswith("| \\<script")]
     assert len(rows) == 1

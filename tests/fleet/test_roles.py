@@ -82,7 +82,7 @@ def test_report_has_rows_for_unreachable_and_failed_hosts(
     browser.show(done.folder / "userns-storage-report.html", 1280, 900)
     names = "return [...document.querySelectorAll('.host .name')].map(e=>e.textContent)"
     assert browser.run(names) == ["gone", "broken", "well"]
-    assert browser.complaints() == []
+    assert browser.console_messages() == []
 
 
 def test_report_respects_limit_and_writes_nothing_in_check_mode(play, make_store, small_image):

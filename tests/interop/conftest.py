@@ -80,6 +80,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     terminalreporter.section("interop matrix")
     terminalreporter.write_line(matrix.render(found))
-    path = os.environ.get(matrix.WRITE)
+    path = os.environ.get(matrix.OUTPUT_VARIABLE)
     if path:
         matrix.merge(pathlib.Path(path), found)

@@ -64,7 +64,7 @@ def test_container_uses_mapped_layer_of_read_only_store(
     mounts.mount("-o", "remount,bind,ro", "none", str(mount))
     reader = make_store("overlay-forced", machine=machine, read_only=[str(mount)])
     case = Case(reader, small_image)
-    before = shipped.snapshot_of_disk()
+    before = shipped.disk_state()
     container = reader.container(case.create("--name=first"))
     assert reader.layer(container["layer"])["parent"] == entry["layer_id"]
     # The only layer is that of the container.
@@ -81,7 +81,7 @@ def test_container_uses_mapped_layer_of_read_only_store(
     assert f"graphroot: {mount}" in failed["msg"]
     reader.podman("rm", "first")
     assert case.call("layer_gc", POLICY)["changed"] is False
-    assert before.changes(shipped.snapshot_of_disk()) == []
+    assert before.changes(shipped.disk_state()) == []
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.merge
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.tree_tools import (
     Suspended,
 )
-from support.driver_access import Place, inside, opened, staging_folder
+from support.driver_access import StoreDescription, open_test_driver, run_as_owner, staging_folder
 
 if t.TYPE_CHECKING:
     from support.images import Image
@@ -103,7 +103,7 @@ class Case(t.NamedTuple):
 
     def run(self, check: t.Callable[..., t.Any], *arguments: t.Any) -> t.Any:
         """Run a check in a child process with its own mounts, as operations use a driver."""
-        return inside(self.store, check, self.name, self.chain, *arguments)
+        return run_as_owner(self.store, check, self.name, self.chain, *arguments)
 
 
 def test_every_driver_has_a_case() -> None:
@@ -114,13 +114,13 @@ def test_every_driver_has_a_case() -> None:
 
 
 def test_layers_of_runtime_are_read(case: Case) -> None:
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     case.run(read_layers)
-    assert before.changes(case.store.snapshot_of_disk()) == []
+    assert before.changes(case.store.disk_state()) == []
 
 
-def read_layers(place: Place, name: str, chain: t.List[str]) -> None:
-    with opened(place, open_named(name)) as driver:
+def read_layers(description: StoreDescription, name: str, chain: t.List[str]) -> None:
+    with open_test_driver(description, open_named(name)) as driver:
         traces = driver.traces(chain)
         assert set(traces) <= set(chain)
         assert {*chain} <= driver.present()
@@ -159,13 +159,13 @@ def read_layers(place: Place, name: str, chain: t.List[str]) -> None:
 
 
 def test_missing_layers_and_invalid_ids(case: Case) -> None:
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     case.run(read_missing)
-    assert before.changes(case.store.snapshot_of_disk()) == []
+    assert before.changes(case.store.disk_state()) == []
 
 
-def read_missing(place: Place, name: str, _chain: t.List[str]) -> None:
-    with opened(place, open_named(name)) as driver:
+def read_missing(description: StoreDescription, name: str, _chain: t.List[str]) -> None:
+    with open_test_driver(description, open_named(name)) as driver:
         assert not driver.exists(OTHER)
         assert not driver.is_placeholder(OTHER)
         assert not driver.remove_placeholder(OTHER)
@@ -180,8 +180,8 @@ def read_missing(place: Place, name: str, _chain: t.List[str]) -> None:
                 read(OTHER)
         for invalid in ("", "..", "../../etc", OTHER[:-1], OTHER.upper()):
             for method in (
-                lambda item: driver.detach(item, place.graphroot),
-                lambda item: driver.commit(place.graphroot, item),
+                lambda item: driver.detach(item, description.graphroot),
+                lambda item: driver.commit(description.graphroot, item),
                 driver.exists,
                 driver.erase,
             ):
@@ -200,12 +200,14 @@ def test_all_strategies_create_the_same_layer(case: Case) -> None:
     assert len(set(strategies)) == len(strategies)
 
 
-def create_with_each_strategy(place: Place, name: str, chain: t.List[str]) -> t.List[str]:
+def create_with_each_strategy(
+    description: StoreDescription, name: str, chain: t.List[str]
+) -> t.List[str]:
     layers, strategies = [*chain], []
-    with opened(place, open_named(name)) as driver:
+    with open_test_driver(description, open_named(name)) as driver:
         for number, strategy in enumerate(driver.strategies(chain)):
             layer_id = f"{number}" * 64
-            create_and_check(place, driver, chain, strategy.name, layer_id, layers)
+            create_and_check(description, driver, chain, strategy.name, layer_id, layers)
             layers.append(layer_id)
             strategies.append(strategy.name)
         with pytest.raises(UnsupportedDriver, match=strategies[0]):
@@ -214,18 +216,18 @@ def create_with_each_strategy(place: Place, name: str, chain: t.List[str]) -> t.
 
 
 def create_and_check(
-    place: Place,
+    description: StoreDescription,
     driver: Driver,
     chain: t.List[str],
     strategy: str,
     layer_id: str,
     known: t.List[str],
 ) -> None:
-    before, layers = snapshot(place), driver.present()
+    before, layers = snapshot(description), driver.present()
     predicted, figures = driver.predict(chain, SHIFT, strategy)
-    assert snapshot(place) == before
+    assert snapshot(description) == before
 
-    folder = staging_folder(place, layer_id)
+    folder = staging_folder(description, layer_id)
     staged = stage_in_two_calls(driver, chain, strategy, folder, layer_id)
     assert predicted.name == staged.strategy == strategy
     assert (figures.files, figures.apparent) == (staged.files, staged.apparent)
@@ -271,10 +273,10 @@ def owners(root: int) -> t.Dict[str, t.Tuple[int, int]]:
     return found
 
 
-def snapshot(place: Place) -> t.List[t.Tuple[str, int, int]]:
+def snapshot(description: StoreDescription) -> t.List[t.Tuple[str, int, int]]:
     """Path, inode and change time of everything below the graph root."""
     found = []
-    for folder, names, others in os.walk(place.graphroot):
+    for folder, names, others in os.walk(description.graphroot):
         for name in [*names, *others]:
             status = os.lstat(os.path.join(folder, name))
             found.append((os.path.join(folder, name), status.st_ino, status.st_ctime_ns))
@@ -285,23 +287,25 @@ def test_commit_does_not_replace_a_layer(case: Case) -> None:
     case.run(commit_over_a_layer)
 
 
-def commit_over_a_layer(place: Place, name: str, chain: t.List[str]) -> None:
-    with opened(place, open_named(name)) as driver:
-        create(place, driver, chain, CREATED)
-        folder = staging_folder(place, "again")
+def commit_over_a_layer(description: StoreDescription, name: str, chain: t.List[str]) -> None:
+    with open_test_driver(description, open_named(name)) as driver:
+        create(description, driver, chain, CREATED)
+        folder = staging_folder(description, "again")
         driver.stage(chain, SHIFT, COPY, folder, OTHER)
         driver.commit(folder, OTHER)
         for layer_id in (CREATED, OTHER):
             assert driver.damage(layer_id, chain) is None
-        before = snapshot(place)
+        before = snapshot(description)
         with pytest.raises(StoreError):
             driver.commit(folder, CREATED)
         assert driver.damage(CREATED, chain) is None
-        assert [item[0] for item in snapshot(place)] == [item[0] for item in before]
+        assert [item[0] for item in snapshot(description)] == [item[0] for item in before]
 
 
-def create(place: Place, driver: Driver, chain: t.List[str], layer_id: str) -> None:
-    folder = staging_folder(place, layer_id)
+def create(
+    description: StoreDescription, driver: Driver, chain: t.List[str], layer_id: str
+) -> None:
+    folder = staging_folder(description, layer_id)
     driver.stage(chain, SHIFT, "auto", folder, layer_id)
     driver.commit(folder, layer_id)
 
@@ -313,13 +317,13 @@ def test_removal_leaves_no_files(case: Case) -> None:
     layers = sorted(entry.name for entry in case.store.layer_folder("").iterdir())
     case.run(remove_layer)
     assert sorted(entry.name for entry in case.store.layer_folder("").iterdir()) == layers
-    assert [path for path in case.store.leftovers(CREATED) if "staging" not in path] == []
+    assert [path for path in case.store.remaining_paths(CREATED) if "staging" not in path] == []
 
 
-def remove_layer(place: Place, name: str, chain: t.List[str]) -> None:
-    trash = os.path.join(place.graphroot, "userns-storage", "trash")
-    with opened(place, open_named(name)) as driver:
-        create(place, driver, chain, CREATED)
+def remove_layer(description: StoreDescription, name: str, chain: t.List[str]) -> None:
+    trash = os.path.join(description.graphroot, "userns-storage", "trash")
+    with open_test_driver(description, open_named(name)) as driver:
+        create(description, driver, chain, CREATED)
         os.mkdir(trash)
         driver.detach(CREATED, trash)
         # Missing layers are ignored.
@@ -352,9 +356,9 @@ def test_layer_is_removed_on_full_filesystem(case: Case) -> None:
     case.run(erase_layer)
 
 
-def erase_layer(place: Place, name: str, chain: t.List[str]) -> None:
-    with opened(place, open_named(name)) as driver:
-        create(place, driver, chain, CREATED)
+def erase_layer(description: StoreDescription, name: str, chain: t.List[str]) -> None:
+    with open_test_driver(description, open_named(name)) as driver:
+        create(description, driver, chain, CREATED)
         before = driver.measure(CREATED).files
         driver.thin(CREATED, lambda: True)
         assert driver.measure(CREATED).files == before
@@ -375,10 +379,10 @@ def test_orphans_are_removed_and_other_files_are_kept(case: Case) -> None:
     assert (folder / "notes").is_file()
 
 
-def drop_orphan(place: Place, name: str, chain: t.List[str]) -> None:
-    trash = os.path.join(place.graphroot, "userns-storage", "trash")
-    with opened(place, open_named(name)) as driver:
-        create(place, driver, chain, CREATED)
+def drop_orphan(description: StoreDescription, name: str, chain: t.List[str]) -> None:
+    trash = os.path.join(description.graphroot, "userns-storage", "trash")
+    with open_test_driver(description, open_named(name)) as driver:
+        create(description, driver, chain, CREATED)
         os.mkdir(trash)
         assert driver.orphans([*chain, CREATED]) == []
         (orphan,) = driver.orphans(chain)
@@ -393,21 +397,21 @@ def drop_orphan(place: Place, name: str, chain: t.List[str]) -> None:
 
 
 def test_read_only_driver_writes_nothing(case: Case) -> None:
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     case.run(predict_read_only)
-    assert before.changes(case.store.snapshot_of_disk()) == []
+    assert before.changes(case.store.disk_state()) == []
 
 
-def predict_read_only(place: Place, name: str, chain: t.List[str]) -> None:
+def predict_read_only(description: StoreDescription, name: str, chain: t.List[str]) -> None:
     def make_driver(driver_name: str, home: DriverHome) -> Driver:
         read_only_home = DriverHome(
             **{**{key: getattr(home, key) for key in home.__dataclass_fields__}, "read_only": True}
         )
         return open_named(name)(driver_name, read_only_home)
 
-    with opened(place, make_driver) as driver:
+    with open_test_driver(description, make_driver) as driver:
         predicted = driver.predict(chain, SHIFT)[0].name
-    with opened(place, open_named(name)) as driver:
+    with open_test_driver(description, open_named(name)) as driver:
         assert driver.predict(chain, SHIFT)[0].name == predicted
-    assert files.filesystem_type(place.graphroot)
-    assert not pathlib.Path(place.graphroot, "userns-storage", "staging").exists()
+    assert files.filesystem_type(description.graphroot)
+    assert not pathlib.Path(description.graphroot, "userns-storage", "staging").exists()

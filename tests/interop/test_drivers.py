@@ -41,7 +41,14 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.stag
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.store import (
     Store as OurStore,
 )
-from support.driver_access import Place, config_of, inside, opened, place_of, staging_folder
+from support.driver_access import (
+    StoreDescription,
+    config_of,
+    describe_store,
+    open_test_driver,
+    run_as_owner,
+    staging_folder,
+)
 
 if t.TYPE_CHECKING:
     from support.images import Image
@@ -79,17 +86,17 @@ class Created(t.NamedTuple):
 
 
 def create(
-    place: Place, image_id: str, items: t.Sequence[str], strategy: str
+    description: StoreDescription, image_id: str, items: t.Sequence[str], strategy: str
 ) -> t.Tuple[t.Any, ...]:
     """Create a complete mapped layer as the operations do."""
     mapping = Mapping(IDMap.parse(items), IDMap.parse(items))
-    with opened(place) as driver:
-        records = OurStore.open(config_of(place))
+    with open_test_driver(description) as driver:
+        records = OurStore.open(config_of(description))
         snapshot = records.snapshot()
         image = snapshot.images[image_id]
         chain = snapshot.chain(image.layer)
         layer_id = new_layer_id(snapshot.layers)
-        folder = staging_folder(place, layer_id)
+        folder = staging_folder(description, layer_id)
         ids = [layer.id for layer in chain]
         shift = Shift(chain[0].mapping, mapping, False)
         predicted, usage = driver.predict(ids, shift, strategy)
@@ -192,7 +199,7 @@ def test_podman_uses_created_layer(
     items = ["0:1:20000"] if store.user else ["0:100000:65536"]
     image = store.image(small_image.name)
     before = store.layer_ids()
-    created = Created(*inside(store, create, image["id"], items, requested))
+    created = Created(*run_as_owner(store, create, image["id"], items, requested))
     assert created.strategy == strategy
     assert created.reason
     assert store.layer_ids() == before | {created.layer_id}
@@ -218,8 +225,8 @@ def test_podman_uses_created_layer(
 
     store.podman("rm", container)
     store.podman("rmi", small_image.name)
-    inside(store, sweep)
-    assert store.leftovers(created.layer_id) == []
+    run_as_owner(store, sweep)
+    assert store.remaining_paths(created.layer_id) == []
 
 
 @pytest.mark.parametrize("kind", ["vfs", "overlay-forced", "btrfs", "rootless-overlay"])
@@ -227,17 +234,17 @@ def test_detach_leaves_only_tar_split(make_store: MakeStore, small_image: Image,
     store = make_store(kind, small_image)
     items = ["0:1:20000"] if store.user else ["0:100000:65536"]
     image = store.image(small_image.name)
-    created = Created(*inside(store, create, image["id"], items, "auto"))
-    inside(store, remove, created.layer_id)
+    created = Created(*run_as_owner(store, create, image["id"], items, "auto"))
+    run_as_owner(store, remove, created.layer_id)
     assert not store.layer_folder(created.layer_id).exists()
-    inside(store, sweep)
-    leftovers = [pathlib.Path(path).name for path in store.leftovers(created.layer_id)]
+    run_as_owner(store, sweep)
+    leftovers = [pathlib.Path(path).name for path in store.remaining_paths(created.layer_id)]
     assert leftovers == [f"{created.layer_id}.tar-split.gz"]
 
 
-def sweep(place: Place) -> None:
-    with opened(place) as driver:
-        area = StagingArea(os.path.join(place.graphroot, "userns-storage"))
+def sweep(description: StoreDescription) -> None:
+    with open_test_driver(description) as driver:
+        area = StagingArea(os.path.join(description.graphroot, "userns-storage"))
 
         def destroy(parent: int, name: str) -> bool:
             if driver.is_placeholder(name):
@@ -248,10 +255,10 @@ def sweep(place: Place) -> None:
         assert area.leftovers() == []
 
 
-def remove(place: Place, layer_id: str) -> None:
-    trash = os.path.join(place.graphroot, "userns-storage", "trash")
+def remove(description: StoreDescription, layer_id: str) -> None:
+    trash = os.path.join(description.graphroot, "userns-storage", "trash")
     os.mkdir(trash)
-    with opened(place) as driver:
+    with open_test_driver(description) as driver:
         usage = driver.measure(layer_id, exclusive=True)
         assert usage.files > 40
         assert usage.apparent > 0
@@ -283,17 +290,17 @@ def test_staging_works_if_podman_mounted_its_folder(
     if folder not in mounts.mount_points(folder):
         mounts.mount("--bind", folder, folder)
     mounts.mount("--make-private", folder)
-    visible = inside(store, mounted_inside)
+    visible = run_as_owner(store, mounted_inside)
     assert visible == []
-    created = Created(*inside(store, create, image["id"], ["0:100000:65536"], "auto"))
+    created = Created(*run_as_owner(store, create, image["id"], ["0:100000:65536"], "auto"))
     assert store.layer_folder(created.layer_id).is_dir()
     assert folder in mounts.mount_points(folder)
 
 
-def mounted_inside(place: Place) -> t.List[str]:
-    with opened(place), open("/proc/self/mountinfo", encoding="utf-8") as table:
+def mounted_inside(description: StoreDescription) -> t.List[str]:
+    with open_test_driver(description), open("/proc/self/mountinfo", encoding="utf-8") as table:
         points = [line.split()[4] for line in table]
-    return [point for point in points if point.startswith(place.graphroot + "/")]
+    return [point for point in points if point.startswith(description.graphroot + "/")]
 
 
 def test_runtime_may_mount_its_folder_while_view_is_created(
@@ -301,25 +308,25 @@ def test_runtime_may_mount_its_folder_while_view_is_created(
 ) -> None:
     """Two processes of podman mount the folder before the view is private."""
     store = make_store("overlay-forced", small_image)
-    assert inside(store, mount_while_view_is_created) == []
+    assert run_as_owner(store, mount_while_view_is_created) == []
 
 
-def mount_while_view_is_created(place: Place) -> t.List[str]:
-    folder = os.path.join(place.graphroot, place.driver)
+def mount_while_view_is_created(description: StoreDescription) -> t.List[str]:
+    folder = os.path.join(description.graphroot, description.driver)
     make_private = mounts.make_private
 
     def mount_then_make_private(target: mounts.PathOrFd = "/") -> None:
-        if target == place.graphroot:
+        if target == description.graphroot:
             mounts.bind(folder, folder)
             mounts.bind(folder, folder)
         make_private(target)
 
     mounts.make_private = mount_then_make_private
-    found = mounted_inside(place)
-    with opened(place):
-        os.mkdir(os.path.join(place.graphroot, "beside"))
+    found = mounted_inside(description)
+    with open_test_driver(description):
+        os.mkdir(os.path.join(description.graphroot, "beside"))
         # A rename fails across mounts.
-        os.rename(os.path.join(place.graphroot, "beside"), os.path.join(folder, "beside"))
+        os.rename(os.path.join(description.graphroot, "beside"), os.path.join(folder, "beside"))
         os.rmdir(os.path.join(folder, "beside"))
     return found
 
@@ -335,7 +342,7 @@ def test_other_filesystem_in_graph_root_is_rejected(
     mounts.mount("-t", "tmpfs", "other", str(folder))
     try:
         with pytest.raises(UnsupportedDriver, match="another filesystem"):
-            inside(store, mounted_inside)
+            run_as_owner(store, mounted_inside)
     finally:
         mounts.detach_all(str(folder))
 
@@ -344,13 +351,13 @@ def test_ids_outside_map_are_rejected(make_store: MakeStore, small_image: Image)
     store = make_store("overlay-forced", small_image)
     image = store.image(small_image.name)
     with pytest.raises(UnmappedIDs) as caught:
-        inside(store, create, image["id"], ["0:100000:600"], "auto")
+        run_as_owner(store, create, image["id"], ["0:100000:600"], "auto")
     assert caught.value.facts["uids"] == [1000]
 
 
-def add_redirect(place: Place, chain: t.List[str]) -> None:
+def add_redirect(description: StoreDescription, chain: t.List[str]) -> None:
     """Add a redirect to the top layer, as a container with redirect_dir does."""
-    top = os.path.join(place.graphroot, "overlay", chain[0], "diff")
+    top = os.path.join(description.graphroot, "overlay", chain[0], "diff")
     os.mkdir(os.path.join(top, "moved"))
     os.setxattr(os.path.join(top, "moved"), "trusted.overlay.redirect", b"/opt/app")
 
@@ -365,8 +372,8 @@ def test_layer_with_redirect_is_copied_from_mount(
     while layer:
         chain.append(layer)
         layer = store.layer(layer).get("parent", "")
-    add_redirect(place_of(store), chain)
-    created = Created(*inside(store, create, image["id"], ["0:100000:65536"], "auto"))
+    add_redirect(describe_store(store), chain)
+    created = Created(*run_as_owner(store, create, image["id"], ["0:100000:65536"], "auto"))
     assert created.strategy == "copy"
     assert "redirect" in created.reason
     tagged = store.layer_folder(created.layer_id) / "diff" / "moved" / "tagged"
@@ -378,7 +385,7 @@ def test_metacopy_of_layer_with_metacopy(make_store: MakeStore, small_image: Ima
     store = make_store("overlay-forced", small_image, options=METACOPY)
     container = store.create(small_image.name, "--uidmap=0:200000:65536", "--gidmap=0:200000:65536")
     podman_layer = store.layer(store.container(container)["layer"])["parent"]
-    staged = inside(store, stage_from_mapped, podman_layer)
+    staged = run_as_owner(store, stage_from_mapped, podman_layer)
     assert staged[0] == "metacopy"
     layer = store.graphroot / "userns-storage" / "staging" / "built" / "layer"
     notes = layer / "diff1" / "home" / "user" / "notes"
@@ -394,7 +401,7 @@ def test_mapped_layer_of_podman_as_template(make_store: MakeStore, small_image: 
     container = store.create(small_image.name, "--uidmap=0:200000:65536", "--gidmap=0:200000:65536")
     podman_layer = store.layer(store.container(container)["layer"])["parent"]
     assert (store.layer_folder(podman_layer) / "diff1").is_dir()
-    staged = inside(store, stage_from_mapped, podman_layer)
+    staged = run_as_owner(store, stage_from_mapped, podman_layer)
     layer = store.graphroot / "userns-storage" / "staging" / "built" / "layer"
     lower = (layer / "lower-layers").read_text().split(":")
     assert lower[:2] == [podman_layer, image["layer"]]
@@ -403,13 +410,15 @@ def test_mapped_layer_of_podman_as_template(make_store: MakeStore, small_image: 
     assert staged[0] == "copy"
 
 
-def stage_from_mapped(place: Place, template: str) -> t.Tuple[str, str, int, int, int]:
+def stage_from_mapped(
+    description: StoreDescription, template: str
+) -> t.Tuple[str, str, int, int, int]:
     old = Mapping(IDMap.parse(["0:200000:65536"]), IDMap.parse(["0:200000:65536"]))
     new = Mapping(IDMap.parse(["0:300000:65536"]), IDMap.parse(["0:300000:65536"]))
-    with opened(place) as driver:
-        snapshot = OurStore.open(config_of(place)).snapshot()
+    with open_test_driver(description) as driver:
+        snapshot = OurStore.open(config_of(description)).snapshot()
         ids = [layer.id for layer in snapshot.chain(template)]
-        folder = staging_folder(place, "built")
+        folder = staging_folder(description, "built")
         return figures(driver.stage(ids, Shift(old, new, True), "auto", folder, "f" * 64))
 
 
@@ -427,7 +436,7 @@ def test_unsupported_overlay_options_are_rejected(
     image = store.image(small_image.name)
     store.options.update(options)
     with pytest.raises(UnsupportedDriver, match=message):
-        inside(store, create, image["id"], ["0:100000:65536"], "auto")
+        run_as_owner(store, create, image["id"], ["0:100000:65536"], "auto")
 
 
 def test_symlink_as_layer_content_is_rejected(make_store: MakeStore, small_image: Image) -> None:
@@ -437,7 +446,7 @@ def test_symlink_as_layer_content_is_rejected(make_store: MakeStore, small_image
     folder.joinpath("diff").rename(folder / "away")
     folder.joinpath("diff").symlink_to("/etc")
     with pytest.raises(StoreError):
-        inside(store, create, image["id"], ["0:100000:65536"], "auto")
+        run_as_owner(store, create, image["id"], ["0:100000:65536"], "auto")
 
 
 def test_parent_layers_in_read_only_store(make_store: MakeStore, small_image: Image) -> None:
@@ -448,7 +457,7 @@ def test_parent_layers_in_read_only_store(make_store: MakeStore, small_image: Im
     image = store.image("localhost/upper:1")
     parent = store.layer(image["layer"])["parent"]
     assert not store.layer_folder(parent).exists()
-    created = Created(*inside(store, create, image["id"], ["0:100000:65536"], "auto"))
+    created = Created(*run_as_owner(store, create, image["id"], ["0:100000:65536"], "auto"))
     notes = store.layer_folder(created.layer_id) / "diff" / "home" / "user" / "notes"
     assert os.lstat(notes).st_uid == 101000
     arguments = ["--uidmap=0:100000:65536", "--gidmap=0:100000:65536"]
@@ -462,7 +471,7 @@ def test_store_of_fuse_overlayfs_is_rejected(make_store: MakeStore, small_image:
     image = store.image(small_image.name)
     store.options.clear()
     with pytest.raises(UnsupportedDriver, match="mount program"):
-        inside(store, create, image["id"], ["0:1:20000"], "auto")
+        run_as_owner(store, create, image["id"], ["0:1:20000"], "auto")
 
 
 def kill_self() -> t.NoReturn:
@@ -470,7 +479,7 @@ def kill_self() -> t.NoReturn:
     raise AssertionError
 
 
-def killed(place: Place, image_id: str, layer_id: str, step: str) -> None:
+def killed(description: StoreDescription, image_id: str, layer_id: str, step: str) -> None:
     """Commit and detach a layer, and be killed at the given step."""
     mapping = Mapping(IDMap.parse(["0:100000:65536"]), IDMap.parse(["0:100000:65536"]))
 
@@ -478,12 +487,12 @@ def killed(place: Place, image_id: str, layer_id: str, step: str) -> None:
         if name == step:
             kill_self()
 
-    with opened(place) as driver:
-        records = OurStore.open(config_of(place))
+    with open_test_driver(description) as driver:
+        records = OurStore.open(config_of(description))
         snapshot = records.snapshot()
         chain = snapshot.chain(snapshot.images[image_id].layer)
         ids = [layer.id for layer in chain]
-        folder = staging_folder(place, layer_id)
+        folder = staging_folder(description, layer_id)
         driver.stage(ids, Shift(Mapping(), mapping), "copy", folder, layer_id)
         kill_at("staged")
         record = mapped_record(layer_id, chain[0], mapping, time.time_ns(), None)
@@ -496,7 +505,7 @@ def killed(place: Place, image_id: str, layer_id: str, step: str) -> None:
             kill_at("linked")
             transaction.finish_layer(layer_id)
             transaction.append_mapped_layer(image_id, layer_id)
-        trash = os.path.join(place.graphroot, "userns-storage", "trash")
+        trash = os.path.join(description.graphroot, "userns-storage", "trash")
         os.mkdir(trash)
         with records.transaction(containers=True) as transaction:
             transaction.drop_mapped_layer(layer_id)
@@ -526,11 +535,11 @@ def test_podman_cleans_up_after_kill(
     layer_id = "0123456789abcdef" * 4
     before = store.layer_ids()
     with pytest.raises(WorkerError, match="killed by signal 9"):
-        inside(store, killed, image["id"], layer_id, step)
+        run_as_owner(store, killed, image["id"], layer_id, step)
     store.create(small_image.name)
     assert layer_id not in store.layer_ids()
     assert len(store.layer_ids()) == len(before) + 1
-    inside(store, sweep)
+    run_as_owner(store, sweep)
     assert not store.layer_folder(layer_id).exists()
     if store.driver == "overlay":
         links = store.graphroot / "overlay" / "l"

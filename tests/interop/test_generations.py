@@ -37,9 +37,9 @@ def test_mapped_layer_from_prediction_to_removal(
     shifts = kind == "overlay"
 
     # Check mode predicts the layer and writes nothing.
-    before = store.snapshot_of_disk()
+    before = store.disk_state()
     (predicted,) = case.layer_template(options={"check": True})["layers"]
-    assert before.changes(store.snapshot_of_disk()) == []
+    assert before.changes(store.disk_state()) == []
     # The module creates the layer.
     (entry,) = case.layer_template()["layers"]
     assert predicted["action"] == entry["action"] == ("not_needed" if shifts else "created")
@@ -71,7 +71,7 @@ def test_mapped_layer_from_prediction_to_removal(
     # A layer that is created again is removed with its image.
     (recreated,) = case.layer_template()["layers"]
     assert recreated["action"] == entry["action"]
-    case.assert_podman_is_well()
+    case.assert_podman_works()
     store.podman("rmi", case.image.name)
     assert store.layer_ids() == set()
     assert store.images() == []

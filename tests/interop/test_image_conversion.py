@@ -201,11 +201,11 @@ class TestRefusal:
             name = "in-the-way"
             maps = options(store, OTHER_MAP) if container_kind == "other map" else []
             store.create(small_image.name, *maps, f"--name={name}")
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         for check in (True, False):
             failed = convert(store, [small_image.name], [MAP], check=check)
             assert (failed["kind"], name in failed["msg"]) == ("LayerInUse", True), failed
-            assert before.changes(store.snapshot_of_disk()) == []
+            assert before.changes(store.disk_state()) == []
 
     def test_mounted_image_is_refused(self, make_store: MakeStore, small_image: Image) -> None:
         store = make_store("vfs", small_image)
@@ -217,21 +217,21 @@ class TestRefusal:
 
     def test_ids_outside_map_are_refused(self, make_store: MakeStore, small_image: Image) -> None:
         store = make_store("overlay-forced", small_image)
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         for check in (True, False):
             failed = convert(store, [small_image.name], ["0:100000:900"], check=check)
             assert failed["kind"] == "UnmappedIDs", failed
             assert (failed["facts"]["uids"], failed["facts"]["gids"]) == ([1000], [1000])
-            assert before.changes(store.snapshot_of_disk()) == []
+            assert before.changes(store.disk_state()) == []
 
     def test_host_ids_outside_user_namespace_are_refused(
         self, make_store: MakeStore, small_image: Image
     ) -> None:
         store = make_store("rootless-overlay", small_image)
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         failed = convert(store, [small_image.name], [MAP])
         assert (failed["kind"], "UID 100000" in failed["msg"]) == ("MapError", True), failed
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
 
     def test_image_of_shared_store_is_refused(
         self, make_store: MakeStore, small_image: Image
@@ -241,12 +241,12 @@ class TestRefusal:
         folder = store.graphroot / "userns-storage"
         folder.mkdir(mode=0o700)
         (folder / "shared").touch()
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         for check in (True, False):
             failed = convert(store, [small_image.name], [MAP], check=check)
             assert failed["kind"] == "LayerInUse", failed
             assert f"{folder}/shared" in failed["msg"]
-            assert before.changes(store.snapshot_of_disk()) == []
+            assert before.changes(store.disk_state()) == []
         (folder / "shared").unlink()
         assert convert(store, [small_image.name], [MAP])["changed"]
 
@@ -256,10 +256,10 @@ class TestRefusal:
         below = make_store("overlay-forced", small_image)
         store = make_store("overlay-forced", read_only=[str(below.graphroot)])
         store.podman("images")
-        before = below.snapshot_of_disk()
+        before = below.disk_state()
         failed = convert(store, [below.image(small_image.name)["id"]], [MAP])
         assert failed["kind"] == "ReadOnlyStore", failed
-        assert before.changes(below.snapshot_of_disk()) == []
+        assert before.changes(below.disk_state()) == []
 
     @pytest.mark.parametrize("other", ["image", "mapped layer"])
     def test_layers_that_additional_store_also_uses_are_refused(
@@ -274,13 +274,13 @@ class TestRefusal:
         name = first.name if other == "mapped layer" else second.name
         store = make_store("overlay-forced", first)
         store.add_read_only(below.graphroot)
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         for check in (True, False):
             failed = convert(store, [first.name], [MAP], check=check)
             assert failed["kind"] == "LayerInUse", failed
             assert str(below.graphroot) in failed["msg"]
             assert name in failed["msg"]
-            assert before.changes(store.snapshot_of_disk()) == []
+            assert before.changes(store.disk_state()) == []
 
     @pytest.mark.parametrize(("release", "owner"), [("trixie", 0), ("experimental", 100000)])
     def test_runtime_uses_converted_layers_for_other_image(
@@ -321,9 +321,9 @@ def test_check_mode_writes_nothing_and_predicts_lock_time(
 ) -> None:
     image = many_files_image(3000)
     store = make_store(kind, image)
-    before = store.snapshot_of_disk()
+    before = store.disk_state()
     predicted = convert(store, [image.name], [MAP], check=True)
-    assert before.changes(store.snapshot_of_disk()) == []
+    assert before.changes(store.disk_state()) == []
     assert predicted["lock_seconds"] == 0 < predicted["expected_lock_seconds"]
     assert predicted["inodes"] >= 3000
     converted = convert(store, [image.name], [MAP])
@@ -378,11 +378,11 @@ class TestModule:
         run_module: t.Any,
     ) -> None:
         store = make_store(kind, small_image)
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         failed = declare(store, small_image.name, fails=True)
         assert "convert: true" in failed["msg"], failed
         predicted = declare(store, small_image.name, convert=True, check=True)
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
         converted = declare(store, small_image.name, convert=True)
         for result in (predicted, converted):
             assert (result["changed"], result["actions"]) == (True, ["converted"])
@@ -393,10 +393,10 @@ class TestModule:
             assert conversion["expected_lock_seconds"] > 0
             (was,), (now,) = (result["diff"][side]["images"] for side in ("before", "after"))
             assert (was["uidmap"], now["uidmap"]) == ([], entry["uidmap"])
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         repeated = declare(store, small_image.name, convert=True)
         assert (repeated["changed"], repeated["conversions"]) == (False, [])
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
         layers = store.layer_ids()
         maps = {"uidmap": [MAP], "gidmap": [MAP]} if not store.user else {"userns": "keep-id"}
         args = {**store.module_args(), "image": small_image.name, **maps}

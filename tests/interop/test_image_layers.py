@@ -71,9 +71,9 @@ class TestPresent:
             "images": ["localhost/app:1", "app:stable"],
             "source": small_image.source,
         }
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         predicted = declare(store, check=True, **args)
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
         assert (predicted["changed"], predicted["actions"]) == (True, ["pulled", "tagged"])
         result = declare(store, **args)
         assert (result["changed"], result["actions"]) == (True, ["pulled", "tagged"])
@@ -85,11 +85,11 @@ class TestPresent:
         assert set(listed) == {f"sha256:{image['id']}"}
         store.create("localhost/app:stable", *options(store))
 
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         repeated = declare(store, **args)
         assert (repeated["changed"], repeated["actions"]) == (False, [])
         assert only(repeated["images"])["id"] == image["id"]
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
 
     @pytest.mark.parametrize(
         "name", ["docker.io/nextcloud:stable", "index.docker.io/nextcloud:stable"]
@@ -124,9 +124,9 @@ class TestPresent:
         store = make_store(kind)
         args: Json = {"images": "localhost/app:1", "source": small_image.source}
         assert not declare(store, images="localhost/app:1", state="absent")["changed"]
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         predicted = declare(store, check=True, **args)
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
         assert (predicted["changed"], predicted["images"]) == (True, [])
         assert predicted["store"]["graphroot"] == str(store.graphroot)
         result = declare(store, **args)
@@ -239,9 +239,9 @@ class TestAbsent:
         store.podman("rm", store.create(small_image.name, *options(store)))
         (mapped,) = store.mapped_layers(small_image.name)
         layers = store.layer_ids()
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         predicted = declare(store, check=True, image=small_image.name, state="absent")
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
         result = declare(store, image=small_image.name, state="absent")
         assert (result["changed"], result["actions"]) == (True, ["removed"])
         assert result["removed_layers"] == predicted["removed_layers"]
@@ -251,7 +251,7 @@ class TestAbsent:
         assert store.layer_ids() == set()
         assert store.images() == []
         for layer_id in layers:
-            assert store.leftovers(layer_id) == []
+            assert store.remaining_paths(layer_id) == []
         store.podman("images", "-a")
         store.podman("system", "df")
         assert declare(store, image=small_image.name, state="absent")["changed"] is False
@@ -276,13 +276,13 @@ class TestAbsent:
         store.create(small_image.name, "--name", "plain")
         store.create(small_image.name, "--name", "mapped", *options(store))
         store.storage_cli("create-container", "-n", "hidden", store.image(small_image.name)["id"])
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         for check in (True, False):
             result = declare(store, check=check, fails=True, image=small_image.name, state="absent")
             for name in ("plain", "mapped", "hidden"):
                 assert name in result["msg"]
             assert len(result["users"]) == 3
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
 
     def test_only_name_is_removed_if_image_has_other_names(
         self, make_store: MakeStore, declare: Declare, small_image: Image
@@ -343,11 +343,11 @@ class TestAbsent:
     ) -> None:
         below = make_store("overlay-forced", small_image)
         below.podman("rm", below.create(small_image.name, "--uidmap=0:100000:65536"))
-        before = below.snapshot_of_disk()
+        before = below.disk_state()
         store = make_store("overlay-forced", small_image)
         layers = store.layer_ids()
         store.add_read_only(below.graphroot)
         result = declare(store, image=small_image.name, state="absent")
         assert (result["actions"], set(result["removed_layers"])) == (["removed"], layers)
         assert (store.layers(), store.images()) == ([], [])
-        assert before.changes(below.snapshot_of_disk()) == []
+        assert before.changes(below.disk_state()) == []

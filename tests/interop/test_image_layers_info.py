@@ -159,7 +159,7 @@ class TestSizesAndContainers:
         store.create(small_image.name, *options(MAPS[0]))
         (copy,) = store.mapped_layers(small_image.name)
         assert only(only(get_info(store)["images"])["mapped_layers"])["status"] != "damaged"
-        store.forget_owners(copy)
+        store.empty_layer(copy)
         layer = only(only(get_info(store)["images"])["mapped_layers"])
         assert layer["status"] == "damaged"
         assert (
@@ -304,9 +304,9 @@ class TestSelection:
     ) -> None:
         store = make_store("overlay-forced", small_image)
         store.create(small_image.name, *options(MAPS[0]))
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         get_info(store, measure="exclusive")
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
 
 
 class TestDamage:

@@ -142,14 +142,14 @@ def test_disk_snapshot_detects_each_write(
     make_store: t.Callable[..., Store], small_image: Image
 ) -> None:
     store = make_store("vfs", small_image)
-    before = store.snapshot_of_disk()
-    assert before.changes(store.snapshot_of_disk()) == []
+    before = store.disk_state()
+    assert before.changes(store.disk_state()) == []
     lock = store.graphroot / "vfs-layers/layers.lock"
     with open(lock, "r+b") as content:
         old = content.read(64)
         content.seek(0)
         content.write(old)
-    changes = before.changes(store.snapshot_of_disk())
+    changes = before.changes(store.disk_state())
     assert [line.partition(": ")[0] for line in changes] == [str(lock)]
 
 

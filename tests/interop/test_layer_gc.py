@@ -70,12 +70,12 @@ class TestRules:
         store.create(small_image.name, "--name", "k", *options(MAPS[0]))
         assert store.mapped_layers(small_image.name) == [kept]
 
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         repeated = collect(store, created_before="0")
         assert repeated["changed"] is False
         assert repeated["removed"] == []
         assert (repeated["space_reclaimed"], repeated["inodes_reclaimed"]) == (0, 0)
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
 
     def test_without_rule_only_predictions_for_rules_are_returned(
         self, make_store: MakeStore, collect: Collect, small_image: Image
@@ -99,9 +99,9 @@ class TestRules:
     ) -> None:
         store = make_store(kind, heavy_image)
         create_unused_layers(store, heavy_image, *MAPS[:3])
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         predicted = collect(store, check=True, max_copies_per_image=1)
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
         result = collect(store, max_copies_per_image=1)
         assert predicted["changed"] is result["changed"] is True
         assert ids(predicted["removed"]) == ids(result["removed"])
@@ -185,11 +185,11 @@ class TestRules:
         create_unused_layers(shared, small_image, MAPS[0])
         store = make_store("vfs", read_only=[str(shared.graphroot)])
         store.podman("info")
-        before = shared.snapshot_of_disk()
+        before = shared.disk_state()
         result = collect(store, max_copies_per_image=0)
         assert result["changed"] is False
         assert only(result["kept"])["rule"] == "read_only"
-        assert before.changes(shared.snapshot_of_disk()) == []
+        assert before.changes(shared.disk_state()) == []
 
     def test_rule_duplicates_removes_duplicate(
         self, make_store: MakeStore, collect: Collect, small_image: Image
@@ -383,11 +383,11 @@ class TestFailure:
         small_image: Image,
     ) -> None:
         store = make_store("vfs", small_image)
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         result = collect(store, fails=True, **args)
         assert message in result["msg"]
         assert "exception" not in result
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
 
 
 class TestRootless:

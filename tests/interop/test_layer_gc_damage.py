@@ -86,7 +86,7 @@ class TestRepair:
         store = make_store("overlay-forced", small_image)
         (first,) = create_unused_layers(store, small_image, MAPS[0])
         assert collect(store)["findings"] == []
-        store.forget_owners(first)
+        store.empty_layer(first)
         result = collect(store, broken="repair")
         assert [(item["kind"], item["id"]) for item in result["repaired"]] == [("damaged", first)]
         assert_store_is_intact(store)

@@ -43,7 +43,7 @@ def only(result: Json) -> Json:
 
 def assert_unchanged(case: Case, before: DiskState) -> None:
     """Assert that nothing was written to the store since `before`."""
-    changes = before.changes(case.store.snapshot_of_disk())
+    changes = before.changes(case.store.disk_state())
     assert not changes, "\n".join(changes)
 
 
@@ -84,7 +84,7 @@ def test_podman_uses_our_layer(case: Case) -> None:
     assert store.layer_ids() - before == {layer_id, own}
     assert store.layer(own)["parent"] == layer_id
     assert case.mapped() == [layer_id]
-    case.assert_podman_is_well()
+    case.assert_podman_works()
 
 
 def test_record_equals_record_of_runtime(case: Case) -> None:
@@ -242,7 +242,7 @@ def test_newer_podman_uses_our_layer_and_finds_no_damage(
     checked = store.storage_cli("check")
     assert layer_id not in checked.stdout + checked.stderr
     assert "damage" not in checked.stdout.lower() + checked.stderr.lower()
-    case.assert_podman_is_well()
+    case.assert_podman_works()
 
 
 @pytest.mark.parametrize("kind", ["vfs", "overlay-forced"])
@@ -290,7 +290,7 @@ def test_first_container_adds_no_more_files_than_second(
 
 def test_second_run_writes_nothing(case: Case) -> None:
     first = only(case.layer_template())
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     second = case.layer_template()
     assert second["changed"] is False
     assert only(second)["action"] == "existing"
@@ -299,7 +299,7 @@ def test_second_run_writes_nothing(case: Case) -> None:
 
 
 def test_check_mode_predicts_result_and_writes_nothing(case: Case) -> None:
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     predicted = case.layer_template(options={"check": True, "diff": True})
     assert_unchanged(case, before)
     assert predicted["changed"] is True
@@ -314,7 +314,7 @@ def test_check_mode_predicts_result_and_writes_nothing(case: Case) -> None:
     assert result["diff"]["before"] == {case.image.name: []}
     assert result["diff"]["after"] == {case.image.name: [maps]}
 
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     repeated = case.layer_template(options={"check": True, "diff": True})
     assert repeated["changed"] is False
     assert repeated["diff"]["before"] == repeated["diff"]["after"]
@@ -328,7 +328,7 @@ def test_check_mode_predicts_result_and_writes_nothing(case: Case) -> None:
 def test_layer_created_by_podman_is_found(case: Case) -> None:
     case.create()
     (podman_layer,) = case.mapped()
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     result = case.layer_template()
     assert result["changed"] is False
     assert only(result)["action"] == "existing"
@@ -342,19 +342,19 @@ def test_layer_created_by_podman_is_found(case: Case) -> None:
 def test_removal_of_image_removes_our_files(case: Case) -> None:
     store = case.store
     layer_id = only(case.layer_template())["layer_id"]
-    case.assert_podman_is_well()
+    case.assert_podman_works()
     case.shell("true")
     store.podman("rmi", case.image.name)
     assert store.layers() == []
     assert store.images() == []
-    assert store.leftovers(layer_id) == []
+    assert store.remaining_paths(layer_id) == []
     folder = store.layer_folder("x").parent
     assert [p.name for p in folder.iterdir() if re.fullmatch("[0-9a-f]{64}", p.name)] == []
     if store.driver == "overlay":
         assert list((folder / "l").iterdir()) == []
     own_folder = store.graphroot / "userns-storage"
     assert [*own_folder.glob("staging/*"), *own_folder.glob("trash/*")] == []
-    case.assert_podman_is_well()
+    case.assert_podman_works()
 
 
 # With a running podman service
@@ -417,16 +417,16 @@ def test_absent_removes_only_that_layer(case: Case) -> None:
     entry = only(result)
     assert (entry["action"], entry["layer_id"]) == ("removed", layer_id)
     assert case.mapped() == kept
-    assert store.leftovers(layer_id) == []
+    assert store.remaining_paths(layer_id) == []
     assert {layer["id"] for layer in before} | set(kept) == store.layer_ids()
     if not kept:
         assert (store.layers(), store.images()) == (before, images_before)
     # Take the snapshot before podman reads the other layer, because the ledger would record that as use.
-    state = store.snapshot_of_disk()
+    state = store.disk_state()
     repeated = case.layer_template(state="absent")
     assert repeated["changed"] is False
     assert_unchanged(case, state)
-    case.assert_podman_is_well()
+    case.assert_podman_works()
     # podman creates its own copy again.
     assert case.shell("cat /etc/motd") == "second\n"
 
@@ -439,7 +439,7 @@ def test_copy_by_podman_with_wrong_owners_is_replaced(
     store = case.store
     case.create("--name=first")
     (copy,) = case.mapped()
-    store.forget_owners(copy)
+    store.empty_layer(copy)
     if not case.keep_id:
         assert store.podman("start", "first", check=False).rc != 0
 
@@ -454,7 +454,7 @@ def test_copy_by_podman_with_wrong_owners_is_replaced(
     assert entry["action"] == "created"
     assert "its owners are still the owners of the image: /etc belongs to 0:0" in entry["reason"]
     assert case.mapped() == [entry["layer_id"]] != [copy]
-    assert store.leftovers(copy) == []
+    assert store.remaining_paths(copy) == []
     assert case.shell("cat /etc/motd") == "second\n"
     assert case.layer_template()["changed"] is False
 
@@ -467,17 +467,17 @@ def test_absent_keeps_layer_in_use(case: Case) -> None:
     # podman's cleanup processes, whose arguments contain the ID, write to the store after the container's end.
     wait_until(lambda: not busy_pids(ran))
     created = case.create("--name=merely-created")
-    before = store.snapshot_of_disk()
+    before = store.disk_state()
     failed = case.layer_template(state="absent", options={"fails": True})
     for name, identity in (("ran", ran), ("merely-created", created)):
         assert name in failed["msg"] or identity[:12] in failed["msg"], failed["msg"]
     assert only(failed)["action"] == "refused"
-    changes = before.changes(case.store.snapshot_of_disk())
+    changes = before.changes(case.store.disk_state())
     # Our ledger may record the use of the layer. Nothing else in the store changes.
     own = (f"{store.graphroot}/userns-storage", f"{store.graphroot}/db.sql")
     paths = {line.partition(": ")[0] for line in changes} - {str(store.graphroot)}
     assert not [path for path in paths if not path.startswith(own)]
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     predicted = case.layer_template(state="absent", options={"fails": True, "check": True})
     assert predicted["msg"] == failed["msg"]
     assert_unchanged(case, before)
@@ -501,7 +501,7 @@ def test_absent_keeps_layer_used_by_buildah(make_case: MakeCase) -> None:
 
 def test_absent_for_unknown_image_changes_nothing(make_case: MakeCase) -> None:
     case = make_case("vfs")
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     result = case.layer_template(images=["localhost/never:1"], state="absent")
     assert (result["changed"], result["layers"]) == (False, [])
     assert_unchanged(case, before)
@@ -513,7 +513,7 @@ def test_absent_for_unknown_image_changes_nothing(make_case: MakeCase) -> None:
 @pytest.mark.parametrize("kind", ["overlay", "rootless-fuse"])
 def test_shifting_store_needs_no_layer(kind: str, make_case: MakeCase) -> None:
     case = make_case(kind)
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     result = case.layer_template()
     assert_unchanged(case, before)
     entry = only(result)
@@ -534,7 +534,7 @@ def test_force_creates_layer_although_runtime_shifts(make_case: MakeCase) -> Non
     assert case.mapped() == [only(forced)["layer_id"]]
     case.assert_tree(only(forced)["layer_id"])
     assert case.layer_template(force=True)["changed"] is False
-    case.assert_podman_is_well()
+    case.assert_podman_works()
     case.store.podman("rmi", case.image.name)
     assert case.store.layers() == []
 
@@ -547,7 +547,7 @@ def test_force_is_rejected_with_mount_program(make_case: MakeCase) -> None:
 
 
 def test_host_namespace_needs_no_layer(case: Case) -> None:
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     result = case.layer_template(userns="host")
     assert (result["changed"], only(result)["action"]) == (False, "not_needed")
     assert_unchanged(case, before)
@@ -560,7 +560,7 @@ def assert_rejected(
     case: Case, *parts: str, options: t.Optional[Json] = None, **args: t.Any
 ) -> str:
     """Assert that the module fails with all `parts` in its message, also in check mode, and writes nothing."""
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     messages = []
     for check in (False, True):
         settings: Json = {"fails": True, "check": check, **(options or {})}
@@ -643,7 +643,7 @@ def test_invalid_userns_is_rejected(make_case: MakeCase) -> None:
 
 def test_userns_with_uidmap_and_neither_are_rejected(make_case: MakeCase) -> None:
     case = make_case("vfs")
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     both = case.layer_template(userns="host", uidmap=[ROOTFUL_MAP], options={"fails": True})
     assert "userns" in both["msg"]
     bare = {"images": [case.image.name]}
@@ -690,9 +690,9 @@ def test_image_in_read_only_store_is_rejected(
     store = make_store(kind, read_only=[str(shared.graphroot)])
     store.podman("images")
     case = Case(store, small_image)
-    before = shared.snapshot_of_disk()
+    before = shared.disk_state()
     assert_rejected(case, "read-only", str(shared.graphroot), small_image.name)
-    assert before.changes(shared.snapshot_of_disk()) == []
+    assert before.changes(shared.disk_state()) == []
 
 
 def test_wrong_driver_is_rejected(make_case: MakeCase) -> None:
@@ -825,7 +825,7 @@ def test_nothing_changes_if_filesystem_fills_up_during_copy(
     layers, records = store.layers(), store.images()
     staging = store.graphroot / "userns-storage" / "staging"
     filler = store.graphroot.parent / "filler"
-    process = case.start("layer_template", {"images": [case.image.name], **case.wanted})
+    process = case.start("layer_template", {"images": [case.image.name], **case.mapping_args})
     # In the middle of the copy: there was enough space at its start.
     wait_until(
         lambda: sum(1 for _path in staging.rglob("*")) >= 500, while_running=process, pause=0.002
@@ -838,7 +838,7 @@ def test_nothing_changes_if_filesystem_fills_up_during_copy(
     assert (store.layers(), store.images()) == (layers, records)
     filler.unlink()
     assert list(staging.glob("*")) == []
-    case.assert_podman_is_well()
+    case.assert_podman_works()
     assert case.layer_template()["changed"] is True
     assert len(store.layers()) == len(layers) + 1
     assert case.shell("cat /data/00000/7 | head -n 1") == "7\n"
@@ -882,8 +882,8 @@ def test_playbook_for_rootful_and_rootless_stores(
         "become_method": "su",
     }
     tasks = [
-        {name: {**image, **rootful.wanted, **rootful.store.module_args()}},
-        {name: {**image, **rootless.wanted, "user": user.name}},
+        {name: {**image, **rootful.mapping_args, **rootful.store.module_args()}},
+        {name: {**image, **rootless.mapping_args, "user": user.name}},
         become_task,
         {name: {**image, "userns": "keep-it", "user": user.name}},
     ]
@@ -903,16 +903,16 @@ def test_store_is_read_only_for_untested_runtime(make_store: MakeStore, small_im
     """For a future version of podman, the store is only read unless allow_untested_runtime is set."""
     case = Case(make_store("vfs", small_image), small_image)
     untested: Json = {"runtime": "podman 99.0"}
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     for check in (True, False):
         failed = case.layer_template(options={"fails": True, "check": check}, **untested)
         assert "newer than this version of the collection was tested with (1.64)" in failed["msg"]
         assert "allow_untested_runtime" in failed["msg"]
     assert case.call("image_layers_info", {}, check=False)["images"]
-    assert before.changes(case.store.snapshot_of_disk()) == []
+    assert before.changes(case.store.disk_state()) == []
     created = case.layer_template(**untested, allow_untested_runtime=True)
     assert created["changed"]
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     collect = {"max_copies_per_image": 0, "min_age": "0s", "runtime": "podman 99.0"}
     predicted = case.call("layer_gc", collect, check=True)
     assert predicted["changed"]

@@ -65,7 +65,7 @@ def without_images(case: Case) -> Case:
 def pull(case: Case, **args: t.Any) -> Json:
     """Run image_layers for the case's namespace."""
     options = args.pop("options", {})
-    module_args = {"image": NAME, "source": case.image.source, **case.wanted, **args}
+    module_args = {"image": NAME, "source": case.image.source, **case.mapping_args, **args}
     module_args = {key: value for key, value in module_args.items() if value is not None}
     return case.call("image_layers", module_args, **options)
 
@@ -139,9 +139,9 @@ def test_containers_use_own_layers_of_mapped_image(
     case.as_user = case.keep_id and release == "sid"
     store = case.store
 
-    before = store.snapshot_of_disk()
+    before = store.disk_state()
     predicted = pull(case, options={"check": True, "diff": True})
-    assert before.changes(store.snapshot_of_disk()) == []
+    assert before.changes(store.disk_state()) == []
     empty = disk_usage(case)
     done = pull(case, options={"diff": True})
     for result in (predicted, done):
@@ -172,22 +172,22 @@ def test_containers_use_own_layers_of_mapped_image(
     )
     assert case.mapped() == []
     assert_runtime_checks_pass(store)
-    case.assert_podman_is_well()
+    case.assert_podman_works()
 
     # layer_template and a second image_layers task change nothing.
     entry = only(case.layer_template()["layers"])
     assert (entry["action"], entry["layer_id"]) == ("existing", own[0]["id"])
-    before = store.snapshot_of_disk()
+    before = store.disk_state()
     assert pull(case)["changed"] is False
     assert pull(case, pull="always", options={"check": True})["changed"] is False
-    assert before.changes(store.snapshot_of_disk()) == []
+    assert before.changes(store.disk_state()) == []
 
     # podman removes the image without leftovers.
     store.podman("rm", "kept")
     store.podman("rmi", NAME)
     assert (store.layer_ids(), store.images()) == (set(), [])
     for layer in own:
-        assert store.leftovers(layer["id"]) == []
+        assert store.remaining_paths(layer["id"]) == []
 
 
 @pytest.mark.parametrize("release", ["bookworm", "trixie", "sid", "experimental"])
@@ -342,11 +342,11 @@ class TestMixedMaps:
         case = make_case(kind, base)
         store = case.store
         other = {"uidmap": ["0:1:2000"]} if case.keep_id else {"uidmap": ["0:300000:65536"]}
-        requested: Json = {"source": app.source, "image": NAME, **case.wanted}
+        requested: Json = {"source": app.source, "image": NAME, **case.mapping_args}
         present: t.List[str] = PLAIN
         if first != "plain":
             store.podman("rmi", base.name)
-            mapping = other if first == "other map" else case.wanted
+            mapping = other if first == "other map" else case.mapping_args
             args = {"image": base.name, "source": base.source, **mapping}
             case.call("image_layers", args)
             present = other["uidmap"] if first == "other map" else case.map
@@ -355,7 +355,7 @@ class TestMixedMaps:
             requested = {"source": app.source, "image": NAME, "userns": "host"}
 
         # The request is refused before anything is pulled, also in check mode.
-        before = store.snapshot_of_disk()
+        before = store.disk_state()
         for check in (True, False):
             result = case.call("image_layers", requested, check=check, fails=True)
             assert (result["changed"], result["actions"]) == (False, [])
@@ -366,7 +366,7 @@ class TestMixedMaps:
             assert entry["reason"] == result["msg"]
             assert f"belong to image {base.name}" in result["msg"]
             assert "state: absent" in result["msg"]
-        assert before.changes(store.snapshot_of_disk()) == []
+        assert before.changes(store.disk_state()) == []
 
         # The runtime itself creates the layers that the module predicted.
         flags = []
@@ -401,7 +401,7 @@ class TestMixedMaps:
         built = [images.build(lab.folder(), [{"x": images.file(name)}], name) for name in names]
         case = make_case("vfs", built[0])
         case.store.skopeo("copy", "-q", built[1].source, f"docker://{names[1]}")
-        result = case.call("image_layers", {"images": names, **case.wanted}, fails=True)
+        result = case.call("image_layers", {"images": names, **case.mapping_args}, fails=True)
         assert [item["status"] for item in result["mappings"]] == ["different", "mapped"]
         assert (result["changed"], result["actions"]) == (True, ["pulled"])
         assert result["msg"].startswith("1 of 2 images failed. ")
@@ -480,7 +480,7 @@ def test_mapped_image_can_have_mapped_layers(kind: str, make_case: MakeCase) -> 
     removed = only(case.layer_template(userns="host", state="absent")["layers"])
     assert (removed["action"], removed["layer_id"]) == ("removed", entry["layer_id"])
     store.create(NAME)
-    case.assert_podman_is_well()
+    case.assert_podman_works()
     store.podman("rm", "--all")
     store.podman("rmi", NAME)
     assert store.layer_ids() == set()

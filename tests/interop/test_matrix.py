@@ -210,9 +210,9 @@ class Column:
 
     def run(self) -> None:
         """Try all fixed maps at once, then each form whose map depends on other containers."""
-        self._run_forms([form for form in self.forms if not form.later])
+        self._run_forms([form for form in self.forms if not form.depends_on_containers])
         for form in self.forms:
-            if form.later:
+            if form.depends_on_containers:
                 self._run_forms([form])
 
     def _run_forms(self, forms: t.Sequence[Form]) -> None:
@@ -330,7 +330,7 @@ class Column:
 
     def _create(self, form: Form) -> t.List[Result]:
         form = self._expanded(form)
-        args = [*form.words(), NAME_WITH_USER if form.user else NAME]
+        args = [*form.options(), NAME_WITH_USER if form.user else NAME]
         if form.program == "buildah":
             command = ["buildah", "from", *args]
         else:
@@ -395,7 +395,7 @@ def test_runtime_uses_prepared_layer(
     release, mode, name = key
     for image in form_images:
         store.load(image)
-    forms = matrix.FORMS[mode] if matrix.WRITE in os.environ else matrix.selected(*key)
+    forms = matrix.FORMS[mode] if matrix.OUTPUT_VARIABLE in os.environ else matrix.selected(*key)
     column = Column(store, forms)
     column.run()
     versions = ", ".join(column.runtimes.values())
@@ -403,7 +403,7 @@ def test_runtime_uses_prepared_layer(
     wrong = {
         form: text
         for form, text in column.found.items()
-        if not matrix.WORDS.keys() >= set(matrix.words(text))
+        if not matrix.OUTCOMES.keys() >= set(matrix.outcomes(text))
     }
     assert not wrong, "\n".join(f"{form}: {text}" for form, text in wrong.items())
     written = matrix.parse(WRITTEN_TABLE.read_text())
@@ -438,7 +438,7 @@ def test_written_table_is_complete_and_canonical() -> None:
         for form in matrix.FORMS[mode]
     }
     assert set(written.cells) == expected
-    assert {word for cell in written.cells.values() for word in matrix.words(cell)} == set(
-        matrix.WORDS
+    assert {word for cell in written.cells.values() for word in matrix.outcomes(cell)} == set(
+        matrix.OUTCOMES
     )
     assert len(expected) >= 150

@@ -134,13 +134,13 @@ def test_e06_unmapped_ids_are_reported_before_changes(
     far_owners_image: Image,
 ) -> None:
     case = make_case(kind, far_owners_image)
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     mapping: t.Dict[str, t.Any] = {"uidmap": [f"0:100000:{size}"]}
     result = case.layer_template(**mapping, options={"fails": True})
     assert set(result["uids"]) == set(result["gids"]) == unmapped, result["msg"]
     assert all(str(number) in result["msg"] for number in unmapped)
     assert not any(f" {number}" in result["msg"] for number in mapped)
-    assert before.changes(case.store.snapshot_of_disk()) == []
+    assert before.changes(case.store.disk_state()) == []
     (layer,) = case.layer_template(**mapping, unmapped_ids="overflow")["layers"]
     with case.store.mounted(layer["layer_id"]) as tree:
         owners = {path.name: os.lstat(path).st_uid for path in tree.iterdir()}
@@ -157,7 +157,7 @@ def test_e08_programs_do_not_wait_for_copy_of_large_image(
     make_case: MakeCase, large_image: Image
 ) -> None:
     case = make_case("overlay-forced", large_image)
-    process = case.start("layer_template", {"images": [large_image.name], **case.wanted})
+    process = case.start("layer_template", {"images": [large_image.name], **case.mapping_args})
     _wait_for_staging(case.store)
     listings = 0
     while process.poll() is None:
@@ -185,13 +185,13 @@ def test_e09_leftovers_of_killed_copy_are_removed(
         )
         wait_until(lambda: _incomplete(store))
     else:
-        process = case.start("layer_template", {"images": [large_image.name], **case.wanted})
+        process = case.start("layer_template", {"images": [large_image.name], **case.mapping_args})
         _wait_for_staging(store)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     (layer,) = case.layer_template()["layers"]
     assert layer["action"] == "created"
-    case.assert_podman_is_well()
+    case.assert_podman_works()
     assert store.layer_ids() == before | {layer["layer_id"]}
     assert _incomplete(store) == []
     names = (path.name for path in (store.graphroot / "overlay").iterdir())

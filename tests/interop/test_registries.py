@@ -14,7 +14,7 @@ import typing as t
 
 import pytest
 from support import hosts, matrix
-from support.injection import Modules
+from support.injection import ModuleServer
 from support.lab import Lab
 from support.machines import Machine
 from support.registry import PrivateRegistry
@@ -135,7 +135,7 @@ def test_username_and_password_are_never_in_a_file(
     assert user is not None
     args = {"images": [f"{registry.address}/team/small:1"], "pull": "always", "user": user.name}
     module_args = {**case.store.module_args(), **args, "username": NAME, "password": PASSWORD}
-    modules = Modules(lab)
+    modules = ModuleServer(lab)
     try:
         run = modules.run("image_layers", module_args, below="", record=True)
         assert run.result.get("changed"), run.output

@@ -110,7 +110,7 @@ def test_layer_that_podman_uses_is_kept(
     assert case.store.layer(own)["parent"] == entry["layer_id"]
     used = case.layer_template(**mapping, **UNTESTED)
     assert only_layer(used)["reason"] == "A layer with this map exists."
-    case.assert_podman_is_well()
+    case.assert_podman_works()
 
 
 # `runtime` names a version that writes maps in another form than the installed podman.
@@ -137,7 +137,7 @@ def test_layer_that_podman_does_not_use_is_removed(
     assert (entry["action"], entry["layer_id"]) == ("refused", "")
     assert not refusal["changed"]
     assert podman_state(case) == before
-    case.assert_podman_is_well()
+    case.assert_podman_works()
 
 
 def test_leftovers_of_killed_task_are_removed_by_next_task(make_case: MakeCase) -> None:
@@ -167,11 +167,11 @@ def test_leftovers_of_killed_task_are_removed_by_next_task(make_case: MakeCase) 
 
 def test_impossible_checks_are_refused(make_case: MakeCase) -> None:
     case = make_case("vfs")
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     options: Json = {"runtime": "buildah 99.0", "check_with_runtime": "always"}
     refusal = case.layer_template(options={"fails": True}, **options)
     assert "only podman can create a container without starting it" in refusal["msg"]
-    assert before.changes(case.store.snapshot_of_disk()) == []
+    assert before.changes(case.store.disk_state()) == []
     # A container cannot check a removal.
     case.create()
     refusal = case.layer_template(state="absent", options={"fails": True}, **UNTESTED)

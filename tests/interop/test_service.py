@@ -73,7 +73,7 @@ class ConfiguredService:
     def mapping_config(self, *images: str, **settings: t.Any) -> pathlib.Path:
         """Write a configuration with images and, by default, the case's namespace."""
         return self.config(
-            images=list(images or (NAME,)), **{"mappings": [self.case.wanted], **settings}
+            images=list(images or (NAME,)), **{"mappings": [self.case.mapping_args], **settings}
         )
 
     def command(self, *args: t.Any) -> t.List[str]:
@@ -195,10 +195,10 @@ def test_burst_of_changes_starts_one_run_and_own_changes_none(
         token = (store.graphroot / "vfs-images/images.lock").read_bytes()
         # It inspects the store once more after its own changes; then it only reads 64 bytes at intervals.
         wait_until(lambda: _reads_only_tokens(watcher.process))
-        state = store.snapshot_of_disk()
+        state = store.disk_state()
         assert all(_reads_only_tokens(watcher.process) for _round in range(2))
         assert (store.graphroot / "vfs-images/images.lock").read_bytes() == token
-        assert state.changes(store.snapshot_of_disk()) == []
+        assert state.changes(store.disk_state()) == []
         assert len(watcher.lines()) == 4
         priority = subprocess.run(
             ["ionice", "-p", str(watcher.process.pid)], capture_output=True, text=True, check=True

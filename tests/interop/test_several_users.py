@@ -45,10 +45,10 @@ def actions(result: Json) -> t.List[t.Tuple[str, str]]:
 def test_each_users_podman_uses_its_layer(lab: Lab, pair: t.List[Case]) -> None:
     users = [owner(case) for case in pair]
     image = pair[0].image
-    before = [case.store.snapshot_of_disk() for case in pair]
+    before = [case.store.disk_state() for case in pair]
     predicted = call(lab, users, image, options={"check": True, "diff": True})
     for case, state in zip(pair, before):
-        assert state.changes(case.store.snapshot_of_disk()) == []
+        assert state.changes(case.store.disk_state()) == []
     # A repeated name has no effect.
     made = call(lab, [*users, users[0]], image, options={"diff": True})
     for result in (predicted, made):
@@ -146,7 +146,7 @@ def test_refused_pair_does_not_stop_others(check: bool, make_case: MakeCase) -> 
 
 def test_invalid_mapping_changes_nothing(make_case: MakeCase) -> None:
     case = make_case("vfs")
-    before = case.store.snapshot_of_disk()
+    before = case.store.disk_state()
     for text, invalid in (
         ("0:1:x", {"uidmap": ["0:1:x"]}),
         ("keep-it", {"userns": "keep-it"}),
@@ -157,7 +157,7 @@ def test_invalid_mapping_changes_nothing(make_case: MakeCase) -> None:
         result = case.call("layer_template", args, fails=True)
         assert text in result["msg"]
         assert not result.get("changed")
-        assert before.changes(case.store.snapshot_of_disk()) == []
+        assert before.changes(case.store.disk_state()) == []
 
 
 def test_result_has_advice(make_case: MakeCase) -> None:

@@ -223,8 +223,8 @@ def test_store_is_read_from_podman_databases(
     real = make_store("vfs", machine=host("trixie"))
     real.podman("info")
     with real.service():
-        before = real.snapshot_of_disk()
+        before = real.disk_state()
         found = read_sqlite(str(real.graphroot / "db.sql"))
         fields = (found.graphroot, found.runroot, found.driver)
         assert fields == (str(real.graphroot), str(real.runroot), "vfs")
-        assert before.changes(real.snapshot_of_disk()) == []
+        assert before.changes(real.disk_state()) == []

@@ -46,7 +46,7 @@ def test_records_of_podman_are_read(kind: str, make_store: MakeStore, small_imag
     real = make_store(kind, small_image)
     # The fixed name cannot conflict: each store is private to its test.
     container = real.create(small_image.name, "--name=web")
-    before = real.snapshot_of_disk()
+    before = real.disk_state()
     store = open_store(real)
     snapshot = store.snapshot()
     assert {layer.id: layer.raw for layer in snapshot.layers.values()} == {
@@ -64,7 +64,7 @@ def test_records_of_podman_are_read(kind: str, make_store: MakeStore, small_imag
         for layer in snapshot.layers
         if not snapshot.layers[layer].names
     )
-    assert before.changes(real.snapshot_of_disk()) == []
+    assert before.changes(real.disk_state()) == []
     digest = ""
     for reference in (
         "small:1",
@@ -95,7 +95,7 @@ def test_podman_uses_written_record(make_store: MakeStore, small_image: Image) -
     assert real.podman("images", "-q", "--no-trunc").stdout.split()
     remove_mapped_layer(store, layer_id)
     assert real.layer_ids() == before - {layer_id}
-    assert real.leftovers(layer_id) == []
+    assert real.remaining_paths(layer_id) == []
     real.podman("rmi", small_image.name)
     assert real.layers() == real.images() == []
 
@@ -220,10 +220,10 @@ def test_wrong_driver_and_missing_store_are_refused(
     make_store: MakeStore, small_image: Image
 ) -> None:
     real = make_store("vfs", small_image)
-    before = real.snapshot_of_disk()
+    before = real.disk_state()
     with pytest.raises(StoreError, match="belongs to driver vfs"):
         open_store(real, driver="overlay")
-    assert before.changes(real.snapshot_of_disk()) == []
+    assert before.changes(real.disk_state()) == []
     fresh = make_store("overlay")
     with pytest.raises(StoreError) as caught:
         open_store(fresh)

@@ -102,7 +102,7 @@ def test_superseded_image_is_removed(
     # The new version uses the base layer, too.
     assert len(store.layers()) == 2
     for layer_id in (updated.mapped, top):
-        assert store.leftovers(layer_id) == []
+        assert store.remaining_paths(layer_id) == []
     assert store.run(NAME, "cat", "/etc/version") == "2\n"
     assert updated.collect()["changed"] is False
 

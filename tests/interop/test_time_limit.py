@@ -205,7 +205,7 @@ def test_each_run_completes_a_layer(make_case: MakeCase) -> None:
 
 def start_copy(case: Case) -> subprocess.Popen[bytes]:
     """Start layer_template, and wait until it copies files."""
-    process = case.start("layer_template", {"images": [case.image.name], **case.wanted})
+    process = case.start("layer_template", {"images": [case.image.name], **case.mapping_args})
     wait_until(lambda: staged_inodes(case))
     return process
 
@@ -262,7 +262,7 @@ def test_killed_work_restarts(
     case = make_case("vfs", many_files_image(FILES))
     interrupt_run(case)
     kept = staged_inodes(case)
-    process = case.start("layer_template", {"images": [case.image.name], **case.wanted})
+    process = case.start("layer_template", {"images": [case.image.name], **case.mapping_args})
     folder = case.store.graphroot / "userns-storage/staging" / staging(case)[0]
     wait_until(lambda: not (folder / "suspended").exists())
     os.killpg(process.pid, signal.SIGKILL)

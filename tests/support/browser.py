@@ -100,7 +100,7 @@ class Browser:
         """Run a script; returns the value of its `return`."""
         return self._call("/execute/sync", {"script": script, "args": list(arguments)})
 
-    def complaints(self) -> t.List[str]:
+    def console_messages(self) -> t.List[str]:
         """The messages of the page's console since the last call."""
         return [entry["message"] for entry in self._call("/se/log", {"type": "browser"})]
 

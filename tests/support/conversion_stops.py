@@ -16,7 +16,7 @@ import typing as t
 
 from . import subvolumes
 from .conversions import conversion_args, texts
-from .injection import CONVERSION, KILL, Modules, Run
+from .injection import CONVERSION, KILL, ModuleServer, Run
 from .lab import Lab
 from .machines import Machine
 from .stores import Store
@@ -35,7 +35,7 @@ class Conversions:
             store.load(image)
         # podman initialises the store before it is saved.
         store.podman("rm", store.create(OTHER_IMAGE))
-        self.modules = Modules(lab)
+        self.modules = ModuleServer(lab)
         # A user's namespace has 65,536 IDs.
         self.map = "0:1:2000" if store.user else MAP
         self.args = conversion_args(store, [self.image.name], [self.map])
@@ -44,10 +44,10 @@ class Conversions:
         self._save("before")
         self.seen: t.Dict[str, int] = {}
 
-    def run(self, at: int = 0, what: str = "") -> Run:
+    def run(self, at: int = 0, fault: str = "") -> Run:
         """Start a conversion and stop it at a point."""
         below = str(self.store.graphroot)
-        return self.modules.run(CONVERSION, self.args, below=below, at=at, what=what)
+        return self.modules.run(CONVERSION, self.args, below=below, at=at, fault=fault)
 
     def _save(self, name: str) -> None:
         shutil.rmtree(self._saved / name, ignore_errors=True)

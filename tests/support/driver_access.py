@@ -32,7 +32,7 @@ if t.TYPE_CHECKING:
     from .stores import Store
 
 
-class Place(t.NamedTuple):
+class StoreDescription(t.NamedTuple):
     """The description of a store for a child process."""
 
     driver: str
@@ -43,9 +43,9 @@ class Place(t.NamedTuple):
     image_stores: t.Tuple[str, ...] = ()
 
 
-def place_of(store: Store) -> Place:
+def describe_store(store: Store) -> StoreDescription:
     """The description of a store for a child process."""
-    return Place(
+    return StoreDescription(
         store.driver,
         str(store.graphroot),
         str(store.runroot),
@@ -55,53 +55,53 @@ def place_of(store: Store) -> Place:
     )
 
 
-def inside(store: Store, function: t.Callable[..., t.Any], *arguments: t.Any) -> t.Any:
+def run_as_owner(store: Store, function: t.Callable[..., t.Any], *arguments: t.Any) -> t.Any:
     """Run a function as the store's owner; its first argument is the description of the store."""
     user = store.user
     account = Account(user.name, user.uid, user.gid, user.home) if user else None
-    return userns.run(function, [place_of(store), *arguments], account)
+    return userns.run(function, [describe_store(store), *arguments], account)
 
 
 @contextlib.contextmanager
-def opened(
-    place: Place, make: t.Callable[[str, DriverHome], Driver] = open_driver
+def open_test_driver(
+    description: StoreDescription, make: t.Callable[[str, DriverHome], Driver] = open_driver
 ) -> t.Iterator[Driver]:
     """The driver of a store, in the view of operations.
 
     :param make: creates the driver from its name in storage.conf
     """
     with contextlib.ExitStack() as undo:
-        view = undo.enter_context(view_of(place.graphroot, place.driver))
+        view = undo.enter_context(view_of(description.graphroot, description.driver))
         home = DriverHome(
-            place.graphroot,
-            place.runroot,
-            place.options,
-            place.rootless,
+            description.graphroot,
+            description.runroot,
+            description.options,
+            description.rootless,
             view,
-            place.image_stores,
+            description.image_stores,
             tree_tools=TREE_TOOLS,
         )
-        yield make(place.driver, home)
+        yield make(description.driver, home)
 
 
-def staging_folder(place: Place, name: str) -> str:
+def staging_folder(description: StoreDescription, name: str) -> str:
     """A new folder for a layer to be built."""
-    path = os.path.join(place.graphroot, "userns-storage", "staging", name)
+    path = os.path.join(description.graphroot, "userns-storage", "staging", name)
     os.makedirs(path, mode=0o700)
     return path
 
 
-def config_of(place: Place) -> StoreConfig:
+def config_of(description: StoreDescription) -> StoreConfig:
     """The configuration of a store."""
     return StoreConfig(
-        graphroot=place.graphroot,
-        runroot=place.runroot,
-        driver=place.driver,
-        options=place.options,
+        graphroot=description.graphroot,
+        runroot=description.runroot,
+        driver=description.driver,
+        options=description.options,
         imagestore="",
-        additional_image_stores=place.image_stores,
+        additional_image_stores=description.image_stores,
         additional_layer_stores=(),
         transient=False,
-        rootless=place.rootless,
+        rootless=description.rootless,
         sources={},
     )

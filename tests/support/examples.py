@@ -44,7 +44,7 @@ from .stores import Store
 
 Json = t.Dict[str, t.Any]
 # The users whose stores the examples use, besides root.
-PEOPLE = ("alice", "bob", "runner")
+USERS = ("alice", "bob", "runner")
 # The registries from which they pull.
 REGISTRIES = ("docker.io", "registry.example.org")
 IMAGES = (
@@ -294,7 +294,7 @@ class Reader(abc.ABC):
         """Run a command as a user of the host or, if the user is empty, on the controller."""
 
 
-class World(Reader):
+class ExampleHost(Reader):
     """The machine that the examples require: users with stores and images, files, an inventory.
 
     Everything is in the laboratory, including root's own store and the registries.
@@ -304,13 +304,13 @@ class World(Reader):
         self.lab = lab
         self.image = images.build(lab.folder(), images.small_layers(), "localhost/small:1")
         self.image_id = images.image_id(images.small_layers())
-        self.people: t.Dict[str, Account] = {}
+        self.users: t.Dict[str, Account] = {}
         self.stores: t.Dict[str, Store] = {"root": Store(lab, "vfs")}
         lab.on_close(self.stores["root"].close)
-        for name in PEOPLE:
+        for name in USERS:
             user = users.add_user(lab, name=name)
             lab.on_close(functools.partial(users.remove_user, lab, user))
-            self.people[name] = user
+            self.users[name] = user
             self.stores[name] = Store(lab, "rootless-overlay", user=user)
             lab.on_close(self.stores[name].close)
         # Root's store is the default store of programs.
@@ -394,7 +394,7 @@ class World(Reader):
             script.write_text(command)
             arguments = self.lab.machine.command(
                 ["bash", "-e", str(script)],
-                account=self.people.get(user),
+                account=self.users.get(user),
                 env=self.stores[user].env(),
             )
             self.steps.append({"name": name, "ansible.builtin.command": {"argv": arguments}})

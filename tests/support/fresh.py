@@ -47,7 +47,7 @@ class FreshHost(examples.Reader):
         (settings / "registries.conf.d").mkdir()
         registry.configure(settings / "registries.conf.d")
         # The first of them gets UID 1000.
-        for name in examples.PEOPLE:
+        for name in examples.USERS:
             self.machine.run(["useradd", "-m", "-s", "/bin/bash", name])
         self.login = _LOGINS[suite]
         if self.login != "root":

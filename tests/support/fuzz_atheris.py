@@ -20,11 +20,11 @@ import typing as t
 
 
 @dataclasses.dataclass(frozen=True)
-class Fed:
-    """The result: the number of ``inputs``; the error of a failing input in ``trouble``, or ""."""
+class FuzzResult:
+    """The result: the number of ``inputs``; the error of a failing input in ``error``, or ""."""
 
     inputs: int
-    trouble: str
+    error: str
 
 
 def available() -> bool:
@@ -32,7 +32,7 @@ def available() -> bool:
     return importlib.util.find_spec("atheris") is not None
 
 
-def feed(names: t.Sequence[str], seed: int, limit: str) -> Fed:
+def fuzz_readers(names: t.Sequence[str], seed: int, limit: str) -> FuzzResult:
     """Run readers with inputs that only depend on the seed if the number of inputs is limited.
 
     :param limit: libFuzzer's option: ``-runs=NUMBER`` or ``-max_total_time=SECONDS``
@@ -64,17 +64,17 @@ def feed(names: t.Sequence[str], seed: int, limit: str) -> Fed:
             errors="replace",
             check=False,
         )
-        trouble = ""
+        error = ""
         if done.returncode != 0:
             inputs = [repr(path.read_bytes()) for path in (base / "found").iterdir()]
-            trouble = (
+            error = (
                 f"{done.stdout[-4000:]}{done.stderr[-4000:]}\nfailing inputs: {' '.join(inputs)}"
             )
     executed = re.search(r"number_of_executed_units: *(\d+)", done.stderr)
-    return Fed(int(executed[1]) if executed else 0, trouble)
+    return FuzzResult(int(executed[1]) if executed else 0, error)
 
 
-def _feed(names: t.Sequence[str], folder: str, *options: str) -> None:
+def _fuzz(names: t.Sequence[str], folder: str, *options: str) -> None:
     import atheris  # type: ignore[import-untyped,unused-ignore]
 
     with atheris.instrument_imports(include=["ansible_collections"]):
@@ -90,4 +90,4 @@ def _feed(names: t.Sequence[str], folder: str, *options: str) -> None:
 
 
 if __name__ == "__main__":
-    _feed(sys.argv[1].split(","), *sys.argv[2:])
+    _fuzz(sys.argv[1].split(","), *sys.argv[2:])

@@ -35,7 +35,7 @@ if t.TYPE_CHECKING:
 
 Json = t.Dict[str, t.Any]
 # The faults at the selected call: all processes or only the calling process are killed, or the call fails.
-KILL, KILL_ONE = "kill", "kill one"
+KILL, KILL_CALLER = "kill", "kill caller"
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EINTR")
 
 _PACKAGE = "ansible_collections.userns.storage.plugins.modules"
@@ -137,7 +137,7 @@ class Run:
     output: str = ""
 
 
-class Modules:
+class ModuleServer:
     """A server process that runs modules of this collection."""
 
     def __init__(self, lab: Lab, environ: t.Optional[t.Mapping[str, str]] = None) -> None:
@@ -161,7 +161,7 @@ class Modules:
         *,
         below: str = "",
         at: int = 0,
-        what: str = "",
+        fault: str = "",
         record: bool = False,
         opens: bool = False,
         account: t.Optional[Account] = None,
@@ -170,7 +170,7 @@ class Modules:
 
         :param below: only calls with paths below this folder are counted
         :param at: the number of the selected call, from 1; 0 for a complete run
-        :param what: the fault: KILL, KILL_ONE or the name of an error
+        :param fault: the fault: KILL, KILL_CALLER or the name of an error
         :param record: whether the calls are recorded
         :param opens: whether calls that open files for reading are recorded, too; they are not counted
         :param account: the user who runs it; root if not given
@@ -180,7 +180,7 @@ class Modules:
             "args": dict(args),
             "below": below,
             "at": at,
-            "what": what,
+            "fault": fault,
             "record": record or opens,
             "opens": opens,
             "ids": [account.uid, account.gid] if account else None,
@@ -194,8 +194,8 @@ class Modules:
         if not line:
             raise RuntimeError(f"the server exited with status {self._process.wait()}")
         answer = json.loads(line)
-        if "fault" in answer:
-            raise RuntimeError(answer["fault"])
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
         return Run(
             answer["points"],
             _call(answer["at"]) if answer["at"] else None,
@@ -439,15 +439,15 @@ class _Tracer:
         if self.points != self.request["at"]:
             return
         self.at = [name, paths, "", 0, True]
-        what = self.request["what"]
-        if what == KILL:
+        fault = self.request["fault"]
+        if fault == KILL:
             for item in tuple(self.known):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(item, signal.SIGKILL)
-        elif what == KILL_ONE:
+        elif fault == KILL_CALLER:
             os.kill(pid, signal.SIGKILL)
         else:
-            _fail_call(pid, getattr(errno, what))
+            _fail_call(pid, getattr(errno, fault))
 
     @staticmethod
     def _content(pid: int, name: str, paths: t.Sequence[str]) -> str:
@@ -518,7 +518,7 @@ def _serve() -> None:
         try:
             answer = _Tracer(json.loads(line)).run()
         except Exception as error:
-            answer = {"fault": repr(error)}
+            answer = {"error": repr(error)}
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 

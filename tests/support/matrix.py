@@ -15,7 +15,7 @@ import re
 import typing as t
 
 # The environment variable with the path of the file to which the table is written.
-WRITE = "USERNS_STORAGE_MATRIX"
+OUTPUT_VARIABLE = "USERNS_STORAGE_MATRIX"
 OWNER = "forms"
 # A name with subordinate ranges, but without an account.
 GHOST = "ghost"
@@ -48,7 +48,7 @@ COLUMNS: t.Dict[str, t.Dict[str, t.Tuple[str, t.Dict[str, str]]]] = {
 # The outcomes in cells. Any other text is a failure.
 LAYER, SHIFTS, NO_MAP = "layer", "shifts", "no map"
 COPIES, REFUSED, BROKEN = "copies", "refused", "broken"
-WORDS = {
+OUTCOMES = {
     LAYER: "the module predicted the map exactly and created its layer; the runtime used it and created no other",
     SHIFTS: "the module predicted the map exactly, and that no layer is needed; the runtime created none",
     NO_MAP: "the module predicted that there is no map; no layer was created",
@@ -79,7 +79,7 @@ class Form:
     user: bool = False
     start: bool = False
 
-    def words(self) -> t.List[str]:
+    def options(self) -> t.List[str]:
         """The options on the program's command line."""
         uid, gid = ("uidmap", "gidmap")
         if self.program == "buildah":
@@ -92,13 +92,13 @@ class Form:
         return options
 
     def __str__(self) -> str:
-        text = f"`{'' if self.program == 'podman' else 'buildah '}{' '.join(self.words())}`"
+        text = f"`{'' if self.program == 'podman' else 'buildah '}{' '.join(self.options())}`"
         if self.slots > 1:
             text += f", {self.slots} containers at once"
         return f"{text}, image with USER {USER}" if self.user else text
 
     @property
-    def later(self) -> bool:
+    def depends_on_containers(self) -> bool:
         """Whether its map depends on existing containers."""
         return self.userns.startswith("auto")
 
@@ -229,7 +229,7 @@ test reads the records of the store.
 | cell | meaning |
 | --- | --- |
 """
-_COMMAND = f"{WRITE}=$PWD/docs/interop-matrix.md scripts/test interop"
+_COMMAND = f"{OUTPUT_VARIABLE}=$PWD/docs/interop-matrix.md scripts/test interop"
 _TAIL = f"""\
 To generate this page again, run `{_COMMAND}`.
 
@@ -246,16 +246,16 @@ class Matrix:
     cells: Cells = dataclasses.field(default_factory=dict)
 
 
-def words(cell: str) -> t.List[str]:
+def outcomes(cell: str) -> t.List[str]:
     """The outcomes in a cell, which differ if several containers have different outcomes."""
     return cell.split(" and ")
 
 
 def render(matrix: Matrix) -> str:
     """The table as Markdown."""
-    counts = collections.Counter(word for cell in matrix.cells.values() for word in words(cell))
-    lines = [f"| {word} | {text} |" for word, text in WORDS.items()]
-    totals = ", ".join(f"{counts[word]} {word}" for word in WORDS)
+    counts = collections.Counter(word for cell in matrix.cells.values() for word in outcomes(cell))
+    lines = [f"| {word} | {text} |" for word, text in OUTCOMES.items()]
+    totals = ", ".join(f"{counts[word]} {word}" for word in OUTCOMES)
     lines += [
         "",
         "If several containers run at the same time, a cell can contain a different result for each of them.",

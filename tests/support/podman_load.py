@@ -64,7 +64,7 @@ class Rounds:
         if parent not in self.store.layer_ids() or not self.store.layer_folder(parent).is_dir():
             self.failures.append(f"round {number}: the layer {parent} of {name} was lost")
 
-    def collect_all_the_while(self) -> None:
+    def collect_until_stopped(self) -> None:
         """Run layer_gc until `stop` is called; only layers in use are protected."""
         args = {**self.store.module_args(), "min_age": "0", "max_copies_per_image": 0}
         while not self._end.is_set():
@@ -76,5 +76,5 @@ class Rounds:
                 self.removed += len(result["removed"])
 
     def stop(self) -> None:
-        """End `collect_all_the_while` after the current run."""
+        """End `collect_until_stopped` after the current run."""
         self._end.set()

@@ -16,7 +16,7 @@ from .stores import Store
 
 
 @contextlib.contextmanager
-def cut_off(store: Store) -> t.Iterator[pathlib.Path]:
+def mount_after_power_loss(store: Store) -> t.Iterator[pathlib.Path]:
     """Mount a copy of the disk of a store that has its own disk; yields the graph root on the copy."""
     copy = pathlib.Path(f"/dev/shm/us-{os.getpid()}-copy.img")
     mount_point = store.base / "copy"

@@ -141,7 +141,7 @@ class Race:
 
     # Checks of the final state
 
-    def settle(self) -> None:
+    def check_final_state(self) -> None:
         """Remove all unused layers, and compare the store with the expected state."""
         final = {"min_age": "0", "max_copies_per_image": 0, "duplicates": True}
         args = {**self.store.module_args(), **final}

@@ -48,7 +48,7 @@ class Case:
         return [f"--uidmap={ROOTFUL_MAP}", f"--gidmap={ROOTFUL_MAP}"]
 
     @property
-    def wanted(self) -> Json:
+    def mapping_args(self) -> Json:
         """The modules' options for the same namespace."""
         return {"userns": "keep-id"} if self.keep_id else {"uidmap": [ROOTFUL_MAP]}
 
@@ -83,7 +83,7 @@ class Case:
         """layer_template for the case's image and namespace, with `args` added or replaced."""
         arguments: Json = {"images": [self.image.name], **args}
         if not {"userns", "uidmap", "gidmap"}.intersection(args):
-            arguments.update(self.wanted)
+            arguments.update(self.mapping_args)
         return self.call("layer_template", arguments, **(options or {}))
 
     def info(self, *, options: t.Optional[Json] = None, **args: t.Any) -> Json:
@@ -106,7 +106,7 @@ class Case:
         """IDs of the image's mapped layers."""
         return self.store.mapped_layers(self.image.name)
 
-    def assert_podman_is_well(self) -> None:
+    def assert_podman_works(self) -> None:
         """Check that podman's listings succeed."""
         self.store.podman("images", "-a")
         self.store.podman("system", "df", "-v")

@@ -358,7 +358,7 @@ class Store:
         # containers/storage renames diff to diff1, diff2 and so on when it changes owners.
         return sorted((self.graphroot / "overlay" / layer_id).glob("diff*"))
 
-    def forget_owners(self, layer_id: str) -> None:
+    def empty_layer(self, layer_id: str) -> None:
         """Make an overlay layer empty, like a copy by podman without a changed owner."""
         for own_entry in self.own_entries(layer_id):
             shutil.rmtree(
@@ -414,7 +414,7 @@ class Store:
         inner = {"vfs": "dir", "btrfs": "subvolumes", "overlay": ""}[self.driver]
         return self.graphroot / self.driver / inner / layer_id
 
-    def snapshot_of_disk(self) -> DiskState:
+    def disk_state(self) -> DiskState:
         """The current state of graph root and run root; `changes` compares two states."""
         return disk_state(self.graphroot, self.runroot)
 
@@ -446,7 +446,7 @@ class Store:
             mounts.detach_all(str(target))
             target.rmdir()
 
-    def leftovers(self, layer_id: str) -> t.List[str]:
+    def remaining_paths(self, layer_id: str) -> t.List[str]:
         """Paths of the store that still refer to a layer."""
         paths = disk_state(self.graphroot).entries
         found = [path for path in paths if os.path.basename(path).startswith(layer_id)]

@@ -51,7 +51,7 @@ import typing as t
 
 from . import images, subvolumes
 from .images import Image
-from .injection import ERRORS, KILL, KILL_ONE, Modules, Run
+from .injection import ERRORS, KILL, KILL_CALLER, ModuleServer, Run
 from .lab import Lab
 from .machines import Machine
 from .stores import Store
@@ -113,7 +113,7 @@ class Scene:
     """
 
     def __init__(
-        self, store: Store, image: Image, modules: Modules, machines: t.Sequence[Machine]
+        self, store: Store, image: Image, modules: ModuleServer, machines: t.Sequence[Machine]
     ) -> None:
         self.store, self.image, self.modules = store, image, modules
         self.machines = machines
@@ -174,33 +174,33 @@ class Scene:
         self._removes = module == "layer_gc" or args.get("state") == "absent"
         self.below = str(self.store.graphroot)
 
-    def _run(self, at: int = 0, what: str = "") -> Run:
-        return self.modules.run(self.module, self.args, below=self.below, at=at, what=what)
+    def _run(self, at: int = 0, fault: str = "") -> Run:
+        return self.modules.run(self.module, self.args, below=self.below, at=at, fault=fault)
 
-    def stop(self, what: str, at: int) -> bool:
+    def stop(self, fault: str, at: int) -> bool:
         """Stop the task at a point and check the result; returns False if it has fewer points."""
-        run = self._run(at, what)
+        run = self._run(at, fault)
         if run.at is None:
             self.restore("before")
             return False
-        self.tried[what] += 1
-        where = f"{self.store.kind} {self.module} {what} at {at} {run.at}"
+        self.tried[fault] += 1
+        where = f"{self.store.kind} {self.module} {fault} at {at} {run.at}"
         try:
-            self._check_stop(run, what)
+            self._check_stop(run, fault)
         except AssertionError as error:
             self.problems.append(f"{where}: {error}")
         self.restore("before")
         return True
 
-    def _check_stop(self, run: Run, what: str) -> None:
+    def _check_stop(self, run: Run, fault: str) -> None:
         result_state = self.state()
         self._assert_nothing_else_changed(result_state)
         outside = frozenset(
             item for item in result_state.items() if not item[0].startswith("userns-storage")
         )
-        if what not in (KILL, KILL_ONE):
+        if fault not in (KILL, KILL_CALLER):
             self._check_error(run, result_state)
-        if what == KILL_ONE:
+        if fault == KILL_CALLER:
             # The process that waits for the killed process reports an error.
             assert "Traceback" not in run.output, run.output
         if (outside, True) not in self._checked:
@@ -412,7 +412,7 @@ def _lines(text: str) -> t.Iterator[str]:
 
 
 # All faults of a call.
-FAULTS = (KILL, KILL_ONE, *ERRORS)
+FAULTS = (KILL, KILL_CALLER, *ERRORS)
 # The tasks to stop.
 TASKS: t.Mapping[str, t.Tuple[str, t.Mapping[str, t.Any]]] = {
     "present": ("layer_template", {"images": ["localhost/tiny:1"], "uidmap": [MAP]}),
@@ -454,7 +454,7 @@ def stop_everywhere(
     """
     image = tiny_image(lab)
     store = make_store(kind, image)
-    modules = Modules(lab)
+    modules = ModuleServer(lab)
     try:
         scene = Scene(store, image, modules, machines)
         if task == "image":
@@ -479,7 +479,7 @@ def stop_everywhere(
                 break
     finally:
         modules.close()
-    stops = ", ".join(f"{number} {what}" for what, number in scene.tried.items())
+    stops = ", ".join(f"{number} {fault}" for fault, number in scene.tried.items())
     failed = f"{len(scene.problems)} failed checks" if scene.problems else "all checks passed"
     print(
         f"{kind} {task}: {points} points; {stops}; {failed}; {scene.shown} states tested with podman"

@@ -60,7 +60,7 @@ def assert_store_is_intact(store: Store, *removed: str) -> None:
     store.podman("images", "-a")
     store.podman("system", "df", "-v")
     for layer_id in removed:
-        assert store.leftovers(layer_id) == []
+        assert store.remaining_paths(layer_id) == []
         assert layer_id not in store.layer_ids()
     trash = store.graphroot / "userns-storage" / "trash"
     assert not trash.exists() or list(trash.iterdir()) == []

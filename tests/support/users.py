@@ -122,7 +122,7 @@ def add_user(
     machine.run(["install", "-d", "-m", "0700", "-o", str(number), "-g", str(number), runtime])
     user = User(name, number, number, str(home), runtime, start, subordinate)
     for other in _also_known_to(lab, machine):
-        introduce(user, other)
+        add_to_machine(user, other)
     return user
 
 
@@ -131,7 +131,7 @@ def _also_known_to(lab: Lab, machine: Machine) -> t.List[Machine]:
     return [lab.local] if machine is lab.machine and machine is not lab.local else []
 
 
-def introduce(user: User, machine: Machine) -> None:
+def add_to_machine(user: User, machine: Machine) -> None:
     """Add a user with the same IDs to the account files of another machine, for the lifetime of that machine."""
     etc = machine.path("/etc")
     lines = {

@@ -43,7 +43,7 @@ _RUNTIME = "podman 5.4.2"
 
 # All paths that are opened by name and that a user can change, relative to the graph root; that of storage.conf is
 # relative to the home. New paths must be added here, because test_obstacles.py replaces each path with obstacles.
-PLACES: t.Mapping[str, str] = {
+OPENED_PATHS: t.Mapping[str, str] = {
     "storage.conf": "~/.config/containers/storage.conf",
     "podman's database (SQLite)": "db.sql",
     "its journal": "db.sql-wal",
@@ -160,7 +160,7 @@ def write_database(path: str, statements: t.Iterable[str]) -> None:
     connection.close()
 
 
-def operate(store: StoreRequest, check: bool = False) -> t.List[str]:
+def run_all_operations(store: StoreRequest, check: bool = False) -> t.List[str]:
     """Run the operations of all modules; returns "done" or the class name of the error for each operation.
 
     :raises Exception: an error that is not a StorageError, or a result that the receiver does not accept
