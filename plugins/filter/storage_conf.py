@@ -61,8 +61,8 @@ from ansible_collections.userns.storage.plugins.plugin_utils import _escapes, _t
 
 def storage_conf(text: str, settings: t.Any) -> t.Any:
     try:
-        wanted = settings if isinstance(settings, dict) else _texts.lines(settings)
-        edited = conf_edit.edit(text, conf_edit.settings(wanted))
+        given = settings if isinstance(settings, dict) else _texts.lines(settings)
+        edited = conf_edit.edit(text, conf_edit.settings(given))
         return _escapes.template_result(edited)
     except (StorageError, ValueError) as error:
         raise _escapes.filter_error("storage_conf", error) from None

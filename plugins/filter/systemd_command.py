@@ -47,11 +47,11 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.userns.storage.plugins.plugin_utils import _escapes
 
 
-def systemd_command(words: t.Any) -> t.Any:
-    if not isinstance(words, (list, tuple)) or not words:
+def systemd_command(argv: t.Any) -> t.Any:
+    if not isinstance(argv, (list, tuple)) or not argv:
         raise AnsibleFilterError("userns.storage.systemd_command takes a list of words")
     try:
-        return _escapes.template_result(_escapes.systemd_command(words))
+        return _escapes.template_result(_escapes.systemd_command(argv))
     except ValueError as error:
         raise _escapes.filter_error("systemd_command", error) from None
 

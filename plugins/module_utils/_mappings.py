@@ -26,11 +26,11 @@ MAPPINGS_ARGUMENT: t.Dict[str, t.Any] = {
 }
 
 
-def wanted_mapping(options: t.Mapping[str, t.Any]) -> MappingOptions:
+def read_mapping(options: t.Mapping[str, t.Any]) -> MappingOptions:
     """The mapping that a task declares."""
     return MappingOptions(**given(OPTIONS, options))
 
 
-def wanted_userns(options: t.Mapping[str, t.Any]) -> t.Optional[MappingOptions]:
+def read_userns(options: t.Mapping[str, t.Any]) -> t.Optional[MappingOptions]:
     """The user namespace that a task declares for all containers of an image; None if it declares none."""
-    return wanted_mapping(options) if any(map(options.get, MAPPING_OPTIONS)) else None
+    return read_mapping(options) if any(map(options.get, MAPPING_OPTIONS)) else None

@@ -496,7 +496,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.userns.storage.plugins.module_utils._mappings import (
     MAPPING_EXCLUSIVE,
     USERNS_ARGUMENTS,
-    wanted_userns,
+    read_userns,
 )
 from ansible_collections.userns.storage.plugins.module_utils._module import (
     STORE_ARGUMENTS,
@@ -556,7 +556,7 @@ def main() -> None:
             credentials=image_tools.Credentials(
                 params["authfile"] or "", params["username"] or "", params["password"] or ""
             ),
-            wanted=wanted_userns(params),
+            wanted=read_userns(params),
             convert=params["convert"],
         ),
         image_layers.declare,

@@ -361,7 +361,7 @@ from ansible_collections.userns.storage.plugins.module_utils._mappings import (
     MAPPING_EXCLUSIVE,
     MAPPING_OPTIONS,
     MAPPINGS_ARGUMENT,
-    wanted_mapping,
+    read_mapping,
 )
 from ansible_collections.userns.storage.plugins.module_utils._module import (
     STORE_ARGUMENTS,
@@ -433,7 +433,7 @@ def main() -> None:
         return layer_template.TemplateRequest(
             store=store,
             images=tuple(params["images"]),
-            wanted=tuple(map(wanted_mapping, params["mappings"] or [params])),
+            mappings=tuple(map(read_mapping, params["mappings"] or [params])),
             state=params["state"],
             strategy=params["strategy"],
             force=params["force"],

@@ -189,7 +189,7 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.userns.storage.plugins.module_utils._mappings import (
     MAPPINGS_ARGUMENT,
-    wanted_mapping,
+    read_mapping,
 )
 from ansible_collections.userns.storage.plugins.module_utils._module import (
     STORE_ARGUMENTS,
@@ -227,7 +227,7 @@ def main() -> None:
         store=store_request(None, {**{name: params[name] for name in _STORE}, "driver": "overlay"}),
         images=tuple(params["images"]),
         users=tuple(params["users"]),
-        wanted=tuple(map(wanted_mapping, params["mappings"])),
+        mappings=tuple(map(read_mapping, params["mappings"])),
         state=params["state"],
         check=module.check_mode,
     )

@@ -81,12 +81,12 @@ def systemd_value(text: t.Any) -> str:
     return value.replace("%", "%%")
 
 
-def systemd_command(words: t.Sequence[t.Any]) -> str:
+def systemd_command(argv: t.Sequence[t.Any]) -> str:
     """A program and its arguments as the value of ``ExecStart=``.
 
     :raises ValueError: units cannot contain it, or the program is no plain path
     """
-    program, *arguments = map(_systemd, words)
+    program, *arguments = map(_systemd, argv)
     if not re.fullmatch(r"/[^\s\"'\\$;]+", program):
         raise ValueError(
             f"{terminal(program)!r} is not a valid absolute path of a program for systemd: "

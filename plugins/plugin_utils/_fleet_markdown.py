@@ -155,8 +155,8 @@ def _list(entries: t.Sequence[str], nothing: str) -> t.List[str]:
 def _rest(count: int, what: str) -> t.List[str]:
     if count <= _LONGEST:
         return []
-    words = f"{count - _LONGEST} more" if what == "more" else f"{count - _LONGEST} more {what}"
-    return ["", f"And {words}."]
+    text = f"{count - _LONGEST} more" if what == "more" else f"{count - _LONGEST} more {what}"
+    return ["", f"And {text}."]
 
 
 def _table(head: t.Sequence[str], rows: t.Sequence[t.Sequence[str]]) -> t.List[str]:

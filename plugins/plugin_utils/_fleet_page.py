@@ -172,8 +172,8 @@ def _tiles(fleet: Fleet) -> t.Iterator[str]:
         shared = (human(sums.saved), "not copied, because images are shared with users", "good")
         tiles.insert(3, shared)
     yield '<div class="tiles">'
-    for value, words, kind in tiles:
-        yield f'<div class="tile"><b class="{kind}">{esc(value)}</b><span>{esc(words)}</span></div>'
+    for value, label, kind in tiles:
+        yield f'<div class="tile"><b class="{kind}">{esc(value)}</b><span>{esc(label)}</span></div>'
     yield "</div>"
 
 
@@ -221,10 +221,10 @@ def _bar(sums: Sums, top: int) -> str:
         at += width
     mark = min(1000 * sums.recorded / top, 998)
     parts.append(f'<path class="mark" d="M{mark:.1f} 0v10"/>')
-    words = f"{human(sums.on_disk)} on disk, {human(sums.recorded)} recorded"
+    label = f"{human(sums.on_disk)} on disk, {human(sums.recorded)} recorded"
     return (
-        f'<svg viewBox="0 0 1000 10" preserveAspectRatio="none" role="img" aria-label="{words}">'
-        f"<title>{words}</title>{''.join(parts)}</svg>"
+        f'<svg viewBox="0 0 1000 10" preserveAspectRatio="none" role="img" aria-label="{label}">'
+        f"<title>{label}</title>{''.join(parts)}</svg>"
     )
 
 
@@ -245,11 +245,11 @@ def _skyline(hosts: t.Sequence[Host], top: int) -> t.Iterator[str]:
         parts.append(
             f"<g><title>{esc(host.name)}: {human(host.sums.on_disk)}</title>{''.join(columns)}</g>"
         )
-    words = f"All {len(hosts)} hosts, by descending disk usage"
+    label = f"All {len(hosts)} hosts, by descending disk usage"
     yield (
         f'<div class="sky"><div class="scale"><span>{human(top)}</span></div>'
-        f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="{words}">{"".join(parts)}</svg>'
-        f'<div class="scale"><span>{words}</span>'
+        f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+        f'<div class="scale"><span>{label}</span>'
         f"<span>{esc(hosts[-1].name)}: {human(hosts[-1].sums.on_disk)}</span></div></div>"
     )
 

@@ -304,14 +304,14 @@ def _size(unit: Unit, section: str) -> int:
 def _arguments(unit: Unit, section: str) -> t.Dict[str, t.List[str]]:
     """The values of podman's options for user namespaces, and of --pod, in PodmanArgs."""
     result: t.Dict[str, t.List[str]] = {}
-    words = iter(unit.arguments(section, "PodmanArgs"))
-    for word in words:
-        option, equals, value = word.partition("=")
+    arguments = iter(unit.arguments(section, "PodmanArgs"))
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
         option = option[2:] if option.startswith("--") else ""
         if option not in (*_KEYS, "pod"):
             continue
         if not equals:
-            value = next(words, "")
+            value = next(arguments, "")
         if not value:
             raise UnitError(f"{unit.name}: PodmanArgs has --{option} without a value")
         result.setdefault(option, []).append(value)

@@ -200,8 +200,8 @@ class Unit:
         )
 
     def _environment(self) -> t.Dict[str, str]:
-        words = self.arguments("Service", "Environment")
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        assignments = self.arguments("Service", "Environment")
+        return dict(word.split("=", 1) for word in assignments if "=" in word)
 
     def _own_specifiers(self) -> t.Dict[str, str]:
         """Specifiers with values from the file name."""

@@ -32,7 +32,9 @@ def main(store: str, image: str, mapping: str) -> None:
     started = time.perf_counter()
     options["storage_options"] = tuple(options.get("storage_options", ()))
     request = layer_template.TemplateRequest(
-        store=StoreRequest(**options), images=(image,), wanted=(MappingOptions(uidmap=(mapping,)),)
+        store=StoreRequest(**options),
+        images=(image,),
+        mappings=(MappingOptions(uidmap=(mapping,)),),
     )
     result = running.run(layer_template.declare, (request,), None)
     seconds = time.perf_counter() - started

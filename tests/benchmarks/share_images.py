@@ -34,7 +34,7 @@ def main(graphroot: str, runroot: str, *users: str) -> None:
             SharedRequest(
                 store=StoreRequest(graphroot=graphroot, runroot=runroot, driver="overlay"),
                 users=(user,),
-                wanted=(MappingOptions(userns="keep-id"),),
+                mappings=(MappingOptions(userns="keep-id"),),
             )
         )
         spent.append(time.perf_counter() - started)

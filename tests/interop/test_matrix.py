@@ -307,7 +307,7 @@ class Column:
             layer_template.TemplateRequest(
                 store=StoreRequest(account=account),
                 images=(NAME_WITH_USER if form.user else NAME,),
-                wanted=(
+                mappings=(
                     MappingOptions(
                         form.userns,
                         form.uidmap,

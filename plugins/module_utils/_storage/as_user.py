@@ -27,7 +27,7 @@ _LOOK = 5.0
 # Descriptors of files in memory, above those that programs pass to their child processes.
 _FIRST_DESCRIPTOR = 100
 # Bytes of a program's standard error.
-_LAST_WORDS = 2000
+_STDERR_LIMIT = 2000
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def typed(account: t.Optional[Account], line: str) -> str:
 
 
 def execute(
-    words: t.Sequence[str],
+    argv: t.Sequence[str],
     account: t.Optional[Account],
     variables: t.Mapping[str, str],
     stalled: float = _STALLED,
@@ -67,7 +67,7 @@ def execute(
     :param account: None for the caller
     :param variables: added to the environment
     :param stalled: the program is terminated after this time (seconds) in which its processes used no CPU time
-    :param files: contents of files by placeholder. Words and values of ``variables`` that equal a placeholder are
+    :param files: contents of files by placeholder. Arguments and values of ``variables`` that equal a placeholder are
         replaced by the path of a file in memory, which only the account and root can read and which disappears when all
         processes of the program have ended
     :raises StorageError: it cannot be started, was terminated, or the process that waits for it did not respond
@@ -75,14 +75,14 @@ def execute(
     # The child process checks for progress, including that of other processes of the program.
     limits = userns.Limits(stall=0.0)
     found = userns.run_as(
-        _watched, (words, variables, stalled, account, dict(files or {})), account, limits
+        _watched, (argv, variables, stalled, account, dict(files or {})), account, limits
     )
     return Finished(**found)
 
 
 @userns.returns(Record({"rc": whole, "stdout": text, "digest": text, "stderr": text}))
 def _watched(
-    words: t.Sequence[str],
+    argv: t.Sequence[str],
     variables: t.Mapping[str, str],
     stalled: float,
     account: t.Optional[Account],
@@ -95,7 +95,7 @@ def _watched(
     own = os.getpid()
     # In memory, because check mode must not write to any folder.
     with contextlib.ExitStack() as undo:
-        output, complaints = (undo.enter_context(_memory(name)) for name in ("stdout", "stderr"))
+        output, errors = (undo.enter_context(_memory(name)) for name in ("stdout", "stderr"))
         paths: t.Dict[str, str] = {}
         descriptors = []
         for placeholder, content in files.items():
@@ -104,11 +104,11 @@ def _watched(
         given = {name: paths.get(value, value) for name, value in variables.items()}
         try:
             process = subprocess.Popen(
-                [paths.get(word, word) for word in words],
+                [paths.get(argument, argument) for argument in argv],
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=complaints,
+                stderr=errors,
                 cwd="/",
                 env={**environ, **given},
                 umask=0o022,
@@ -117,17 +117,17 @@ def _watched(
             )
         except OSError as error:
             raise ConfigError(
-                words[0], f"cannot be executed: {error.strerror}", "Check its path and permissions."
+                argv[0], f"cannot be executed: {error.strerror}", "Check its path and permissions."
             ) from error
-        status = _wait(process, words, stalled)
+        status = _wait(process, argv, stalled)
         output.seek(0)
         digest = hashlib.sha256()
         first = b""
         for piece in iter(lambda: output.read(2**20), b""):
             first = first or piece
             digest.update(piece)
-        complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - _LAST_WORDS))
-        stderr = complaints.read().decode("utf-8", "replace").strip()
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - _STDERR_LIMIT))
+        stderr = errors.read().decode("utf-8", "replace").strip()
     return {
         "rc": status,
         "stdout": first.decode("utf-8", "replace"),
@@ -136,7 +136,7 @@ def _watched(
     }
 
 
-def _wait(process: subprocess.Popen[bytes], words: t.Sequence[str], stalled: float) -> int:
+def _wait(process: subprocess.Popen[bytes], argv: t.Sequence[str], stalled: float) -> int:
     used, since = -1, time.monotonic()
     while True:
         try:
@@ -149,10 +149,10 @@ def _wait(process: subprocess.Popen[bytes], words: t.Sequence[str], stalled: flo
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
             raise StoreError(
-                words[0],
+                argv[0],
                 f"made no progress for {stalled:g} s and was terminated: its source does not "
                 "respond, or its process was stopped",
-                f"Run it manually: {command(*words)}",
+                f"Run it manually: {command(*argv)}",
             )
 
 

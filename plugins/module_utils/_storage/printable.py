@@ -73,16 +73,17 @@ def without_controls(value: t.Any) -> t.Any:
     return value
 
 
-def command(*words: str) -> str:
+def command(*arguments: str) -> str:
     """A quoted command line for a shell, on one line, with visible characters."""
     return " ".join(
-        shlex.quote(word) if word.isprintable() else _ansi_quoted(word) for word in words
+        shlex.quote(argument) if argument.isprintable() else _ansi_quoted(argument)
+        for argument in arguments
     )
 
 
-def user_command(user: str, words: str) -> str:
+def user_command(user: str, line: str) -> str:
     """A command line for root to run a command line as a user, from any folder and with any shell of the user."""
-    return command("runuser", "-l", user, "-s", "/bin/sh", "-c", words)
+    return command("runuser", "-l", user, "-s", "/bin/sh", "-c", line)
 
 
 def _ansi_quoted(word: str) -> str:

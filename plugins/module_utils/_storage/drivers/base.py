@@ -472,7 +472,7 @@ class Driver(abc.ABC):
         """Build the whole layer in a staging folder and sync it to disk. Takes no lock of the store.
 
         :param chain: the template and its parents, top first
-        :param shift: from the template's mapping to the wanted one
+        :param shift: from the template's mapping to the requested mapping
         :param strategy: a name of :meth:`strategies`, or "auto" for the first
         :param into: an existing folder of the caller's, on the view and the driver's filesystem; work that
             a suspended call with the same arguments left there is resumed
@@ -682,15 +682,15 @@ class Driver(abc.ABC):
 
     # Helpers
 
-    def _choose(self, wanted: str, supported: t.Sequence[Strategy]) -> Strategy:
-        if wanted == "auto":
+    def _choose(self, requested: str, supported: t.Sequence[Strategy]) -> Strategy:
+        if requested == "auto":
             return supported[0]
         for strategy in supported:
-            if strategy.name == wanted:
-                return Strategy(strategy.name, "as asked")
+            if strategy.name == requested:
+                return Strategy(strategy.name, "as requested")
         names = ", ".join(strategy.name for strategy in supported)
         raise UnsupportedDriver(
-            f"strategy {wanted}",
+            f"strategy {requested}",
             f"is not supported by driver {self.name} on "
             f"{files.filesystem_type(self.home.view) or 'this filesystem'} with the configuration of this store",
             f"Use auto, or one of: {names}.",
@@ -708,8 +708,8 @@ class Driver(abc.ABC):
         """The folder of the layers, reached without following a link below the graphroot."""
         current = os.open(graphroot or self.home.view, DIRECTORY & ~os.O_NOFOLLOW)
         try:
-            for place in self.folders:
-                following = os.open(place, DIRECTORY, dir_fd=current)
+            for name in self.folders:
+                following = os.open(name, DIRECTORY, dir_fd=current)
                 os.close(current)
                 current = following
             yield current
@@ -764,7 +764,7 @@ def read_text(folder: int, name: str) -> t.Optional[str]:
 
 
 def write_text(folder: int, name: str, text: str) -> None:
-    """Put a small file in an open directory, in the place of one that is there."""
+    """Put a small file in an open directory, and replace an existing file."""
     descriptor = os.open(name, _WRITE_TEXT, 0o600, dir_fd=folder)
     with open(descriptor, "w", encoding="utf-8") as stream:
         stream.write(text)

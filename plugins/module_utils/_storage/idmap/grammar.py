@@ -415,11 +415,11 @@ def _keep_id(userns: Userns, context: UsernsContext) -> Mapping:
     if context.keep_id_needs_ranges:
         _need_ranges("keep-id", context)
     maps = []
-    for own, wanted, have in (
+    for own, requested, have in (
         (context.uid, userns.uid, context.available.uid),
         (context.gid, userns.gid, context.available.gid),
     ):
-        kept = own if wanted is None else wanted
+        kept = own if requested is None else requested
         ranges = _subordinate(have)
         most = sum(ranges)
         if userns.size:

@@ -309,11 +309,11 @@ def bounds(kinds: t.Iterable[str], sources: Sources = Sources()) -> t.Tuple[int,
     """
     given: t.Dict[str, int] = {}
     for line in _lines(sources.login_defs):
-        words = line.replace('"', " ").split()
-        if len(words) > 1:
-            value = subid_file.number(words[1].encode("utf-8", "replace"), subid_file.SHADOW_4_17)
+        fields = line.replace('"', " ").split()
+        if len(fields) > 1:
+            value = subid_file.number(fields[1].encode("utf-8", "replace"), subid_file.SHADOW_4_17)
             if value is not None and value < ID_LIMIT:
-                given[words[0]] = value
+                given[fields[0]] = value
     names = [f"SUB_{kind.upper()}_" for kind in kinds]
     return (
         max(given.get(f"{name}MIN", _USUAL_MIN) for name in names),

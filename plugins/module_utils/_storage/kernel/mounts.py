@@ -313,9 +313,9 @@ def idmapped(source: PathOrFd, target: PathOrFd, namespace: int, attributes: int
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
     tree = libc.syscall(libc.SYS_OPEN_TREE, _AT_FDCWD, path, flags, path=path_of(source))
     try:
-        wanted = _MountAttr(_MOUNT_ATTR_IDMAP | attributes, 0, 0, namespace)
-        size = ctypes.sizeof(wanted)
-        reference = ctypes.byref(wanted)
+        settings = _MountAttr(_MOUNT_ATTR_IDMAP | attributes, 0, 0, namespace)
+        size = ctypes.sizeof(settings)
+        reference = ctypes.byref(settings)
         number = libc.SYS_MOUNT_SETATTR
         libc.syscall(number, tree, b"", _AT_EMPTY_PATH, reference, size, path=path_of(source))
         where = os.fsencode(path_of(target))

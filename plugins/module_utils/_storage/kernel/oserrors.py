@@ -52,12 +52,12 @@ def _explanation(
     facts: t.Dict[str, t.Any] = {"path": name or subject, "errno": error.errno}
     owner = namespace_owner()
     if owner and error.errno in (errno.EACCES, errno.EPERM):
-        user, place = _name_of(owner), _existing(root or subject)
+        user, folder = _name_of(owner), _existing(root or subject)
         return PermissionDenied(
             subject,
             f"cannot be used by {user}: {cause}. Files that root created in the store of {user} look like this",
-            f"Find them: `{command('find', place, '-user', 'root')}`. As root, change their owner to {user}: "
-            f"`{command('find', place, '-user', 'root', '-exec', 'chown', '-h', f'{user}:', '{}', '+')}`.",
+            f"Find them: `{command('find', folder, '-user', 'root')}`. As root, change their owner to {user}: "
+            f"`{command('find', folder, '-user', 'root', '-exec', 'chown', '-h', f'{user}:', '{}', '+')}`.",
             **facts,
         )
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -74,8 +74,8 @@ def _explanation(
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         shows = ""
         if root:
-            place = _existing(root)
-            shows = f"; `{command('df', '-h', place)}` and `{command('df', '-i', place)}` show the free space"
+            folder = _existing(root)
+            shows = f"; `{command('df', '-h', folder)}` and `{command('df', '-i', folder)}` show the free space"
         return NoSpace(
             subject,
             f"cannot be written: {cause}",

@@ -16,7 +16,7 @@ from ..errors import size_text
 from ..tree.measure import Usage
 from . import gc_policy
 from .gc_policy import PROTECTION, RULE, Policy
-from .image_patterns import Patterns, image_words, map_words
+from .image_patterns import Patterns, image_terms, map_terms
 from .time_formats import format_age, format_time
 
 # The ledger records a use at most this often (seconds), so that times closer to each other do not
@@ -208,9 +208,9 @@ class _Planner:
         ordered = sorted(candidates, key=self._removal_order)
         protected = {candidate.layer_id: self._protection(candidate) for candidate in ordered}
         free = [candidate for candidate in ordered if protected[candidate.layer_id] is None]
-        wanted = self._selecting_rules(ordered, free)
+        selected = self._selecting_rules(ordered, free)
         used = sum(candidate.size for candidate in ordered if self._chosen(candidate))
-        removals, kept = self._cut(ordered, protected, wanted, used)
+        removals, kept = self._cut(ordered, protected, selected, used)
         targets = self._targets(used, removals)
         repairs, left = self._findings(findings)
         return Plan(
@@ -239,7 +239,7 @@ class _Planner:
         if self.policy.ours_only and not candidate.ours:
             return False
         return not self.images.given or bool(
-            self.images.hit(image_words(candidate.image_ids, candidate.image_names))
+            self.images.hit(image_terms(candidate.image_ids, candidate.image_names))
         )
 
     def _protection(self, candidate: Candidate) -> t.Optional[t.Tuple[str, str]]:
@@ -253,17 +253,17 @@ class _Planner:
             return "dependents", "other layers depend on it: " + ", ".join(candidate.dependents)
         if candidate.read_only_store:
             return "read_only", f"it is in the read-only store {candidate.read_only_store}"
-        words = image_words(candidate.image_ids, candidate.image_names)
-        if policy.images and self.images.hit(words) is None:
+        terms = image_terms(candidate.image_ids, candidate.image_names)
+        if policy.images and self.images.hit(terms) is None:
             return "images", "its image is not selected by images"
         if policy.ours_only and not candidate.ours:
             return "origin", "the runtime created it, and origin is ours"
         if candidate.lease is not None and (candidate.lease > self.now or self.watch.doubt):
             return "lease", f"leased until {format_time(candidate.lease)}"
-        pinned = self.keep_images.hit(words)
+        pinned = self.keep_images.hit(terms)
         if pinned is not None:
             return "keep_images", f"its image matches {pinned} of keep_images"
-        pinned = self.keep_mappings.hit(map_words(candidate.uidmap, candidate.gidmap))
+        pinned = self.keep_mappings.hit(map_terms(candidate.uidmap, candidate.gidmap))
         if pinned is not None:
             return "keep_mappings", f"its mapping matches {pinned} of keep_mappings"
         if candidate.layer_id in policy.keep_layers:
@@ -294,21 +294,21 @@ class _Planner:
         self, ordered: t.Sequence[Candidate], free: t.Sequence[Candidate]
     ) -> t.Dict[str, t.List[t.Tuple[str, str]]]:
         """For each layer ID, the rules that select it, with their reasons."""
-        wanted: t.Dict[str, t.List[t.Tuple[str, str]]] = {
+        selected: t.Dict[str, t.List[t.Tuple[str, str]]] = {
             candidate.layer_id: [] for candidate in free
         }
         for rule, why in LAYER_RULES.items():
             for candidate in free:
                 reason = why(self, candidate)
                 if reason:
-                    wanted[candidate.layer_id].append((rule, reason))
+                    selected[candidate.layer_id].append((rule, reason))
         if self.policy.unused_for is not None:
             if self.unwatched:
                 self.notes.append(self._waiting())
             self.notes += self.watch.remarks
         for rule, select in IMAGE_RULES.items():
             for candidate, reason in select(self, ordered, free):
-                wanted[candidate.layer_id].append((rule, reason))
+                selected[candidate.layer_id].append((rule, reason))
         used = sum(candidate.size for candidate in ordered if self._chosen(candidate))
         for rule, unit, amount, reason in self._space(used):
             freed = 0
@@ -317,9 +317,9 @@ class _Planner:
                     break
                 gain = candidate.size if unit == "bytes" else candidate.inodes
                 if gain > 0:
-                    wanted[candidate.layer_id].append((rule, reason))
+                    selected[candidate.layer_id].append((rule, reason))
                     freed += gain
-        return wanted
+        return selected
 
     # The predicates of the rules; the tables below name the rule of each.
 
@@ -455,7 +455,7 @@ class _Planner:
         self,
         ordered: t.Sequence[Candidate],
         protected: t.Mapping[str, t.Optional[t.Tuple[str, str]]],
-        wanted: t.Mapping[str, t.Sequence[t.Tuple[str, str]]],
+        selected: t.Mapping[str, t.Sequence[t.Tuple[str, str]]],
         used: int,
     ) -> t.Tuple[t.List[Decision], t.List[Decision]]:
         allowed, limit, limit_reason = self._allowed(used)
@@ -464,12 +464,12 @@ class _Planner:
         freed = 0
         for candidate in ordered:
             protection = protected[candidate.layer_id]
-            rules = wanted.get(candidate.layer_id, ())
+            rules = selected.get(candidate.layer_id, ())
             remove = False
             if protection is not None:
                 rule, reason = protection
             elif not rules:
-                rule, reason = self._unwanted()
+                rule, reason = self._rule_without_selection()
             elif allowed is not None and freed >= allowed:
                 rule, reason = limit, limit_reason
             else:
@@ -489,7 +489,7 @@ class _Planner:
             (removals if remove else kept).append(decision)
         return removals, kept
 
-    def _unwanted(self) -> t.Tuple[str, str]:
+    def _rule_without_selection(self) -> t.Tuple[str, str]:
         if not self.policy.has_rule:
             return "none", "no rule is set"
         if self.unwatched:

@@ -181,8 +181,8 @@ def _copies(name: str, value: t.Any, _now: float) -> t.Optional[int]:
     return copies(name, value)
 
 
-def _is(wanted: str) -> Reader:
-    return lambda _name, value, _now: value == wanted
+def _is(expected: str) -> Reader:
+    return lambda _name, value, _now: value == expected
 
 
 def _shared(_name: str, value: t.Any, _now: float) -> str:

@@ -204,21 +204,21 @@ class _Converter:
         with store_ctx.driver.own_trees(ids) as trees:
             steps.begin(f"reading the layers of {_named(affected.images)}")
             plan = self._plan(affected, trees)
-            told = Conversion(
+            planned = Conversion(
                 tuple(ids),
                 tuple(layer.id for layer in affected.surplus),
                 plan.changes,
                 _RECORDS_SECONDS + _CHANGE_TO_READ * plan.seconds,
             )
             if self._check:
-                return told
+                return planned
             for layer in affected.surplus:
                 if remove_mapped_layer(store_ctx, layer.id) is not None:
                     self._removed.append(layer.id)
             seconds = self._commit(self._now(affected), plan, trees)
         store_ctx.ensure_still_there()
         return Conversion(
-            told.layers, tuple(self._removed), told.inodes, told.expected_seconds, seconds
+            planned.layers, tuple(self._removed), planned.inodes, planned.expected_seconds, seconds
         )
 
     # The affected layers
@@ -320,11 +320,11 @@ class _Converter:
                 "Remove the image and pull it again.",
             )
         self._refuse_shared(affected)
-        told = readers(self._store_ctx)
-        if told:
+        reading = readers(self._store_ctx)
+        if reading:
             raise LayerInUse(
                 name,
-                f"cannot be converted because containers of other stores may use its layers: {told}",
+                f"cannot be converted because containers of other stores may use its layers: {reading}",
                 "Pull the image with the mapping into a store that no other store reads.",
             )
         self._refuse_used(snapshot, affected)
@@ -351,9 +351,9 @@ class _Converter:
 
     def _refuse_used(self, snapshot: Snapshot, affected: _Affected) -> None:
         name = _named(affected.images)
-        asked = {image.id for image in affected.images}
+        requested = {image.id for image in affected.images}
         marked = {layer.id for layer in affected.marked}
-        containers = _containers(snapshot, asked, marked)
+        containers = _containers(snapshot, requested, marked)
         if containers:
             listed = ", ".join(f"{item.name} ({item.id[:12]})" for item in containers[:_MOST_NAMED])
             raise LayerInUse(
@@ -364,7 +364,7 @@ class _Converter:
                     {"kind": "container", "id": item.id, "name": item.name} for item in containers
                 ],
             )
-        images = _other_images(snapshot, asked, marked)
+        images = _other_images(snapshot, requested, marked)
         if images:
             listed = ", ".join(_label(item) for item in images[:_MOST_NAMED])
             raise LayerInUse(
@@ -387,7 +387,7 @@ class _Converter:
                 "Remove that layer with userns.storage.layer_gc and orphans=remove.",
                 layers=others,
             )
-        self._refuse_needed_by_additional_stores(snapshot, affected, asked)
+        self._refuse_needed_by_additional_stores(snapshot, affected, requested)
         mounted = sorted(mounted_layers(self._store_ctx.config) & marked)
         if mounted:
             raise LayerInUse(
@@ -400,7 +400,7 @@ class _Converter:
             )
 
     def _refuse_needed_by_additional_stores(
-        self, snapshot: Snapshot, affected: _Affected, asked: t.Collection[str]
+        self, snapshot: Snapshot, affected: _Affected, requested: t.Collection[str]
     ) -> None:
         """Check that no image of an additional store needs the layers.
 
@@ -410,7 +410,7 @@ class _Converter:
         :raises LayerInUse: naming the additional store
         """
         marked = {layer.id for layer in affected.marked}
-        for what, store in self._needed_by_additional_stores(snapshot, marked, asked):
+        for what, store in self._needed_by_additional_stores(snapshot, marked, requested):
             raise LayerInUse(
                 _named(affected.images),
                 f"cannot be converted because the additional image store {store} has some of its layers too, and "
@@ -421,11 +421,11 @@ class _Converter:
             )
 
     def _needed_by_additional_stores(
-        self, snapshot: Snapshot, marked: t.Set[str], asked: t.Collection[str]
+        self, snapshot: Snapshot, marked: t.Set[str], requested: t.Collection[str]
     ) -> t.Iterator[t.Tuple[str, str]]:
         """The images of additional stores that need the layers, each with its store."""
         for image in snapshot.images.values():
-            if image.store and image.id not in asked and image.layer in marked:
+            if image.store and image.id not in requested and image.layer in marked:
                 yield f"image {_label(image)}", image.store
         for layer in snapshot.layers.values():
             if layer.read_only_store and not marked.isdisjoint(
@@ -471,7 +471,7 @@ class _Converter:
             ("host UID", foreign_uids),
             ("host GID", foreign_gids),
         )
-        told = " and ".join(
+        owners = " and ".join(
             f"{kind}s {', '.join(str(number) for number in sorted(numbers)[:_MOST_NAMED])}"
             f"{_more(sorted(numbers))}"
             for kind, numbers in kinds
@@ -479,7 +479,7 @@ class _Converter:
         )
         return UnmappedIDs(
             _named(affected.images),
-            f"has files of {told}, which are not covered by the map {self._mapping}",
+            f"has files of {owners}, which are not covered by the map {self._mapping}",
             "Map more IDs. Nothing was changed.",
             uids=sorted(uids),
             gids=sorted(gids),
@@ -618,13 +618,13 @@ def _containers(
 
 
 def _other_images(
-    snapshot: Snapshot, asked: t.Collection[str], layers: t.Set[str]
+    snapshot: Snapshot, requested: t.Collection[str], layers: t.Set[str]
 ) -> t.List[Image]:
     """The images that need any of the layers, without the requested images."""
     return [
         image
         for image in snapshot.images.values()
-        if image.id not in asked and not image.store and _needs(snapshot, image, layers)
+        if image.id not in requested and not image.store and _needs(snapshot, image, layers)
     ]
 
 

@@ -18,41 +18,41 @@ class Patterns:
             (pattern, re.compile(fnmatch.translate(pattern)).match) for pattern in patterns
         ]
 
-    def hit(self, words: t.Iterable[str]) -> t.Optional[str]:
-        """The first pattern that matches any of the words."""
-        known = list(words)
+    def hit(self, terms: t.Iterable[str]) -> t.Optional[str]:
+        """The first pattern that matches any of the terms."""
+        known = list(terms)
         for pattern, match in self._compiled:
-            if any(match(word) for word in known):
+            if any(match(term) for term in known):
                 return pattern
         return None
 
 
-def image_words(image_ids: t.Sequence[str], names: t.Sequence[str]) -> t.List[str]:
+def image_terms(image_ids: t.Sequence[str], names: t.Sequence[str]) -> t.List[str]:
     """All references of users to an image: its full and short IDs, its names, with and without
     registry and tag.
     """
-    words: t.List[str] = []
+    terms: t.List[str] = []
     for image_id in image_ids:
-        words += [image_id, image_id[:12], "sha256:" + image_id]
+        terms += [image_id, image_id[:12], "sha256:" + image_id]
     for name in names:
-        words.append(name)
+        terms.append(name)
         untagged = name.split("@")[0]
         head, slash, tail = untagged.rpartition("/")
         bare = tail.split(":")[0]
-        words += [untagged, tail, bare, f"{head}{slash}{bare}"]
+        terms += [untagged, tail, bare, f"{head}{slash}{bare}"]
         repository = f"{head}{slash}{bare}"
         for registry in ("localhost/", "docker.io/library/", "docker.io/"):
             if untagged.startswith(registry):
-                words += [untagged[len(registry) :], repository[len(registry) :]]
+                terms += [untagged[len(registry) :], repository[len(registry) :]]
                 break
         # The usual short form of names of Docker Hub.
         for official in (untagged, repository):
             if official.startswith("docker.io/library/"):
-                words.append(official.replace("library/", "", 1))
-    return words
+                terms.append(official.replace("library/", "", 1))
+    return terms
 
 
-def map_words(uidmap: t.Sequence[str], gidmap: t.Sequence[str]) -> t.List[str]:
+def map_terms(uidmap: t.Sequence[str], gidmap: t.Sequence[str]) -> t.List[str]:
     """The texts of a mapping that patterns are matched against: ``0:100000:65536``, ranges joined by commas; uid and
     gid maps joined by a slash.
     """

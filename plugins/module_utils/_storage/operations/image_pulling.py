@@ -29,7 +29,7 @@ _Result = t.Dict[str, t.Any]
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _LackingRequest:
     """The images of a task."""
 
     store: StoreRequest
@@ -50,7 +50,7 @@ def declare(
     :raises StorageError: an image could not be pulled, or as ``operation``
     """
     account = request.store.account
-    found = userns.run(lacking, (_Wanted(request.store, request.images),), account)
+    found = userns.run(lacking, (_LackingRequest(request.store, request.images),), account)
     names = {image: recorded(image, DOCKER) for image in found["images"]}
     tools = Tools.at(request.store, found, credentials)
     for name in names.values():
@@ -87,17 +87,17 @@ def _nothing(request: TemplateRequest, found: t.Mapping[str, t.Any]) -> _Result:
 
 
 @userns.returns(results.LACKING)
-def lacking(wanted: _Wanted) -> _Result:
+def lacking(request: _LackingRequest) -> _Result:
     """The missing images and the location of the store. In a store that no runtime has written yet, all are missing."""
     try:
-        with opened(wanted.store) as store_ctx:
+        with opened(request.store) as store_ctx:
             snapshot = store_ctx.store.snapshot()
             images = []
-            for image in wanted.images:
+            for image in request.images:
                 try:
                     snapshot.resolve_image(image)
                 except ImageUnknown:
                     images.append(image)
             return {"images": images, **location(store_ctx.config)}
     except StoreUnwritten as error:
-        return {"images": list(wanted.images), **location_of_unwritten(wanted.store, error)}
+        return {"images": list(request.images), **location_of_unwritten(request.store, error)}

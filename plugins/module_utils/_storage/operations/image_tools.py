@@ -130,8 +130,8 @@ class Tools:
         self._need("skopeo")
         self._need_store(source)
         login = self._login(source)
-        words = ["skopeo", "inspect", "--config", "--raw", *login, self._with_store(source)]
-        answer = self._run(words, source, named=False)
+        argv = ["skopeo", "inspect", "--config", "--raw", *login, self._with_store(source)]
+        answer = self._run(argv, source, named=False)
         try:
             found = json.loads(answer.stdout)["rootfs"]["diff_ids"]
         except (ValueError, RecursionError, KeyError, TypeError):
@@ -161,7 +161,7 @@ class Tools:
         if not pulled:
             raise StoreError(
                 f"source {source}",
-                "podman has pulled it and not said which image it is",
+                "podman pulled it but did not report the ID of the image",
                 f"Run it manually: {self._by_hand(['podman', 'pull', source])}",
             )
         self._run(["podman", "tag", pulled[-1], name], source)
@@ -188,26 +188,29 @@ class Tools:
     def _pull(self, source: str, uidmap: t.Sequence[str], gidmap: t.Sequence[str]) -> str:
         login = self._login(source)
         if shutil.which("buildah"):
-            words = ["buildah", *_options("--userns-uid-map", uidmap)]
-            words += [*_options("--userns-gid-map", gidmap), "pull", "--policy", "always"]
-            return self._pulled(
-                words, source, self._run([*words, "--quiet", *login, source], source)
-            )
+            argv = ["buildah", *_options("--userns-uid-map", uidmap)]
+            argv += [*_options("--userns-gid-map", gidmap), "pull", "--policy", "always"]
+            return self._pulled(argv, source, self._run([*argv, "--quiet", *login, source], source))
         self._need("podman")
         podman = ["podman", "--events-backend", "none"]
         listed = self._run([*podman, "ps", "--all", "--format", "{{.Names}}"], source)
         for left in filter(temporary_containers.is_name, listed.stdout.split()):
             if not temporary_containers.is_running(left):
-                self._run([*podman, *temporary_containers.remove_words(left)], source)
+                self._run([*podman, *temporary_containers.remove_arguments(left)], source)
         name = temporary_containers.new_name()
         options = [*_options("--uidmap", uidmap), *_options("--gidmap", gidmap)]
-        words = [*podman, *temporary_containers.create_words(name, "always"), "--quiet", *options]
+        argv = [
+            *podman,
+            *temporary_containers.create_arguments(name, "always"),
+            "--quiet",
+            *options,
+        ]
         try:
-            self._run([*words, *login, source, "true"], source)
-            asked = [*podman, "container", "inspect", "--format", "{{.Image}}", name]
-            return self._pulled(words, source, self._run(asked, source))
+            self._run([*argv, *login, source, "true"], source)
+            inspect = [*podman, "container", "inspect", "--format", "{{.Image}}", name]
+            return self._pulled(argv, source, self._run(inspect, source))
         finally:
-            self._run([*podman, *temporary_containers.remove_words(name)], source)
+            self._run([*podman, *temporary_containers.remove_arguments(name)], source)
 
     def _pull_copy(self, source: str, uidmap: t.Sequence[str], gidmap: t.Sequence[str]) -> str:
         """Pull from a copy of the source in a directory of the account's own."""
@@ -220,8 +223,8 @@ class Tools:
         remove = ["-user", owner, "-exec", "rm", "-rf", "--", "{}", "+"]
         with contextlib.suppress(StorageError):
             self._run(["find", _TEMPORARY, *left, *remove], source, named=False)
-        words = ["mktemp", "-d", f"{_TEMPORARY}/{_COPIES}-XXXXXXXXXX"]
-        folder = self._run(words, source, named=False).stdout.strip()
+        argv = ["mktemp", "-d", f"{_TEMPORARY}/{_COPIES}-XXXXXXXXXX"]
+        folder = self._run(argv, source, named=False).stdout.strip()
         try:
             target = f"dir:{folder}/image"
             self._run([*inside, "skopeo", "copy", "--quiet", source, target], source)
@@ -229,14 +232,14 @@ class Tools:
         finally:
             self._run(["rm", "-rf", "--", folder], source, named=False)
 
-    def _pulled(self, words: t.Sequence[str], source: str, answer: as_user.Finished) -> str:
+    def _pulled(self, argv: t.Sequence[str], source: str, answer: as_user.Finished) -> str:
         """The image ID that a program printed."""
         found = answer.stdout.split()
         if not found or not _ID.fullmatch(found[-1]):
             raise StoreError(
                 f"source {source}",
-                f"{words[0]} pulled it but did not report the ID of the image",
-                f"Run it manually: {self._by_hand([*words, source])}",
+                f"{argv[0]} pulled it but did not report the ID of the image",
+                f"Run it manually: {self._by_hand([*argv, source])}",
             )
         return found[-1]
 
@@ -247,7 +250,7 @@ class Tools:
                 program, "is not installed on this host", f"Install the package {program}."
             )
 
-    def _run(self, words: t.Sequence[str], source: str, named: bool = True) -> as_user.Finished:
+    def _run(self, argv: t.Sequence[str], source: str, named: bool = True) -> as_user.Finished:
         """Run a program.
 
         :param named: whether a storage.conf with all settings of the store makes it the program's default store
@@ -260,34 +263,34 @@ class Tools:
             files[_STORAGE_CONF] = self.storage_conf.encode("utf-8", "surrogateescape")
         elif self.store.storage_conf and not self._named():
             variables = {_CONF_VARIABLE: self.store.storage_conf}
-        if _AUTH_FILE in words:
+        if _AUTH_FILE in argv:
             files[_AUTH_FILE] = self._auth_file(source)
-        done = as_user.execute(words, account, variables, files=files)
+        done = as_user.execute(argv, account, variables, files=files)
         if done.rc != 0:
             stderr_lines = done.stderr.splitlines()
             whose = f" for user {account.name}" if account is not None else ""
-            hint = f"Run it manually: {self._by_hand(words)}"
+            hint = f"Run it manually: {self._by_hand(argv)}"
             if _LOGIN.search(done.stderr) and source.startswith(_REGISTRY):
                 hint = self._login_hint(source)
             raise StoreError(
                 f"source {source}{whose}",
-                f"{words[0]} could not read the image: {stderr_lines[-1] if stderr_lines else 'no reason'}",
+                f"{argv[0]} could not read the image: {stderr_lines[-1] if stderr_lines else 'no reason'}",
                 hint,
-                command=_without_login(words),
+                command=_without_login(argv),
                 rc=done.rc,
                 stderr=done.stderr,
             )
         return done
 
-    def _by_hand(self, words: t.Sequence[str]) -> str:
+    def _by_hand(self, argv: t.Sequence[str]) -> str:
         """The command line for an administrator, with all options of the store."""
-        place = f"{self.driver}@{self.graphroot}+{self.runroot}"
+        location = f"{self.driver}@{self.graphroot}+{self.runroot}"
         full: t.List[str] = []
         # The program asks for the password, or uses the login of its user.
-        for word in _without_login(words):
+        for word in _without_login(argv):
             transport, colon, rest = word.partition(":")
             if transport == "containers-storage" and colon and not rest.startswith("["):
-                word = f"{transport}:[{place}]{rest}"
+                word = f"{transport}:[{location}]{rest}"
             full.append(word)
         if full[0] == "podman" and full[1] != "unshare":
             where = ("--root", self.graphroot, "--runroot", self.runroot)
@@ -343,8 +346,8 @@ class Tools:
         # With an imagestore, the images are there.
         kinds = [f"{driver or '*'}-{kind}" for kind in ("images", "layers", "containers")]
         names = ["-name", kinds[0], "-o", "-name", kinds[1], "-o", "-name", kinds[2]]
-        words = ["find", f"{graphroot}/", "-maxdepth", "1", "-type", "d", "(", *names, ")"]
-        if not as_user.execute(words, self.store.account, {}).stdout.strip():
+        argv = ["find", f"{graphroot}/", "-maxdepth", "1", "-type", "d", "(", *names, ")"]
+        if not as_user.execute(argv, self.store.account, {}).stdout.strip():
             raise StoreError(
                 f"source {source}",
                 f"there is no container store in {graphroot}"
@@ -379,9 +382,9 @@ class Tools:
         return f"{transport}{colon}[{self.driver}@{self.graphroot}+{self.runroot}]{rest}"
 
 
-def _without_login(words: t.Sequence[str]) -> t.List[str]:
+def _without_login(argv: t.Sequence[str]) -> t.List[str]:
     """A command line without the option for a file that is only in memory."""
-    found = list(words)
+    found = list(argv)
     if _AUTH_FILE in found:
         at = found.index(_AUTH_FILE)
         del found[at - 1 : at + 1]

@@ -22,7 +22,7 @@ from ..store.snapshot import Snapshot
 from ..tree.compare import Comparison, compare
 from ..tree.measure import Usage, together
 from .contradictions import present_layers
-from .image_patterns import Patterns, image_words
+from .image_patterns import Patterns, image_terms
 from .image_removal import layers_of_removal, users_of_image
 from .layer_flags import LEASE_FLAG, ORIGIN, ORIGIN_FLAG
 from .root_owners import top_owners
@@ -88,7 +88,7 @@ class LayerState:
         return from_rfc3339(lease) if isinstance(lease, str) else None
 
     @property
-    def created_in_words(self) -> t.Optional[str]:
+    def created_text(self) -> t.Optional[str]:
         """The time of creation, as the modules return it."""
         text = self.layer.raw.get("created") if self.layer else None
         # The format of containers/storage, converted quickly because there may be ten thousand layers.
@@ -201,7 +201,7 @@ def choose(snapshot: Snapshot, references: t.Sequence[str]) -> t.List[Image]:
         image
         for image in snapshot.images.values()
         if image.id in chosen
-        or (patterns and shell.hit([*image_words((image.id,), image.names), *image.digests]))
+        or (patterns and shell.hit([*image_terms((image.id,), image.names), *image.digests]))
     ]
 
 

@@ -262,8 +262,8 @@ class Building:
         snapshot = self._store_ctx.store.snapshot()
         if self._image.id not in snapshot.images or found.layer_id in snapshot.layers:
             return False
-        wanted = self._work(found.layer_id, self._chain(snapshot))
-        return found._replace(files=0, size=0) == wanted
+        expected = self._work(found.layer_id, self._chain(snapshot))
+        return found._replace(files=0, size=0) == expected
 
     def _stage_tar_split(self, template_id: str, folder: str) -> t.Optional[str]:
         target = os.path.join(folder, "tar-split.gz")

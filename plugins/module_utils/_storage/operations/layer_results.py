@@ -65,7 +65,7 @@ def layer_result(found: LayerState) -> t.Dict[str, t.Any]:
         "id": found.layer_id,
         "uidmap": mapping.uid.to_strings() if mapping else [],
         "gidmap": mapping.gid.to_strings() if mapping else [],
-        "created": found.created_in_words,
+        "created": found.created_text,
         "recorded_size": layer.diff_size if layer else None,
         **_sizes(found.usage),
         "status": found.status,

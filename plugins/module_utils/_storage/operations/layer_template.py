@@ -59,7 +59,7 @@ class TemplateRequest:
 
     store: StoreRequest
     images: t.Tuple[str, ...]
-    wanted: t.Tuple[MappingOptions, ...]
+    mappings: t.Tuple[MappingOptions, ...]
     state: str = "present"
     strategy: str = "auto"
     force: bool = False
@@ -139,7 +139,7 @@ def declare(request: TemplateRequest) -> t.Dict[str, t.Any]:
 
 @returns(Record({"result": results.TEMPLATE, "mappings": Items(whole)}))
 def declare_with_mappings(request: TemplateRequest) -> t.Dict[str, t.Any]:
-    """As :func:`declare`; ``mappings`` has the index in ``request.wanted`` of each of the result's layers."""
+    """As :func:`declare`; ``mappings`` has the index in ``request.mappings`` of each of the result's layers."""
     with opened(request.store, TREE_TOOLS, request.check) as store_ctx:
         task = _Task(request, store_ctx)
         result = task.carry_out()
@@ -158,7 +158,7 @@ class _Task:
             store_ctx,
             [
                 replace(item, runtime=item.runtime or request.store.runtime)
-                for item in request.wanted
+                for item in request.mappings
             ],
         )
         self._snapshot = store_ctx.store.snapshot()
@@ -212,12 +212,12 @@ class _Task:
 
     def _lifetime(self) -> t.Iterator[str]:
         """A warning if the runtime removes the layers by itself, with the alternative."""
-        asked = [
+        runtimes = [
             self._resolver.runtime(entry.question.wanted)
             for entry in self.entries
             if entry.question and entry.action in (CREATED, EXISTING)
         ]
-        removing = [item for item in asked if item.capabilities.removes_unused_mapped_layers]
+        removing = [item for item in runtimes if item.capabilities.removes_unused_mapped_layers]
         if not removing:
             return
         config = self._store_ctx.config

@@ -44,8 +44,8 @@ def top_owners(driver: Driver, layer: Layer, template: t.Sequence[Layer]) -> Top
         item for item in found if None in (uids.to_container(item[1]), gids.to_container(item[2]))
     ]
     return TopOwners(
-        _words("outside its map", outside),
-        _words(
+        _sentence("outside its map", outside),
+        _sentence(
             "its owners are still the owners of the image", _kept(driver, layer, template, found)
         ),
         any(name for name, _uid, _gid in outside),
@@ -71,9 +71,9 @@ def _kept(
     return moved if set(moved) <= set(found) else ()
 
 
-def _words(what: str, names: t.Sequence[_Owner]) -> str:
+def _sentence(what: str, names: t.Sequence[_Owner]) -> str:
     if not names:
         return ""
-    told = ", ".join(f"/{name} belongs to {uid}:{gid}" for name, uid, gid in names[:_MOST_NAMED])
+    listed = ", ".join(f"/{name} belongs to {uid}:{gid}" for name, uid, gid in names[:_MOST_NAMED])
     more = len(names) - _MOST_NAMED
-    return f"{what}: {told}" + (f" and {more} more" if more > 0 else "")
+    return f"{what}: {listed}" + (f" and {more} more" if more > 0 else "")

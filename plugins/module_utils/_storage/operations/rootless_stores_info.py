@@ -73,7 +73,7 @@ def _shared_stores() -> t.List[t.Dict[str, t.Any]]:
                 {
                     "user": name,
                     "images": list(share.images),
-                    "mappings": sum(options.slots for options in share.wanted),
+                    "mappings": sum(options.slots for options in share.mappings),
                 }
                 for name, share in sorted(declaration.users.items())
             ],

@@ -58,7 +58,7 @@ def declare(request: TemplateRequest, check_with_runtime: str) -> _Result:
     if request.state != "present" or not _needed(store, check_with_runtime):
         result: _Result = userns.run(declare_inside, (request,), store.account, _limits(store))
         return result
-    programs = [_program(store, wanted) for wanted in request.wanted]
+    programs = [_program(store, mapping) for mapping in request.mappings]
     store = replace(store, allow_untested_runtime=True)
     request = replace(request, store=store)
     if request.check:
@@ -80,7 +80,7 @@ def declare(request: TemplateRequest, check_with_runtime: str) -> _Result:
         tested = [item for item in entries if item["layer_id"] in state["unused"]]
         if tested:
             podman = _Podman(programs[number], store, state)
-            error = _check(podman, request.wanted[number], image_id, tested, state["layers"])
+            error = _check(podman, request.mappings[number], image_id, tested, state["layers"])
             if error is not None:
                 withdrawn = withdrawn or any(item["action"] == EXISTING for item in tested)
                 _refuse(result, tested, error)
@@ -192,7 +192,7 @@ class _Podman:
     store: StoreRequest
     state: _Result = field(repr=False)
 
-    def words(self, *words: str) -> t.List[str]:
+    def command_line(self, *arguments: str) -> t.List[str]:
         """A command line that creates no event."""
         start: t.List[str] = self.state["podman"]
         at = start.index("podman")
@@ -201,19 +201,19 @@ class _Podman:
             self.program,
             *("--events-backend", "none"),
             *start[at + 1 :],
-            *words,
+            *arguments,
         ]
 
-    def run(self, *words: str) -> as_user.Finished:
-        return as_user.execute(self.words(*words), self.store.account, {})
+    def run(self, *arguments: str) -> as_user.Finished:
+        return as_user.execute(self.command_line(*arguments), self.store.account, {})
 
 
-def _program(store: StoreRequest, wanted: MappingOptions) -> str:
+def _program(store: StoreRequest, mapping: MappingOptions) -> str:
     """The podman that the options ``runtime`` name.
 
     :raises ConfigError: another program is named
     """
-    word = (wanted.runtime or store.runtime or "podman").split(maxsplit=1)[0]
+    word = (mapping.runtime or store.runtime or "podman").split(maxsplit=1)[0]
     if os.path.basename(word) != "podman":
         raise ConfigError(
             f"runtime {word}",
@@ -225,7 +225,7 @@ def _program(store: StoreRequest, wanted: MappingOptions) -> str:
 
 def _check(
     podman: _Podman,
-    wanted: MappingOptions,
+    mapping: MappingOptions,
     image_id: str,
     entries: t.Sequence[_Result],
     before: t.Collection[str],
@@ -236,14 +236,14 @@ def _check(
     label = (entries[0]["image_names"] or [image_id[:12]])[0]
     problem, hint, copy = "", "", ""
     name = temporary_containers.new_name()
-    words = _create(name, wanted, image_id)
+    arguments = _create(name, mapping, image_id)
     try:
         try:
-            done = podman.run(*words)
+            done = podman.run(*arguments)
             found = _ID.search(done.stdout)
             if done.rc != 0 or found is None:
                 problem = f"podman could not create a container to check it: {_last(done)}"
-                hint = f"Run it manually: {_by_hand(podman, words)}"
+                hint = f"Run it manually: {_by_hand(podman, arguments)}"
             else:
                 parent = userns.run(
                     parent_of, (store, found.group()), store.account, _limits(store)
@@ -273,15 +273,15 @@ def _check(
     )
 
 
-def _create(name: str, wanted: MappingOptions, image_id: str) -> t.List[str]:
-    words = temporary_containers.create_words(name, "never")
-    words += ["--userns", wanted.userns] if wanted.userns else []
-    for option, values in (("--uidmap", wanted.uidmap), ("--gidmap", wanted.gidmap)):
+def _create(name: str, mapping: MappingOptions, image_id: str) -> t.List[str]:
+    arguments = temporary_containers.create_arguments(name, "never")
+    arguments += ["--userns", mapping.userns] if mapping.userns else []
+    for option, values in (("--uidmap", mapping.uidmap), ("--gidmap", mapping.gidmap)):
         for value in values:
-            words += [option, value]
-    words += ["--subuidname", wanted.subuidname] if wanted.subuidname else []
-    words += ["--subgidname", wanted.subgidname] if wanted.subgidname else []
-    return [*words, image_id, "true"]
+            arguments += [option, value]
+    arguments += ["--subuidname", mapping.subuidname] if mapping.subuidname else []
+    arguments += ["--subgidname", mapping.subgidname] if mapping.subgidname else []
+    return [*arguments, image_id, "true"]
 
 
 def _remove_container(podman: _Podman, name: str) -> None:
@@ -289,18 +289,18 @@ def _remove_container(podman: _Podman, name: str) -> None:
 
     :raises StoreError: podman cannot remove it
     """
-    words = temporary_containers.remove_words(name)
-    done = podman.run(*words)
+    arguments = temporary_containers.remove_arguments(name)
+    done = podman.run(*arguments)
     if done.rc != 0:
         raise StoreError(
             f"container {name}",
             f"was created to check a layer, and podman could not remove it: {_last(done)}",
-            f"Run it manually: {_by_hand(podman, words)}",
+            f"Run it manually: {_by_hand(podman, arguments)}",
         )
 
 
-def _by_hand(podman: _Podman, words: t.Sequence[str]) -> str:
-    return as_user.typed(podman.store.account, command(*podman.words(*words)))
+def _by_hand(podman: _Podman, arguments: t.Sequence[str]) -> str:
+    return as_user.typed(podman.store.account, command(*podman.command_line(*arguments)))
 
 
 def _last(done: as_user.Finished) -> str:

@@ -42,7 +42,7 @@ class RuntimeConfiguration:
     def differs(self, stores: t.Sequence[str]) -> bool:
         """Whether the configuration differs from these stores. Writes nothing."""
         if not self._drop_ins:
-            return self._wanted(stores) != list(self.listed)
+            return self._expected(stores) != list(self.listed)
         try:
             with open(self._path, encoding="utf-8") as file:
                 return file.read() != (_drop_in(stores) if stores else "")
@@ -60,14 +60,14 @@ class RuntimeConfiguration:
         if self._drop_ins:
             _write_drop_in(self._path, stores)
             return self._path
-        wanted: t.Dict[str, t.Any] = {}
+        settings: t.Dict[str, t.Any] = {}
         if self.differs(stores):
-            wanted["additionalimagestores"] = self._wanted(stores)
-        request = ConfRequest(account=self._account, settings=wanted, merges=False)
+            settings["additionalimagestores"] = self._expected(stores)
+        request = ConfRequest(account=self._account, settings=settings, merges=False)
         path: str = storage_conf.declare(request)["file"]
         return path
 
-    def _wanted(self, stores: t.Sequence[str]) -> t.List[str]:
+    def _expected(self, stores: t.Sequence[str]) -> t.List[str]:
         return [store for store in self.listed if not store.startswith(self._prefix)] + list(stores)
 
 

@@ -42,7 +42,7 @@ class Share:
 
     uid: int
     images: t.Tuple[str, ...]
-    wanted: t.Tuple[MappingOptions, ...]
+    mappings: t.Tuple[MappingOptions, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read_declaration(graphroot: str) -> t.Optional[Declaration]:
             name: Share(
                 int(share["uid"]),
                 tuple(share["images"]),
-                tuple(MappingOptions(**given(OPTIONS, wanted)) for wanted in share["mappings"]),
+                tuple(MappingOptions(**given(OPTIONS, mapping)) for mapping in share["mappings"]),
             )
             for name, share in content.pop("users").items()
         }
@@ -124,8 +124,6 @@ def write_declaration(declaration: Declaration) -> None:
                 os.rmdir(folder)
         return
     content = asdict(declaration)
-    for share in content["users"].values():
-        share["mappings"] = share.pop("wanted")
     os.makedirs(_DECLARATIONS, 0o755, exist_ok=True)
     data = json.dumps(content, indent=2, sort_keys=True) + "\n"
     temporary = f"{path}.new"

@@ -87,7 +87,7 @@ class SharedRequest:
     :param store: the real store, root's
     :param images: shell patterns for image names and IDs
     :param users: login names; with ``absent``, an empty list means all declared users
-    :param wanted: the mappings besides that of plain containers
+    :param mappings: the mappings besides that of plain containers
     :param state: "present" or "absent"
     :param check: only predict the changes
     """
@@ -95,7 +95,7 @@ class SharedRequest:
     store: StoreRequest
     images: t.Tuple[str, ...] = ("*",)
     users: t.Tuple[str, ...] = ()
-    wanted: t.Tuple[MappingOptions, ...] = ()
+    mappings: t.Tuple[MappingOptions, ...] = ()
     state: str = "present"
     check: bool = False
 
@@ -216,7 +216,7 @@ class _UserWork:
     def _wishes(self, user: UserStore) -> t.List[Wish]:
         wishes: t.Dict[str, Wish] = {}
         if self.share is not None:
-            resolver = _Resolver(self.real, self.account, user, self.share.wanted)
+            resolver = _Resolver(self.real, self.account, user, self.share.mappings)
             for image in self.real.images(self.share.images):
                 wishes[image.id] = Wish(image, resolver.mappings(image))
         recorded = {layer.id: layer for layer in self.store.layers()}
@@ -301,21 +301,21 @@ class _UserWork:
 
     def differs(self) -> bool:
         """Whether there is anything to change. Writes nothing."""
-        told = not self.configuration.differs(self._stores())
+        configured = not self.configuration.differs(self._stores())
         if self.share is None:
-            return not told or os.path.lexists(self.store.path) or bool(self._mounted())
+            return not configured or os.path.lexists(self.store.path) or bool(self._mounted())
         missing = [mount for mount in self.plan.mounts if not self._is_mounted(mount)]
         self.outcome.mounts_made = len(missing)
         stale = self._stale_mounts()
-        return not told or bool(missing or stale) or self.store.differs(self.plan.content)
+        return not configured or bool(missing or stale) or self.store.differs(self.plan.content)
 
     def _stores(self) -> t.List[str]:
         """The requested stores of the user, including those of other real stores."""
         others = []
         with contextlib.suppress(FileNotFoundError):
             others = [os.path.join(self.folder, name) for name in os.listdir(self.folder)]
-        wanted = set(others) - {self.store.path}
-        return sorted(wanted | ({self.store.path} if self.share is not None else set()))
+        stores = set(others) - {self.store.path}
+        return sorted(stores | ({self.store.path} if self.share is not None else set()))
 
     def _source(self, mount: Mount) -> str:
         return os.path.join(self.real.overlay, mount.layer_id).rstrip("/")
@@ -339,8 +339,8 @@ class _UserWork:
         return False
 
     def _stale_mounts(self) -> t.List[str]:
-        wanted = {self._point(mount) for mount in self.plan.mounts}
-        return [path for path in self._mounted() if path not in wanted]
+        expected = {self._point(mount) for mount in self.plan.mounts}
+        return [path for path in self._mounted() if path not in expected]
 
     # Changes
 
@@ -420,11 +420,15 @@ class _Resolver:
     """The maps of a user's mappings for images of the real store."""
 
     def __init__(
-        self, real: RealStore, account: Account, user: UserStore, wanted: t.Sequence[MappingOptions]
+        self,
+        real: RealStore,
+        account: Account,
+        user: UserStore,
+        mappings: t.Sequence[MappingOptions],
     ) -> None:
         self._real = real
         self._user = user
-        self._requests = [MappingRequest(item, account, real.programs) for item in wanted]
+        self._requests = [MappingRequest(item, account, real.programs) for item in mappings]
 
     def mappings(self, image: Image) -> t.List[Mapping]:
         """The maps of an image without duplicates, in the requested order, without that of plain containers.
@@ -474,7 +478,7 @@ def _declare(request: SharedRequest) -> t.Dict[str, t.Any]:
     accounts = {name: _account(name, shares.get(name)) for name in dict.fromkeys(names)}
     for name, account in accounts.items():
         if request.state == "present":
-            shares[name] = Share(account.uid, request.images, request.wanted)
+            shares[name] = Share(account.uid, request.images, request.mappings)
         else:
             shares.pop(name, None)
     works = [_UserWork(real, account, shares.get(name)) for name, account in accounts.items()]

@@ -28,7 +28,7 @@ from ..store.store import Store
 from ..tree import lookup
 from ..tree.merged import LayerStack
 from ..tree.opaque import mark_for_users
-from .image_patterns import Patterns, image_words
+from .image_patterns import Patterns, image_terms
 from .shared_content import Planner, names_of
 from .shared_declarations import GRAPHROOT, STORES, store_key
 from .shared_pins import PIN
@@ -131,7 +131,7 @@ class RealStore:
             for image in self.snapshot.images.values()
             if not image.store
             and names_of(image)
-            and chosen.hit(image_words((image.id,), names_of(image)))
+            and chosen.hit(image_terms((image.id,), names_of(image)))
         ]
 
     def _tar_split(self, layer_id: str) -> str:

@@ -92,22 +92,22 @@ def _merges() -> t.Optional[bool]:
 
 
 def _without_runtime(request: ConfRequest, user: str) -> t.Dict[str, t.Any]:
-    wanted = bool(request.settings or request.metacopy)
-    if wanted and not request.check:
+    changes = bool(request.settings or request.metacopy)
+    if changes and not request.check:
         raise ConfigError(
             "podman",
             "is not installed, and its version determines which files it reads",
             "Install it first, for example with the role userns.storage.prepare.",
         )
-    said = "podman is not installed yet, and its version determines the file for the keys."
+    warning = "podman is not installed yet, and its version determines the file for the keys."
     return {
-        "changed": wanted,
+        "changed": changes,
         "user": user,
         "file": "",
         "backup_file": "",
         "moved": "",
         "driver": "",
-        "warnings": [said] if wanted else [],
+        "warnings": [warning] if changes else [],
         "diff": [],
     }
 
@@ -135,8 +135,8 @@ def _apply(request: ConfRequest) -> t.Dict[str, t.Any]:
     files.read(f"{files.folder}/storage.conf")
     config = configured(StoreRequest(account=request.account))
     written = _drivers_of(config.graphroot)
-    wanted = dict(request.settings)
-    driver = str(wanted.get("driver", "") or (written[0] if written else config.driver))
+    settings = dict(request.settings)
+    driver = str(settings.get("driver", "") or (written[0] if written else config.driver))
     if written and driver not in written:
         reset = "podman system reset"
         if request.account:
@@ -150,33 +150,33 @@ def _apply(request: ConfRequest) -> t.Dict[str, t.Any]:
             drivers=written,
         )
     if request.metacopy and request.account is None and driver == "overlay" and _has_metacopy():
-        wanted["overlay.mountopt"] = _with_metacopy(wanted.get("overlay.mountopt"))
+        settings["overlay.mountopt"] = _with_metacopy(settings.get("overlay.mountopt"))
     result: t.Dict[str, t.Any] = {"user": user, "driver": driver, "warnings": []}
     edit = _edit_drop_in if request.merges else _edit_main_file
-    result.update(edit(request, files, driver, wanted))
+    result.update(edit(request, files, driver, settings))
     return result
 
 
 def _edit_main_file(
-    request: ConfRequest, files: _Files, driver: str, wanted: t.Dict[str, t.Any]
+    request: ConfRequest, files: _Files, driver: str, settings: t.Dict[str, t.Any]
 ) -> t.Dict[str, t.Any]:
     """Edit the file that runtimes before 1.63 read."""
     path = f"{files.folder}/storage.conf"
     old = files.read(path)
-    if not wanted:
+    if not settings:
         return _outcome(path, [], {})
     text = old
     if text is None:
         vendor = files.read(VENDOR_FILE) if request.account is None else None
         text = vendor if vendor is not None else _first_text(request.account, driver)
-    new = conf_edit.edit(text, wanted, path)
+    new = conf_edit.edit(text, settings, path)
     if new == old:
         return _outcome(path, [], {})
     return _outcome(path, [_diff(path, old, new)], {"backup_file": files.write(path, old, new)})
 
 
 def _edit_drop_in(
-    request: ConfRequest, files: _Files, driver: str, wanted: t.Dict[str, t.Any]
+    request: ConfRequest, files: _Files, driver: str, settings: t.Dict[str, t.Any]
 ) -> t.Dict[str, t.Any]:
     """Edit the drop-in of this module, for runtimes that merge drop-ins."""
     kind = _ROOTFUL if request.account is None else _ROOTLESS
@@ -187,12 +187,12 @@ def _edit_drop_in(
     diffs: t.List[t.Dict[str, str]] = []
     facts: t.Dict[str, t.Any] = {}
     main_text = files.read(main) if request.account is None else None
-    earlier = _earlier(main_text, wanted) if main_text is not None else None
+    earlier = _earlier(main_text, settings) if main_text is not None else None
     inherited = _inherited(files, kind, main if earlier is not None else "")
     new = old
-    if old is not None or earlier or not conf_edit.says(inherited, wanted):
+    if old is not None or earlier or not conf_edit.says(inherited, settings):
         new = conf_edit.edit(old if old is not None else _COMMENT, earlier or {}, path)
-        new = conf_edit.edit(new, wanted, path, inherited)
+        new = conf_edit.edit(new, settings, path, inherited)
     if new is not None and new != old:
         diffs.append(_diff(path, old, new))
         facts["backup_file"] = files.write(path, old, new)
@@ -263,7 +263,7 @@ def _first_text(account: t.Optional[Account], driver: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _earlier(text: str, wanted: t.Mapping[str, t.Any]) -> t.Optional[t.Dict[str, t.Any]]:
+def _earlier(text: str, settings: t.Mapping[str, t.Any]) -> t.Optional[t.Dict[str, t.Any]]:
     """The keys that an earlier version of the role prepare set in the rootful main file; None for any other file.
 
     That version started with a short text or with the file that containers/storage ships, and added keys. Apart
@@ -284,7 +284,7 @@ def _earlier(text: str, wanted: t.Mapping[str, t.Any]) -> t.Optional[t.Dict[str,
     if not text.startswith(_SHIPPED):
         return None
     changed = {key: value for key, value in keys.items() if not _as_shipped(key, value)}
-    return changed if set(changed) <= {"driver", *wanted} else None
+    return changed if set(changed) <= {"driver", *settings} else None
 
 
 def _as_shipped(key: str, value: t.Any) -> bool:
@@ -446,8 +446,8 @@ class _Files:
         )
 
     def _look(self, path: str) -> str:
-        words = command("namei", "-l", path)
-        return f"Check: {words if self.user == 'root' else user_command(self.user, words)}"
+        line = command("namei", "-l", path)
+        return f"Check: {line if self.user == 'root' else user_command(self.user, line)}"
 
 
 def _backup_name(path: str) -> str:

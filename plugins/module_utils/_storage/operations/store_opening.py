@@ -76,7 +76,7 @@ class OpenStore:
         """
         if self.held is None:
             return
-        wanted, found = os.fstat(self.held), None
+        expected, found = os.fstat(self.held), None
         try:
             now = namespaces.open_on_host(os.path.realpath(self.config.graphroot))
             try:
@@ -85,7 +85,7 @@ class OpenStore:
                 os.close(now)
         except OSError:
             found = None
-        if found is None or (found.st_dev, found.st_ino) != (wanted.st_dev, wanted.st_ino):
+        if found is None or (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino):
             raise StoreError(
                 self.config.graphroot,
                 "was unmounted or replaced while the task was running",

@@ -17,7 +17,7 @@ from ..store.records import Image
 from ..store.snapshot import Snapshot
 from .gc_plan import Watch
 from .gc_policy import Policy
-from .image_patterns import Patterns, image_words
+from .image_patterns import Patterns, image_terms
 from .image_removal import layers_of_removal, users_of_image
 from .inventory import LayerState
 from .time_formats import format_age, format_time
@@ -128,12 +128,12 @@ class _Judge:
     def protection(self, image: Image, since: t.Optional[float]) -> t.Optional[t.Tuple[str, str]]:
         """The first protection that applies, as rule and reason."""
         policy, now, doubt = self._policy, self._now, self._watch.doubt
-        words = image_words((image.id,), former_names(image))
-        if self._images.given and self._images.hit(words) is None:
+        terms = image_terms((image.id,), former_names(image))
+        if self._images.given and self._images.hit(terms) is None:
             return "images", "it is not selected by images"
         if policy.ours_only:
             return "origin", "images are not created by this collection, and origin is ours"
-        pinned = self._keep_images.hit(words)
+        pinned = self._keep_images.hit(terms)
         if pinned is not None:
             return "keep_images", f"it matches {pinned} of keep_images"
         mapped = [self._states[item] for item in image.mapped_layers if item in self._states]

@@ -30,16 +30,16 @@ def is_running(name: str) -> bool:
     return found is not None and _start_time(int(found.group(1))) == found.group(2)
 
 
-def create_words(name: str, pull: str) -> t.List[str]:
+def create_arguments(name: str, pull: str) -> t.List[str]:
     """The arguments of ``podman`` to create it without network, volumes, log and restart.
 
     :param pull: ``never`` or ``always``
     """
-    words = ["create", "--name", name, "--pull", pull, "--network", "none"]
-    return [*words, "--image-volume", "ignore", "--log-driver", "none", "--restart", "no"]
+    arguments = ["create", "--name", name, "--pull", pull, "--network", "none"]
+    return [*arguments, "--image-volume", "ignore", "--log-driver", "none", "--restart", "no"]
 
 
-def remove_words(name: str) -> t.List[str]:
+def remove_arguments(name: str) -> t.List[str]:
     """The arguments of ``podman`` to remove it; a missing container is ignored."""
     return ["rm", "--force", "--ignore", "--volumes", name]
 

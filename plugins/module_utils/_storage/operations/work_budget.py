@@ -13,7 +13,7 @@ from ..kernel import termination
 from ..tree.tree_tools import Suspended
 
 # Signals that were received. After the first, this process starts no more work.
-_told: t.List[int] = []
+_received: t.List[int] = []
 
 
 class WorkBudget:
@@ -37,7 +37,7 @@ class WorkBudget:
     @property
     def given_up(self) -> bool:
         """Whether nobody waits for the result any more."""
-        return bool(_told) or (self._awaited and termination.stdout_closed())
+        return bool(_received) or (self._awaited and termination.stdout_closed())
 
     @property
     def over(self) -> bool:
@@ -89,9 +89,9 @@ def in_order() -> t.Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in () if _told else before.items():
+        for number, handler in () if _received else before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _take_note(number: int, _frame: t.Any) -> None:
-    _told.append(number)
+    _received.append(number)

@@ -157,8 +157,8 @@ def allocate(
             [(entry.container_id, entry.container_id + entry.size) for entry in more.ranges],
         )
         free = _without(_union(spans), busy)
-        wanted = _count(inside)
-        if _count(free) < wanted:
+        needed = _count(inside)
+        if _count(free) < needed:
             total = _count(_union(spans))
             advice = [
                 "Use smaller namespaces (auto:size=N), remove containers that are no longer needed"
@@ -171,9 +171,9 @@ def allocate(
             advice.append(f"or add a range to /etc/sub{kind.lower()}.")
             raise MapError(
                 "userns auto",
-                f"needs {wanted} free {kind}s, but the store has only {_count(free)} left of {total}",
+                f"needs {needed} free {kind}s, but the store has only {_count(free)} left of {total}",
                 ", ".join(advice),
-                wanted=wanted,
+                wanted=needed,
                 free=_count(free),
             )
         maps.append(IDMap((*_zip(inside, free), *more.ranges)))

@@ -85,7 +85,7 @@ def shifting(
         not runtime.capabilities.idmap_can_be_disabled
         and environ.get(FORCE_VARIABLE) == "yes-please"
     ):
-        return _asked_for_contiguity(
+        return _shifts_contiguous_maps(
             mapping,
             runtime,
             f"{FORCE_VARIABLE}=yes-please makes {runtime} assume that the kernel shifts IDs",
@@ -116,7 +116,7 @@ def shifting(
         )
     if runtime.capabilities.shifts_any_map:
         return Shifting(True, _no_copy(why, runtime), _FORCE)
-    return _asked_for_contiguity(mapping, runtime, why)
+    return _shifts_contiguous_maps(mapping, runtime, why)
 
 
 def mount_program(options: t.Mapping[str, str], graphroot: str, runroot: str) -> str:
@@ -175,7 +175,7 @@ def _mount_program(program: str, mapping: Mapping, runtime: Runtime) -> Shifting
     )
 
 
-def _asked_for_contiguity(mapping: Mapping, runtime: Runtime, why: str) -> Shifting:
+def _shifts_contiguous_maps(mapping: Mapping, runtime: Runtime, why: str) -> Shifting:
     if mapping.contiguous:
         return Shifting(True, _no_copy(why, runtime), _FORCE, reorders_map=True)
     if runtime.capabilities.idmap_can_be_disabled:

@@ -197,7 +197,7 @@ def _tell_ready(user: str, result: t.Optional[t.Dict[str, t.Any]]) -> bool:
 def _watch(stores: t.Sequence[StoreSettings], quiet: float, interval: float) -> t.NoReturn:
     """Never returns."""
     for store in stores:
-        mappings = len(store.ready.wanted) if store.ready else 0
+        mappings = len(store.ready.mappings) if store.ready else 0
         _say(
             f"{store.user}: watching the store for {', '.join(store.images)}, "
             f"{mappings} mapping{'' if mappings == 1 else 's'} each"

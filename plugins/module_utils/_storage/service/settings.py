@@ -229,7 +229,7 @@ def _ready(reader: _Reader, store: StoreRequest) -> TemplateRequest:
     return TemplateRequest(
         store=store,
         images=(),
-        wanted=tuple(
+        mappings=tuple(
             _mapping_options(reader, number, entry) for number, entry in enumerate(mappings)
         ),
         strategy=reader.choice("strategy", _STRATEGIES),
@@ -243,14 +243,14 @@ def _mapping_options(parent: _Reader, number: int, content: t.Any) -> MappingOpt
     name = f"mappings[{number}]"
     reader = parent.below(name, content)
     reader.known(tuple(mapping_options.OPTIONS))
-    wanted = MappingOptions(**reader.given(mapping_options.OPTIONS))
+    mapping = MappingOptions(**reader.given(mapping_options.OPTIONS))
     parent.checked(
         name,
         lambda: parse_request(
-            wanted.userns, wanted.uidmap, wanted.gidmap, wanted.subuidname, wanted.subgidname
+            mapping.userns, mapping.uidmap, mapping.gidmap, mapping.subuidname, mapping.subgidname
         ),
     )
-    return wanted
+    return mapping
 
 
 def _policy(reader: _Reader, store: StoreRequest) -> GcRequest:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..errors import ImageUnknown, StoreUnwritten
 from ..operations import image_layers, inventory_results, layer_gc, layer_template, results
-from ..operations.image_patterns import Patterns, image_words
+from ..operations.image_patterns import Patterns, image_terms
 from ..operations.store_opening import StoreRequest, configured, opened
 from ..store.locks import peek_token
 from ..store.records import Image
@@ -126,4 +126,4 @@ def _answering(snapshot: Snapshot, word: str) -> t.List[str]:
 
 
 def _hit(pattern: Patterns, image: Image) -> bool:
-    return pattern.hit(image_words((), image.names)) is not None
+    return pattern.hit(image_terms((), image.names)) is not None

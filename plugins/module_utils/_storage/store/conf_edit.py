@@ -51,27 +51,27 @@ def settings(value: t.Any) -> Settings:
 
 def edit(
     text: str,
-    wanted: Settings,
+    requested: Settings,
     path: str = "storage.conf",
     inherited: t.Optional[toml.Table] = None,
 ) -> str:
     """Set keys in a storage.conf.
 
-    :param wanted: ``driver``, or ``DRIVER.KEY`` for a key of ``[storage.options.DRIVER]``, or ``KEY`` for one of
+    :param requested: ``driver``, or ``DRIVER.KEY`` for a key of ``[storage.options.DRIVER]``, or ``KEY`` for one of
         ``[storage.options]``. A text that begins with ``+`` is added to the existing comma list. For
         ``additionalimagestores`` and ``additionallayerstores`` each text is a list of paths with commas; paths that
         begin with ``+`` are added, and those that begin with ``-`` removed.
     :param inherited: the text that a runtime reads before this file; its list is extended if the file has none
     :raises ConfigError: the text is not TOML, or is written in a way that cannot be edited
     """
-    for name, value in wanted.items():
+    for name, value in requested.items():
         text = _set(text, name, value, path, inherited or {})
     return text
 
 
-def says(document: toml.Table, wanted: Settings) -> bool:
+def says(document: toml.Table, requested: Settings) -> bool:
     """Whether a document already has all these settings."""
-    for name, value in wanted.items():
+    for name, value in requested.items():
         table, key = _location(name)
         found = _table(document, table).get(key)
         if key in _LISTS and isinstance(value, str):

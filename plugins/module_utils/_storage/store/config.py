@@ -222,11 +222,11 @@ class _Discovery:
             or overrides.driver
             or overrides.storage_options
         ):
-            words = ["podman", "--root", graphroot, "--runroot", runroot]
-            words += ["--storage-driver", driver]
+            argv = ["podman", "--root", graphroot, "--runroot", runroot]
+            argv += ["--storage-driver", driver]
             for option in options:
-                words += ["--storage-opt", option]
-            return tuple(words)
+                argv += ["--storage-opt", option]
+            return tuple(argv)
         variables = {
             name: value
             for name, value in ((name, self.caller.environ.get(name)) for name in _NAMING)

@@ -113,9 +113,9 @@ class Commands:
         self._in_user = in_user
         self._rootless = rootless
 
-    def podman(self, *words: str) -> str:
+    def podman(self, *arguments: str) -> str:
         """A command line of podman's."""
-        return self._line(*self._podman, *words)
+        return self._line(*self._podman, *arguments)
 
     def remove_container(self, container: Container) -> str:
         """A command line that removes a container, in the program that created it."""
@@ -161,8 +161,8 @@ class Commands:
         moved = self._line("mv", "-t", folder, *filter(os.path.lexists, names))
         return f"{self._line('mkdir', folder)} && {moved}"
 
-    def _line(self, *words: str) -> str:
-        line = command(*words)
+    def _line(self, *arguments: str) -> str:
+        line = command(*arguments)
         return self._in_user(line) if self._in_user else line
 
 
@@ -560,19 +560,19 @@ class _Check:
     def _names_of(self, suspects: t.Sequence[str]) -> t.Dict[str, str]:
         """The layers among these that something in the store still names, with a description of it."""
         named: t.Dict[str, str] = {}
-        wanted = set(suspects)
+        layer_ids = set(suspects)
         for name, lowers in self.disk.resting.items():
-            for layer_id in wanted.intersection(lowers):
+            for layer_id in layer_ids.intersection(lowers):
                 if layer_id != name:
                     named.setdefault(layer_id, f"the directory of layer {name[:12]} depends on it")
         for folder in self.store.data_folders(LAYERS):
             for name in _listed(folder):
                 split = _TAR_SPLIT.fullmatch(name)
                 layer_id = split.group(1) if split else name
-                if layer_id in wanted:
+                if layer_id in layer_ids:
                     named.setdefault(layer_id, f"{os.path.join(folder, name)} belongs to it")
         for path in self._texts():
-            for layer_id in _mentioned(path, wanted):
+            for layer_id in _mentioned(path, layer_ids):
                 named.setdefault(layer_id, f"{path} mentions it")
         return named
 
@@ -668,9 +668,9 @@ class _Check:
                     (layer.id,),
                 )
             else:
-                self._told_by_no_record(layer)
+                self._check_unlisted_copy(layer)
 
-    def _told_by_no_record(self, layer: Layer) -> None:
+    def _check_unlisted_copy(self, layer: Layer) -> None:
         """A copy that no image lists is a leftover of a crash, unless a file of records was replaced."""
         for file in self.files:
             if file.kind != LAYERS and list(_mentioned(file.path, {layer.id})):
@@ -789,7 +789,7 @@ def _holds_files(path: str) -> bool:
     return False
 
 
-def _mentioned(path: str, wanted: t.AbstractSet[str]) -> t.Iterator[str]:
+def _mentioned(path: str, layer_ids: t.AbstractSet[str]) -> t.Iterator[str]:
     """The IDs that a file of any format contains as text."""
     try:
         descriptor = os.open(path, _READ_ONLY | os.O_NONBLOCK)
@@ -798,7 +798,7 @@ def _mentioned(path: str, wanted: t.AbstractSet[str]) -> t.Iterator[str]:
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return
-        left = {item.encode("ascii"): item for item in wanted}
+        left = {item.encode("ascii"): item for item in layer_ids}
         tail, read = b"", 0
         while left and read < SIZE_LIMIT:
             try:

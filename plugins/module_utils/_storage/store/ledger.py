@@ -487,12 +487,12 @@ def _implausible(
 
 
 def _direction(seconds: float) -> str:
-    words = "forward" if seconds > 0 else "back"
+    direction = "forward" if seconds > 0 else "back"
     amount = abs(seconds)
     for unit, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if amount >= 2 * unit:
-            return f"{words} by {int(amount // unit)} {name}"
-    return words
+            return f"{direction} by {int(amount // unit)} {name}"
+    return direction
 
 
 def _as_json(moment: t.Optional[Moment]) -> t.Dict[str, t.Any]:

@@ -62,9 +62,9 @@ class Reserve:
         :param size: bytes of the largest file of records
         :raises OSError: a file cannot be created
         """
-        wanted = min(max(2 * size + _UNIT - 1, _LEAST), _MOST) // _UNIT * _UNIT
+        reserved = min(max(2 * size + _UNIT - 1, _LEAST), _MOST) // _UNIT * _UNIT
         space = os.statvfs(os.path.dirname(self.root))
-        if space.f_bavail * space.f_frsize < _AMPLE * len(_NAMES) * wanted:
+        if space.f_bavail * space.f_frsize < _AMPLE * len(_NAMES) * reserved:
             return
         if space.f_files and space.f_favail < _AMPLE * len(_NAMES):
             return
@@ -73,13 +73,13 @@ class Reserve:
             os.mkdir(self.root, 0o700)
         for name in _NAMES:
             path = os.path.join(self.root, name)
-            if _size(path) >= wanted // 2:
+            if _size(path) >= reserved // 2:
                 continue
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             descriptor = os.open(path, _NEW, 0o600)
             try:
-                os.posix_fallocate(descriptor, 0, wanted)
+                os.posix_fallocate(descriptor, 0, reserved)
             except BaseException:
                 os.unlink(path)
                 raise

@@ -164,8 +164,8 @@ class SharedStore:
             return True
         if self._read(_IMAGE_RECORDS) != _image_records(content):
             return True
-        wanted = {layer.layer_id for layer in content.layers}
-        if set(self._folders(_DRIVER)) != wanted:
+        expected = {layer.layer_id for layer in content.layers}
+        if set(self._folders(_DRIVER)) != expected:
             return True
         if {image.image_id for image in content.images} != set(self._folders(_IMAGES)):
             return True
@@ -183,9 +183,9 @@ class SharedStore:
                     os.mkdir(self._path(name), _DIRECTORY_MODE)
             if self._read(_PLACEHOLDER) != placeholder.encode():
                 _write(self._path(_PLACEHOLDER), placeholder.encode())
-            wanted = _sources(content)
+            expected = _sources(content)
             with self._below_mounts() as here:
-                for view, sources in wanted.items():
+                for view, sources in expected.items():
                     folder = f"{here}/{view}"
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(folder, _DIRECTORY_MODE)
@@ -223,15 +223,15 @@ class SharedStore:
         """
         with translate_oserror(self.path):
             self._drop_others(content)
-            wanted = _sources(content)
+            expected = _sources(content)
             with self._below_mounts() as here:
                 for view in os.listdir(here):
                     if not _VIEW.fullmatch(view):
                         continue
-                    if view not in wanted:
+                    if view not in expected:
                         remove_tree(f"{here}/{view}")
                         continue
-                    for source in set(os.listdir(f"{here}/{view}")) - wanted[view]:
+                    for source in set(os.listdir(f"{here}/{view}")) - expected[view]:
                         remove_tree(f"{here}/{view}/{source}")
 
     def clear(self) -> None:

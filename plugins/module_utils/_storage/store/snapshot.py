@@ -44,9 +44,9 @@ class Snapshot:
         self._on_layer: t.Optional[t.Dict[str, t.List[Container]]] = None
         self._of_layer: t.Optional[t.Dict[str, t.List[Image]]] = None
 
-    def runtime_command(self, *words: str) -> str:
+    def runtime_command(self, *arguments: str) -> str:
         """A command line of podman, or of crictl, for this store and its owner."""
-        return command(*(("crictl",) if self.runtime else self.podman), *words)
+        return command(*(("crictl",) if self.runtime else self.podman), *arguments)
 
     def layer(self, layer_id: str) -> Layer:
         """The layer of that full ID.
@@ -235,27 +235,27 @@ class Snapshot:
 
     def _by_completed_name(self, text: str) -> t.Iterator[t.List[Image]]:
         try:
-            wanted = parse(text)
+            reference = parse(text)
         except ConfigError:
             return
         images = self.images.values()
-        tag = wanted.tag or "latest"
+        tag = reference.tag or "latest"
         known: t.Dict[str, t.List[Image]] = {}
         for image in images:
-            if wanted.digest and wanted.digest not in image.digests:
+            if reference.digest and reference.digest not in image.digests:
                 continue
             for name in image.names:
                 repository, own_tag = split_tag(name.partition("@")[0])
                 # With a digest, tags do not matter.
-                if wanted.digest or own_tag == tag:
+                if reference.digest or own_tag == tag:
                     known.setdefault(repository, []).append(image)
-        if wanted.domain:
-            yield known.get(wanted.repository, [])[:1]
+        if reference.domain:
+            yield known.get(reference.repository, [])[:1]
             return
         for domain in (LOCAL, DOCKER):
-            yield known.get(f"{domain}/{wanted.path}", [])[:1]
-        yield known.get(parse(f"{DOCKER}/{wanted.path}").repository, [])[:1]
-        ending = f"/{wanted.path}"
+            yield known.get(f"{domain}/{reference.path}", [])[:1]
+        yield known.get(parse(f"{DOCKER}/{reference.path}").repository, [])[:1]
+        ending = f"/{reference.path}"
         yield [image for name, found in known.items() if name.endswith(ending) for image in found]
 
 

@@ -112,39 +112,39 @@ class _Comparing:
     def _entry(self, path: str, template: int, mapped: int, name: t.Optional[str]) -> bool:
         """Compare an entry of two open directories, or the directories themselves; returns whether both are such."""
         self.entries += 1
-        wanted, found = (
+        expected, found = (
             os.fstat(fd) if name is None else os.stat(name, dir_fd=fd, follow_symlinks=False)
             for fd in (template, mapped)
         )
-        kind = stat.S_IFMT(wanted.st_mode)
+        kind = stat.S_IFMT(expected.st_mode)
         if stat.S_IFMT(found.st_mode) != kind:
-            self._differs(path, [f"is {_kind(found)}, not {_kind(wanted)}"])
+            self._differs(path, [f"is {_kind(found)}, not {_kind(expected)}"])
             return False
-        problems = list(self._problems(wanted, found, template, mapped, name))
+        problems = list(self._problems(expected, found, template, mapped, name))
         if problems:
             self._differs(path, problems)
-        elif wanted.st_mtime_ns != found.st_mtime_ns:
+        elif expected.st_mtime_ns != found.st_mtime_ns:
             self.times += 1
         return kind == stat.S_IFDIR
 
     def _problems(
         self,
-        wanted: os.stat_result,
+        expected: os.stat_result,
         found: os.stat_result,
         template: int,
         mapped: int,
         name: t.Optional[str],
     ) -> t.Iterator[str]:
-        owner = _mapped(self.shift.uid(wanted.st_uid)), _mapped(self.shift.gid(wanted.st_gid))
+        owner = _mapped(self.shift.uid(expected.st_uid)), _mapped(self.shift.gid(expected.st_gid))
         if (found.st_uid, found.st_gid) != owner:
             yield f"belongs to {found.st_uid}:{found.st_gid}, not to {owner[0]}:{owner[1]}"
-        kind = stat.S_IFMT(wanted.st_mode)
-        if kind != stat.S_IFLNK and stat.S_IMODE(found.st_mode) != stat.S_IMODE(wanted.st_mode):
-            modes = stat.S_IMODE(found.st_mode), stat.S_IMODE(wanted.st_mode)
+        kind = stat.S_IFMT(expected.st_mode)
+        if kind != stat.S_IFLNK and stat.S_IMODE(found.st_mode) != stat.S_IMODE(expected.st_mode):
+            modes = stat.S_IMODE(found.st_mode), stat.S_IMODE(expected.st_mode)
             yield f"has mode {modes[0]:04o}, not {modes[1]:04o}"
-        if kind == stat.S_IFREG and found.st_size != wanted.st_size:
-            yield f"has {found.st_size} bytes, not {wanted.st_size}"
-        if kind in (stat.S_IFCHR, stat.S_IFBLK) and found.st_rdev != wanted.st_rdev:
+        if kind == stat.S_IFREG and found.st_size != expected.st_size:
+            yield f"has {found.st_size} bytes, not {expected.st_size}"
+        if kind in (stat.S_IFCHR, stat.S_IFBLK) and found.st_rdev != expected.st_rdev:
             yield "is another device"
         if (
             kind == stat.S_IFLNK
@@ -153,25 +153,25 @@ class _Comparing:
         ):
             yield "leads elsewhere"
         if kind != stat.S_IFDIR:
-            yield from self._links(wanted, found)
+            yield from self._links(expected, found)
         yield from self._attributes(template, mapped, name)
 
-    def _links(self, wanted: os.stat_result, found: os.stat_result) -> t.Iterator[str]:
-        if wanted.st_nlink == 1 and found.st_nlink == 1:
+    def _links(self, expected: os.stat_result, found: os.stat_result) -> t.Iterator[str]:
+        if expected.st_nlink == 1 and found.st_nlink == 1:
             return
-        pair = (wanted.st_dev, wanted.st_ino), (found.st_dev, found.st_ino)
+        pair = (expected.st_dev, expected.st_ino), (found.st_dev, found.st_ino)
         if self.forth.setdefault(*pair) != pair[1] or self.back.setdefault(*pair[::-1]) != pair[0]:
             yield "is hard-linked otherwise"
 
     def _attributes(self, template: int, mapped: int, name: t.Optional[str]) -> t.Iterator[str]:
-        wanted = {
+        expected = {
             key: owners.translate(key, value, self.shift)
             for key, value in _attributes(template, name).items()
         }
         found = _attributes(mapped, name)
-        for key in sorted(wanted.keys() | found.keys()):
-            if wanted.get(key) != found.get(key):
-                what = "lacks" if key not in found else "has another" if key in wanted else "has"
+        for key in sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key):
+                what = "lacks" if key not in found else "has another" if key in expected else "has"
                 yield f"{what} {printable(key, _LONGEST_PATH)}"
 
 

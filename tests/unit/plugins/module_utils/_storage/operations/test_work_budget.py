@@ -23,7 +23,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.tree.tree_
 
 @pytest.fixture(autouse=True)
 def no_signal_received(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work_budget, "_told", [])
+    monkeypatch.setattr(work_budget, "_received", [])
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import contextlib
 import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import ConfigError
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations.image_patterns import (
-    image_words,
+    image_terms,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.references import (
     Reference,
@@ -85,7 +85,7 @@ def test_recorded_name_is_recorded_unchanged(text: str) -> None:
 
 
 def test_patterns_match_short_names_of_docker_hub() -> None:
-    found = image_words((), ["docker.io/library/nextcloud:stable"])
+    found = image_terms((), ["docker.io/library/nextcloud:stable"])
     for name in (
         *("docker.io/library/nextcloud:stable", "docker.io/nextcloud:stable", "nextcloud:stable"),
         *("docker.io/library/nextcloud", "docker.io/nextcloud", "nextcloud"),
