@@ -327,13 +327,13 @@ def galaxy(session: nox.Session) -> None:
             check=False,
         )
     print(done.stdout)
-    complaints = [
+    messages = [
         line
         for line in done.stdout.splitlines()
         if line.startswith(("WARNING:", "ERROR:")) or "skipping" in line.lower()
     ]
-    if done.returncode != 0 or complaints:
-        session.error("the importer complains:\n" + "\n".join(complaints))
+    if done.returncode != 0 or messages:
+        session.error("the importer complains:\n" + "\n".join(messages))
 
 
 # Running code
@@ -381,7 +381,7 @@ def integration_oldest(session: nox.Session) -> None:
 def integrate(session: nox.Session, tools: Path, index: int) -> None:
     """Run the integration tests with the ansible-core of these tools.
 
-    :param place: of the modules' Python among those at hand that this ansible-core knows, oldest first
+    :param index: the index of the modules' Python among those at hand that this ansible-core knows, oldest first
     """
     ask = (
         "from ansible_test._util.target.common import constants as known;"

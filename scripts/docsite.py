@@ -89,9 +89,9 @@ def main(collection: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     # antsibull-docs refuses folders that other users can write to.
     folder.mkdir(parents=True, mode=0o755)
-    words = ["--use-current", "--squash-hierarchy", "--fail-on-error"]
+    common_options = ["--use-current", "--squash-hierarchy", "--fail-on-error"]
     titles = ["--project", NAME, "--title", NAME, "--sphinx-theme", "furo"]
-    run(folder, "antsibull-docs", "sphinx-init", *words, *titles, "--dest-dir", ".", NAME)
+    run(folder, "antsibull-docs", "sphinx-init", *common_options, *titles, "--dest-dir", ".", NAME)
     with (folder / "conf.py").open("a") as conf:
         conf.write(CONF)
     (folder / "static").mkdir()
@@ -99,7 +99,7 @@ def main(collection: Path, folder: Path) -> None:
     (folder / "ansible.inv").write_bytes(inventory())
     rst = folder / "rst"
     options = ["--config-file", "antsibull-docs.cfg"]
-    pages = ["collection", "--cleanup", "everything", *words, "--dest-dir", "rst", NAME]
+    pages = ["collection", "--cleanup", "everything", *common_options, "--dest-dir", "rst", NAME]
     run(folder, "antsibull-docs", *options, *pages)
     for page in rst.rglob("*.rst"):
         page.write_text(without_contents(page.read_text()))
@@ -152,8 +152,8 @@ def without_contents(text: str) -> str:
 def with_short_names(index: str) -> str:
     """The navigation at the side of every page: the guides by their titles, everything else by name, in groups."""
     for kind in ("module", "filter", "lookup", "role"):
-        words = rf"(\.\. toctree::\n)((?: +:[^\n]*\n)+\n(?: +\w+_{kind}\n)+)"
-        match = re.search(words, index)
+        pattern = rf"(\.\. toctree::\n)((?: +:[^\n]*\n)+\n(?: +\w+_{kind}\n)+)"
+        match = re.search(pattern, index)
         if match:
             entries = re.sub(rf"(\w+)_{kind}\n", rf"\1 <\1_{kind}>\n", match[2])
             caption = f"    :caption: {kind.capitalize()}s\n"

@@ -111,13 +111,13 @@ def choose(names: list[str]) -> list[Session]:
     if not names:
         return [session for session in TESTS if session.present]
     known = {session.name: session for session in (*TESTS, *LONG)}
-    wanted = [name.replace("_", "-") for name in names]
-    unknown = [name for name in wanted if name not in known]
+    requested = [name.replace("_", "-") for name in names]
+    unknown = [name for name in requested if name not in known]
     if unknown:
         raise workshop.SetupError(
             f"no session {', '.join(unknown)}. There are: {' '.join(known)}, and demo, bench."
         )
-    return [session for session in known.values() if session.name in wanted]
+    return [session for session in known.values() if session.name in requested]
 
 
 def prepare(sessions: t.Sequence[Session]) -> dict[str, str]:

@@ -85,8 +85,8 @@ class SetupError(Exception):
 
 def need(*kinds: str) -> None:
     """Install the packages of these kinds that are missing."""
-    wanted = sorted({package for kind in kinds for package in PACKAGES[kind]})
-    missing = [package for package in wanted if not _installed(package)]
+    packages = sorted({package for kind in kinds for package in PACKAGES[kind]})
+    missing = [package for package in packages if not _installed(package)]
     if not missing:
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
@@ -291,15 +291,15 @@ def collection_tree(session: str) -> t.Iterator[Path]:
     with _lock(TREES / f".{session}.lock"):
         _forget(CACHE / "trees", "?" * len(_CHECKOUT), ".", keep=TREES)
         tree = base / "ansible_collections" / NAMESPACE / NAME
-        wanted = tracked()
+        tracked_files = tracked()
         for folder, _folders, files in os.walk(tree, topdown=False):
             relative = Path(folder).relative_to(tree)
             for name in files:
-                if relative / name not in wanted:
+                if relative / name not in tracked_files:
                     (Path(folder) / name).unlink()
             with contextlib.suppress(OSError):
                 Path(folder).rmdir()
-        for file in wanted:
+        for file in tracked_files:
             target = tree / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / file, target, follow_symlinks=False)

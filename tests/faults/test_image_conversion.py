@@ -122,7 +122,7 @@ def test_store_is_usable_after_kill_in_user_namespace(lab: Lab, make_store: Make
         for at in spread(points, 6):
             run = scene.run(at, KILL_CALLER)
             assert "Traceback" not in run.output, run.output
-            scene.look(may_be_lost=True)
+            scene.check_state(may_be_lost=True)
             scene.restore()
     finally:
         scene.modules.close()

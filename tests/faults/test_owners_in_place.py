@@ -142,7 +142,7 @@ def _translated(key: str, value: bytes, uids: int, gids: int) -> bytes:
 
 
 @contextlib.contextmanager
-def opened(*roots: pathlib.Path, whiteouts: bool = True) -> t.Iterator[t.List[OwnTree]]:
+def open_trees(*roots: pathlib.Path, whiteouts: bool = True) -> t.Iterator[t.List[OwnTree]]:
     descriptors = [os.open(root, os.O_RDONLY) for root in roots]
     try:
         yield [OwnTree(f"{number:x}" * 64, fd, whiteouts) for number, fd in enumerate(descriptors)]
@@ -162,7 +162,7 @@ def root(tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_owners_are_changed_and_restored(root: pathlib.Path, workers: int) -> None:
     before = listing(root)
-    with opened(root) as trees:
+    with open_trees(root) as trees:
         shift = Shift(UNMAPPED, MAP)
         plan = in_place.plan(trees, [shift])
         assert shift.complete
@@ -186,7 +186,7 @@ def _counted_twice(found: Found) -> int:
 def test_unmapped_ids_are_reported_without_changes(root: pathlib.Path) -> None:
     before = listing(root)
     small = Mapping(IDMap.parse(["0:100000:1000"]), IDMap.parse(["0:200000:1000"]))
-    with opened(root) as trees:
+    with open_trees(root) as trees:
         shift = Shift(UNMAPPED, small)
         in_place.plan(trees, [shift])
     assert (shift.unmapped_uids, shift.unmapped_gids) == ({1000}, {1000})
@@ -197,7 +197,10 @@ def test_file_with_hard_link_elsewhere_is_refused(
     root: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     os.link(root / "usr/bin/644", tmp_path / "elsewhere")
-    with opened(root) as trees, pytest.raises(TreeError, match=r"usr/bin/644.* 2 names .* 1 are"):
+    with (
+        open_trees(root) as trees,
+        pytest.raises(TreeError, match=r"usr/bin/644.* 2 names .* 1 are"),
+    ):
         in_place.plan(trees, [Shift(UNMAPPED, MAP)])
 
 
@@ -207,7 +210,7 @@ def test_file_shared_by_two_layers_is_changed_once(
     other = tmp_path / "other"
     other.mkdir()
     os.link(root / "usr/bin/4755", other / "same")
-    with opened(root, other) as trees:
+    with open_trees(root, other) as trees:
         shifts = [Shift(UNMAPPED, MAP), Shift(UNMAPPED, MAP)]
         in_place.plan(trees, shifts).apply(trees)
     found = os.stat(other / "same")
@@ -224,12 +227,12 @@ def test_file_shared_by_two_layers_is_changed_once(
 )
 def test_metadata_in_attributes_is_refused(root: pathlib.Path, attribute: str) -> None:
     os.setxattr(root / "usr/bin/644", attribute, b"0:0:0644")
-    with opened(root) as trees, pytest.raises(UnsupportedDriver, match=attribute):
+    with open_trees(root) as trees, pytest.raises(UnsupportedDriver, match=attribute):
         in_place.plan(trees, [Shift(UNMAPPED, MAP)])
 
 
 def test_change_after_planning_is_detected_and_reverted(root: pathlib.Path) -> None:
-    with opened(root) as trees:
+    with open_trees(root) as trees:
         plan = in_place.plan(trees, [Shift(UNMAPPED, MAP)])
         (root / "shared/new").touch()
         before = listing(root)
@@ -245,7 +248,7 @@ def test_directory_replaced_by_link_is_not_followed(
     outside = tmp_path / "outside"
     (outside / "bin").mkdir(parents=True)
     (outside / "bin/4755").touch()
-    with opened(root) as trees:
+    with open_trees(root) as trees:
         plan = in_place.plan(trees, [Shift(UNMAPPED, MAP)])
         os.rename(root / "usr", tmp_path / "aside")
         os.symlink(outside, root / "usr")
@@ -279,7 +282,7 @@ def test_names_repeatedly_replaced_by_links_are_not_followed(
                 os.rename(name, link)
                 os.rename(aside, name)
 
-    with opened(root) as trees:
+    with open_trees(root) as trees:
         for _attempt in range(20):
             plan = in_place.plan(trees, [Shift(UNMAPPED, MAP)])
             thread = threading.Thread(target=swap)
@@ -306,7 +309,7 @@ def test_killed_worker_is_reported(root: pathlib.Path, monkeypatch: pytest.Monke
         work(*arguments)
 
     before = listing(root)
-    with opened(root) as trees:
+    with open_trees(root) as trees:
         plan = in_place.plan(trees, [Shift(UNMAPPED, MAP)])
         monkeypatch.setattr(in_place, "_apply_names", die)
         with pytest.raises(TreeError, match="worker process"):
@@ -317,7 +320,7 @@ def test_killed_worker_is_reported(root: pathlib.Path, monkeypatch: pytest.Monke
 
 
 def test_root_directory_owned_by_host_root_is_accepted(root: pathlib.Path) -> None:
-    with opened(root) as trees:
+    with open_trees(root) as trees:
         in_place.plan(trees, [Shift(UNMAPPED, MAP)]).apply(trees)
         os.chown(root, 0, 0)
         shift = Shift(MAP, UNMAPPED)

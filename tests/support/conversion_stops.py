@@ -78,7 +78,7 @@ class Conversions:
         selected = list(spread(points, most)) if most else list(range(1, points + 1))
         for at in selected:
             assert self.run(at, KILL).at is not None
-            self.look(may_be_lost=True)
+            self.check_state(may_be_lost=True)
             self.restore()
         # The image is lost only between the first and the last calls.
         assert set(self.seen) == {"old", "lost", "new"}
@@ -86,7 +86,7 @@ class Conversions:
 
     # Checks
 
-    def look(self, may_be_lost: bool) -> None:
+    def check_state(self, may_be_lost: bool) -> None:
         """Check that each podman can use the store, and that each image is complete, in the old or the new form.
 
         :param may_be_lost: whether the image may be lost; a pull must then restore it

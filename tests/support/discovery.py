@@ -128,9 +128,11 @@ def _environment(row: Json, base: str, user: Json) -> t.Dict[str, str]:
 
 
 def _theirs(program: str, environ: t.Mapping[str, str]) -> Json:
-    words = {"podman": ["podman", "info", "--format=json"], "buildah": ["buildah", "info"]}[program]
+    command = {"podman": ["podman", "info", "--format=json"], "buildah": ["buildah", "info"]}[
+        program
+    ]
     done = subprocess.run(
-        words, env=dict(environ), capture_output=True, text=True, check=False, cwd="/tmp"
+        command, env=dict(environ), capture_output=True, text=True, check=False, cwd="/tmp"
     )
     if done.returncode != 0:
         return {"error": done.stderr.strip()[-500:]}

@@ -65,11 +65,11 @@ class FreshHost(examples.Reader):
     def drivers(self) -> t.Set[str]:
         """The drivers of all stores on the host, of root and of the users."""
         root = pathlib.Path(self.machine.root)
-        places = (
+        patterns = (
             "var/lib/containers/storage/*-layers",
             "home/*/.local/share/containers/storage/*-layers",
         )
-        return {path.name.rpartition("-")[0] for place in places for path in root.glob(place)}
+        return {path.name.rpartition("-")[0] for pattern in patterns for path in root.glob(pattern)}
 
     def _begin(self) -> None:
         """Create the inventory of the guide First steps, and make the host reachable under its name."""

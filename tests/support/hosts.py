@@ -75,12 +75,12 @@ def _building(target: pathlib.Path) -> t.Iterator[pathlib.Path]:
             os.rename(part, target)
 
 
-def _quietly(words: t.Sequence[str], **options: t.Any) -> None:
+def _quietly(command: t.Sequence[str], **options: t.Any) -> None:
     done = subprocess.run(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(words)}\n{done.stdout[-4000:]}")
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}")
 
 
 def minbase(suite: str = "trixie") -> pathlib.Path:
@@ -249,8 +249,8 @@ class Sshd:
         self.folder = lab.folder(0o755)
         self.key = self.folder / "id"
         for name in ("host", "id"):
-            words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name)]
-            lab.machine.run(words)
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name)]
+            lab.machine.run(command)
         (self.folder / "keys").write_text((self.folder / "id.pub").read_text())
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -19,7 +19,7 @@ Maker = t.Callable[[str], int]
 
 
 @pytest.fixture
-def opened(tmp_path: pathlib.Path) -> t.Iterator[Maker]:
+def open_file(tmp_path: pathlib.Path) -> t.Iterator[Maker]:
     """Create empty files, open for reading and writing."""
     fds: t.List[int] = []
 
@@ -40,7 +40,7 @@ def content(fd: int) -> bytes:
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("error_number", [None, errno.EXDEV, errno.ENOSYS, errno.EINVAL])
 def test_copy_data_copies_content(
-    opened: Maker,
+    open_file: Maker,
     monkeypatch: pytest.MonkeyPatch,
     size: int,
     sparse: bool,
@@ -52,14 +52,14 @@ def test_copy_data_copies_content(
     if error_number is not None:
         monkeypatch.setattr(os, "copy_file_range", fail, raising=False)
     data = os.urandom(size)
-    source, target = opened("source"), opened("target")
+    source, target = open_file("source"), open_file("target")
     os.write(source, data)
     files.copy_data(target, source, size, sparse)
     assert content(target) == data
 
 
-def test_copy_data_keeps_holes(opened: Maker) -> None:
-    source, target = opened("source"), opened("target")
+def test_copy_data_keeps_holes(open_file: Maker) -> None:
+    source, target = open_file("source"), open_file("target")
     os.pwrite(source, b"begin", 0)
     os.pwrite(source, b"middle", 64 << 20)
     os.ftruncate(source, 128 << 20)
@@ -70,27 +70,27 @@ def test_copy_data_keeps_holes(opened: Maker) -> None:
     assert os.pread(target, 6, 0) == b"begin\0"
 
 
-def test_copy_data_allocates_no_blocks_for_hole(opened: Maker) -> None:
-    source, target = opened("source"), opened("target")
+def test_copy_data_allocates_no_blocks_for_hole(open_file: Maker) -> None:
+    source, target = open_file("source"), open_file("target")
     os.ftruncate(source, 1 << 30)
     files.copy_data(target, source, 1 << 30)
     assert os.fstat(target).st_size == 1 << 30
     assert os.fstat(target).st_blocks == 0
 
 
-def test_copy_data_raises_other_errors(opened: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_data_raises_other_errors(open_file: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_arguments: t.Any) -> int:
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "copy_file_range", full, raising=False)
-    source, target = opened("source"), opened("target")
+    source, target = open_file("source"), open_file("target")
     os.write(source, b"x" * (1 << 15))
     with pytest.raises(OSError, match="full"):
         files.copy_data(target, source, 1 << 15, False)
 
 
 def test_shared_extents_are_read_in_several_calls(
-    opened: Maker, monkeypatch: pytest.MonkeyPatch
+    open_file: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extents = [(number << 20, 4096, 0x2000 if number % 3 == 0 else 0) for number in range(300)]
 
@@ -119,7 +119,7 @@ def test_shared_extents_are_read_in_several_calls(
         return 0
 
     monkeypatch.setattr(fcntl, "ioctl", fiemap)
-    assert list(files.shared_extents(opened("file"))) == [
+    assert list(files.shared_extents(open_file("file"))) == [
         ((number << 20) + 1, 4096) for number in range(0, 300, 3)
     ]
 
@@ -133,8 +133,8 @@ def test_filesystem_type_of_path_and_descriptor() -> None:
         os.close(fd)
 
 
-def test_syncfs_succeeds(opened: Maker) -> None:
-    files.syncfs(opened("file"))
+def test_syncfs_succeeds(open_file: Maker) -> None:
+    files.syncfs(open_file("file"))
 
 
 @pytest.fixture(params=["openat2", "stepwise"])
