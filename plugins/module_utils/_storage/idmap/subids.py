@@ -19,6 +19,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ..errors import MapError, NamespaceError
+from ..printable import command
 from . import subid_file
 from .mapping import Mapping
 from .ranges import ID_LIMIT, IDMap, IDRange
@@ -491,10 +492,15 @@ def _nothing(
             f"Correct it to NAME:START:COUNT without blanks, for example to {line}.",
             **facts,
         )
+    # usermod requires an account.
+    run = (
+        f"{command('echo', line)} >>{command(path)}"
+        if uid is None
+        else command("usermod", f"--add-sub{kind}s", f"{start}-{start + size - 1}", name)
+    )
     return NamespaceError(
         subject,
         f"has no subordinate {kind.upper()}s in {path}",
-        f"Add the line {line} to {path}, or run: "
-        f"usermod --add-sub{kind}s {start}-{start + size - 1} {name}",
+        f"Add the line {line} to {path}, for example: {run}",
         **facts,
     )

@@ -87,6 +87,10 @@ def test_missing_range_is_proposed(files: SourcesFactory) -> None:
     assert error.facts["file"] == sources.subuid
     assert f"Add the line alice:362144:65536 to {sources.subuid}" in str(error)
     assert "usermod --add-subuids 362144-427679 alice" in str(error)
+    # usermod does not accept names without an account.
+    with pytest.raises(NamespaceError) as caught:
+        ranges_of("containers", None, "gid", sources=sources)
+    assert f"example: echo containers:362144:65536 >>{sources.subgid}" in str(caught.value)
 
 
 def test_file_without_range_is_named_in_error(files: SourcesFactory) -> None:
