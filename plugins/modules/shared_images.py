@@ -17,7 +17,8 @@ description:
     with the declared mappings, builds and commits work as with images that the user pulled.
   - An image that is removed from the real store is kept there while a container or an image of a user needs it. During that time its name
     is C(localhost/userns-storage/shared).
-  - All users with whom the real store is shared can read all of its contents, including secrets in images.
+  - The users can read all files of the shared images, including secrets in images. With V(*) in O(images), and in a real store of the
+    default path, that can include all contents of the real store.
   - The mounts exist until the host shuts down. The unit C(userns-storage.service) creates them again at boot, see the role
     P(userns.storage.share#role).
 extends_documentation_fragment:
@@ -49,7 +50,8 @@ options:
   images:
     description:
       - Shell patterns for the names and IDs of the images to share.
-      - The users can also read the files of all other images in the store. Keep images that they must not read in a different store.
+      - Other images of the store can become readable for the users, see the description of the module. Keep images that they must not read in
+        a different store.
     type: list
     elements: str
     default: ["*"]
