@@ -23,24 +23,28 @@ def shown(path: str) -> str:
 
 @contextlib.contextmanager
 def translate_oserror(
-    root: str = "", subject: str = "", kind: t.Type[StorageError] = StoreError
+    root: str = "",
+    subject: str = "",
+    kind: t.Type[StorageError] = StoreError,
+    permission_hint: str = "",
 ) -> t.Iterator[None]:
     """Translate OSError to an exception of the library with a hint. Exceptions of the library pass unchanged.
 
     :param root: the folder whose owner has the permission, and whose filesystem needs the space; empty if unknown
     :param subject: the object of the message; empty for the file that the error names
     :param kind: the exception for other causes than space and permissions
+    :param permission_hint: what to do if the caller lacks permissions; empty for the hint about a store and its owner
     :raises PermissionDenied: the caller lacks permissions, or the filesystem is read-only
     :raises NoSpace: filesystem or quota is full
     """
     try:
         yield
     except OSError as error:
-        raise _explanation(error, root, subject, kind) from error
+        raise _explanation(error, root, subject, kind, permission_hint) from error
 
 
 def _explanation(
-    error: OSError, root: str, subject: str, kind: t.Type[StorageError]
+    error: OSError, root: str, subject: str, kind: t.Type[StorageError], permission_hint: str
 ) -> StorageError:
     # Calls with a descriptor have its number as file name.
     named = isinstance(error.filename, (str, bytes, os.PathLike))
@@ -51,7 +55,7 @@ def _explanation(
         cause += f" ({name})"
     facts: t.Dict[str, t.Any] = {"path": name or subject, "errno": error.errno}
     owner = namespace_owner()
-    if owner and error.errno in (errno.EACCES, errno.EPERM):
+    if owner and not permission_hint and error.errno in (errno.EACCES, errno.EPERM):
         user, folder = _name_of(owner), _existing(root or subject)
         return PermissionDenied(
             subject,
@@ -64,7 +68,7 @@ def _explanation(
         return PermissionDenied(
             subject,
             f"cannot be used by UID {os.geteuid()}: {cause}",
-            f"Run with `become: true`, or set `user: {_owner(root)}`.",
+            permission_hint or f"Run with `become: true`, or set `user: {_owner(root)}`.",
             **facts,
         )
     if error.errno == errno.EROFS:

@@ -12,7 +12,7 @@ import time
 import typing as t
 from dataclasses import dataclass, field
 
-from ..errors import ConfigError, LockTimeout, NamespaceError, PermissionDenied
+from ..errors import ConfigError, LockTimeout, NamespaceError
 from ..idmap.ranges import ID_LIMIT
 from ..idmap.subids import (
     USUAL_COUNT,
@@ -30,6 +30,8 @@ from ..idmap.subids import (
     unread,
     why_not_read,
 )
+from ..kernel.oserrors import translate_oserror
+from ..printable import command
 
 KINDS = ("uid", "gid")
 
@@ -60,7 +62,9 @@ def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
     :raises ConfigError: a name or the count is invalid
     :raises NamespaceError: a user has too few IDs in a directory service, or no range is free
     :raises LockTimeout: another program holds a file's lock
-    :raises PermissionDenied: the files cannot be written
+    :raises PermissionDenied: the files may not be written
+    :raises NoSpace: their filesystem is full
+    :raises StoreError: they cannot be written for another reason
     """
     for name in request.users:
         if not name or any(mark in name for mark in ":#\n") or name != name.strip():
@@ -300,40 +304,44 @@ def _with_lines(content: bytes, lines: t.Sequence[str]) -> bytes:
     return content + "".join(f"{line}\n" for line in lines).encode()
 
 
+@contextlib.contextmanager
+def _translated(path: str) -> t.Iterator[None]:
+    """Translate errors of the operating system for a file that only root may change."""
+    hint = "Run the task with become: true."
+    if os.geteuid() == 0:
+        shown = command("lsattr", "-d", os.path.dirname(path) or ".", path)
+        hint = f"Check whether a file attribute or a security module protects it: `{shown}`."
+    with translate_oserror(os.path.dirname(path), path, permission_hint=hint):
+        yield
+
+
 def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as stream:
-            return stream.read()
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise PermissionDenied(
-            path, f"cannot be read: {error.strerror}", "Run the task with become: true."
-        ) from error
+    with _translated(path), contextlib.suppress(FileNotFoundError), open(path, "rb") as stream:
+        return stream.read()
+    return b""
 
 
 def _replace(path: str, content: bytes) -> None:
     """Write the file as shadow's tools do, with the old content as ``PATH-``."""
     fresh = f"{path}+"
     try:
-        mode, owner, group = 0o644, 0, 0
-        with contextlib.suppress(FileNotFoundError):
-            info = os.stat(path)
-            mode, owner, group = stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid
-            _write(f"{path}-", _read(path), mode, owner, group, path)
-        _write(fresh, content, mode, owner, group, path)
-        os.rename(fresh, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
+        with _translated(path):
+            mode, owner, group = 0o644, 0, 0
+            with contextlib.suppress(FileNotFoundError):
+                info = os.stat(path)
+                mode, owner, group = stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid
+                _write(f"{path}-", _read(path), mode, owner, group, path)
+            _write(fresh, content, mode, owner, group, path)
+            os.rename(fresh, path)
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(fresh)
-        raise PermissionDenied(
-            path, f"cannot be replaced: {error.strerror}", "Run the task with become: true."
-        ) from error
+        raise
 
 
 def _write(path: str, content: bytes, mode: int, owner: int, group: int, model: str) -> None:
@@ -356,38 +364,45 @@ def _write(path: str, content: bytes, mode: int, owner: int, group: int, model: 
 def _locked(path: str) -> t.Iterator[None]:
     """shadow's lock: ``PATH.lock``, a hard link to a file that holds the owner's PID."""
     lock, own = f"{path}.lock", f"{path}.{os.getpid()}"
-    deadline = time.monotonic() + _LOCK_TIMEOUT
-    try:
-        with open(own, "w", encoding="ascii") as stream:
-            stream.write(f"{os.getpid()}\0")
-    except OSError as error:
-        raise PermissionDenied(
-            own, f"cannot be created: {error.strerror}", "Run the task with become: true."
-        ) from error
-    try:
-        while True:
-            try:
-                os.link(own, lock)
-                break
-            except FileExistsError:
-                holder = _holder(lock)
-                if holder is not None and not _alive(holder):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(lock)
-                elif time.monotonic() > deadline:
-                    raise LockTimeout(
-                        lock,
-                        f"is held by process {holder or 'unknown'} for more than {_LOCK_TIMEOUT:.0f} s",
-                        "Wait until it finishes, or remove the file if no program edits users.",
-                    ) from None
-                else:
-                    time.sleep(0.1)
-    finally:
-        os.unlink(own)
+    with _translated(lock):
+        try:
+            with open(own, "w", encoding="ascii") as stream:
+                stream.write(f"{os.getpid()}\0")
+            _link(own, lock)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(own)
     try:
         yield
     finally:
-        os.unlink(lock)
+        with _translated(lock), contextlib.suppress(FileNotFoundError):
+            os.unlink(lock)
+
+
+def _link(own: str, lock: str) -> None:
+    """Create the lock as a link to a file, as soon as no other program holds it.
+
+    :raises LockTimeout: a program holds it for too long
+    :raises OSError: it cannot be created
+    """
+    deadline = time.monotonic() + _LOCK_TIMEOUT
+    while True:
+        try:
+            os.link(own, lock)
+            return
+        except FileExistsError:
+            holder = _holder(lock)
+        if holder is not None and not _alive(holder):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(lock)
+        elif time.monotonic() > deadline:
+            raise LockTimeout(
+                lock,
+                f"is held by process {holder or 'unknown'} for more than {_LOCK_TIMEOUT:.0f} s",
+                "Wait until it finishes, or remove the file if no program edits users.",
+            )
+        else:
+            time.sleep(0.1)
 
 
 def _holder(lock: str) -> t.Optional[int]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.errors imp
     ConfigError,
     LockTimeout,
     NamespaceError,
+    NoSpace,
+    PermissionDenied,
+    StoreError,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subid_file import (
     SHADOW_4_13,
@@ -329,3 +333,43 @@ def test_free_range_does_not_overlap_others(taken, count):
     assert found.start >= 100000
     for item in taken:
         assert item.start + item.size <= found.start or found.start + found.size <= item.start
+
+
+@pytest.mark.parametrize("call", ["link", "rename", "fsync"])
+@pytest.mark.parametrize(
+    ("number", "kind", "hint"),
+    [
+        (errno.ENOSPC, NoSpace, "Free space"),
+        (errno.EROFS, PermissionDenied, "Mount its filesystem writable."),
+        (errno.EIO, StoreError, "dmesg"),
+        (errno.EPERM, PermissionDenied, "lsattr -d" if os.geteuid() == 0 else "become: true"),
+    ],
+)
+def test_errors_of_the_filesystem_keep_their_cause(
+    request_for, tmp_path, monkeypatch, call, number, kind, hint
+):
+    def fail(*_arguments: t.Any) -> t.NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    request = request_for("alice")
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(kind, match=os.strerror(number).lower()) as caught:
+        subordinate_ids.grant(request)
+    assert type(caught.value) is kind
+    assert hint in caught.value.hint
+    assert caught.value.subject == str(tmp_path / ("subuid.lock" if call == "link" else "subuid"))
+    # Neither the lock nor temporary files remain.
+    assert not list(tmp_path.glob("sub?id.*"))
+    assert not list(tmp_path.glob("sub?id+"))
+
+
+def test_a_lock_that_somebody_removed_is_no_error(request_for, tmp_path, monkeypatch):
+    request = request_for("alice")
+    rename = os.rename
+
+    def unlock(source: str, target: str) -> None:
+        (tmp_path / "subuid.lock").unlink(missing_ok=True)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", unlock)
+    assert subordinate_ids.grant(request)["changed"]
