@@ -40,12 +40,17 @@ def translate_oserror(
     try:
         yield
     except OSError as error:
-        raise _explanation(error, root, subject, kind, permission_hint) from error
+        raise translated(error, root, subject, kind, permission_hint) from error
 
 
-def _explanation(
-    error: OSError, root: str, subject: str, kind: t.Type[StorageError], permission_hint: str
+def translated(
+    error: OSError,
+    root: str = "",
+    subject: str = "",
+    kind: t.Type[StorageError] = StoreError,
+    permission_hint: str = "",
 ) -> StorageError:
+    """The exception for an OSError, as :func:`translate_oserror` raises it."""
     # Calls with a descriptor have its number as file name.
     named = isinstance(error.filename, (str, bytes, os.PathLike))
     name = shown(os.fsdecode(error.filename)) if named else ""

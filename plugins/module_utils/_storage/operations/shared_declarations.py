@@ -13,9 +13,8 @@ import os
 import typing as t
 from dataclasses import asdict, dataclass, field
 
-from ..errors import (
-    ConfigError,
-)
+from ..errors import ConfigError
+from ..kernel.oserrors import translate_oserror
 from .mapping_options import OPTIONS, MappingOptions
 from .options import given
 
@@ -61,13 +60,18 @@ def read_declaration(graphroot: str) -> t.Optional[Declaration]:
     """Read the declaration for a real store; None if there is none.
 
     :raises ConfigError: the file was not written by this collection
+    :raises StorageError: it cannot be read
     """
-    path = _declaration_path(graphroot)
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_LARGEST_DECLARATION)
-    except FileNotFoundError:
-        return None
+    return _read(_declaration_path(graphroot))
+
+
+def _read(path: str) -> t.Optional[Declaration]:
+    with _translated(path):
+        try:
+            with open(path, "rb") as file:
+                data = file.read(_LARGEST_DECLARATION)
+        except FileNotFoundError:
+            return None
     try:
         content = json.loads(data)
         users = {
@@ -92,18 +96,25 @@ def declarations() -> t.List[Declaration]:
     """All declarations of this host, in the order of their file names.
 
     :raises ConfigError: a file was not written by this collection
+    :raises StorageError: a file cannot be read
     """
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for name in sorted(os.listdir(_DECLARATIONS)):
-            if not name.endswith(".json"):
-                continue
-            with open(os.path.join(_DECLARATIONS, name), "rb") as file:
-                graphroot = json.loads(file.read(_LARGEST_DECLARATION)).get("graphroot", "")
-            declaration = read_declaration(graphroot)
-            if declaration is not None:
-                found.append(declaration)
-    return found
+    names: t.List[str] = []
+    with _translated(_DECLARATIONS), contextlib.suppress(FileNotFoundError):
+        names = sorted(os.listdir(_DECLARATIONS))
+    paths = [os.path.join(_DECLARATIONS, name) for name in names if name.endswith(".json")]
+    found = [(path, _read(path)) for path in paths]
+    # Copies under other names do not count.
+    return [
+        declaration
+        for path, declaration in found
+        if declaration is not None and path == _declaration_path(declaration.graphroot)
+    ]
+
+
+def _translated(path: str) -> t.ContextManager[None]:
+    return translate_oserror(
+        os.path.dirname(path), path, permission_hint="Run the task with become: true."
+    )
 
 
 def _declaration_path(graphroot: str) -> str:
@@ -113,16 +124,21 @@ def _declaration_path(graphroot: str) -> str:
 def write_declaration(declaration: Declaration) -> None:
     """Write the file of a declaration, or remove it if it has no users left.
 
-    :raises OSError: it cannot be written
+    :raises StorageError: it cannot be written
     """
     path = _declaration_path(declaration.graphroot)
-    if not declaration.users:
+    with _translated(path):
+        if declaration.users:
+            _write(path, declaration)
+            return
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         with contextlib.suppress(OSError):
             for folder in (_DECLARATIONS, os.path.dirname(_DECLARATIONS)):
                 os.rmdir(folder)
-        return
+
+
+def _write(path: str, declaration: Declaration) -> None:
     content = asdict(declaration)
     os.makedirs(_DECLARATIONS, 0o755, exist_ok=True)
     data = json.dumps(content, indent=2, sort_keys=True) + "\n"

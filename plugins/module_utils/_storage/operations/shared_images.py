@@ -366,8 +366,7 @@ class _UserWork:
                     self._mount(mount, mounted)
         self.store.write(self.plan.content)
         self.outcome.configuration = self.configuration.write(self._stores())
-        for path in self._stale_mounts():
-            mounts.umount(path, _DETACHED)
+        self._unmount(self._stale_mounts())
         self.store.drop_others(self.plan.content)
 
     def _mount(self, mount: Mount, mounted: t.Container[str]) -> None:
@@ -385,11 +384,15 @@ class _UserWork:
                     "See: dmesg | tail",
                 ) from error
 
+    def _unmount(self, points: t.Iterable[str]) -> None:
+        with translate_oserror(self.store.path):
+            for path in points:
+                mounts.umount(path, _DETACHED)
+
     def _remove(self) -> None:
         self.outcome.configuration = self.configuration.write(self._stores())
         self.store.clear()
-        for path in self._mounted():
-            mounts.umount(path, _DETACHED)
+        self._unmount(self._mounted())
         self.store.remove()
         with contextlib.suppress(OSError):
             os.rmdir(self.folder)

@@ -21,7 +21,8 @@ import time
 import typing as t
 from dataclasses import dataclass, replace
 
-from ..errors import ConfigError, PermissionDenied, StoreError
+from ..errors import ConfigError, PermissionDenied, StorageError, StoreError
+from ..kernel.oserrors import translated
 from ..printable import command, printable, user_command
 from ..runtime.detect import installed
 from ..store import conf_edit, toml
@@ -37,6 +38,8 @@ _NAME = "50-userns-storage.conf"
 _ROOTFUL, _ROOTLESS, _BOTH = "storage.rootful.conf.d", "storage.rootless.conf.d", "storage.conf.d"
 _COMMENT = "# Keys set by the Ansible module userns.storage.storage_conf.\n"
 _LARGEST = 2**20
+# Causes that the path of the file does not explain.
+_OF_FILESYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _METACOPY = "/sys/module/overlay/parameters/metacopy"
 # Runtimes before 1.63 require these in the file of the rootful store, and ignore them there for rootless users.
 _PATHS = {"graphroot": "/var/lib/containers/storage", "runroot": "/run/containers/storage"}
@@ -428,16 +431,14 @@ class _Files:
             raise
         _sync_folder(os.path.dirname(path))
 
-    def _refused(self, path: str, done: str, error: OSError) -> StoreError:
+    def _refused(self, path: str, done: str, error: OSError) -> StorageError:
         real = os.path.realpath(path)
         leads = f", which leads to {printable(real)}," if real != os.path.normpath(path) else ""
         subject = f"user {self.user}: {printable(path)}{leads}"
+        if error.errno in _OF_FILESYSTEM:
+            return translated(error, os.path.dirname(real), subject)
         cause = f"cannot be {done}: {os.strerror(error.errno or 0).lower()}"
-        kind = (
-            PermissionDenied
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-            else StoreError
-        )
+        kind = PermissionDenied if error.errno in (errno.EACCES, errno.EPERM) else StoreError
         return kind(subject, cause, self._look(path), path=path, errno=error.errno)
 
     def _wrong(self, path: str, cause: str) -> StoreError:
