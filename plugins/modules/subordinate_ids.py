@@ -102,12 +102,11 @@ source:
   type: str
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.userns.storage.plugins.module_utils._storage.errors import StorageError
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
-    subordinate_ids,
+from ansible_collections.userns.storage.plugins.module_utils._module import run_as_root
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.subordinate_ids import (
+    GrantRequest,
+    grant,
 )
 
 
@@ -124,21 +123,12 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    request = subordinate_ids.GrantRequest(
+    request = GrantRequest(
         users=tuple(module.params["users"]),
         count=module.params["count"],
         check=module.check_mode,
     )
-    try:
-        result = subordinate_ids.grant(request)
-    except StorageError as error:
-        facts: t.Dict[str, t.Any] = dict(error.facts)
-        module.fail_json(msg=str(error), **facts)
-    for warning in result.pop("warnings"):
-        module.warn(warning)
-    if not module._diff:
-        del result["diff"]
-    module.exit_json(**result)
+    run_as_root(module, request, grant)
 
 
 if __name__ == "__main__":
