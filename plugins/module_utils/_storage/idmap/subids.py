@@ -202,15 +202,15 @@ def everybodys_ranges(kind: str, sources: Sources = Sources()) -> t.Tuple[SubIDR
 
     :raises NamespaceError: the file cannot be read
     """
-    return tuple(SubIDRange(start, size) for _owner, start, size in claims(kind, sources))
+    return tuple(
+        SubIDRange(start, size) for _owner, start, size in claims(read_file(sources.path(kind)))
+    )
 
 
-def claims(kind: str, sources: Sources = Sources()) -> t.List[subid_file.Line]:
-    """As :func:`everybodys_ranges`, with the owners as written, cut off at the last ID.
-
-    :raises NamespaceError: the file cannot be read
+def claims(content: bytes) -> t.List[subid_file.Line]:
+    """As :func:`everybodys_ranges`, for the content of a file, with the owners as written. The ranges are cut off at
+    the last ID.
     """
-    content = read_file(sources.path(kind))
     found: t.Dict[subid_file.Line, None] = {}
     pieces = dict.fromkeys(re.split(rb"[\n\0]", content))
     for dialect in subid_file.DIALECTS:

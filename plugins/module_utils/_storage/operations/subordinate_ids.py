@@ -21,7 +21,6 @@ from ..idmap.subids import (
     accounts,
     bounds,
     claims,
-    everybodys_ranges,
     free_range,
     nss_accounts,
     nss_service,
@@ -77,84 +76,105 @@ def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
         )
     if nss_service(request.sources.nsswitch):
         return _elsewhere(request)
-    names = list(dict.fromkeys(request.users))
-    _refuse_unreadable(request)
+    names = tuple(dict.fromkeys(request.users))
     # Queried before the locks are taken, because it may be slow.
     listed = nss_accounts("passwd", (2, 3), request.sources)
     listed += nss_accounts("group", (2,), request.sources)
-    with contextlib.ExitStack() as locks:
-        if not request.check and (_lines_to_add(names, request, listed)[0] or _unended(request)):
+    plan = _planned(names, request, listed)
+    if plan.changed and not request.check:
+        with contextlib.ExitStack() as locks:
             for kind in KINDS:
                 locks.enter_context(_locked(request.sources.path(kind)))
-        # The result depends only on reads under the locks.
-        _refuse_unreadable(request)
-        lines, granted = _lines_to_add(names, request, listed)
-        unended = _unended(request)
-        before = {kind: _read(request.sources.path(kind)) for kind in KINDS}
-        after = {
-            kind: _with_lines(
-                _whole(request.sources.path(kind)) if kind in unended else before[kind],
-                [line for one, line in lines if one == kind],
-            )
-            for kind in KINDS
-        }
-        if not request.check:
-            for kind in KINDS:
-                if after[kind] != before[kind]:
-                    _replace(request.sources.path(kind), after[kind])
-    return {
-        "changed": before != after,
-        "users": [_result(name, granted, request, lines) for name in names],
-        "source": "files",
-        "warnings": _warnings(names, request),
-        "diff": [
-            {
-                "before_header": request.sources.path(kind),
-                "after_header": request.sources.path(kind),
-                "before": before[kind].decode(errors="replace"),
-                "after": after[kind].decode(errors="replace"),
-            }
-            for kind in KINDS
-            if after[kind] != before[kind]
-        ],
-    }
+            # The result depends only on what is read under the locks.
+            plan = _planned(names, request, listed)
+            for kind in plan.changed:
+                _replace(request.sources.path(kind), plan.before[kind], plan.after[kind])
+    return _result(plan)
 
 
-def _lines_to_add(
-    names: t.Sequence[str], request: GrantRequest, listed: t.Sequence[SubIDRange]
-) -> t.Tuple[t.List[t.Tuple[str, str]], t.Set[str]]:
-    """The new lines with their kind and user. UIDs and GIDs get the same range if both are missing."""
-    taken = [
-        everybodys_range
-        for kind in KINDS
-        for everybodys_range in everybodys_ranges(kind, request.sources)
-    ]
-    taken += accounts(request.sources.passwd, (2, 3)) + accounts(request.group, (2,))
-    taken += listed
-    lines, granted = [], set()
+class _NewRange(t.NamedTuple):
+    """A range that a user is granted."""
+
+    kind: str
+    owner: str
+    ids: SubIDRange
+
+    @property
+    def line(self) -> bytes:
+        """The line of the file."""
+        return f"{self.owner}:{self.ids.start}:{self.ids.size}\n".encode()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The files before and after the change.
+
+    :param before: the content of the files as read, by kind of ID
+    :param after: their content after the change
+    :param added: the new ranges
+    :param accounts: the IDs of local accounts and groups, by kind of ID
+    """
+
+    request: GrantRequest
+    names: t.Tuple[str, ...]
+    before: t.Mapping[str, bytes]
+    after: t.Mapping[str, bytes]
+    added: t.Tuple[_NewRange, ...]
+    accounts: t.Mapping[str, t.Sequence[SubIDRange]]
+
+    @property
+    def changed(self) -> t.List[str]:
+        """The kinds of ID whose file changes."""
+        return [kind for kind in KINDS if self.after[kind] != self.before[kind]]
+
+    def own(self, name: str, kind: str) -> t.Sequence[SubIDRange]:
+        """A user's ranges after the change."""
+        return _own(name, kind, self.after[kind], self.request)
+
+
+def _planned(
+    names: t.Tuple[str, ...], request: GrantRequest, listed: t.Sequence[SubIDRange]
+) -> _Plan:
+    """Read each file once, and choose the missing ranges.
+
+    :param listed: the IDs of accounts that NSS lists
+    """
+    sources = request.sources
+    before = {kind: _read(sources.path(kind)) for kind in KINDS}
+    _refuse_unreadable(before, request)
+    local = {"uid": accounts(sources.passwd, (2,)), "gid": accounts(request.group, (2,))}
+    taken = [SubIDRange(line.start, line.size) for kind in KINDS for line in claims(before[kind])]
+    taken += [*local["uid"], *local["gid"], *accounts(sources.passwd, (3,)), *listed]
+    added = _missing_ranges(names, request, before, taken)
+    after = {}
+    for kind in KINDS:
+        lines = b"".join(item.line for item in added if item.kind == kind)
+        # Newer versions of shadow do not read a file without a newline at the end.
+        ended = bool(lines) or sources.reading.strict
+        after[kind] = (_whole(before[kind]) if ended else before[kind]) + lines
+    return _Plan(request, names, before, after, tuple(added), local)
+
+
+def _missing_ranges(
+    names: t.Iterable[str],
+    request: GrantRequest,
+    before: t.Mapping[str, bytes],
+    taken: t.List[SubIDRange],
+) -> t.List[_NewRange]:
+    """The new ranges, which are added to ``taken``. UIDs and GIDs get the same range if both are missing."""
+    added = []
     for name in names:
         missing: t.Dict[int, t.List[str]] = {}
         for kind in KINDS:
-            short = request.count - sum(item.size for item in _own(name, kind, request))
+            own = _own(name, kind, before[kind], request)
+            short = request.count - sum(item.size for item in own)
             if short > 0:
                 missing.setdefault(short, []).append(kind)
         for short, kinds in missing.items():
             found = free_range(taken, short, *bounds(kinds, request.sources))
             taken.append(found)
-            granted.add(name)
-            lines += [(kind, f"{name}:{found.start}:{found.size}") for kind in kinds]
-    return lines, granted
-
-
-def _unended(request: GrantRequest) -> t.List[str]:
-    """The files that shadow does not read because of a missing newline at the end."""
-    if not request.sources.reading.strict:
-        return []
-    return [
-        kind
-        for kind in KINDS
-        if _read(request.sources.path(kind)) != _whole(request.sources.path(kind))
-    ]
+            added += [_NewRange(kind, name, found) for kind in kinds]
+    return added
 
 
 def _uid_of(name: str) -> t.Optional[int]:
@@ -164,25 +184,24 @@ def _uid_of(name: str) -> t.Optional[int]:
         return None
 
 
-def _whole(path: str) -> bytes:
+def _whole(content: bytes) -> bytes:
     """The content of a file with a newline at the end, which any write adds."""
-    content = _read(path)
     return content if not content or content.endswith(b"\n") else content + b"\n"
 
 
-def _own(name: str, kind: str, request: GrantRequest) -> t.Sequence[SubIDRange]:
-    """A user's ranges in the file itself, including ranges of names without an account, which libsubid omits
-    and which must not be added again.
+def _own(name: str, kind: str, content: bytes, request: GrantRequest) -> t.Sequence[SubIDRange]:
+    """A user's ranges in the content of the file itself, including ranges of names without an account, which libsubid
+    omits and which must not be added again.
     """
     path = request.sources.path(kind)
-    return own_ranges(_whole(path), path, name, _uid_of(name), request.sources.reading)
+    return own_ranges(_whole(content), path, name, _uid_of(name), request.sources.reading)
 
 
-def _refuse_unreadable(request: GrantRequest) -> None:
+def _refuse_unreadable(before: t.Mapping[str, bytes], request: GrantRequest) -> None:
     """Refuse files that shadow would not read even after the change."""
     for kind in KINDS:
         path = request.sources.path(kind)
-        reason = why_not_read(path, _whole(path), request.sources.reading)
+        reason = why_not_read(path, _whole(before[kind]), request.sources.reading)
         if reason:
             raise NamespaceError(
                 path,
@@ -192,36 +211,31 @@ def _refuse_unreadable(request: GrantRequest) -> None:
             )
 
 
-def _warnings(names: t.Sequence[str], request: GrantRequest) -> t.List[str]:
+def _warnings(plan: _Plan) -> t.List[str]:
     """Warnings about existing ranges of these users."""
     found = []
     for kind in KINDS:
-        path = request.sources.path(kind)
-        content = _whole(path)
-        for name in names:
+        path = plan.request.sources.path(kind)
+        for name in plan.names:
             uid = _uid_of(name)
-            for number, text in unread(content, name, uid, request.sources.reading):
+            content = _whole(plan.after[kind])
+            for number, text in unread(content, name, uid, plan.request.sources.reading):
                 found.append(
                     f"{path} line {number}, {text!r}, is ignored by newuidmap and newgidmap, and "
                     f"grants nothing to {name}"
                 )
-            own = _own(name, kind, request)
+            own = plan.own(name, kind)
             for number, one in enumerate(own):
                 if any(_overlap(one, other) for other in own[:number]):
                     found.append(f"{path}: ranges of {name} overlap each other at {_words(one)}")
-            found += _shared(name, uid, kind, own, request)
+            found += _shared(name, uid, kind, plan)
     return list(dict.fromkeys(found))
 
 
-def _shared(
-    name: str,
-    uid: t.Optional[int],
-    kind: str,
-    own: t.Sequence[SubIDRange],
-    request: GrantRequest,
-) -> t.Iterator[str]:
-    path = request.sources.path(kind)
-    for line in claims(kind, request.sources):
+def _shared(name: str, uid: t.Optional[int], kind: str, plan: _Plan) -> t.Iterator[str]:
+    path = plan.request.sources.path(kind)
+    own = plan.own(name, kind)
+    for line in claims(plan.after[kind]):
         if line.owner in (name, str(uid)) or (uid is not None and _uid_of(line.owner) == uid):
             continue
         other = SubIDRange(line.start, line.size)
@@ -232,8 +246,8 @@ def _shared(
                     "subordinate IDs, so the containers of each can reach the files of the other's. "
                     f"Assign another range to one of them, and run `podman system migrate` as that user"
                 )
-    source, columns = (request.sources.passwd, (2,)) if kind == "uid" else (request.group, (2,))
-    for account in accounts(source, columns):
+    source = plan.request.sources.passwd if kind == "uid" else plan.request.group
+    for account in plan.accounts[kind]:
         for item in own:
             if account.start != uid and _overlap(item, account):
                 yield (
@@ -273,35 +287,36 @@ def _elsewhere(request: GrantRequest) -> t.Dict[str, t.Any]:
     return {"changed": False, "users": users, "source": service, "warnings": [], "diff": []}
 
 
-def _result(
-    name: str,
-    granted: t.Set[str],
-    request: GrantRequest,
-    lines: t.Sequence[t.Tuple[str, str]],
-) -> t.Dict[str, t.Any]:
-    found: t.Dict[str, t.Any] = {kind: list(_own(name, kind, request)) for kind in KINDS}
-    if request.check and name in granted:
-        for kind, line in lines:
-            owner, start, size = line.rsplit(":", 2)
-            if owner == name:
-                found[kind].append(SubIDRange(int(start), int(size)))
+def _result(plan: _Plan) -> t.Dict[str, t.Any]:
+    """The module's result."""
+    granted = {item.owner for item in plan.added}
+    paths = {kind: plan.request.sources.path(kind) for kind in plan.changed}
     return {
-        "name": name,
-        "added": name in granted,
-        **{kind: _said(ranges) for kind, ranges in found.items()},
+        "changed": bool(plan.changed),
+        "users": [
+            {
+                "name": name,
+                "added": name in granted,
+                **{kind: _said(plan.own(name, kind)) for kind in KINDS},
+            }
+            for name in plan.names
+        ],
+        "source": "files",
+        "warnings": _warnings(plan),
+        "diff": [
+            {
+                "before_header": path,
+                "after_header": path,
+                "before": plan.before[kind].decode(errors="replace"),
+                "after": plan.after[kind].decode(errors="replace"),
+            }
+            for kind, path in paths.items()
+        ],
     }
 
 
 def _said(ranges: t.Iterable[SubIDRange]) -> t.List[t.Dict[str, int]]:
     return [{"start": item.start, "count": item.size} for item in ranges]
-
-
-def _with_lines(content: bytes, lines: t.Sequence[str]) -> bytes:
-    if not lines:
-        return content
-    if content and not content.endswith(b"\n"):
-        content += b"\n"
-    return content + "".join(f"{line}\n" for line in lines).encode()
 
 
 @contextlib.contextmanager
@@ -321,7 +336,7 @@ def _read(path: str) -> bytes:
     return b""
 
 
-def _replace(path: str, content: bytes) -> None:
+def _replace(path: str, before: bytes, after: bytes) -> None:
     """Write the file as shadow's tools do, with the old content as ``PATH-``."""
     fresh = f"{path}+"
     try:
@@ -330,8 +345,8 @@ def _replace(path: str, content: bytes) -> None:
             with contextlib.suppress(FileNotFoundError):
                 info = os.stat(path)
                 mode, owner, group = stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid
-                _write(f"{path}-", _read(path), mode, owner, group, path)
-            _write(fresh, content, mode, owner, group, path)
+                _write(f"{path}-", before, mode, owner, group, path)
+            _write(fresh, after, mode, owner, group, path)
             os.rename(fresh, path)
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
             try:

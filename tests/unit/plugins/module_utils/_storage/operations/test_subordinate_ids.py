@@ -373,3 +373,21 @@ def test_a_lock_that_somebody_removed_is_no_error(request_for, tmp_path, monkeyp
 
     monkeypatch.setattr(os, "rename", unlock)
     assert subordinate_ids.grant(request)["changed"]
+
+
+def test_changes_after_the_locks_are_released_are_not_in_the_result(
+    request_for, tmp_path, monkeypatch
+):
+    request = request_for("alice")
+    unlink = os.unlink
+
+    def change_after_unlock(path: str, **options: t.Any) -> None:
+        unlink(path, **options)
+        if str(path).endswith(".lock"):
+            with (tmp_path / "subuid").open("a") as stream:
+                stream.write("alice:900000:65536\nbob:100000:65536\n")
+
+    monkeypatch.setattr(os, "unlink", change_after_unlock)
+    result = subordinate_ids.grant(request)
+    assert result["users"][0]["uid"] == [{"start": 100000, "count": 65536}]
+    assert not result["warnings"]
