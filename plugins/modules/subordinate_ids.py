@@ -68,8 +68,11 @@ EXAMPLES = r"""
 
 RETURN = r"""
 users:
-  description: The users with all their ranges, including predicted ranges in check mode.
-  returned: success
+  description:
+    - The users with all their ranges, including predicted ranges in check mode.
+    - If the task fails after it has written C(/etc/subuid), for example because the filesystem is full, the list contains the ranges that
+      were added until then.
+  returned: success, or failure after one of the files was written
   type: list
   elements: dict
   contains:
@@ -98,7 +101,7 @@ users:
       contains: *range
 source:
   description: V(files), or the name of the NSS service that provides the IDs.
-  returned: success
+  returned: success, or failure after one of the files was written
   type: str
 """
 

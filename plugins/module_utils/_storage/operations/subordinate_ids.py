@@ -10,9 +10,9 @@ import pwd
 import stat
 import time
 import typing as t
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ..errors import ConfigError, LockTimeout, NamespaceError
+from ..errors import ConfigError, LockTimeout, NamespaceError, StorageError
 from ..idmap.ranges import ID_LIMIT
 from ..idmap.subids import (
     USUAL_COUNT,
@@ -57,7 +57,7 @@ class GrantRequest:
 def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
     """Ensure that each user has the requested number of subordinate IDs. Existing ranges are kept.
 
-    :returns: the module's result
+    :returns: the module's result; with ``error`` and ``facts`` if a file cannot be replaced after another was
     :raises ConfigError: a name or the count is invalid
     :raises NamespaceError: a user has too few IDs in a directory service, or no range is free
     :raises LockTimeout: another program holds a file's lock
@@ -81,14 +81,25 @@ def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
     listed = nss_accounts("passwd", (2, 3), request.sources)
     listed += nss_accounts("group", (2,), request.sources)
     plan = _planned(names, request, listed)
-    if plan.changed and not request.check:
+    if not plan.changed or request.check:
+        return _result(plan)
+    replaced: t.List[str] = []
+    try:
         with contextlib.ExitStack() as locks:
             for kind in KINDS:
                 locks.enter_context(_locked(request.sources.path(kind)))
             # The result depends only on what is read under the locks.
             plan = _planned(names, request, listed)
             for kind in plan.changed:
-                _replace(request.sources.path(kind), plan.before[kind], plan.after[kind])
+                path = request.sources.path(kind)
+                _replace(path, plan.before[kind], plan.after[kind])
+                replaced.append(kind)
+                _sync_folder(path)
+    except StorageError as error:
+        if not replaced:
+            raise
+        done = _result(plan.only(replaced))
+        return {**done, "error": str(error), "facts": dict(error.facts)}
     return _result(plan)
 
 
@@ -126,6 +137,12 @@ class _Plan:
     def changed(self) -> t.List[str]:
         """The kinds of ID whose file changes."""
         return [kind for kind in KINDS if self.after[kind] != self.before[kind]]
+
+    def only(self, kinds: t.Container[str]) -> _Plan:
+        """The same without the changes of the files of other kinds."""
+        after = {kind: (self.after if kind in kinds else self.before)[kind] for kind in KINDS}
+        added = tuple(item for item in self.added if item.kind in kinds)
+        return replace(self, after=after, added=added)
 
     def own(self, name: str, kind: str) -> t.Sequence[SubIDRange]:
         """A user's ranges after the change."""
@@ -348,15 +365,20 @@ def _replace(path: str, before: bytes, after: bytes) -> None:
                 _write(f"{path}-", before, mode, owner, group, path)
             _write(fresh, after, mode, owner, group, path)
             os.rename(fresh, path)
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(fresh)
         raise
+
+
+def _sync_folder(path: str) -> None:
+    """Write the entry of a file in its folder to disk."""
+    with _translated(path):
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _write(path: str, content: bytes, mode: int, owner: int, group: int, model: str) -> None:

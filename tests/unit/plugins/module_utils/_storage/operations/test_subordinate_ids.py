@@ -391,3 +391,36 @@ def test_changes_after_the_locks_are_released_are_not_in_the_result(
     result = subordinate_ids.grant(request)
     assert result["users"][0]["uid"] == [{"start": 100000, "count": 65536}]
     assert not result["warnings"]
+
+
+@pytest.mark.parametrize("call", ["rename", "fsync of the folder"])
+def test_an_error_after_the_first_file_returns_what_was_written(
+    request_for, tmp_path, monkeypatch, call
+):
+    request = request_for("alice")
+    rename, fsync = os.rename, os.fsync
+    renamed: t.List[str] = []
+
+    def fail_at_subgid(source: str, target: str) -> None:
+        if call == "rename" and target.endswith("subgid"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+        renamed.append(target)
+
+    def fail_after_rename(descriptor: int) -> None:
+        if call != "rename" and renamed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "rename", fail_at_subgid)
+    monkeypatch.setattr(os, "fsync", fail_after_rename)
+    result = subordinate_ids.grant(request)
+    assert "no space left on device" in result["error"]
+    assert result["facts"]["errno"] == errno.ENOSPC
+    assert result["changed"]
+    assert result["users"] == [
+        {"name": "alice", "added": True, "uid": [{"start": 100000, "count": 65536}], "gid": []}
+    ]
+    assert [item["after_header"] for item in result["diff"]] == [str(tmp_path / "subuid")]
+    assert (tmp_path / "subuid").read_text() == "alice:100000:65536\n"
+    assert not (tmp_path / "subgid").read_text()
