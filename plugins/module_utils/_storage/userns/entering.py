@@ -20,7 +20,7 @@ from ..store.config import Account
 from .channel import ENTERED, FORBIDDEN, UNLIMITED, Limits, Receiver, Sender
 from .environment import environment, find_program
 from .waiting import Ended, death, killed, outcome, signals_passed_on, wait_for_end
-from .work import work
+from .work import errors_sent, work
 
 if t.TYPE_CHECKING:
     from ..idmap.ranges import IDMap
@@ -94,19 +94,20 @@ def run_in_child(
     pid = os.fork()
     if pid == 0:
         try:
-            os.close(upstream)
-            os.close(downstream)
             sender = Sender(writer)
-            if account is not None and not namespace:
-                become(account, parent)
-                entered = True
-            else:
-                entered = _enter(sender, gate, account, parent)
-            if entered:
-                os.close(gate)
-                if watched:
-                    _limit_memory()
-                work(sender, function, arguments)
+            with errors_sent(sender):
+                os.close(upstream)
+                os.close(downstream)
+                if account is not None and not namespace:
+                    become(account, parent)
+                    entered = True
+                else:
+                    entered = _enter(sender, gate, account, parent)
+                if entered:
+                    os.close(gate)
+                    if watched:
+                        _limit_memory()
+                    work(sender, function, arguments)
         finally:
             os._exit(1)
     os.close(writer)

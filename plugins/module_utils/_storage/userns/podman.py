@@ -21,7 +21,7 @@ from .environment import environment, find_program
 from .requests import as_data, from_data
 from .shapes import Items, Record, plain, text
 from .waiting import Ended, death, outcome, signals_passed_on, terminated_when_unread
-from .work import work
+from .work import errors_sent, work
 
 # The program that `podman unshare` runs: a line with the library's own path, then the call.
 _BOOT = (
@@ -140,7 +140,8 @@ def serve(source: t.IO[bytes]) -> None:
     namespaces.unshare(namespaces.CLONE_NEWNS)
     namespaces.isolate_mounts()
     sender.send(ENTERED, {"pid": os.getpid()})
-    function: t.Any = importlib.import_module(call["module"])
-    for part in call["function"].split("."):
-        function = getattr(function, part)
-    work(sender, function, from_data(function, call["arguments"]))
+    with errors_sent(sender):
+        function: t.Any = importlib.import_module(call["module"])
+        for part in call["function"].split("."):
+            function = getattr(function, part)
+        work(sender, function, from_data(function, call["arguments"]))

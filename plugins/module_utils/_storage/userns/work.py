@@ -26,17 +26,23 @@ def work(sender: Sender, function: t.Callable[..., t.Any], arguments: t.Sequence
     nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     os.dup2(nothing, 0)
     os.close(nothing)
-    with _heartbeat(sender):
-        try:
-            sender.send(RESULT, function(*arguments))
-        except StorageError as error:
-            _send_error(sender, error)
-        except MemoryError:
-            _send_error(sender, _no_memory())
-        except BadMessage as error:
-            _send_error(sender, _unsendable(str(error)))
-        except Exception as error:
-            _send_error(sender, unexpected(error))
+    with _heartbeat(sender), errors_sent(sender):
+        sender.send(RESULT, function(*arguments))
+
+
+@contextlib.contextmanager
+def errors_sent(sender: Sender) -> t.Iterator[None]:
+    """Send an exception to the parent instead of raising it."""
+    try:
+        yield
+    except StorageError as error:
+        _send_error(sender, error)
+    except MemoryError:
+        _send_error(sender, _no_memory())
+    except BadMessage as error:
+        _send_error(sender, _unsendable(str(error)))
+    except Exception as error:
+        _send_error(sender, unexpected(error))
 
 
 def _send_error(sender: Sender, error: StorageError) -> None:
