@@ -312,7 +312,8 @@ def test_user_gets_own_namespace(lab: Lab, make_user: MakeUser) -> None:
 THROUGH_PODMAN = (
     "login = userns.caller(__import__('os').getuid())\n"
     "def run(function, *arguments):\n"
-    "    return userns.run_through_podman(function, arguments, login, 'mounting: no')\n"
+    "    reason = userns.Forbidden(13, 'mounting')\n"
+    "    return userns.run_through_podman(function, arguments, login, reason)\n"
 )
 
 

@@ -46,19 +46,40 @@ class Forbidden(Exception):
         return f"{self.step}: {os.strerror(self.errno)}"
 
 
-def explain(account: Account, error: Forbidden) -> NamespaceError:
-    """The error for a user who may not create a user namespace."""
+def explain(account: t.Optional[Account], error: Forbidden) -> NamespaceError:
+    """The error for a namespace that cannot be created.
+
+    :param account: the user whose namespace it is; None for a mount namespace of root
+    """
+    subject = f"user {account.name}" if account is not None else "root"
+    kind = "user" if account is not None else "mount"
     if error.errno == errno.ENOSPC:
+        limit = "user.max_user_namespaces" if account is not None else "user.max_mnt_namespaces"
         return NamespaceError(
-            f"user {account.name}",
-            "cannot create another user namespace, because the host's limit is reached",
-            "Raise it: sysctl user.max_user_namespaces=15000",
+            subject,
+            f"cannot create another {kind} namespace, because the host's limit is reached",
+            f"Raise it: sysctl {limit}=15000",
         )
     return NamespaceError(
-        f"user {account.name}",
-        f"cannot create a user namespace: {error.reason}",
-        "See sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces and "
-        "kernel.apparmor_restrict_unprivileged_userns.",
+        subject, f"cannot create a {kind} namespace: {error.reason}", _hint(error.errno)
+    )
+
+
+def _hint(number: int) -> str:
+    """What to do if a namespace cannot be created."""
+    if number in (errno.ENOSYS, errno.EINVAL):
+        return (
+            "The kernel has no user namespaces (CONFIG_USER_NS, see user_namespaces(7)), or the seccomp profile of "
+            "a container blocks the system call."
+        )
+    if number not in (errno.EPERM, errno.EACCES):
+        return "Fix the cause, then run the task again; `dmesg` may show more details."
+    if os.geteuid() == 0:
+        return "Inside a container, give it the capabilities SYS_ADMIN, SETUID and SETGID."
+    return (
+        "The host restricts user namespaces of users. See `sysctl kernel.unprivileged_userns_clone "
+        "user.max_user_namespaces kernel.apparmor_restrict_unprivileged_userns`; sysctl prints an error for those "
+        "that the host does not have. Inside a container, its seccomp profile may be the cause."
     )
 
 
@@ -99,8 +120,7 @@ def run_in_child(
                 os.close(upstream)
                 os.close(downstream)
                 if account is not None and not namespace:
-                    become(account, parent)
-                    entered = True
+                    entered = _become(account, parent)
                 else:
                     entered = _enter(sender, gate, account, parent)
                 if entered:
@@ -140,11 +160,7 @@ def run_in_child(
     except Forbidden as error:
         if account is not None:
             raise
-        raise NamespaceError(
-            "root",
-            f"cannot create a mount namespace: {error.reason}",
-            "Inside a container, give it the capability SYS_ADMIN.",
-        ) from error
+        raise explain(None, error) from error
     finally:
         os.close(upstream)
         os.close(downstream)
@@ -207,6 +223,19 @@ def become(account: Account, parent: int) -> None:
     _set_environment(environment(os.environ, account, False))
 
 
+def _become(account: Account, parent: int) -> bool:
+    """As :func:`become`, with an error for the parent."""
+    try:
+        become(account, parent)
+    except OSError as error:
+        raise NamespaceError(
+            f"user {account.name}",
+            f"root cannot take the IDs of this user: {error.strerror}",
+            _hint(error.errno or 0),
+        ) from error
+    return True
+
+
 def _default_signals() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for number in termination.SIGNALS:
@@ -247,7 +276,9 @@ def _enter(sender: Sender, gate: int, account: t.Optional[Account], parent: int)
             namespaces.unshare(namespaces.CLONE_NEWNS)
         else:
             if os.geteuid() == 0:
+                step = "taking the groups of the user"
                 _set_groups(account)
+                step = "unshare"
             # Before the namespace is entered, in which owners have other numbers.
             environ = _environment_of(account)
             namespaces.die_with_parent(parent)

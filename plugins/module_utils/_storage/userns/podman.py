@@ -17,6 +17,7 @@ from ..errors import InternalError, NamespaceError
 from ..kernel import namespaces
 from ..store.config import Account
 from .channel import ENTERED, UNLIMITED, Receiver, Sender, decode
+from .entering import Forbidden, explain
 from .environment import environment, find_program
 from .requests import as_data, from_data
 from .shapes import Items, Record, plain, text
@@ -36,23 +37,18 @@ def run_through_podman(
     function: t.Callable[..., t.Any],
     arguments: t.Sequence[t.Any],
     account: Account,
-    reason: str,
+    forbidden: Forbidden,
 ) -> t.Any:
     """Run a function in the namespace that podman creates for the current user.
 
     :param function: imported by its name in the other process
-    :param reason: why no namespace could be created without podman
+    :param forbidden: why no namespace could be created without podman
     :raises StorageError: the function's own error
     :raises NamespaceError: podman cannot create a namespace either
     """
     podman = find_program("podman")
     if podman is None:
-        raise NamespaceError(
-            f"user {account.name}",
-            f"cannot create a user namespace: {reason}",
-            "See sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces and "
-            "kernel.apparmor_restrict_unprivileged_userns.",
-        )
+        raise explain(account, forbidden)
     if "<" in function.__qualname__ or function.__module__ == "__main__":
         raise InternalError(
             f"{function.__module__}.{function.__qualname__}", "cannot be found by name in a child"
@@ -75,7 +71,7 @@ def run_through_podman(
             words = messages.read(4096).decode(errors="replace").strip()
             raise NamespaceError(
                 f"user {account.name}",
-                f"cannot create a user namespace, neither directly ({reason}) nor through podman "
+                f"cannot create a user namespace, neither directly ({forbidden.reason}) nor through podman "
                 f"unshare: {words or 'no output'}",
                 f"Try as {account.name}: podman unshare cat /proc/self/uid_map",
             ) from None

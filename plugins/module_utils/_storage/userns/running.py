@@ -73,7 +73,7 @@ def run(
     except Forbidden as error:
         if own == 0 or error.errno == errno.ENOSPC:
             raise explain(account, error) from error
-        return run_through_podman(function, arguments, account, error.reason)
+        return run_through_podman(function, arguments, account, error)
 
 
 def run_as(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import typing as t
 
@@ -12,10 +13,15 @@ import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
     ConfigError,
     InternalError,
+    NamespaceError,
     StorageError,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.config import Account
-from ansible_collections.userns.storage.plugins.module_utils._storage.userns import entering, shapes
+from ansible_collections.userns.storage.plugins.module_utils._storage.userns import (
+    entering,
+    podman,
+    shapes,
+)
 from ansible_collections.userns.storage.plugins.module_utils._storage.userns.channel import (
     DEFAULT_LIMITS,
 )
@@ -71,3 +77,49 @@ def test_errors_while_the_function_is_prepared_reach_the_parent(
     monkeypatch.setattr(os, "chdir", fail)
     with pytest.raises(StorageError, match="Input/output error"):
         run_without_namespace()
+
+
+def test_a_user_whose_ids_cannot_be_taken(
+    become: t.Callable[[t.Optional[Exception]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    become(PermissionError(errno.EPERM, "Operation not permitted"))
+    with pytest.raises(NamespaceError, match="capabilities SYS_ADMIN, SETUID") as caught:
+        run_without_namespace()
+    assert "root cannot take the IDs of this user: Operation not permitted" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "euid", "hint"),
+    [
+        (errno.EPERM, 1000, "apparmor_restrict_unprivileged_userns"),
+        (errno.EACCES, 1000, "unprivileged_userns_clone"),
+        (errno.EPERM, 0, "capabilities SYS_ADMIN"),
+        (errno.ENOSYS, 1000, "CONFIG_USER_NS"),
+        (errno.EINVAL, 0, "seccomp"),
+        (errno.ENOSPC, 1000, "user.max_user_namespaces=15000"),
+        (errno.EIO, 0, "dmesg"),
+    ],
+)
+def test_the_hint_fits_the_cause(
+    number: int, euid: int, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    error = entering.explain(ACCOUNT, entering.Forbidden(number, "unshare"))
+    assert hint in error.hint
+    restricted = number in (errno.EPERM, errno.EACCES) and euid != 0
+    assert ("apparmor" in error.hint) == restricted
+
+
+def test_a_namespace_without_podman_has_the_same_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(podman, "find_program", lambda _name: None)
+    forbidden = entering.Forbidden(errno.ENOSYS, "unshare")
+    with pytest.raises(NamespaceError) as caught:
+        podman.run_through_podman(_greeting, (), ACCOUNT, forbidden)
+    assert str(caught.value) == str(entering.explain(ACCOUNT, forbidden))
+
+
+def test_the_limit_of_mount_namespaces_is_named() -> None:
+    error = entering.explain(None, entering.Forbidden(errno.ENOSPC, "unshare"))
+    assert "user.max_mnt_namespaces" in error.hint
