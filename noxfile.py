@@ -118,13 +118,8 @@ def report_junit(session: nox.Session, folder: Path) -> None:
 
 def home(tools: Path) -> Path:
     """A HOME for the ansible-test of these tools: its caches, and the pip script it would download."""
-    done = subprocess.run(
-        [tools / "bin/python", "-c", VERSIONS, *workshop.pythons()],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    line, *pips = done.stdout.split()
+    versions = workshop.call([tools / "bin/python", "-c", VERSIONS, *workshop.pythons()])
+    line, *pips = versions.split()
     folder = workshop.CACHE / "home" / line
     cache = folder / ".ansible/test/cache"
     cache.mkdir(parents=True, exist_ok=True)
@@ -138,11 +133,8 @@ def home(tools: Path) -> Path:
 
 def pip_settings() -> str:
     """All that pip was told here, by files and by variables, for ansible-test passes neither on."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
-    )
     settings = {}
-    for line in done.stdout.splitlines():
+    for line in workshop.call([sys.executable, "-m", "pip", "config", "list"]).splitlines():
         name, _equals, value = line.partition("=")
         section, _dot, key = name.rpartition(".")
         if section in {"global", "install", ":env:"} and key != "config-file":
@@ -387,10 +379,7 @@ def integrate(session: nox.Session, tools: Path, index: int) -> None:
         "from ansible_test._util.target.common import constants as known;"
         "print(*known.CONTROLLER_PYTHON_VERSIONS, *known.REMOTE_ONLY_PYTHON_VERSIONS)"
     )
-    done = subprocess.run(
-        [tools / "bin/python", "-c", ask], capture_output=True, text=True, check=True
-    )
-    known = set(done.stdout.split())
+    known = set(workshop.call([tools / "bin/python", "-c", ask]).split())
     at_hand = sorted(workshop.pythons(), key=lambda version: int(version.partition(".")[2]))
     python = [version for version in at_hand if version in known][index]
     controller = ("--controller", f"origin:python={version_of(tools)}")

@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -34,8 +33,7 @@ def main(arguments: list[str]) -> None:
 
 def last_commit() -> str:
     command = ["git", "-c", f"safe.directory={workshop.ROOT}", "log", "-1", "--format=%ct"]
-    done = subprocess.run(command, cwd=workshop.ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    return workshop.call(command, folder=workshop.ROOT).strip()
 
 
 def build(tree: Path, folder: Path, galaxy: Path, epoch: int) -> Path:
@@ -46,8 +44,7 @@ def build(tree: Path, folder: Path, galaxy: Path, epoch: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        command = [str(galaxy), "collection", "build", "--output-path", scratch, str(tree)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        workshop.call([galaxy, "collection", "build", "--output-path", scratch, tree])
         (packed,) = Path(scratch).glob("*.tar.gz")
         target = folder / packed.name
         target.write_bytes(normal(packed.read_bytes(), epoch))

@@ -14,11 +14,11 @@ import fcntl
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import typing as t
 import zipfile
@@ -83,6 +83,42 @@ class SetupError(Exception):
 # Programs
 
 
+def call(
+    command: t.Sequence[t.Union[str, Path]],
+    folder: t.Optional[Path] = None,
+    variables: t.Optional[t.Mapping[str, str]] = None,
+) -> str:
+    """Run a program.
+
+    :param folder: its working directory
+    :param variables: environment variables to add
+    :returns: its standard output; bytes that are not UTF-8 become surrogates, as by ``os.fsdecode``
+    :raises SetupError: it cannot be run, or it fails; the message contains its output
+    """
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words,
+            cwd=folder,
+            env={**os.environ, **(variables or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="surrogateescape",
+            check=False,
+        )
+    except OSError as error:
+        raise SetupError(f"{shlex.join(words)} cannot be run: {error}") from error
+    if done.returncode != 0:
+        output = f"{done.stdout}{done.stderr}".encode("utf-8", "surrogateescape")
+        raise SetupError(
+            f"{shlex.join(words)} failed with status {done.returncode}:\n"
+            f"{output.decode(errors='replace')}"
+        )
+    return done.stdout
+
+
 def need(*kinds: str) -> None:
     """Install the packages of these kinds that are missing."""
     packages = sorted({package for kind in kinds for package in PACKAGES[kind]})
@@ -94,21 +130,11 @@ def need(*kinds: str) -> None:
             f"missing: {' '.join(missing)}. Install them, or run this as root on Debian."
         )
     print(f"installing {' '.join(missing)}", flush=True)
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+    variables = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
     options = ["-qq", "-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=600"]
     install = ["apt-get", *options, "install", "-y", "--no-install-recommends", *missing]
     for command in (["apt-get", *options, "update"], install):
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise SetupError(f"{' '.join(command)} failed:\n{done.stdout}")
+        call(command, variables=variables)
 
 
 def _installed(package: str) -> bool:
@@ -181,8 +207,8 @@ def environment(
     """
     python = python or next(iter(pythons().values()))
     files = _requirements(ROOT / f"tests/requirements/{requirements or name}.txt")
-    version = subprocess.run([str(python), "-VV"], capture_output=True, check=True).stdout
-    parts = [version, str(python).encode(), *(file.read_bytes() for file in files)]
+    version = call([python, "-VV"])
+    parts = [version.encode(), str(python).encode(), *(file.read_bytes() for file in files)]
     digest = hashlib.sha256(b"\0".join([*parts, *(item.encode() for item in extra)])).hexdigest()[
         :12
     ]
@@ -192,14 +218,16 @@ def environment(
         if not complete.exists():
             print(f"making the environment {name} in {folder}", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run([str(python), "-m", "venv", str(folder)], check=True)
-            install = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet"]
-            install += ["--disable-pip-version-check", "--no-input", "-r", str(files[0]), *extra]
-            done = subprocess.run(
-                install, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-            )
-            if done.returncode != 0:
-                raise SetupError(f"{' '.join(install)} failed:\n{done.stdout}")
+            call([python, "-m", "venv", folder])
+            install: list[t.Union[str, Path]] = [
+                folder / "bin/python",
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+            ]
+            install += ["--disable-pip-version-check", "--no-input", "-r", files[0], *extra]
+            call(install)
         complete.touch()
         _forget(CACHE / "venvs", f"{name}-????????????", "complete", keep=folder)
     return folder
@@ -209,22 +237,22 @@ def bundled(*names: str) -> Path:
     """Collections such as "awx.awx" from the package `ansible`, as a folder for ANSIBLE_COLLECTIONS_PATH."""
     file = ROOT / "tests/requirements/collections.txt"
     folder = CACHE / "collections" / hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    paths = {name: Path("ansible_collections", *name.split(".")) for name in names}
     with _lock(CACHE / "collections.lock"):
-        missing = [
-            name
-            for name in names
-            if not (folder / "ansible_collections" / name.replace(".", "/")).exists()
-        ]
+        missing = [name for name in names if not (folder / paths[name]).exists()]
         if missing:
-            with tempfile.TemporaryDirectory() as scratch:
+            with _scratch(CACHE / "collections") as scratch:
                 download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-                download += ["--disable-pip-version-check", "--dest", scratch, "-r", str(file)]
-                subprocess.run(download, check=True)
-                with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                download += ["--disable-pip-version-check", "--dest", str(scratch), "-r", str(file)]
+                call(download)
+                with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
                     for name in missing:
-                        prefix = f"ansible_collections/{name.replace('.', '/')}/"
+                        prefix = f"{paths[name]}/"
                         members = [item for item in wheel.namelist() if item.startswith(prefix)]
-                        wheel.extractall(folder, members)
+                        if not members:
+                            raise SetupError(f"{file} has no package with the collection {name}")
+                        wheel.extractall(scratch, members)
+                        _move(scratch / paths[name], folder / paths[name])
     return folder
 
 
@@ -235,24 +263,34 @@ def npm_package(name: str, version: str) -> Path:
         if not folder.exists():
             if not shutil.which("npm"):
                 need("npm")
-            with tempfile.TemporaryDirectory() as scratch:
-                pack = [
-                    "npm",
-                    "pack",
-                    "--silent",
-                    f"--pack-destination={scratch}",
-                    f"{name}@{version}",
-                ]
-                done = subprocess.run(
-                    pack, cwd=scratch, capture_output=True, text=True, check=False
-                )
-                if done.returncode != 0:
-                    raise SetupError(f"{' '.join(pack)} failed:\n{done.stderr}")
-                with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
+            with _scratch(CACHE / "npm") as scratch:
+                pack = ["npm", "pack", "--silent", f"--pack-destination={scratch}"]
+                call([*pack, f"{name}@{version}"], folder=scratch)
+                with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
                     archive.extractall(scratch, filter="data")
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(Path(scratch) / "package", folder)
+                _move(scratch / "package", folder)
     return folder
+
+
+@contextlib.contextmanager
+def _scratch(cache: Path) -> t.Iterator[Path]:
+    """An empty temporary folder in a folder of the cache, whose lock the caller holds.
+
+    Complete folders are moved out of it with :func:`_move`, so that the rest of the cache contains only those.
+    """
+    scratch = cache / ".new"
+    # It exists if an earlier run was killed.
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move(complete: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    complete.rename(folder)
 
 
 def _requirements(file: Path) -> list[Path]:
@@ -309,8 +347,5 @@ def collection_tree(session: str) -> t.Iterator[Path]:
 def tracked() -> set[Path]:
     """The files in the work tree that git tracks or would track, relative to it."""
     command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "-co", "--exclude-standard"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
-    if done.returncode != 0:
-        raise SetupError(f"{ROOT} is not a git checkout: {done.stderr.decode(errors='replace')}")
-    files = {Path(os.fsdecode(name)) for name in done.stdout.split(b"\0") if name}
+    files = {Path(name) for name in call(command, folder=ROOT).split("\0") if name}
     return {file for file in files if (ROOT / file).is_file() or (ROOT / file).is_symlink()}
