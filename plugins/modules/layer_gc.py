@@ -285,8 +285,8 @@ removed:
       type: int
     rule:
       description: The reason for the decision. This is the name of the option, or V(in_use), V(dependents), V(lease), V(read_only),
-        V(shared) or V(none). V(time_limit) is for layers whose removal is left to the next run, V(contradictions) for all layers of a store
-        with RV(contradictions).
+        V(newer_format), V(shared) or V(none). V(newer_format) is for layers in a form that only newer runtimes know, V(time_limit) for
+        layers whose removal is left to the next run, V(contradictions) for all layers of a store with RV(contradictions).
       type: str
     wanted_by:
       description: All rules that select the layer for removal.

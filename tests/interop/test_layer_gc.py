@@ -413,3 +413,23 @@ class TestRootless:
         info = os.stat(store.graphroot / "userns-storage")
         assert store.user is not None
         assert info.st_uid == store.user.uid
+
+
+def test_a_layer_of_a_newer_format_is_listed_as_kept(
+    make_store: MakeStore, small_image: Image, collect: Collect
+) -> None:
+    store = make_store("overlay-forced", small_image)
+    kept, gone = create_unused_layers(store, small_image, *MAPS[:2])
+    unknown = store.graphroot / "overlay" / kept / "future"
+    unknown.write_text("written by a later version\n")
+    for check in (True, False):
+        result = collect(store, check=check, layers=[kept, gone], max_copies_per_image=0)
+        assert ids(result["removed"]) == [gone]
+        entry = only(result["kept"])
+        assert (entry["id"], entry["rule"]) == (kept, "newer_format")
+        assert "has future, which" in entry["reason"]
+        assert result["findings"] == []
+    assert unknown.parent.is_dir()
+    unknown.unlink()
+    assert ids(collect(store, max_copies_per_image=0)["removed"]) == [kept]
+    assert_store_is_intact(store, kept, gone)

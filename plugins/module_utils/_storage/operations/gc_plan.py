@@ -36,6 +36,7 @@ class Candidate:
 
     ``idle`` is the number of watched seconds for which nothing has used it; None
     if it was never watched. It does not depend on the wall clock.
+    ``newer_format`` describes what this collection does not know about the layer's form on disk; empty if it knows it.
     """
 
     layer_id: str
@@ -50,6 +51,7 @@ class Candidate:
     users: t.Tuple[str, ...] = ()
     dependents: t.Tuple[str, ...] = ()
     read_only_store: t.Optional[str] = None
+    newer_format: str = ""
     ours: bool = False
     duplicate_of: t.Optional[str] = None
     unusable: t.Optional[str] = None
@@ -253,6 +255,8 @@ class _Planner:
             return "dependents", "other layers depend on it: " + ", ".join(candidate.dependents)
         if candidate.read_only_store:
             return "read_only", f"it is in the read-only store {candidate.read_only_store}"
+        if candidate.newer_format:
+            return "newer_format", candidate.newer_format
         terms = image_terms(candidate.image_ids, candidate.image_names)
         if policy.images and self.images.hit(terms) is None:
             return "images", "its image is not selected by images"

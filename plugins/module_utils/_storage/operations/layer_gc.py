@@ -325,13 +325,9 @@ class _Collection:
         dependents = self._dependents()
         unusable = MapUsability(self.store_ctx)
         found = []
-        for mapped_layer in self.inventory.mapped_layers():
-            if mapped_layer.layer is None or mapped_layer.status in (
-                MISSING,
-                INCOMPLETE,
-                DAMAGED,
-                NEWER,
-            ):
+        newer = [state for state in self.inventory.unreferenced if state.status == NEWER]
+        for mapped_layer in (*self.inventory.mapped_layers(), *newer):
+            if mapped_layer.layer is None or mapped_layer.status in (MISSING, INCOMPLETE, DAMAGED):
                 continue
             if self._is_repaired(mapped_layer):
                 continue
@@ -353,6 +349,7 @@ class _Collection:
                     users=_users(mapped_layer),
                     dependents=tuple(dependents.get(mapped_layer.layer_id, ())),
                     read_only_store=mapped_layer.layer.read_only_store,
+                    newer_format=mapped_layer.problem if mapped_layer.status == NEWER else "",
                     ours=mapped_layer.ours,
                     duplicate_of=mapped_layer.duplicate_of,
                     unusable=unusable.reason(mapped_layer.mapping),

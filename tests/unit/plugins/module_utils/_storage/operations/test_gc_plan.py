@@ -788,3 +788,14 @@ def _plan_for(count: int) -> None:
     )
     disk = Disk(10**12, 10**11, 10**7, 10**6)
     plan(layers, (), policy, disk, WATCHED, NOW)
+
+
+def test_a_layer_of_a_newer_format_is_kept_and_counts_as_a_copy() -> None:
+    newer = old(1, newer_format="has a file that no known version writes")
+    known = old(2)
+    policy = Policy(max_copies_per_image=1, layers=frozenset((newer.layer_id,)))
+    made = decide([newer, known], policy)
+    (kept,) = made.kept
+    assert (kept.layer_id, kept.rule) == (newer.layer_id, "newer_format")
+    assert kept.reason == newer.newer_format
+    assert [item.layer_id for item in made.removals] == [known.layer_id]
