@@ -60,6 +60,8 @@ class LockedDirectory:
     ) -> bool:
         """Take the lock until the stack ends; false if there is no lock file.
 
+        A missing lock file is only created for an exclusive lock of a directory that ``creates`` it.
+
         :param deadline: on the monotonic clock
         :param allowed: the seconds that end at the deadline, for the error
         """
@@ -121,7 +123,14 @@ class RecordFile(t.Generic[R]):
         return os.path.join(directory, f".tmp-{name}{OWN_FOLDER}")
 
     def load(self) -> int:
-        """Read the file under the lock if it may have changed; returns the number of bytes read."""
+        """Read the file under the lock if it may have changed; returns the number of bytes read.
+
+        Without a lock file (see :meth:`LockedDirectory.enter`), the file is read without a lock, and each time anew.
+        Runtimes create the lock file before they write records, so this is the case for a store that no runtime has
+        opened for writing, such as a copy that is an additional store. If a runtime creates the lock file in the
+        meantime, the content is still complete, because runtimes replace the file by a rename, but it may be outdated.
+        Such a file is never written: :meth:`LockFile.touch` requires the lock.
+        """
         token = self.area.lock.token() if self.area.lock.held else b""
         try:
             descriptor = files.open_regular(self.path)
@@ -234,6 +243,9 @@ class StoreFiles:
 
     :ivar areas: the locked directories by kind of record, in the order in which their locks are taken
     """
+
+    # Locks are taken in the order layers, images, containers, as by containers/storage. The section "Locks" of
+    # docs/architecture.md describes the order of all locks.
 
     areas: t.Dict[str, t.List[LockedDirectory]]
     layers: t.List[RecordFile[Layer]]
