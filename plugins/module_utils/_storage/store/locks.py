@@ -89,8 +89,13 @@ class _Gate:
     """Lets one holder of this process at a time open a lock file."""
 
     def __init__(self) -> None:
+        # Held as long as the lock file is open. It may be released by another thread, see _Waiter.
         self.mutex = threading.Lock()
+        # The number of threads that hold the mutex or wait for it. Guarded by _Gates._guard.
         self.users = 0
+        # The thread that holds the mutex; 0 for none, or for a _Waiter. Only the holder of the mutex writes it, without
+        # _Gates._guard. Other threads only compare it with their own identity. They never find that by a race,
+        # because only the thread itself writes it, and it writes 0 before it releases the mutex.
         self.owner = 0
 
 
@@ -98,6 +103,7 @@ class _Gates:
     """All gates of this process, by device and inode."""
 
     def __init__(self) -> None:
+        # Guards the dictionary and the counts of its gates. It is never held while a thread waits for a mutex.
         self._guard = threading.Lock()
         self._gates: t.Dict[_FileKey, _Gate] = {}
 
@@ -125,12 +131,16 @@ class _Gates:
                 del self._gates[key]
 
     def busy(self, key: _FileKey) -> bool:
+        """Whether a thread holds the gate; outdated as soon as it returns."""
         with self._guard:
             gate = self._gates.get(key)
             return gate is not None and gate.mutex.locked()
 
     def reset(self) -> None:
-        """Forget all locks, because a forked child does not inherit locks of its parent."""
+        """Forget all locks, because a forked child does not inherit locks of its parent.
+
+        Another thread of the parent may have held the guard, and no thread of the child would release it.
+        """
         self._guard = threading.Lock()
         self._gates = {}
 
@@ -140,7 +150,10 @@ os.register_at_fork(after_in_child=_GATES.reset)
 
 
 class _Claim:
-    """An open lock file and its gate in this process, released together."""
+    """An open lock file and its gate in this process, released together.
+
+    It belongs to one thread at a time, the one that opened the file or a _Waiter, so that its fields need no mutex.
+    """
 
     def __init__(self, descriptor: int, key: _FileKey, gate: _Gate) -> None:
         self.descriptor = descriptor
@@ -148,7 +161,7 @@ class _Claim:
         self._gate = gate
 
     def disown(self) -> None:
-        """Stop counting the calling thread as the holder."""
+        """Stop counting the calling thread as the holder; the gate stays closed."""
         self._gate.owner = 0
 
     def drop(self) -> None:
@@ -165,8 +178,11 @@ class _Waiter(threading.Thread):
         super().__init__(name="store-lock", daemon=True)
         self.claim = claim
         self.operation = operation
+        # Written before `done` is set, and read only afterwards.
         self.error: t.Optional[OSError] = None
         self.done = threading.Event()
+        # Guards the decision to which thread the claim belongs: setting `done` and `_abandoned`. Without it, run() may
+        # read an old value of `_abandoned`, and then waits once more.
         self._state = threading.Lock()
         self._abandoned = False
 
