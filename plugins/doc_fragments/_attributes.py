@@ -14,6 +14,9 @@ class ModuleDocFragment:
     DOCUMENTATION = r"""
 options: {}
 attributes:
+  async:
+    description: Supports being used with the C(async) keyword.
+    support: full
   check_mode:
     description: Can run in C(check_mode) and return changed status prediction without modifying target.
   diff_mode:
@@ -26,6 +29,19 @@ attributes:
     description: Target OS/families that can be operated against.
     support: full
     platforms: linux
+"""
+
+    # A module with an action plugin that calls it repeatedly.
+    ACTION = r"""
+options: {}
+attributes:
+  action:
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    support: full
+  async:
+    support: full
+    details:
+      - With C(async), the action plugin calls the module once, without displaying its progress.
 """
 
     # A module that only reads: what the others have to say for themselves holds of it by nature.

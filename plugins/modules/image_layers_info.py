@@ -412,7 +412,7 @@ totals:
       description: The number of bytes on disk that are used by a single layer. Data that layers share with each other is not included.
       type: int
     inodes:
-      description: Inodes.
+      description: The number of inodes that the layers use.
       type: int
     mapped:
       description: The same sums for the mapped layers only.
@@ -431,7 +431,7 @@ totals:
           description: The number of bytes on disk that are used by a single layer.
           type: int
         inodes:
-          description: Inodes.
+          description: The number of inodes that these layers use.
           type: int
     reclaimable:
       description: The number of bytes that the removal of all mapped layers without containers frees. Requires O(measure=exclusive).

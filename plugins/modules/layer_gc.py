@@ -30,6 +30,7 @@ description:
     anything, and RV(contradictions) lists the inconsistencies.
 extends_documentation_fragment:
   - userns.storage._attributes
+  - userns.storage._attributes.action
   - userns.storage._attributes.actiongroup_store
   - userns.storage._store
 attributes:
@@ -128,7 +129,7 @@ options:
     type: float
   low_threshold:
     description:
-      - See O(high_threshold).
+      - The percentage of usage at which the rule O(high_threshold) stops removing layers. Both options must be set together.
     type: float
   superseded_images:
     description:
@@ -200,7 +201,18 @@ notes:
     play is interrupted. In check mode, with C(async), and with O(time_limit), it calls the module once.
 seealso:
   - module: userns.storage.image_layers_info
+    description: Lists the mapped layers of a store and their sizes, without removing any.
   - module: userns.storage.layer_template
+    description: Creates mapped layers, with a lease that protects them from this module.
+  - module: userns.storage.image_layers
+    description: Removes images with all their layers.
+  - ref: ansible_collections.userns.storage.docsite.gc_policies
+    description: Describes the rules with example policies, also like those of the kubelet and of BuildKit.
+  - ref: ansible_collections.userns.storage.docsite.troubleshooting
+    description: What to do if the disk fills up, and if podman fails with C(layer not known).
+  - name: podman-system-prune
+    description: The manual page of podman's own command, which removes images and containers, but no mapped layers of other images.
+    link: https://docs.podman.io/en/latest/markdown/podman-system-prune.1.html
 author:
   - The userns.storage contributors (@userns-storage)
 """
@@ -414,7 +426,7 @@ repaired:
       description: The maximum number of bytes that the removal of this item alone frees.
       type: int
     inodes:
-      description: Inodes.
+      description: The number of inodes that the removal of this item frees.
       type: int
     rule:
       description: The reason for the decision.

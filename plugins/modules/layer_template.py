@@ -22,6 +22,7 @@ description:
   - The mapped layer belongs to the image. C(podman rmi) removes it together with the image.
 extends_documentation_fragment:
   - userns.storage._attributes
+  - userns.storage._attributes.action
   - userns.storage._attributes.actiongroup_store
   - userns.storage._mapping
   - userns.storage._mapping.single

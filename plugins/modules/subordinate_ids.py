@@ -51,6 +51,18 @@ requirements:
   - Python 3.9 or later on the managed host, Linux
 seealso:
   - module: userns.storage.layer_template
+    description: Pre-maps images with these IDs.
+  - ref: ansible_collections.userns.storage.docsite.many_users
+    description: Describes hosts on which many users run containers.
+  - name: subuid
+    description: The manual page of C(/etc/subuid).
+    link: https://manpages.debian.org/subuid.5
+  - name: newuidmap
+    description: The manual page of the program that reads C(/etc/subuid) and maps the IDs of a user.
+    link: https://manpages.debian.org/newuidmap.1
+  - name: usermod
+    description: The manual page of the command whose options C(--add-subuids) and C(--add-subgids) add single ranges.
+    link: https://manpages.debian.org/usermod.8
 author:
   - The userns.storage contributors (@userns-storage)
 """
