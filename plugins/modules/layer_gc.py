@@ -513,7 +513,8 @@ notes:
   type: list
   elements: str
 would_free:
-  description: The space that each rule would free on its own, with the given protections. Empty if a rule is set.
+  description: The space that each rule would free on its own, with the given protections. Empty if a rule is set, and for a store from
+    which nothing may be removed, because of RV(contradictions) or an C(imagestore).
   returned: always
   type: list
   elements: dict

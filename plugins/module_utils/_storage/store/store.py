@@ -463,13 +463,15 @@ class Store:
             transaction.end()
 
     def _take(self, containers: bool, spare: bool) -> t.Tuple[contextlib.ExitStack, float]:
-        """Take the locks and update all records; yields the time of the first lock.
+        """Take the locks and update all records.
 
         :param spare: keep leftovers of a killed run as space for a full disk
+        :returns: the locks, and when the first of them was taken, on the monotonic clock
         """
         self.snapshot()
         deadline = time.monotonic() + self.lock_timeout
-        for attempt in range(_RETRIES + 1):
+        retries = _RETRIES
+        while True:
             started = 0.0
             with contextlib.ExitStack() as written, contextlib.ExitStack() as only_read:
                 for kind in (LAYERS, IMAGES, CONTAINERS):
@@ -482,7 +484,7 @@ class Store:
                         started = started or time.monotonic()
                 read = self._load()
                 only_read.close()
-                if read <= _MUCH or attempt == _RETRIES:
+                if read <= _MUCH or not retries:
                     self.view()
                     for file in self._all_files():
                         if file.area.lock.held:
@@ -490,8 +492,8 @@ class Store:
                     if not spare:
                         self.reserve.discard_spares()
                     return written.pop_all(), started
+            retries -= 1
             self.view()
-        raise StoreError(self.config.graphroot, "changes faster than it can be read")
 
 
 def _first(files: t.Iterable[RecordFile[R]]) -> t.Dict[str, R]:
