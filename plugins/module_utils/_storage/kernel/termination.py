@@ -22,3 +22,11 @@ def stdout_closed(patience: float = 0) -> bool:
     poll.register(_STDOUT, 0)
     found = poll.poll(int(patience * 1000))
     return any(event & (select.POLLERR | select.POLLHUP) for _fd, event in found)
+
+
+def signal_text(number: int) -> str:
+    """A signal for messages: ``signal 9 (SIGKILL)``; without the name if it has none."""
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"

@@ -574,7 +574,7 @@ class Walk:
             os.close(process.results)
             _pid, status = os.waitpid(process.pid, 0)
             if os.WIFSIGNALED(status):
-                reason = f"was killed by signal {os.WTERMSIG(status)}"
+                reason = f"was killed by {termination.signal_text(os.WTERMSIG(status))}"
         raise TreeError(
             self._visitor.label,
             f"a worker process {reason} before its work was done",

@@ -88,7 +88,9 @@ def death(owner: str, status: int, step: str) -> WorkerError:
     if -status == signal.SIGKILL:
         hint = f"If memory ran out, the kernel log says so. {hint}"
     return WorkerError(
-        owner, f"the process that works in the store was killed by signal {-status}{doing}", hint
+        owner,
+        f"the process that works in the store was killed by {termination.signal_text(-status)}{doing}",
+        hint,
     )
 
 

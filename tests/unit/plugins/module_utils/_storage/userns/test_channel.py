@@ -325,4 +325,4 @@ def test_error_reports_how_a_process_ended() -> None:
     assert "status 3" in str(waiting.death("user alice", 3, ""))
     error = waiting.death("user alice", -9, "reading /a")
     assert isinstance(error, WorkerError)
-    assert "killed by signal 9 while reading /a" in str(error)
+    assert "killed by signal 9 (SIGKILL) while reading /a" in str(error)
