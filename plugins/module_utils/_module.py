@@ -67,7 +67,7 @@ def run(
     With the option ``users``, the operation works in the store of each user, even if those of other users fail, and
     ``join`` merges the results.
     """
-    _run(module, request, operation, join, False)
+    _run(module, request, operation, join, outside=False)
 
 
 def run_outside(
@@ -77,7 +77,7 @@ def run_outside(
     join: Join = result_merging.merged,
 ) -> t.NoReturn:
     """As :func:`run`, for an operation that enters the store itself for single steps."""
-    _run(module, request, operation, join, True)
+    _run(module, request, operation, join, outside=True)
 
 
 def _run(
@@ -85,14 +85,17 @@ def _run(
     request: t.Callable[[StoreRequest], _RequestT],
     operation: t.Callable[[_RequestT], t.Dict[str, t.Any]],
     join: Join,
+    *,
     outside: bool,
 ) -> t.NoReturn:
     users = module.params["users"]
     if users is not None:
-        _run_for_users(module, users, request, operation, join, outside)
+        _run_for_users(module, users, request, operation, join, outside=outside)
     try:
         with _unexpected_explained():
-            result = _result(module.params, module.params["user"], request, operation, outside)
+            result = _result(
+                module.params, module.params["user"], request, operation, outside=outside
+            )
     except StorageError as error:
         result = {"error": str(error), "facts": dict(error.facts)}
     leave(module, result)
@@ -132,13 +135,14 @@ def _run_for_users(
     request: t.Callable[[StoreRequest], _RequestT],
     operation: t.Callable[[_RequestT], t.Dict[str, t.Any]],
     join: Join,
+    *,
     outside: bool,
 ) -> t.NoReturn:
     outcomes: t.Dict[str, t.Union[t.Dict[str, t.Any], StorageError]] = {}
     for user in dict.fromkeys(users):
         try:
             with _unexpected_explained():
-                outcomes[user] = _result(module.params, user, request, operation, outside)
+                outcomes[user] = _result(module.params, user, request, operation, outside=outside)
         except StorageError as error:
             outcomes[user] = error
     leave(module, join(outcomes))
@@ -149,6 +153,7 @@ def _result(
     user: t.Optional[str],
     request: t.Callable[[StoreRequest], _RequestT],
     operation: t.Callable[[_RequestT], t.Dict[str, t.Any]],
+    *,
     outside: bool,
 ) -> t.Dict[str, t.Any]:
     store = store_request(account_named(user), params)

@@ -91,7 +91,7 @@ def _watched(
     """Run a program in its own session, and terminate it if it stalls."""
     environ = dict(os.environ)
     if account is not None:
-        environ = userns.environment(os.environ, account, True)
+        environ = userns.environment(os.environ, account, own=True)
     own = os.getpid()
     # In memory, because check mode must not write to any folder.
     with contextlib.ExitStack() as undo:

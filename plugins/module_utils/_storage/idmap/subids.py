@@ -81,7 +81,7 @@ class Sources:
 
 
 def subordinate_ids(
-    name: str, uid: t.Optional[int], required: bool = True, sources: Sources = Sources()
+    name: str, uid: t.Optional[int], *, required: bool = True, sources: Sources = Sources()
 ) -> SubIDs:
     """The subordinate IDs of a user, from entries under the name or under the UID.
 
@@ -91,8 +91,8 @@ def subordinate_ids(
         malformed, or NSS does not answer
     """
     return SubIDs(
-        ranges_of(name, uid, "uid", required, sources),
-        ranges_of(name, uid, "gid", required, sources),
+        ranges_of(name, uid, "uid", required=required, sources=sources),
+        ranges_of(name, uid, "gid", required=required, sources=sources),
     )
 
 
@@ -100,6 +100,7 @@ def ranges_of(
     name: str,
     uid: t.Optional[int],
     kind: str,
+    *,
     required: bool = True,
     sources: Sources = Sources(),
 ) -> t.Tuple[SubIDRange, ...]:

@@ -502,7 +502,7 @@ class _Converter:
                 image.id: after.enter_context(store.trash(image.id, store_ctx.destroy))
                 for image in affected.images
             }
-            with store.transaction(True, Room(store_ctx).make) as transaction:
+            with store.transaction(containers=True, make_room=Room(store_ctx).make) as transaction:
                 snapshot = transaction.snapshot
                 if self._affected(snapshot).identity != affected.identity:
                     raise _Moved

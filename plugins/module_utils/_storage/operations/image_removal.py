@@ -59,7 +59,7 @@ def remove_image(store_ctx: OpenStore, image_id: str, check: Check) -> t.Optiona
     store = store_ctx.store
     with store.trash(image_id, store_ctx.destroy) as trash:
         try:
-            with store.transaction(True) as transaction:
+            with store.transaction(containers=True) as transaction:
                 return _detach(store_ctx, transaction, image_id, trash, check)
         except BaseException:
             if has_note(trash):

@@ -121,7 +121,7 @@ def remove_mapped_layer(
     images: t.List[str] = []
     with contextlib.ExitStack() as after:
         trash = _trash(store_ctx, after, name)
-        with store.transaction(True, room.make) as transaction:
+        with store.transaction(containers=True, make_room=room.make) as transaction:
             if layer_id not in transaction.snapshot.layers:
                 return None
             refuse_if_used(transaction.snapshot, layer_id)

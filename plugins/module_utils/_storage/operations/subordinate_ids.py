@@ -289,7 +289,7 @@ def _elsewhere(request: GrantRequest) -> t.Dict[str, t.Any]:
     service = nss_service(request.sources.nsswitch)
     users = []
     for name in dict.fromkeys(request.users):
-        found = {kind: ranges_of(name, None, kind, True, request.sources) for kind in KINDS}
+        found = {kind: ranges_of(name, None, kind, sources=request.sources) for kind in KINDS}
         for kind, ranges in found.items():
             have = sum(item.size for item in ranges)
             if have < request.count:

@@ -56,7 +56,7 @@ class LockedDirectory:
         self.lock = LockFile(os.path.join(directory, lock_name), read_only)
 
     def enter(
-        self, stack: contextlib.ExitStack, deadline: float, allowed: float, exclusive: bool
+        self, stack: contextlib.ExitStack, deadline: float, allowed: float, *, exclusive: bool
     ) -> bool:
         """Take the lock until the stack ends; false if there is no lock file.
 

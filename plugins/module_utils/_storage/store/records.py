@@ -167,6 +167,7 @@ class Record:
         location: str = STABLE,
         read_only_store: t.Optional[str] = None,
         index: int = 0,
+        *,
         checked: bool = False,
     ) -> None:
         """Check the types of all known fields, unless they were checked before.
@@ -457,7 +458,7 @@ def parse(
     values = _values(data, path)
     if all_good(values, kind.fields) and len({raw["id"] for raw in values}) == len(values):
         return [
-            kind(raw, source, path, location, read_only_store, index, True)
+            kind(raw, source, path, location, read_only_store, index, checked=True)
             for index, raw in enumerate(values)
         ]
     records: t.List[R] = []

@@ -327,7 +327,7 @@ class Store:
             with contextlib.ExitStack() as stack:
                 for kind in (LAYERS, IMAGES, CONTAINERS):
                     for area in self._files.areas[kind]:
-                        area.enter(stack, deadline, self.lock_timeout, False)
+                        area.enter(stack, deadline, self.lock_timeout, exclusive=False)
                 self._load()
             return self.view()
 
@@ -346,7 +346,7 @@ class Store:
                 for area in self._files.areas[kind]:
                     try:
                         with translate_oserror(self.config.graphroot):
-                            area.enter(stack, deadline, self.lock_timeout, False)
+                            area.enter(stack, deadline, self.lock_timeout, exclusive=False)
                     except (LockTimeout, PermissionDenied):
                         raise
                     except StorageError as error:
@@ -425,7 +425,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(
-        self, containers: bool = False, make_room: t.Optional[t.Callable[[], bool]] = None
+        self, *, containers: bool = False, make_room: t.Optional[t.Callable[[], bool]] = None
     ) -> t.Iterator[Transaction]:
         """Hold the locks of layers and images exclusively, on request those of containers, and change records.
 
@@ -450,7 +450,7 @@ class Store:
                 f"{self.config.sources.get('imagestore', 'storage.conf')} and pull the images again.",
             )
         with translate_oserror(self.config.graphroot):
-            locks, started = self._take(containers, make_room is not None)
+            locks, started = self._take(containers=containers, spare=make_room is not None)
         transaction = Transaction(self, self._files, started, make_room)
         try:
             with locks:
@@ -462,7 +462,7 @@ class Store:
         finally:
             transaction.end()
 
-    def _take(self, containers: bool, spare: bool) -> t.Tuple[contextlib.ExitStack, float]:
+    def _take(self, *, containers: bool, spare: bool) -> t.Tuple[contextlib.ExitStack, float]:
         """Take the locks and update all records.
 
         :param spare: keep leftovers of a killed run as space for a full disk
@@ -480,7 +480,7 @@ class Store:
                         if kind == CONTAINERS and not os.path.isdir(area.directory):
                             continue
                         stack = written if write else only_read
-                        area.enter(stack, deadline, self.lock_timeout, write)
+                        area.enter(stack, deadline, self.lock_timeout, exclusive=write)
                         started = started or time.monotonic()
                 read = self._load()
                 only_read.close()

@@ -220,7 +220,7 @@ def become(account: Account, parent: int) -> None:
     os.setresgid(account.gid, account.gid, account.gid)
     os.setresuid(account.uid, account.uid, account.uid)
     namespaces.die_with_parent(parent)
-    _set_environment(environment(os.environ, account, False))
+    _set_environment(environment(os.environ, account, own=False))
 
 
 def _become(account: Account, parent: int) -> bool:
@@ -251,11 +251,11 @@ def _set_groups(account: Account) -> None:
 def _environment_of(account: Account) -> t.Dict[str, str]:
     """The environment, checked with the user's permissions, because its variables may name paths of the user."""
     if os.geteuid() != 0:
-        return environment(os.environ, account, True)
+        return environment(os.environ, account, own=True)
     os.setegid(account.gid)
     os.seteuid(account.uid)
     try:
-        return environment(os.environ, account, False)
+        return environment(os.environ, account, own=False)
     finally:
         os.seteuid(0)
         os.setegid(0)

@@ -20,7 +20,7 @@ _NEUTRAL = (
 )
 
 
-def environment(environ: t.Mapping[str, str], account: Account, own: bool) -> t.Dict[str, str]:
+def environment(environ: t.Mapping[str, str], account: Account, *, own: bool) -> t.Dict[str, str]:
     """The variables for a process that works as an account.
 
     :param environ: of the calling process

@@ -60,7 +60,7 @@ def run_through_podman(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=messages,
-            env=environment(os.environ, account, True),
+            env=environment(os.environ, account, own=True),
             cwd="/",
             preexec_fn=lambda: namespaces.die_with_parent(parent),
         )

@@ -101,7 +101,7 @@ def test_file_without_range_is_named_in_error(files: SourcesFactory) -> None:
 
 
 def test_ranges_may_be_optional(files: SourcesFactory) -> None:
-    assert subordinate_ids("alice", 1500, False, files()) == SubIDs()
+    assert subordinate_ids("alice", 1500, required=False, sources=files()) == SubIDs()
     assert namespace_mapping(1500, 1500, SubIDs()).uid == IDMap.of((0, 1500, 1))
 
 
@@ -160,7 +160,7 @@ def test_lines_are_read_like_each_version_of_shadow(
     sources = files(text)
     for dialect, found in ((SHADOW_4_13, old), (SHADOW_4_20, new)):
         sources = dataclasses.replace(sources, dialect=dialect)
-        assert ranges_of("alice", 1500, "uid", False, sources) == found
+        assert ranges_of("alice", 1500, "uid", required=False, sources=sources) == found
 
 
 def test_file_that_shadow_ignores_is_reported(files: SourcesFactory) -> None:
@@ -216,7 +216,7 @@ def test_name_without_account_is_reported(files: SourcesFactory) -> None:
     sources = files("ghost:100000:5\n", "ghost:100000:5\n", script="exit 1")
     with pytest.raises(NamespaceError, match=r"no account.*useradd --system.* ghost"):
         ranges_of("ghost", None, "uid", sources=sources)
-    assert ranges_of("ghost", None, "uid", False, sources) == ()
+    assert ranges_of("ghost", None, "uid", required=False, sources=sources) == ()
     assert ranges_of("ghost", 99, "uid", sources=sources) == ((100000, 5),)
     older = files("ghost:100000:5\n", script="echo 0: ghost 100000 5")
     assert ranges_of("ghost", None, "uid", sources=older) == ((100000, 5),)

@@ -21,7 +21,7 @@ OTHER_USER = Account("nobody-at-all", 987654, 987654, "/home/nobody")
 
 def test_own_environment_is_kept(tmp_path: pathlib.Path) -> None:
     given_environ = {"A": "1", "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path), "USER": "x"}
-    environ = userns.environment(given_environ, ALICE, True)
+    environ = userns.environment(given_environ, ALICE, own=True)
     assert environ["A"] == "1"
     assert environ["HOME"] == environ["XDG_DATA_HOME"] == str(tmp_path)
     assert environ["USER"] == environ["LOGNAME"] == "alice"
@@ -42,7 +42,7 @@ def test_only_neutral_variables_of_another_environment_are_kept(tmp_path: pathli
             "STORAGE_DRIVER": "vfs",
         },
         ALICE,
-        False,
+        own=False,
     )
     assert "A" not in environ
     assert "XDG_CONFIG_HOME" not in environ
@@ -57,7 +57,7 @@ def test_paths_of_other_users_are_dropped(tmp_path: pathlib.Path) -> None:
     home = str(tmp_path)
     environ = {"XDG_RUNTIME_DIR": home, "XDG_CONFIG_HOME": home, "XDG_DATA_HOME": "a\0b"}
     for own in (False, True):
-        kept = userns.environment(environ, OTHER_USER, own)
+        kept = userns.environment(environ, OTHER_USER, own=own)
         assert not [name for name in kept if name.startswith("XDG_")]
 
 
