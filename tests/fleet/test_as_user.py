@@ -229,11 +229,9 @@ def test_watcher_that_its_user_kills_is_tolerated(
     user_store: t.Any, small_image: t.Any, lab: t.Any
 ) -> None:
     """Root's process continues with the other stores."""
-    images = watching.ImagesOfUser(
-        StoreRequest(account=account_named(user_store.user.name)),
-        account_named(user_store.user.name),
-        0.05,
-    )
+    account = account_named(user_store.user.name)
+    assert account is not None
+    images = watching.ImagesOfUser(StoreRequest(account=account), account, 0.05)
     try:
         _wait(images.changed)
         lab.machine.run(["kill", "-STOP", str(images._pid)], account=user_store.user)

@@ -16,6 +16,11 @@ import pytest
 import yaml
 from support import ansible_core_versions, awx
 
+if t.TYPE_CHECKING:
+    from fleet.conftest import Play
+    from support.images import Image
+    from support.stores import Store
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 JOBS = ("prepare", "prune", "report")
 MAP = "0:100000:65536"
@@ -95,7 +100,9 @@ def survey_of(job: str) -> t.Dict[str, t.Any]:
     return found
 
 
-def test_jobs_prepare_report_and_prune(controller, store, tmp_path):
+def test_jobs_prepare_report_and_prune(
+    controller: Controller, store: Store, tmp_path: pathlib.Path
+) -> None:
     answers = {
         "prepare_images": "localhost/small:1\n",
         "prepare_mappings": f"{MAP}\n0:200000:65536",
@@ -139,7 +146,7 @@ def test_jobs_prepare_report_and_prune(controller, store, tmp_path):
     assert pruned["userns_storage_layers_kept"] == 2
 
 
-def test_prune_removes_and_counts(controller, store):
+def test_prune_removes_and_counts(controller: Controller, store: Store) -> None:
     # The answer `none` disables the setting of the inventory.
     answers = {
         "prepare_images": "localhost/small:1",
@@ -173,7 +180,9 @@ def test_prune_removes_and_counts(controller, store):
     assert repeated["userns_storage_layers_removed"] == 0
 
 
-def test_check_mode_sets_artifacts_for_image_not_yet_pulled(controller, small_image):
+def test_check_mode_sets_artifacts_for_image_not_yet_pulled(
+    controller: Controller, small_image: Image
+) -> None:
     source = f"localhost/other:1=oci:{small_image.path}"
     found = controller.launch(
         "prepare",
@@ -214,11 +223,13 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("core", ["oldest", "own", "newest"])
-def test_answers_have_same_meaning_in_each_ansible_core_version(play, store, tmp_path, core):
+def test_answers_have_same_meaning_in_each_ansible_core_version(
+    play: t.Callable[..., Play], store: Store, tmp_path: pathlib.Path, core: str
+) -> None:
     answers = tmp_path / "answers.yml"
     answers.write_text(awx.extravars(ANSWERS))
     local = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
-    hosts = {"one": {}, "two": {}}
+    hosts: t.Dict[str, t.Dict[str, t.Any]] = {"one": {}, "two": {}}
     jobs = tmp_path / "jobs.yml"
     jobs.write_text("".join(f"- import_playbook: {ROOT}/awx/{job}.yml\n" for job in JOBS))
     done = play(
@@ -241,7 +252,9 @@ def test_answers_have_same_meaning_in_each_ansible_core_version(play, store, tmp
     assert not (tmp_path / "userns-storage-report.md").exists()
 
 
-def test_report_is_written_on_another_host(play, store, tmp_path):
+def test_report_is_written_on_another_host(
+    play: t.Callable[..., Play], store: Store, tmp_path: pathlib.Path
+) -> None:
     """The task on the other host has the privileges of the play."""
     page = tmp_path / "page.html"
     local = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
@@ -259,7 +272,7 @@ def test_report_is_written_on_another_host(play, store, tmp_path):
     assert "Container stores" in page.read_text()
 
 
-def test_totals_of_several_hosts_are_added(controller, store):
+def test_totals_of_several_hosts_are_added(controller: Controller, store: Store) -> None:
     """The two hosts are names of the same machine, with different mappings."""
     hosts = {"one": {"prepare_mappings": MAP}, "two": {"prepare_mappings": "0:200000:65536"}}
     answers = {"prepare_images": "localhost/small:1", "prepare_install": "false"}
@@ -268,14 +281,14 @@ def test_totals_of_several_hosts_are_added(controller, store):
     assert created["userns_storage_layers_created"] == 2
 
 
-def test_awx_offers_the_playbook_of_every_job():
+def test_awx_offers_the_playbook_of_every_job() -> None:
     assert set(awx.offered_playbooks(ROOT / "awx")) == {
         *(f"{job}.yml" for job in JOBS),
         "configure.yml",
     }
 
 
-def test_ansible_builder_accepts_the_execution_environment(tmp_path):
+def test_ansible_builder_accepts_the_execution_environment(tmp_path: pathlib.Path) -> None:
     """Without a registry, the test only checks that ansible-builder accepts it and writes the build context."""
     done = subprocess.run(
         [
@@ -314,12 +327,16 @@ def configure(
     return play(ROOT / "awx/configure.yml", inventory, *options, environ=environ, fails=fails)
 
 
-def test_configuration_passes_syntax_check(play, stand_in):
+def test_configuration_passes_syntax_check(
+    play: t.Callable[..., Play], stand_in: awx.StandIn
+) -> None:
     configure(play, stand_in, "--syntax-check")
     assert stand_in.requests == []
 
 
-def test_configuration_creates_all_objects_once(play, stand_in):
+def test_configuration_creates_all_objects_once(
+    play: t.Callable[..., Play], stand_in: awx.StandIn
+) -> None:
     """The test uses a stand-in for the API of a controller, see support/awx.py."""
     first = configure(play, stand_in)
     assert first.recap("localhost")["changed"] == 5
@@ -346,7 +363,9 @@ def test_configuration_creates_all_objects_once(play, stand_in):
     assert stand_in.requests[count:] == []
 
 
-def test_failed_project_update_is_repeated(play, stand_in):
+def test_failed_project_update_is_repeated(
+    play: t.Callable[..., Play], stand_in: awx.StandIn
+) -> None:
     """If the update fails once, it is repeated in the same run, otherwise by the next run."""
     stand_in.failing_updates = 2
     failed = configure(play, stand_in, fails=True)
@@ -365,12 +384,16 @@ def test_failed_project_update_is_repeated(play, stand_in):
     assert configure(play, stand_in).recap("localhost")["failed"] == 0
 
 
-def test_project_needs_no_access_to_galaxy(play, stand_in):
+def test_project_needs_no_access_to_galaxy(
+    play: t.Callable[..., Play], stand_in: awx.StandIn
+) -> None:
     stand_in.galaxy_reachable = False
     assert configure(play, stand_in).recap("localhost")["changed"] == 5
 
 
-def test_check_mode_predicts_changes_on_empty_controller(play, stand_in):
+def test_check_mode_predicts_changes_on_empty_controller(
+    play: t.Callable[..., Play], stand_in: awx.StandIn
+) -> None:
     predicted = configure(play, stand_in, "--check", "--diff")
     recap = predicted.recap("localhost")
     assert recap["failed"] == 0
@@ -380,7 +403,9 @@ def test_check_mode_predicts_changes_on_empty_controller(play, stand_in):
     assert stand_in.requests == []
 
 
-def test_check_mode_writes_nothing_to_the_controller(play, stand_in):
+def test_check_mode_writes_nothing_to_the_controller(
+    play: t.Callable[..., Play], stand_in: awx.StandIn
+) -> None:
     configure(play, stand_in)
     count = len(stand_in.requests)
     repeated = configure(play, stand_in, "--check", "--diff")
@@ -450,13 +475,13 @@ ROWS: t.Dict[str, t.Tuple[int, t.Callable[[awx.StandIn], int]]] = {
 
 
 @pytest.mark.parametrize("row", list(ROWS))
-def test_stand_in_responds_like_awx(stand_in, row):
+def test_stand_in_responds_like_awx(stand_in: awx.StandIn, row: str) -> None:
     stand_in.put("job_templates", {"name": "demo"})
     expected, request = ROWS[row]
     assert request(stand_in) == expected
 
 
-def test_stand_in_stores_inventory_like_awx(stand_in):
+def test_stand_in_stores_inventory_like_awx(stand_in: awx.StandIn) -> None:
     """A null kind is stored as an empty string, so a module that sends null again detects a difference."""
     _status, created = stand_in.answer(
         "POST", "/api/v2/inventories/", {"name": "i", "organization": 1, "kind": None}
@@ -476,12 +501,14 @@ REFUSED_ANSWERS = [
 
 
 @pytest.mark.parametrize(("question", "answers"), REFUSED_ANSWERS)
-def test_invalid_answers_are_refused(question, answers):
+def test_invalid_answers_are_refused(
+    question: t.Mapping[str, t.Any], answers: t.Mapping[str, t.Any]
+) -> None:
     with pytest.raises(awx.Refused):
         awx.launch_variables({"spec": [question]}, answers)
 
 
-def test_valid_answers_are_accepted():
+def test_valid_answers_are_accepted() -> None:
     text = {**QUESTION, "type": "text"}
     assert awx.launch_variables({"spec": [text]}, {"q": "", "other": 1}) == {"q": ""}
     # An empty default is passed on too.
@@ -491,10 +518,10 @@ def test_valid_answers_are_accepted():
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_survey_without_answers_sets_no_variables(job):
+def test_survey_without_answers_sets_no_variables(job: str) -> None:
     assert awx.launch_variables(survey_of(job), {}) == {}
 
 
-def test_missing_playbooks_are_refused(play, stand_in):
+def test_missing_playbooks_are_refused(play: t.Callable[..., Play], stand_in: awx.StandIn) -> None:
     with pytest.raises(AssertionError, match=r"Playbook not found for project"):
         configure(play, stand_in, "-e", "awx_playbook_folder=other/")

@@ -37,7 +37,7 @@ def example_host(lab: t.Any) -> t.Iterator[examples.ExampleHost]:
 
 
 @pytest.mark.parametrize("document", list(DOCUMENTS))
-def test_examples_work(example_host, document):
+def test_examples_work(example_host: examples.ExampleHost, document: str) -> None:
     found = DOCUMENTS[document]
     done = example_host.run(found)
     for block in found:
@@ -49,19 +49,19 @@ def test_examples_work(example_host, document):
         assert name in typed or "group_vars" in block.file, block
 
 
-def test_all_examples_have_valid_syntax(tmp_path, collections_path):
+def test_all_examples_have_valid_syntax(tmp_path: pathlib.Path, collections_path: str) -> None:
     environ = {"ANSIBLE_COLLECTIONS_PATH": collections_path}
     examples.check_syntax(BLOCKS, tmp_path, environ)
 
 
-def test_few_examples_are_skipped_and_each_has_a_reason():
+def test_few_examples_are_skipped_and_each_has_a_reason() -> None:
     skipped = [block for block in BLOCKS if block.skipped]
     assert all(len(block.skipped.split()) > 2 for block in skipped)
     # The examples of the guide to releases would create a release.
     assert len([block for block in skipped if "releasing" not in block.document]) <= 10
 
 
-def test_notes_have_a_known_form():
+def test_notes_have_a_known_form() -> None:
     for block in BLOCKS:
         assert block.note == "" or block.file or block.skipped or block.fails, block
 
@@ -114,7 +114,7 @@ def _tasks(data: t.Any) -> t.Iterator[t.Dict[str, t.Any]]:
             yield from _tasks(item.get(key))
 
 
-def test_options_and_variables_are_valid():
+def test_options_and_variables_are_valid() -> None:
     """Examples that are not run are included. Templates are omitted, since their values are unknown here."""
     validated = 0
     for block in BLOCKS:

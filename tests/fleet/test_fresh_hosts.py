@@ -5,8 +5,14 @@
 
 from __future__ import annotations
 
+import typing as t
+
 import pytest
 from support import examples, fresh
+
+if t.TYPE_CHECKING:
+    from support.images import Image
+    from support.lab import Lab
 
 # Guides by the name of the test; the later guides of a row assume a host on which the first was followed.
 GUIDES = {
@@ -23,7 +29,7 @@ GUIDES = {
 
 @pytest.mark.parametrize("suite", ["bookworm", "trixie"])
 @pytest.mark.parametrize("guides", list(GUIDES))
-def test_guides_work_from_the_top(lab, small_image, guides, suite):
+def test_guides_work_from_the_top(lab: Lab, small_image: Image, guides: str, suite: str) -> None:
     host = fresh.FreshHost(lab, suite, small_image)
     try:
         for guide in GUIDES[guides]:

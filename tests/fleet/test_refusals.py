@@ -26,14 +26,16 @@ def refused(play: t.Any, lab: t.Any) -> t.Callable[..., t.List[str]]:
         fixed = {**LOCAL, "prepare_install": False}
         hosts = {name: {**fixed, **case} for name, case in zip(names, cases)}
         subids = [pathlib.Path(f"/etc/sub{kind}").read_text() for kind in ("uid", "gid")]
+        output = ""
         for options in (["--check"], []):
             done = play(f"userns.storage.{role}", {"all": {"hosts": hosts}}, *options, fails=True)
             for name in names:
                 recap = done.recap(name)
                 assert (recap["changed"], recap["failed"]) == (0, 1), done.output
             assert "Copy the images" not in done.output
+            output = done.output
         assert subids == [pathlib.Path(f"/etc/sub{kind}").read_text() for kind in ("uid", "gid")]
-        lines = done.output.splitlines()
+        lines = output.splitlines()
         return ["\n".join(line for line in lines if f"fatal: [{name}]" in line) for name in names]
 
     return run

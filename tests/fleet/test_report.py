@@ -14,6 +14,9 @@ from ansible_collections.userns.storage.plugins.filter.fleet_report import fleet
 from ansible_collections.userns.storage.plugins.plugin_utils import _fleet
 from support import ansible_core_versions, fleets
 
+if t.TYPE_CHECKING:
+    from support.browser import Browser
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 VIA = "Failed to connect to the host via ssh"
 MOMENT = "25 November 2026, 03:00 UTC"
@@ -58,7 +61,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> t.Dict[int, pathlib.Path]
 @pytest.mark.parametrize("width", [1280, 768, 390])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("count", [3, 500])
-def test_browser_displays_the_page(browser, pages, tmp_path, count, dark, width):
+def test_browser_displays_the_page(
+    browser: Browser,
+    pages: t.Dict[int, pathlib.Path],
+    tmp_path: pathlib.Path,
+    count: int,
+    dark: bool,
+    width: int,
+) -> None:
     browser.show(pages[count], width, 900, dark)
     opened = browser.run(
         "const e=document.querySelectorAll('details.host');"
@@ -90,14 +100,15 @@ def test_browser_displays_the_page(browser, pages, tmp_path, count, dark, width)
 @pytest.fixture(scope="module")
 def axe() -> str:
     """The source of axe-core, which finds accessibility problems."""
-    return (
-        ansible_core_versions.workshop().npm_package("axe-core", "4.14.1") / "axe.min.js"
-    ).read_text()
+    folder: pathlib.Path = ansible_core_versions.workshop().npm_package("axe-core", "4.14.1")
+    return (folder / "axe.min.js").read_text()
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_page_is_accessible(browser, pages, axe, dark, width):
+def test_page_is_accessible(
+    browser: Browser, pages: t.Dict[int, pathlib.Path], axe: str, dark: bool, width: int
+) -> None:
     browser.show(pages[3], width, 900, dark)
     browser.run("for(const e of document.querySelectorAll('details'))e.open=true")
     found = browser.run(
@@ -108,7 +119,9 @@ def test_page_is_accessible(browser, pages, axe, dark, width):
     assert found["passed"] > 15
 
 
-def test_keyboard_opens_host_and_cells_have_labels(browser, pages):
+def test_keyboard_opens_host_and_cells_have_labels(
+    browser: Browser, pages: t.Dict[int, pathlib.Path]
+) -> None:
     browser.show(pages[3], 390, 900)
     assert browser.run(
         "const s=document.querySelector('details.host>summary');s.focus();"
@@ -140,12 +153,14 @@ def test_keyboard_opens_host_and_cells_have_labels(browser, pages):
         ({"a": 1}, "(dict)"),
     ],
 )  # fmt: skip
-def test_reason_for_unreachable_host_is_short(message, shown):
+def test_reason_for_unreachable_host_is_short(message: t.Any, shown: str) -> None:
     facts = {"a": {"report_reached": {"unreachable": True, "msg": message}}}
     assert _fleet.fleet(["a"], facts).hosts[0].message == shown
 
 
-def test_chart_has_a_correct_bar_for_each_host(browser, pages):
+def test_chart_has_a_correct_bar_for_each_host(
+    browser: Browser, pages: t.Dict[int, pathlib.Path]
+) -> None:
     browser.show(pages[3], 1280, 900)
     facts = fleets.hostvars(3)
     fleet = _fleet.fleet(list(facts), facts)
@@ -168,7 +183,7 @@ def test_chart_has_a_correct_bar_for_each_host(browser, pages):
         assert item["mark"] == f"M{1000 * sums.recorded / top:.1f} 0v10"
 
 
-def test_search_hides_other_hosts(browser, pages):
+def test_search_hides_other_hosts(browser: Browser, pages: t.Dict[int, pathlib.Path]) -> None:
     browser.show(pages[500], 1280, 900)
     search = (
         "const f=document.getElementById('search');f.value=arguments[0];f.dispatchEvent(new Event('input'));"
@@ -180,7 +195,7 @@ def test_search_hides_other_hosts(browser, pages):
     assert len(browser.run(search, "")) == 500
 
 
-def test_names_are_escaped(browser, tmp_path):
+def test_names_are_escaped(browser: Browser, tmp_path: pathlib.Path) -> None:
     facts = fleets.hostvars(3)
     name = next(name for name, host in facts.items() if "report_found" in host)
     facts[HOSTILE_TEXT] = facts.pop(name)
@@ -208,7 +223,7 @@ def test_names_are_escaped(browser, tmp_path):
 
 
 @pytest.mark.parametrize("count", [3, 500])
-def test_page_is_self_contained(pages, count):
+def test_page_is_self_contained(pages: t.Dict[int, pathlib.Path], count: int) -> None:
     page = pages[count].read_text()
     for word in ("src=", "href=", "url(", "@import", "http:", "<link"):
         assert word not in page, word
@@ -216,7 +231,7 @@ def test_page_is_self_contained(pages, count):
     assert len(page) < 8_000_000
 
 
-def test_markdown_has_a_row_for_each_host():
+def test_markdown_has_a_row_for_each_host() -> None:
     facts = fleets.hostvars(500)
     text = fleet_report(list(facts), facts, "markdown", moment=MOMENT)
     for name, host in facts.items():
@@ -226,7 +241,7 @@ def test_markdown_has_a_row_for_each_host():
     assert len(text) < 200_000
 
 
-def test_totals_are_the_sums_of_gathered_results():
+def test_totals_are_the_sums_of_gathered_results() -> None:
     facts = fleets.hostvars(50)
     found = [
         item for host in facts.values() for item in host.get("report_found", {}).get("results", [])
@@ -258,7 +273,7 @@ def test_totals_are_the_sums_of_gathered_results():
     assert totals["bytes_reclaimable"] > 0
 
 
-def test_states_of_hosts_are_determined():
+def test_states_of_hosts_are_determined() -> None:
     facts: t.Dict[str, t.Any] = {
         "never": {},
         "silent": {"report_reached": {"ping": "pong"}},
@@ -299,6 +314,6 @@ def test_states_of_hosts_are_determined():
         assert f">{name}<" in page
 
 
-def test_empty_fleet_is_reported():
+def test_empty_fleet_is_reported() -> None:
     assert "0 of 0" in fleet_report([], {})
     assert fleet_report([], {}, "totals")["hosts"] == 0

@@ -14,13 +14,25 @@ import typing as t
 
 import pytest
 
+if t.TYPE_CHECKING:
+    from fleet.conftest import Play
+    from support.browser import Browser
+    from support.images import Image
+    from support.lab import Lab
+    from support.stores import Store
+    from support.users import User
+
 LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
 MAP = "0:100000:65536"
 
 
 def test_report_has_rows_for_unreachable_and_failed_hosts(
-    play, make_store, make_user, small_image, browser
-):
+    play: t.Callable[..., Play],
+    make_store: t.Callable[..., Store],
+    make_user: t.Callable[..., User],
+    small_image: Image,
+    browser: Browser,
+) -> None:
     user = make_user()
     user_store = make_store("rootless-vfs", small_image, user=user)
     store = make_store("vfs", small_image)
@@ -85,7 +97,9 @@ def test_report_has_rows_for_unreachable_and_failed_hosts(
     assert browser.console_messages() == []
 
 
-def test_report_respects_limit_and_writes_nothing_in_check_mode(play, make_store, small_image):
+def test_report_respects_limit_and_writes_nothing_in_check_mode(
+    play: t.Callable[..., Play], make_store: t.Callable[..., Store], small_image: Image
+) -> None:
     store = make_store("vfs", small_image)
     inventory = {"all": {"hosts": {"one": {}, "two": {}}, "vars": {**LOCAL, "report_users": ""}}}
     done = play(
@@ -95,7 +109,9 @@ def test_report_respects_limit_and_writes_nothing_in_check_mode(play, make_store
     assert not list(done.folder.glob("userns-storage-report*"))
 
 
-def test_prune_removes_named_layers_within_time_limit(play, make_store, small_image):
+def test_prune_removes_named_layers_within_time_limit(
+    play: t.Callable[..., Play], make_store: t.Callable[..., Store], small_image: Image
+) -> None:
     store = make_store("vfs", small_image)
     for number in (100000, 200000):
         mapped = f"0:{number}:65536"
@@ -141,9 +157,11 @@ def prepare(
     return play("userns.storage.prepare", {"all": {"hosts": {"one": host}}}, *options, fails=fails)
 
 
-def test_rootful_storage_conf_keeps_all_other_bytes(play, etc_containers, empty_store):
+def test_rootful_storage_conf_keeps_all_other_bytes(
+    play: t.Callable[..., Play], etc_containers: pathlib.Path, empty_store: pathlib.Path
+) -> None:
     text = pathlib.Path("/usr/share/containers/storage.conf").read_text()
-    variables = {"prepare_metacopy": True, "prepare_driver": "overlay"}
+    variables: t.Dict[str, t.Any] = {"prepare_metacopy": True, "prepare_driver": "overlay"}
     assert prepare(play, "--check", "--diff", **variables).recap("one")["changed"] == 1
     assert list(etc_containers.iterdir()) == []
     assert prepare(play, **variables).recap("one")["changed"] == 1
@@ -161,7 +179,9 @@ def test_rootful_storage_conf_keeps_all_other_bytes(play, etc_containers, empty_
     assert backup.read_text() == '# mine\n[storage]\n  driver = "overlay" # kept'
 
 
-def test_driver_of_existing_store_is_never_changed(play, etc_containers, empty_store):
+def test_driver_of_existing_store_is_never_changed(
+    play: t.Callable[..., Play], etc_containers: pathlib.Path, empty_store: pathlib.Path
+) -> None:
     # podman leaves these folders in a store with the driver vfs.
     (empty_store / "storage/vfs-layers").mkdir(parents=True)
     (empty_store / "storage/vfs-images").mkdir()
@@ -222,8 +242,12 @@ def assert_ends_with_failures(
 
 
 def test_additional_store_provides_images_with_mapped_layers(
-    play, lab, etc_containers, empty_store, small_image
-):
+    play: t.Callable[..., Play],
+    lab: Lab,
+    etc_containers: pathlib.Path,
+    empty_store: pathlib.Path,
+    small_image: Image,
+) -> None:
     policy = etc_containers / "policy.json"
     policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
     graphroot = lab.folder(0o755) / "images"
@@ -231,7 +255,7 @@ def test_additional_store_provides_images_with_mapped_layers(
     crio = pathlib.Path(f"/etc/crio/crio.conf.d/50-userns-storage-{name}.conf")
     archive = lab.folder(0o755) / "small.tar"
     lab.machine.run(["skopeo", "copy", "-q", small_image.source, f"oci-archive:{archive}"])
-    variables = {
+    variables: t.Dict[str, t.Any] = {
         "prepare_additional_store": str(graphroot),
         "prepare_additional_store_runroot": str(graphroot.parent / "run"),
         "prepare_additional_store_readers": "podman\ncri-o 1.36.3",
@@ -265,7 +289,9 @@ def test_additional_store_provides_images_with_mapped_layers(
     assert images.exists()
 
 
-def test_readers_of_additional_store_are_checked_first(play, etc_containers):
+def test_readers_of_additional_store_are_checked_first(
+    play: t.Callable[..., Play], etc_containers: pathlib.Path
+) -> None:
     done = prepare(
         play,
         fails=True,
@@ -331,7 +357,12 @@ def test_play_ends_if_user_stops_systemctl(
     assert done.recap("one")["failed"] == 1
 
 
-def test_tags_select_steps(play, make_store, make_user, small_image):
+def test_tags_select_steps(
+    play: t.Callable[..., Play],
+    make_store: t.Callable[..., Store],
+    make_user: t.Callable[..., User],
+    small_image: Image,
+) -> None:
     """The tags select a user's images, then their layers, then the removal of the layers; the checks always run."""
     user = make_user()
     store = make_store("rootless-overlay", user=user)
@@ -346,7 +377,7 @@ def test_tags_select_steps(play, make_store, make_user, small_image):
         "prune_min_age": "0",
     }
 
-    def run(name, tags, fails=False, **more):
+    def run(name: str, tags: str, fails: bool = False, **more: t.Any) -> Play:
         inventory = {"all": {"hosts": {"one": {**variables, **more}}}}
         return play(f"userns.storage.{name}", inventory, "--tags", tags, fails=fails)
 

@@ -11,20 +11,34 @@ from __future__ import annotations
 import pathlib
 import shutil
 import subprocess
+import typing as t
 
 from support import mounts
+
+if t.TYPE_CHECKING:
+    from fleet.conftest import Play
+    from support.images import Image
+    from support.lab import Lab
+    from support.stores import Store
+    from support.users import User
 
 LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
 UNITS = pathlib.Path("/etc/systemd/system")
 STORES = pathlib.Path("/var/lib/userns-storage.service")
 
 
-def units():
+def units() -> t.List[str]:
     """The paths of the collection's units, and of the links that enable them."""
     return sorted(str(path.relative_to(UNITS)) for path in UNITS.rglob("userns-storage*"))
 
 
-def test_shared_layout_is_created_and_removed(play, lab, make_store, make_user, small_image):
+def test_shared_layout_is_created_and_removed(
+    play: t.Callable[..., Play],
+    lab: Lab,
+    make_store: t.Callable[..., Store],
+    make_user: t.Callable[..., User],
+    small_image: Image,
+) -> None:
     # Other tests of the session may have left units and stores.
     for name in units():
         (UNITS / name).unlink()
@@ -97,7 +111,12 @@ def test_shared_layout_is_created_and_removed(play, lab, make_store, make_user, 
     assert play(playbook, inventory).recap("host")["changed"] == 0
 
 
-def test_mapped_layout_needs_no_copy(play, make_store, make_user, small_image):
+def test_mapped_layout_needs_no_copy(
+    play: t.Callable[..., Play],
+    make_store: t.Callable[..., Store],
+    make_user: t.Callable[..., User],
+    small_image: Image,
+) -> None:
     users = [make_user(), make_user()]
     # The first user has the image already, without a map.
     stores = [
@@ -106,7 +125,7 @@ def test_mapped_layout_needs_no_copy(play, make_store, make_user, small_image):
     ]
     plain = stores[0].layers()
 
-    def run_prepare(fails=False, **more):
+    def run_prepare(fails: bool = False, **more: t.Any) -> Play:
         variables = {
             **LOCAL,
             "prepare_install": False,

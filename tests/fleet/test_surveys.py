@@ -45,17 +45,17 @@ def errors(job: str, answers: t.Mapping[str, t.Any]) -> t.List[str]:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_controller_accepts_the_survey(job):
+def test_controller_accepts_the_survey(job: str) -> None:
     awx.check_survey(survey(job))
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_every_question_sets_a_variable_of_the_role(job):
+def test_every_question_sets_a_variable_of_the_role(job: str) -> None:
     assert {item["variable"] for item in survey(job)["spec"]} <= set(options(job))
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_role_accepts_every_answer(job):
+def test_role_accepts_every_answer(job: str) -> None:
     spec = survey(job)["spec"]
     answers = []
     for item in spec:
@@ -75,7 +75,7 @@ def test_role_accepts_every_answer(job):
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_choices_are_all_choices_of_the_role(job):
+def test_choices_are_all_choices_of_the_role(job: str) -> None:
     for item in survey(job)["spec"]:
         known = options(job)[item["variable"]]
         if item["type"] == "multiplechoice":
@@ -84,7 +84,7 @@ def test_choices_are_all_choices_of_the_role(job):
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_defaults_and_specs_have_the_same_variables(job):
+def test_defaults_and_specs_have_the_same_variables(job: str) -> None:
     defaults = yaml.safe_load((ROOT / f"roles/{job}/defaults/main.yml").read_text())
     known = options(job)
     assert set(defaults) == set(known)
@@ -95,7 +95,7 @@ def test_defaults_and_specs_have_the_same_variables(job):
     assert errors(job, literal) == []
 
 
-def test_prune_has_all_options_of_layer_gc():
+def test_prune_has_all_options_of_layer_gc() -> None:
     text = (ROOT / "plugins/modules/layer_gc.py").read_text()
     documented = yaml.safe_load(text.partition('DOCUMENTATION = r"""')[2].partition('"""')[0])
     expected = {f"prune_{name}" for name in documented["options"]}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pathlib
@@ -12,9 +13,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import types
 import typing as t
 
 import pytest
+
+if t.TYPE_CHECKING:
+    from fleet.conftest import Play
+    from support.images import Image
+    from support.stores import Store
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GALAXY = pathlib.Path(sys.executable).parent / "ansible-galaxy"
@@ -25,15 +32,13 @@ NEEDED = {"meta", "plugins", "roles", "playbooks"}
 
 
 @pytest.fixture(scope="module")
-def tarball() -> t.Any:
+def tarball() -> types.ModuleType:
     sys.path.insert(0, str(ROOT / "scripts"))
-    import tarball
-
-    return tarball
+    return importlib.import_module("tarball")
 
 
 @pytest.fixture(scope="module")
-def packed(tarball: t.Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def packed(tarball: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     found: pathlib.Path = tarball.build(ROOT, tmp_path_factory.mktemp("first"), GALAXY, EPOCH)
     return found
 
@@ -49,7 +54,9 @@ def other_tree(target: pathlib.Path) -> None:
             os.utime(copy, (1, 1))
 
 
-def test_same_files_result_in_the_same_bytes(tarball, packed, tmp_path):
+def test_same_files_result_in_the_same_bytes(
+    tarball: types.ModuleType, packed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     other_tree(tmp_path / "tree")
     rebuilt = tarball.build(tmp_path / "tree", tmp_path / "out", GALAXY, EPOCH)
     assert rebuilt.name == packed.name
@@ -59,7 +66,9 @@ def test_same_files_result_in_the_same_bytes(tarball, packed, tmp_path):
     assert rebuilt.read_bytes() == packed.read_bytes()
 
 
-def test_tarball_has_the_content_of_ansible_galaxy_build(packed, tmp_path):
+def test_tarball_has_the_content_of_ansible_galaxy_build(
+    packed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     command = [str(GALAXY), "collection", "build", "--output-path", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     contents = []
@@ -105,7 +114,13 @@ def installed(packed: pathlib.Path, tmp_path: pathlib.Path) -> t.Dict[str, str]:
     return environ
 
 
-def test_installed_collection_works_on_its_own(installed, play, make_store, small_image, tmp_path):
+def test_installed_collection_works_on_its_own(
+    installed: t.Dict[str, str],
+    play: t.Callable[..., Play],
+    make_store: t.Callable[..., Store],
+    small_image: Image,
+    tmp_path: pathlib.Path,
+) -> None:
     store = make_store("vfs", small_image)
     tasks = [
         {"userns.storage.layer_template": {"images": "localhost/small:1", "uidmap": [MAP]}},

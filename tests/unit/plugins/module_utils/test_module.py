@@ -39,7 +39,7 @@ class Module:
 
 def end(result: t.Dict[str, t.Any], module: t.Optional[Module] = None) -> t.Dict[str, t.Any]:
     with pytest.raises(ModuleExit) as caught:
-        _module.leave(module or Module(), result)  # type: ignore[arg-type]
+        _module.leave(t.cast(t.Any, module or Module()), result)
     shown: t.Dict[str, t.Any] = caught.value.args[0]
     return shown
 
@@ -90,12 +90,12 @@ class TestUnexpectedExceptions:
 
     def run(self, module: Module, operation: t.Callable[[t.Any], t.Any]) -> t.Dict[str, t.Any]:
         with pytest.raises(ModuleExit) as caught:
-            _module.run_outside(module, lambda store: store, operation)  # type: ignore[arg-type]
+            _module.run_outside(t.cast(t.Any, module), lambda store: store, operation)
         shown: t.Dict[str, t.Any] = caught.value.args[0]
         return shown
 
     def test_exception_for_the_only_store_fails_the_module(self) -> None:
-        shown = self.run(self.module(), lambda _request: {}["missing"])
+        shown = self.run(self.module(), lambda _request: t.cast(t.Any, {})["missing"])
         assert "failed unexpectedly with KeyError: 'missing'" in shown["msg"]
         assert "test_module.py" in shown["exception"]
 

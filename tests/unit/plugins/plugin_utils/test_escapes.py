@@ -138,7 +138,10 @@ class Reader(HTMLParser):
     def handle_comment(self, data: str) -> None:
         self.found.append(data)
 
-    handle_decl = handle_pi = unknown_decl = handle_comment
+    def handle_decl(self, decl: str) -> None:
+        self.found.append(decl)
+
+    handle_pi = unknown_decl = handle_comment
 
 
 @examples

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 import typing as t
 from types import SimpleNamespace
 
 import pytest
+from ansible.plugins.action import ActionBase
 from ansible_collections.userns.storage.plugins.action import layer_gc, layer_template
 from ansible_collections.userns.storage.plugins.plugin_utils import _slices
 
@@ -55,7 +57,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> t.List[str]:
 
     monkeypatch.setattr(_slices, "display", SimpleNamespace(display=display))
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(_slices.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     return lines
 
 
@@ -91,13 +93,10 @@ def run_with(
     )
     action._connection = SimpleNamespace(has_native_async=False)
     action._execute_module = execute
-    base = _slices.ActionBase.run
-    _slices.ActionBase.run = lambda *_arguments: {}
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActionBase, "run", lambda *_arguments: {})
         result: Json = action.run(None, {"inventory_hostname": "web1"})
         return result
-    finally:
-        _slices.ActionBase.run = base
 
 
 def test_complete_result_needs_no_further_call(shown: t.List[str]) -> None:
@@ -207,7 +206,7 @@ def test_store_that_is_never_ready_does_not_block_the_play(
 ) -> None:
     """The owner may remove created layers, or send results instead of the module's process."""
     clock = itertools.count(0, 10)
-    monkeypatch.setattr(_slices.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(_slices, "display", SimpleNamespace(display=lambda *_args, **_how: None))
     result, module_calls = run(EndlessResults(make))
     assert result["failed"]
@@ -274,7 +273,7 @@ def test_users_take_turns(
 ) -> None:
     """A store that is never ready has a limit of its own, and the others are ready long before."""
     clock = itertools.count(0, 10)
-    monkeypatch.setattr(_slices.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(_slices, "display", SimpleNamespace(display=lambda *_args, **_how: None))
     hostile = ResultsForUsers(entry_of_mallory)
     users = ["mallory", "bob", "eve"]

@@ -75,7 +75,7 @@ def test_summary_counts_removals_of_each_store() -> None:
 
 
 def test_summary_counts_shared_images_of_each_user() -> None:
-    shared = {
+    shared: t.Dict[str, t.Any] = {
         "users": [
             {"user": "alice", "action": "shared", "images": [{}], "mounts": 2},
             {"user": "bob", "action": "existing", "images": [{}, {}], "mounts": 1},

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import typing as t
+
 import pytest
 from ansible_collections.userns.storage.plugins.plugin_utils import _texts
 
@@ -20,11 +22,11 @@ from ansible_collections.userns.storage.plugins.plugin_utils import _texts
         (["alice", "bob carol"], ["alice", "bob", "carol"]),
     ],
 )
-def test_text_is_split_into_words(value, expected):
+def test_text_is_split_into_words(value: t.Any, expected: t.List[str]) -> None:
     assert _texts.words(value) == expected
 
 
-def test_words_of_another_type_are_rejected():
+def test_words_of_another_type_are_rejected() -> None:
     with pytest.raises(ValueError, match="neither a text"):
         _texts.words({"a": 1})
 
@@ -48,14 +50,14 @@ def test_words_of_another_type_are_rejected():
         ),
     ],
 )  # fmt: skip
-def test_mappings_are_parsed(value, expected):
+def test_mappings_are_parsed(value: t.Any, expected: t.List[t.Dict[str, t.Any]]) -> None:
     assert _texts.mappings(value) == expected
 
 
 @pytest.mark.parametrize(
     "value", ["keepid", "keep-id 3", "slots=two", [7], 7, "keep-id colour=red"]
 )
-def test_invalid_mappings_are_rejected(value):
+def test_invalid_mappings_are_rejected(value: t.Any) -> None:
     with pytest.raises(ValueError, match="mapping|neither|invalid literal"):
         _texts.mappings(value)
 
@@ -71,11 +73,11 @@ def test_invalid_mappings_are_rejected(value):
         ({"alice": {"duplicates": True}}, {"alice": {"duplicates": True}}),
     ],
 )  # fmt: skip
-def test_policies_are_parsed(value, expected):
+def test_policies_are_parsed(value: t.Any, expected: t.Dict[str, t.Dict[str, t.Any]]) -> None:
     assert _texts.policies(value) == expected
 
 
 @pytest.mark.parametrize("value", ["unused_for=2w", "alice 2w", [7], 7, {"alice": "2w"}])
-def test_invalid_policies_are_rejected(value):
+def test_invalid_policies_are_rejected(value: t.Any) -> None:
     with pytest.raises(ValueError, match="policy|neither|options"):
         _texts.policies(value)

@@ -47,8 +47,13 @@ def files(tmp_path: pathlib.Path) -> SourcesFactory:
         if script:
             program.write_text(f"#!/bin/sh\n{script}\n")
             program.chmod(0o755)
-        names = ("subuid", "subgid", "nsswitch", "passwd")
-        return Sources(*(str(tmp_path / name) for name in names), getsubids=(str(program),))
+        return Sources(
+            str(tmp_path / "subuid"),
+            str(tmp_path / "subgid"),
+            str(tmp_path / "nsswitch"),
+            str(tmp_path / "passwd"),
+            (str(program),),
+        )
 
     return make
 
@@ -196,7 +201,7 @@ def test_nss_service_is_queried(files: SourcesFactory) -> None:
     )
     sources = files("alice:1:1\n", "alice:1:1\n", "subid: sss\n", script=script)
     found = subordinate_ids("alice", 1500, sources=sources)
-    assert found == SubIDs(((500000, 5), (9, 1)), ((700000, 9),))
+    assert found == SubIDs((SubIDRange(500000, 5), SubIDRange(9, 1)), (SubIDRange(700000, 9),))
 
 
 def test_nss_service_without_ranges_is_reported(files: SourcesFactory) -> None:

@@ -64,7 +64,7 @@ class Host:
     def add_drop_in(self, text: str) -> None:
         self.write("etc/storage.conf.d/1.conf", text)
 
-    def load(self, runtime: str = "", rootless: bool = False, **options: str) -> StoreConfig:
+    def load(self, runtime: str = "", rootless: bool = False, **options: t.Any) -> StoreConfig:
         account = Account("alice", 1000, 1000, str(self.base)) if rootless else None
         environ = {"HOME": str(self.base), "XDG_RUNTIME_DIR": f"{self.base}/run"}
         return configuration(StoreOverrides(**options), environ, account, runtime)

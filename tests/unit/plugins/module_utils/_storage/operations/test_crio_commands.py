@@ -36,10 +36,11 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.snap
 
 R = t.TypeVar("R", Container, Layer)
 POD, LAYER = "a" * 64, "b" * 64
+_DEFAULTS: t.Dict[type, t.Dict[str, str]] = {Container: {"image": "", "layer": ""}}
 
 
 def record(kind: t.Type[R], **fields: t.Any) -> R:
-    full = {"image": "", "layer": "", **fields} if kind is Container else fields
+    full = {**_DEFAULTS.get(kind, {}), **fields}
     return parse(json.dumps([full]).encode(), kind, "/store/records.json")[0]
 
 

@@ -302,7 +302,7 @@ class TestMonotonicity:
         watched: Watch,
         data: st.DataObject,
     ) -> None:
-        strict = stricter(data.draw, policy)  # type: ignore[arg-type]
+        strict = stricter(t.cast(st.DrawFn, data.draw), policy)
         lax_plan = plan(layers, (), policy, disk, watched, NOW)
         strict_plan = plan(layers, (), strict, disk, watched, NOW)
         assert removed(lax_plan) <= removed(strict_plan)
@@ -322,7 +322,7 @@ class TestMonotonicity:
         watched: Watch,
         data: st.DataObject,
     ) -> None:
-        strict = stricter(data.draw, policy)  # type: ignore[arg-type]
+        strict = stricter(t.cast(st.DrawFn, data.draw), policy)
         lax_plan = plan(layers, (), policy, disk, watched, NOW)
         strict_plan = plan(layers, (), strict, disk, watched, NOW)
         limits = [10**9]

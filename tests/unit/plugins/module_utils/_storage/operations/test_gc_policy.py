@@ -8,7 +8,10 @@ from __future__ import annotations
 import pytest
 from ansible.module_utils.common.text.formatters import human_to_bytes
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import ConfigError
-from ansible_collections.userns.storage.plugins.module_utils._storage.operations import gc_policy
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
+    gc_policy,
+    time_formats,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,13 +32,13 @@ NOW = 1_800_000_000.0
     ],
 )
 def test_ages_are_parsed_like_those_of_find(text: str, seconds: int) -> None:
-    assert gc_policy.age("unused_for", text) == seconds
+    assert time_formats.age("unused_for", text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "w", "1.5d", "2 w", "1y", "1d12h", "-2w", "soon"])
 def test_error_for_invalid_age_names_option(text: str) -> None:
     with pytest.raises(ConfigError, match="unused_for"):
-        gc_policy.age("unused_for", text)
+        time_formats.age("unused_for", text)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,14 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.mapp
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.ranges import IDMap
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations.shared_content import (
-    PIN,
     Mount,
     Planner,
     User,
     Wish,
     view_of,
+)
+from ansible_collections.userns.storage.plugins.module_utils._storage.operations.shared_pins import (
+    PIN,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.records import (
     Image,

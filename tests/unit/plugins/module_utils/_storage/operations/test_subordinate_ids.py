@@ -31,6 +31,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subi
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subids import (
     Sources,
     SubIDRange,
+    free_range,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations import (
     subordinate_ids,
@@ -38,9 +39,11 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 from hypothesis import given
 from hypothesis import strategies as st
 
+RequestFactory = t.Callable[..., subordinate_ids.GrantRequest]
+
 
 @pytest.fixture
-def request_for(tmp_path: Path) -> t.Callable[..., subordinate_ids.GrantRequest]:
+def request_for(tmp_path: Path) -> RequestFactory:
     """request_for(*users, subuid="", subgid=None, passwd="", group="", **options): a request for files in tmp_path."""
 
     def make(
@@ -80,7 +83,7 @@ def request_for(tmp_path: Path) -> t.Callable[..., subordinate_ids.GrantRequest]
     return make
 
 
-def test_missing_ranges_are_added_once(request_for, tmp_path):
+def test_missing_ranges_are_added_once(request_for: RequestFactory, tmp_path: Path) -> None:
     request = request_for("alice", "bob", subuid="carol:100000:65536")
     result = subordinate_ids.grant(request)
     assert result["changed"]
@@ -99,7 +102,7 @@ def test_missing_ranges_are_added_once(request_for, tmp_path):
     assert not list(tmp_path.glob("*.lock"))
 
 
-def test_existing_ranges_are_kept_and_extended(request_for, tmp_path):
+def test_existing_ranges_are_kept_and_extended(request_for: RequestFactory, tmp_path: Path) -> None:
     text = "# by hand\nalice:300000:1000\nalice:300500:65536\n4711:165536:65536\nroot:malformed\n"
     subordinate_ids.grant(request_for("alice", subuid=text, subgid="alice:100000:40000\n"))
     assert (tmp_path / "subuid").read_text() == text
@@ -107,7 +110,9 @@ def test_existing_ranges_are_kept_and_extended(request_for, tmp_path):
     assert (tmp_path / "subgid").read_text() == "alice:100000:40000\nalice:231072:25536\n"
 
 
-def test_ids_of_accounts_and_groups_are_skipped(request_for, tmp_path):
+def test_ids_of_accounts_and_groups_are_skipped(
+    request_for: RequestFactory, tmp_path: Path
+) -> None:
     subordinate_ids.grant(
         request_for(
             "alice",
@@ -130,7 +135,9 @@ def test_ids_of_accounts_and_groups_are_skipped(request_for, tmp_path):
         ("passwd: files\n", 100000),
     ],
 )
-def test_ids_that_only_nss_lists_are_skipped(nsswitch, start, request_for, tmp_path):
+def test_ids_that_only_nss_lists_are_skipped(
+    nsswitch: str, start: int, request_for: RequestFactory, tmp_path: Path
+) -> None:
     script = "import sys; print({'passwd': 'x:*:100500:5:::', 'group': 'g:*:170000:'}[sys.argv[1]])"
     request = request_for("alice", nsswitch=nsswitch)
     sources = dataclasses.replace(request.sources, getent=(sys.executable, "-c", script))
@@ -138,7 +145,7 @@ def test_ids_that_only_nss_lists_are_skipped(nsswitch, start, request_for, tmp_p
     assert f"alice:{start}:65536" in (tmp_path / "subuid").read_text()
 
 
-def test_failure_of_getent_is_ignored(request_for, tmp_path):
+def test_failure_of_getent_is_ignored(request_for: RequestFactory, tmp_path: Path) -> None:
     request = request_for("alice", nsswitch="passwd: sss files\n")
     for getent in (str(tmp_path / "none"),), ("false",):
         sources = dataclasses.replace(request.sources, getent=getent)
@@ -147,11 +154,13 @@ def test_failure_of_getent_is_ignored(request_for, tmp_path):
         ]
 
 
-def test_numeric_entry_belongs_to_user(request_for):
+def test_numeric_entry_belongs_to_user(request_for: RequestFactory) -> None:
     assert not subordinate_ids.grant(request_for("root", subuid="0:100000:65536\n"))["changed"]
 
 
-def test_check_mode_writes_nothing_and_predicts_result(request_for, tmp_path):
+def test_check_mode_writes_nothing_and_predicts_result(
+    request_for: RequestFactory, tmp_path: Path
+) -> None:
     request = request_for("alice", "bob")
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     predicted = subordinate_ids.grant(dataclasses.replace(request, check=True))
@@ -159,7 +168,7 @@ def test_check_mode_writes_nothing_and_predicts_result(request_for, tmp_path):
     assert predicted == subordinate_ids.grant(request)
 
 
-def test_missing_files_are_created(request_for, tmp_path):
+def test_missing_files_are_created(request_for: RequestFactory, tmp_path: Path) -> None:
     request = request_for("alice")
     (tmp_path / "subuid").unlink()
     (tmp_path / "subgid").unlink()
@@ -168,7 +177,9 @@ def test_missing_files_are_created(request_for, tmp_path):
     assert (tmp_path / "subgid").stat().st_mode & 0o777 == 0o644
 
 
-def test_held_lock_times_out_and_stale_lock_is_replaced(request_for, tmp_path, monkeypatch):
+def test_held_lock_times_out_and_stale_lock_is_replaced(
+    request_for: RequestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = request_for("alice")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -182,7 +193,7 @@ def test_held_lock_times_out_and_stale_lock_is_replaced(request_for, tmp_path, m
     assert sorted(path.name for path in tmp_path.glob("sub?id.*")) == ["subgid.lock"]
 
 
-def test_ids_of_nss_service_are_not_changed(request_for):
+def test_ids_of_nss_service_are_not_changed(request_for: RequestFactory) -> None:
     request = request_for("alice", nsswitch="subid: sss\n")
     result = subordinate_ids.grant(request)
     assert result["source"] == "sss"
@@ -193,19 +204,19 @@ def test_ids_of_nss_service_are_not_changed(request_for):
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "#x", " alice", "a\nb"])
-def test_invalid_user_name_is_rejected(request_for, name):
+def test_invalid_user_name_is_rejected(request_for: RequestFactory, name: str) -> None:
     with pytest.raises(ConfigError, match="is not a valid user name"):
         subordinate_ids.grant(request_for(name))
 
 
-def test_invalid_count_is_rejected(request_for):
+def test_invalid_count_is_rejected(request_for: RequestFactory) -> None:
     with pytest.raises(ConfigError, match="is not a valid number of IDs"):
         subordinate_ids.grant(request_for("alice", count=0))
 
 
-def test_error_reports_that_no_range_is_left():
+def test_error_reports_that_no_range_is_left() -> None:
     with pytest.raises(NamespaceError, match="no free range of this size is left"):
-        subordinate_ids.free_range([SubIDRange(100000, 4294800000)], 65536)
+        free_range([SubIDRange(100000, 4294800000)], 65536)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +230,9 @@ def test_error_reports_that_no_range_is_left():
         "alice:100000:65536\u2028",
     ],
 )
-def test_line_that_shadow_ignores_grants_no_range_but_stays_reserved(request_for, tmp_path, line):
+def test_line_that_shadow_ignores_grants_no_range_but_stays_reserved(
+    request_for: RequestFactory, tmp_path: Path, line: str
+) -> None:
     result = subordinate_ids.grant(request_for("alice", "bob", subuid=f"{line}\n"))
     assert (tmp_path / "subuid").read_bytes().decode() == (
         f"{line}\nalice:165536:65536\nbob:231072:65536\n"
@@ -242,7 +255,9 @@ def test_line_that_shadow_ignores_grants_no_range_but_stays_reserved(request_for
         "ghost:1:2\0carol:100000:65536",
     ],
 )
-def test_ranges_that_any_version_of_shadow_reads_are_reserved(request_for, tmp_path, line):
+def test_ranges_that_any_version_of_shadow_reads_are_reserved(
+    request_for: RequestFactory, tmp_path: Path, line: str
+) -> None:
     content = f"{line}\n# the end\n"
     request = request_for("alice", subuid=content, subgid="", count=1000)
     if "4294967296" in line:
@@ -254,7 +269,7 @@ def test_ranges_that_any_version_of_shadow_reads_are_reserved(request_for, tmp_p
     assert after == f"{content}alice:165536:1000\n".encode("utf-8", "surrogateescape")
 
 
-def test_overlapping_ranges_of_two_users_are_reported(request_for):
+def test_overlapping_ranges_of_two_users_are_reported(request_for: RequestFactory) -> None:
     text = "alice:100000:65536\nbob:165535:65536\ncarol:300000:5\n"
     result = subordinate_ids.grant(request_for("alice", "carol", subuid=text, count=5))
     assert not result["changed"]
@@ -264,7 +279,7 @@ def test_overlapping_ranges_of_two_users_are_reported(request_for):
     assert not subordinate_ids.grant(request_for("carol", subuid=text, count=5))["warnings"]
 
 
-def test_accounts_inside_ranges_and_own_overlaps_are_reported(request_for):
+def test_accounts_inside_ranges_and_own_overlaps_are_reported(request_for: RequestFactory) -> None:
     text = "alice:100000:65536\nalice:165000:65536\n"
     request = request_for(
         "alice", subuid=text, passwd="dave:x:100500:1:::\n", group="g:x:165001:\n"
@@ -275,13 +290,13 @@ def test_accounts_inside_ranges_and_own_overlaps_are_reported(request_for):
     assert "holds the GID 165001 of an account" in warnings
 
 
-def test_name_and_uid_of_user_are_same_owner(request_for):
+def test_name_and_uid_of_user_are_same_owner(request_for: RequestFactory) -> None:
     text = "root:100000:65536\n0:100000:65536\n"
     warnings = subordinate_ids.grant(request_for("root", subuid=text))["warnings"]
     assert all("overlap each other" in item for item in warnings)
 
 
-def test_login_defs_limit_new_ranges(request_for, tmp_path):
+def test_login_defs_limit_new_ranges(request_for: RequestFactory, tmp_path: Path) -> None:
     login_defs = (
         "# SUB_UID_MIN 1\nSUB_UID_MIN\t\t500000\nSUB_GID_MIN 0x989680\nSUB_UID_MAX 10131071\n"
     )
@@ -293,7 +308,9 @@ def test_login_defs_limit_new_ranges(request_for, tmp_path):
         )
 
 
-def test_missing_final_newline_is_added_if_shadow_requires_it(request_for, tmp_path):
+def test_missing_final_newline_is_added_if_shadow_requires_it(
+    request_for: RequestFactory, tmp_path: Path
+) -> None:
     old = subordinate_ids.grant(request_for("alice", subuid="alice:100000:65536"))
     assert not old["changed"]
     request = request_for("alice", subuid="alice:100000:65536", dialect=SHADOW_4_20)
@@ -307,14 +324,16 @@ def test_missing_final_newline_is_added_if_shadow_requires_it(request_for, tmp_p
 
 
 @pytest.mark.parametrize("content", ["alice:1:2\0\n", "\0"])
-def test_file_that_shadow_ignores_is_not_changed(request_for, tmp_path, content):
+def test_file_that_shadow_ignores_is_not_changed(
+    request_for: RequestFactory, tmp_path: Path, content: str
+) -> None:
     request = request_for("alice", subuid=content, dialect=SHADOW_4_20)
     with pytest.raises(NamespaceError, match="holds a NUL character, so newuidmap"):
         subordinate_ids.grant(request)
     assert (tmp_path / "subuid").read_text() == content
 
 
-def test_symbolic_link_is_not_replaced(request_for, tmp_path):
+def test_symbolic_link_is_not_replaced(request_for: RequestFactory, tmp_path: Path) -> None:
     request = request_for("alice")
     (tmp_path / "subuid").rename(tmp_path / "real")
     (tmp_path / "subuid").symlink_to(tmp_path / "real")
@@ -327,8 +346,8 @@ _RANGES = st.builds(SubIDRange, st.integers(0, 2_000_000), st.integers(1, 200_00
 
 
 @given(st.lists(_RANGES, max_size=30), st.integers(1, 300_000))
-def test_free_range_does_not_overlap_others(taken, count):
-    found = subordinate_ids.free_range(taken, count)
+def test_free_range_does_not_overlap_others(taken: t.List[SubIDRange], count: int) -> None:
+    found = free_range(taken, count)
     assert found.size == count
     assert found.start >= 100000
     for item in taken:

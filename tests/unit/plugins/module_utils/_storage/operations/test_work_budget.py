@@ -53,7 +53,7 @@ def test_work_is_suspended_only_after_new_progress() -> None:
 def test_time_to_reach_previous_progress_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((0.0, 5.0, 8.0, 20.0))
     budget = WorkBudget()
-    monkeypatch.setattr(work_budget.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     budget.resume(10, 100)
     budget(4, 30)
     budget(10, 100)

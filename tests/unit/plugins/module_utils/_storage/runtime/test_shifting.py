@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 import typing as t
 
 import pytest
@@ -223,9 +224,7 @@ def test_variable_that_disables_idmap_overrides_mount_program(query: ShiftingQue
 def test_mount_program_of_earlier_use_shifts_if_installed(
     query: ShiftingQuery, installed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        module.shutil, "which", lambda name: f"/usr/bin/{name}" if installed else None
-    )
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if installed else None)
     query.write_mount_program_flag("true\n")
     assert query(rootless=True).shifts is installed
     query.write_mount_program_flag("false")
@@ -235,8 +234,13 @@ def test_mount_program_of_earlier_use_shifts_if_installed(
 
 
 def test_kernel_is_probed_by_default(query: ShiftingQuery, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(module, "idmap_probe", lambda path: bool(seen.append(path)) or True)
+    seen: t.List[str] = []
+
+    def probe(path: str) -> bool:
+        seen.append(path)
+        return True
+
+    monkeypatch.setattr(module, "idmap_probe", probe)
     answer = shifting(
         "overlay", {}, False, str(query.base / "g"), str(query.base / "r"), CONTIGUOUS,
         runtime("podman", "5.4.2"), {}, kernel="6.1",

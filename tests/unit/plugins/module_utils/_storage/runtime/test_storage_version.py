@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import pathlib
 import struct
+import typing as t
 
 import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.runtime import storage_version
@@ -82,6 +83,10 @@ def test_loader_determines_version_of_snapshot(tmp_path: pathlib.Path) -> None:
     assert storage_version.storage_version(new, "podman", lambda: (1, 40)).version == (1, 63)
 
 
+def release(*version: int) -> t.Callable[[], t.Tuple[int, ...]]:
+    return lambda: version
+
+
 def test_release_and_loader_are_used_without_build_information(tmp_path: pathlib.Path) -> None:
     for name, rest, released, version in (
         ("a", b"", (1, 57, 1), (1, 57, 1)),
@@ -89,7 +94,7 @@ def test_release_and_loader_are_used_without_build_information(tmp_path: pathlib
         ("c", b"", (1, 64, 0), (1, 62)),
     ):
         path = executable(tmp_path / name, "", rest)
-        found = storage_version.storage_version(path, "podman", lambda known=released: known)
+        found = storage_version.storage_version(path, "podman", release(*released))
         assert found == FoundVersion(version, LOADER)
     replaced = executable(tmp_path / "d", f"{NEW}=>\t../storage\t\n")
     assert storage_version.storage_version(replaced, "podman", lambda: (1, 57)).version == (

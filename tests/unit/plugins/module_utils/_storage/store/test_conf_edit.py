@@ -43,7 +43,7 @@ additionalimagestores = [
 """
 
 
-def test_key_is_added_below_its_sample():
+def test_key_is_added_below_its_sample() -> None:
     changed = edit(DISTRIBUTION, {"overlay.mountopt": "nodev,metacopy=on"})
     assert changed == DISTRIBUTION.replace(
         '#mountopt = "nodev"\n', '#mountopt = "nodev"\nmountopt = "nodev,metacopy=on"\n'
@@ -51,19 +51,19 @@ def test_key_is_added_below_its_sample():
     assert edit(changed, {"overlay.mountopt": "nodev,metacopy=on"}) == changed
 
 
-def test_value_is_replaced_in_its_line():
+def test_value_is_replaced_in_its_line() -> None:
     assert edit(DISTRIBUTION, {"driver": "btrfs"}) == DISTRIBUTION.replace(
         'driver = "overlay"   # keep me', 'driver = "btrfs"   # keep me'
     )
 
 
-def test_missing_table_is_added():
+def test_missing_table_is_added() -> None:
     assert edit("", {"driver": "vfs", "vfs.ignore_chown_errors": "true"}) == (
         '[storage]\ndriver = "vfs"\n\n[storage.options.vfs]\nignore_chown_errors = "true"\n'
     )
 
 
-def test_line_endings_are_kept():
+def test_line_endings_are_kept() -> None:
     assert edit('[storage]\r\ndriver = "vfs"', {"size": "10G"}) == (
         '[storage]\r\ndriver = "vfs"\r\n\r\n[storage.options]\r\nsize = "10G"\r\n'
     )
@@ -78,12 +78,12 @@ def test_line_endings_are_kept():
         ("nodev", "+nodev", "nodev"),
     ],
 )
-def test_items_are_added_to_a_list(old, addition, new):
+def test_items_are_added_to_a_list(old: str, addition: str, new: str) -> None:
     text = f'[storage.options.overlay]\nmountopt = "{old}"\n'
     assert edit(text, {"overlay.mountopt": addition}) == text.replace(old, new)
 
 
-def test_items_are_added_to_the_list_for_all_drivers():
+def test_items_are_added_to_the_list_for_all_drivers() -> None:
     text = '[storage.options]\nmountopt = "nodev"\n'
     assert toml.loads(edit(text, {"overlay.mountopt": "+metacopy=on"}).encode(), "")["storage"][
         "options"
@@ -99,7 +99,7 @@ def test_items_are_added_to_the_list_for_all_drivers():
         "[storage.options]\nsize = '''\n[storage.options.overlay]\n'''\n",
     ],
 )
-def test_unusual_syntax_is_edited_correctly_or_rejected(text):
+def test_unusual_syntax_is_edited_correctly_or_rejected(text: str) -> None:
     requested = {"overlay.mountopt": "metacopy=on", "driver": "overlay"}
     try:
         changed = edit(text, requested)
@@ -113,7 +113,7 @@ def test_unusual_syntax_is_edited_correctly_or_rejected(text):
     ).get("size")
 
 
-def test_text_that_is_not_toml_is_rejected():
+def test_text_that_is_not_toml_is_rejected() -> None:
     with pytest.raises(ConfigError, match="not TOML"):
         edit("driver = vfs\n", {"driver": "vfs"})
 
@@ -128,7 +128,7 @@ _SETTINGS = st.dictionaries(
 
 
 @given(_SETTINGS)
-def test_any_setting_can_be_read_and_other_lines_are_kept(requested):
+def test_any_setting_can_be_read_and_other_lines_are_kept(requested: t.Dict[str, str]) -> None:
     changed = edit(DISTRIBUTION, requested)
     rest = iter(changed.splitlines())
     assert all(line in rest for line in DISTRIBUTION.splitlines() if not line.startswith("driver"))
@@ -140,7 +140,7 @@ def test_any_setting_can_be_read_and_other_lines_are_kept(requested):
         assert (section[table] if table else section)[key] == value
 
 
-def test_settings_are_lines_or_a_dictionary():
+def test_settings_are_lines_or_a_dictionary() -> None:
     assert settings(["overlay.mountopt=nodev,metacopy=on", " size = 1G"]) == {
         "overlay.mountopt": "nodev,metacopy=on",
         "size": "1G",

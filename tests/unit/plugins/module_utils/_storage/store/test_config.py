@@ -144,7 +144,7 @@ def test_files_are_searched_in_order(host: Host) -> None:
     assert host.rootful(XDG_CONFIG_HOME=str(host.base / "no")).driver == "vfs"
     other = host.write("env.conf", '[storage]\ngraphroot = "/env"')
     environ = {"CONTAINERS_STORAGE_CONF": other, "XDG_CONFIG_HOME": str(host.base / "xdg")}
-    assert host.rootful(**environ).graphroot == "/env"
+    assert host.rootful(NONE, **environ).graphroot == "/env"
     option = host.write("option.conf", '[storage]\ngraphroot = "/option"')
     assert host.rootful(StoreOverrides(storage_conf=option), **environ).graphroot == "/option"
 
@@ -287,6 +287,7 @@ def test_named_file_of_a_rootless_store_depends_on_the_version(host: Host) -> No
     default = host.home / ".local/share/containers/storage"
 
     def found(features: Capabilities) -> t.Tuple[str, str]:
+        paths = ("", "")
         for overrides, more in (
             (StoreOverrides(storage_conf=path), {}),
             (NONE, {"CONTAINERS_STORAGE_CONF": path}),
@@ -295,7 +296,8 @@ def test_named_file_of_a_rootless_store_depends_on_the_version(host: Host) -> No
             assert result.options == {"mountopt": "nodev"}
             assert result.additional_image_stores == ("/ro",)
             assert (result.driver, result.imagestore) == ("overlay", "/i")
-        return result.graphroot, result.runroot
+            paths = (result.graphroot, result.runroot)
+        return paths
 
     old, new = (str(default), f"{host.run}/containers"), (f"{host.base}/named", "/rr")
     assert found(storage(1, 47)) == found(storage(1, 58, 9)) == old
@@ -412,7 +414,7 @@ def test_invalid_file_is_named_in_the_error(host: Host, text: str) -> None:
 def test_missing_and_unreadable_files_are_errors(host: Host) -> None:
     for environ in ({"CONTAINERS_STORAGE_CONF": "/no/such"}, {"CONTAINERS_STORAGE_CONF": "/"}):
         with pytest.raises(ConfigError, match="/"):
-            host.rootful(**environ)
+            host.rootful(NONE, **environ)
     with pytest.raises(ConfigError, match="/no/such"):
         host.rootful(StoreOverrides(storage_conf="/no/such"))
     with pytest.raises(ConfigError, match="absolute"):
@@ -446,9 +448,7 @@ def test_options_and_additional_stores_are_split() -> None:
     st.text("[]storage.optn=\"'/\\${}UID \n#", max_size=80),
     st.dictionaries(
         st.sampled_from(["STORAGE_DRIVER", "STORAGE_OPTS", "XDG_DATA_HOME", "TMPDIR", "PATH"]),
-        st.text(
-            st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=20
-        ),
+        st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=20),
     ),
 )
 def test_any_file_and_environment_is_read_or_rejected(

@@ -57,7 +57,7 @@ def seen(
 
 def watch_hourly(ledger: Ledger, hours: int, start: int = 0, **keys: str) -> None:
     for hour in range(start, start + hours + 1):
-        ledger.observe(at(NOW + hour * HOUR), seen(**keys))
+        ledger.observe(at(NOW + hour * HOUR), seen(traces=None, **keys))
 
 
 def test_missing_file_is_an_empty_ledger(path: str) -> None:

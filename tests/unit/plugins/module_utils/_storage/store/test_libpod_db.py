@@ -16,6 +16,7 @@ import typing as t
 import zlib
 
 import pytest
+from ansible_collections.userns.storage.plugins.module_utils._storage.kernel import files
 from ansible_collections.userns.storage.plugins.module_utils._storage.store import libpod_db
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.libpod_db import (
     PodmanStore,
@@ -245,7 +246,7 @@ def test_database_written_during_the_read_is_read_again(
         path.write_bytes(complete)
         return content
 
-    monkeypatch.setattr(libpod_db.files, "read_regular", read)
+    monkeypatch.setattr(files, "read_regular", read)
     assert libpod_db.read_databases(str(graphroot), "/none").unreadable == {}
 
 

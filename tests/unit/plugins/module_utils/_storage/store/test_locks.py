@@ -78,8 +78,9 @@ def test_create_makes_an_empty_file_and_keeps_existing_content(path: str) -> Non
 
 
 def test_exclusive_lock_blocks_other_processes(path: str) -> None:
-    with LockFile(path).exclusive(1) as lock:
-        assert lock.held
+    lock = LockFile(path)
+    with lock.exclusive(1) as held:
+        assert held.held
         assert not free_for_others(path)
         assert not free_for_others(path, exclusive=False)
     assert not lock.held
@@ -122,9 +123,14 @@ def test_only_shared_locks_do_not_conflict(
 
 
 def test_zero_timeout_tries_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls: t.List[t.Tuple[t.Any, int]] = []
     lockf = fcntl.lockf
-    monkeypatch.setattr(fcntl, "lockf", lambda *args: (calls.append(args), lockf(*args))[1])
+
+    def watch(file: t.Any, operation: int) -> None:
+        calls.append((file, operation))
+        lockf(file, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", watch)
     with held_elsewhere(path, "ex"):
         with pytest.raises(LockTimeout), LockFile(path).shared(0):
             pass

@@ -58,7 +58,7 @@ def tree() -> Snapshot:
         {"id": full("1"), "parent": full("2")},
         {"id": full("2"), "parent": full("1")},
     ]
-    images = [
+    images: t.List[t.Dict[str, t.Any]] = [
         {"id": full("10"), "layer": full("c"), "mapped-layers": [full("d"), full("dead")]},
         {"id": full("11"), "layer": full("c")},
         {"id": full("12")},
@@ -145,7 +145,7 @@ def test_users_of_layers_are_found(tree: Snapshot) -> None:
 
 # References
 
-IMAGES = [
+IMAGES: t.List[t.Dict[str, t.Any]] = [
     {
         "id": full("abc1"),
         "names": ["docker.io/library/alpine:latest", "docker.io/library/alpine:3"],

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import pathlib
 import stat
@@ -28,6 +29,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.errors imp
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store import (
     record_files,
+    records,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store import (
     store as store_module,
@@ -322,7 +324,7 @@ def test_irregular_record_files_are_rejected(disk: Disk, replacement: str) -> No
 def test_locks_are_not_held_while_parsing(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     store = disk.open()
     states = []
-    parse = record_files.parse
+    parse = records.parse
 
     def watch(*args: t.Any) -> t.Any:
         states.append([area.lock.held for areas in store._files.areas.values() for area in areas])
@@ -460,9 +462,10 @@ def test_begin_layer_rejects_invalid_records(disk: Disk) -> None:
 def test_invalid_changes_are_rejected(disk: Disk) -> None:
     before = disk.state()
     with disk.open().transaction() as transaction:
-        for change in ({"id": C}, {"parent": "x"}, {"diff-size": 1.5}, {"flags": []}):
+        changes: t.List[Json] = [{"id": C}, {"parent": "x"}, {"diff-size": 1.5}, {"flags": []}]
+        for change in changes:
             with pytest.raises(StoreError):
-                transaction.update_layer(A, lambda raw, new=change: raw.update(new))
+                transaction.update_layer(A, operator.methodcaller("update", change))
         for layer_id in (C, "", "../x"):
             with pytest.raises(StoreError):
                 transaction.finish_layer(layer_id)
@@ -718,7 +721,8 @@ def test_leftovers_of_a_killed_writer_are_removed(disk: Disk, swept: bool) -> No
     else:
         with store.transaction():
             pass
-    assert store.leftovers() == store.sweep() == []
+    assert store.leftovers() == []
+    assert store.sweep() == []
     assert not disk.path("layers", ".tmp-layers.jsonuserns-storage").exists()
     assert not disk.path("images", ".tmp-images.jsonuserns-storage").exists()
     assert others.exists()

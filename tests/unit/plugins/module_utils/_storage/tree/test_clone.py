@@ -197,6 +197,7 @@ class TestResumption:
         whole.mkdir()
         parts.mkdir()
         stops = 0
+        found = None
         with LayerStack([str(source)], "user") as stack:
             uninterrupted = clone(stack, str(whole), SAME)
             while True:
@@ -263,6 +264,7 @@ class TestResumption:
                 raise Suspended
 
         number = -1
+        result = None
         with LayerStack([str(source)], "user") as stack:
             for _attempt in range(100):
                 sizes.append((target / "large").stat().st_size if number >= 0 else 0)
@@ -280,6 +282,7 @@ class TestResumption:
         assert (target / "large").stat().st_ino == number
         assert (target / "large").read_bytes() == (source / "large").read_bytes()
         assert listing(target) == listing(source)
+        assert result is not None
         assert result.apparent == 64 << 16
         if sparse:
             assert (target / "large").stat().st_blocks < 64 << 7

@@ -57,7 +57,7 @@ def compared(
 ) -> Comparison:
     descriptors = [os.open(item, os.O_RDONLY | os.O_DIRECTORY) for item in (first, second)]
     try:
-        return compare(*descriptors, shift or Shift(Mapping(), Mapping()))
+        return compare(descriptors[0], descriptors[1], shift or Shift(Mapping(), Mapping()))
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
