@@ -5,12 +5,14 @@
 # /// script
 # dependencies = ["nox>=2025.2.9", "antsibull-nox>=1.10"]
 # ///
-"""The test sessions. ``scripts/test NAME`` prepares a machine and runs one; ``nox -s NAME`` does where all
-is there.
+"""The test sessions.
 
-No session has an environment of nox: they share the one that nox itself runs in
-(tests/requirements/tools.txt), and the few that need another ansible-core or Python take it from
-the cache that scripts/workshop.py keeps.
+``scripts/test NAME`` installs the requirements of a session and runs it. ``nox -s NAME`` runs a session whose
+requirements are installed.
+
+Sessions do not use virtual environments of nox. They share the environment in which nox runs
+(tests/requirements/tools.txt). Sessions that need another version of ansible-core or Python use an environment from
+the cache of scripts/workshop.py.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ import workshop
 ROOT = workshop.ROOT
 OWN = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
-# Whose programs the session generations tests: the machine's own, then those of these Debian releases.
+# The session `generations` tests the programs of the machine itself, then those of these Debian releases.
 GENERATIONS = ("", "trixie", "sid", "experimental")
-# They enter hosts of all releases themselves, in whichever run.
+# Interop tests that use hosts of all releases in every run.
 OF_ALL_RELEASES = ("lab", "matrix", "generations")
 
-# Which Pythons a line of ansible-core runs on, oldest promised line first.
+# The Python versions that each version of ansible-core supports, from the oldest supported ansible-core.
 LINES = {
     "2.16": ("3.10", "3.11", "3.12"),
     "2.18": ("3.11", "3.12", "3.13"),
@@ -48,18 +50,18 @@ LINES = {
 }
 
 SEED = '''\
-"""Stands in for the script that ansible-test would download to put pip into a new environment."""
+"""Replaces the script that ansible-test would download to install pip in a new environment."""
 import os, subprocess, sys
 
 os.environ.pop("GET_PIP", None)
-# In a process of its own, for it makes pip forget its settings.
+# In a separate process, because ensurepip disables the configuration of pip.
 subprocess.check_call([sys.executable, "-m", "ensurepip", "--default-pip"])
 arguments = [argument for argument in sys.argv[1:] if argument not in ("--no-setuptools", "--no-wheel")]
 sys.exit(subprocess.call([sys.executable, "-m", "pip", "install"] + arguments))
 '''
 
-# Prints the line of ansible-core in an environment, and the versions of pip that its ansible-test installs for these
-# Pythons.
+# Prints the major and minor version of ansible-core in an environment, and the versions of pip that its ansible-test
+# installs for these versions of Python.
 VERSIONS = """\
 import importlib.metadata, sys, types
 from ansible_test._internal.python_requirements import get_venv_packages
@@ -78,7 +80,7 @@ def run(session: nox.Session, *command: str | Path, **environment: str) -> None:
 
 
 def run_each(session: nox.Session, *commands: tuple[str, ...]) -> None:
-    """Run them all, for each may have something to say, and only then fail."""
+    """Run all commands, even after one has failed; the session fails at the end."""
     failed = []
     for command in commands:
         try:
@@ -91,7 +93,7 @@ def run_each(session: nox.Session, *commands: tuple[str, ...]) -> None:
 
 
 def report(session: nox.Session, passed: int, failed: int) -> None:
-    """Leave the counts where scripts/sessions.py finds them."""
+    """Write the counts to the file that scripts/sessions.py reads."""
     folder = workshop.WORK / "results"
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"passed": passed, "failed": failed})
@@ -103,8 +105,8 @@ def report_junit(session: nox.Session, folder: Path) -> None:
     for file in folder.glob("*.xml"):
         for case in ElementTree.parse(file).iter("testcase"):
             skipped = case.find("skipped") is not None
-            # A sanity test skips what there is none of, say PowerShell, and a role the tasks that are not
-            # asked for. Other tests that cannot run have not passed.
+            # Sanity tests are skipped if there are no files to check, for example PowerShell, and integration tests
+            # skip the tasks that were not requested. In other sessions, a skipped test counts as failed.
             bad = any(case.find(kind) is not None for kind in ("failure", "error"))
             bad = bad or (skipped and not session.name.startswith(("sanity", "integration")))
             passed, failed = passed + (not bad and not skipped), failed + bad
@@ -114,7 +116,10 @@ def report_junit(session: nox.Session, folder: Path) -> None:
 
 
 def home(tools: Path) -> Path:
-    """A HOME for the ansible-test of these tools: its caches, and the pip script it would download."""
+    """Create a home directory for ansible-test, with a cache that contains the scripts that it would download.
+
+    :param tools: the virtual environment of ansible-test
+    """
     versions = workshop.call([tools / "bin/python", "-c", VERSIONS, *workshop.pythons()])
     line, *pips = versions.split()
     folder = workshop.CACHE / "home" / line
@@ -129,7 +134,7 @@ def home(tools: Path) -> Path:
 
 
 def pip_settings() -> str:
-    """All that pip was told here, by files and by variables, for ansible-test passes neither on."""
+    """The configuration of pip, from files and environment variables. ansible-test itself ignores both."""
     settings = {}
     for line in workshop.call([sys.executable, "-m", "pip", "config", "list"]).splitlines():
         name, _equals, value = line.partition("=")
@@ -153,7 +158,7 @@ def ansible_test(
         shutil.rmtree(output, ignore_errors=True)
         environment = {"HOME": str(own_home), "PATH": workshop.clean_path(tools / "bin")}
         if kind == "integration":
-            # Without it ansible-test leaves out, with no more than a warning, what changes the machine.
+            # Without this option, ansible-test skips the tests that change the machine, and only prints a warning.
             options = ("--allow-destructive", *options)
         try:
             with session.chdir(tree):
@@ -164,7 +169,7 @@ def ansible_test(
 
 
 def oldest(name: str = "oldest") -> Path:
-    """The tools with the oldest ansible-core that a Python at hand takes, 2.16 where it can be."""
+    """An environment with the oldest supported ansible-core that an available Python can run, 2.16 if possible."""
     at_hand = workshop.pythons()
     for line, versions in LINES.items():
         for version in (OWN, *versions):
@@ -179,12 +184,12 @@ def version_of(tools: Path) -> str:
     return next(tools.glob("lib/python3.*")).name.removeprefix("python")
 
 
-# Reading code
+# Static checks
 
 
 @nox.session
 def style(session: nox.Session) -> None:
-    """Run ruff, shellcheck, codespell, proselint and the changelog's linter, and rehearse a release."""
+    """Run ruff, shellcheck, codespell, proselint and the linter of the changelog, and simulate a release."""
     run_each(
         session,
         ("ruff", "check", "."),
@@ -206,7 +211,7 @@ def style(session: nox.Session) -> None:
 
 
 def prose() -> list[Path]:
-    """What codespell reads: all text of the repository, but for figures and lists of numbers."""
+    """The files that codespell checks: all files of the repository except images and JSON data."""
     return sorted(
         file for file in workshop.tracked() if file.suffix not in {".svg", ".png", ".json", ".gif"}
     )
@@ -236,13 +241,13 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def sanity(session: nox.Session) -> None:
-    """Run ansible-test sanity with the newest ansible-core for this Python, on all Pythons at hand."""
+    """Run ansible-test sanity with the newest ansible-core for this Python, on all available versions of Python."""
     ansible_test(session, "sanity", "--junit", *session.posargs)
 
 
 @nox.session(name="sanity-oldest")
 def sanity_oldest(session: nox.Session) -> None:
-    """Run ansible-test sanity with the oldest ansible-core promised, on what is shipped."""
+    """Run ansible-test sanity with the oldest supported ansible-core, on all files except the tests."""
     tools = oldest()
     ansible_test(session, "sanity", "--junit", "--exclude", "tests/", *session.posargs, tools=tools)
 
@@ -282,7 +287,7 @@ def ansible_lint(session: nox.Session) -> None:
 def galaxy(session: nox.Session) -> None:
     """Build the collection and run Galaxy's importer, with its certification checks, on it.
 
-    Its flake8 is off, as on Galaxy: it dislikes how formatters break lines. Ruff reads the code.
+    flake8 is disabled, as on Galaxy, because it rejects the line breaks of formatters. The session `style` runs ruff.
     """
     tools = workshop.environment("galaxy")
     with workshop.collection_tree(session.name) as tree:
@@ -324,14 +329,14 @@ def galaxy(session: nox.Session) -> None:
         session.error("the importer complains:\n" + "\n".join(messages))
 
 
-# Running code
+# Tests that run code
 
 
 @nox.session
 def units(session: nox.Session) -> None:
     """Run the unit tests with the newest ansible-core for this Python.
 
-    Without arguments the session also measures which branches of the plugins they reach; pyproject.toml has the floor.
+    Without arguments, it also measures the branch coverage of the plugins; pyproject.toml contains the minimum.
     """
     measured = () if session.posargs else ("--cov", "--cov-report=term:skip-covered")
     pytest(session, "tests/unit", "-n", "2", *measured)
@@ -339,13 +344,13 @@ def units(session: nox.Session) -> None:
 
 @nox.session(name="units-python39")
 def units_python39(session: nox.Session) -> None:
-    """Run the library's unit tests on Python 3.9, the oldest it is for, where one is at hand."""
+    """Run the unit tests of module_utils on Python 3.9, the oldest supported version, if it is available."""
     python = workshop.pythons().get("3.9")
     if python is None:
         session.log("no Python 3.9 is at hand")
         return
     tools = workshop.environment("units", requirements="../unit/requirements", python=python)
-    # No ansible-core that matters runs on 3.9 itself; its module_utils do.
+    # No supported ansible-core runs on Python 3.9, but its module_utils do.
     link = workshop.WORK / "python39/ansible"
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
@@ -356,20 +361,22 @@ def units_python39(session: nox.Session) -> None:
 
 @nox.session
 def integration(session: nox.Session) -> None:
-    """Run the integration tests with the newest ansible-core for this Python, modules on the newest Python at hand."""
+    """Run the integration tests with the newest ansible-core for this Python; modules run on the newest Python."""
     integrate(session, Path(sys.prefix), -1)
 
 
 @nox.session(name="integration-oldest")
 def integration_oldest(session: nox.Session) -> None:
-    """Run the integration tests with the oldest ansible-core promised, modules on the oldest Python at hand."""
+    """Run the integration tests with the oldest supported ansible-core; modules run on the oldest Python."""
     integrate(session, oldest(), 0)
 
 
 def integrate(session: nox.Session, tools: Path, index: int) -> None:
-    """Run the integration tests with the ansible-core of these tools.
+    """Run the integration tests with the ansible-core of an environment.
 
-    :param index: the index of the modules' Python among those at hand that this ansible-core knows, oldest first
+    :param tools: the environment
+    :param index: the index of the Python for modules in the list of available versions that this ansible-core supports,
+        from the oldest
     """
     ask = (
         "from ansible_test._util.target.common import constants as known;"
@@ -385,13 +392,13 @@ def integrate(session: nox.Session, tools: Path, index: int) -> None:
 
 @nox.session
 def interop(session: nox.Session) -> None:
-    """Run the tests against the real programs: podman, buildah, skopeo, containers-storage."""
+    """Run the tests with real programs: podman, buildah, skopeo, containers-storage."""
     pytest(session, "tests/interop", "-n", "2")
 
 
 @nox.session(default=False)
 def generations(session: nox.Session) -> None:
-    """Run the interop tests once with the programs of each Debian: the machine's own, trixie, sid, experimental."""
+    """Run the interop tests with the programs of the machine, then with those of trixie, sid and experimental."""
     failed = [
         release or "the machine's own" for release in GENERATIONS if not passes(session, release)
     ]
@@ -400,7 +407,7 @@ def generations(session: nox.Session) -> None:
 
 
 def passes(session: nox.Session, release: str) -> bool:
-    """Whether the interop tests pass with the programs of a Debian release, the machine's own where it is empty."""
+    """Whether the interop tests pass with the programs of a Debian release, or of the machine itself if it is empty."""
     session.log(f"programs: {release or 'of the machine itself'}")
     names = OF_ALL_RELEASES if release else ()
     left_out = [f"--ignore=tests/interop/test_{name}.py" for name in names]
@@ -413,13 +420,13 @@ def passes(session: nox.Session, release: str) -> bool:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Run the tests that kill, race, starve and mislead."""
+    """Run the tests with killed processes, races, full disks and hostile input."""
     pytest(session, "tests/faults")
 
 
 @nox.session
 def molecule(session: nox.Session) -> None:
-    """Run molecule's scenarios, or those named, on managed hosts of four generations."""
+    """Run all molecule scenarios, or the named ones, on hosts of four Debian releases."""
     tools = workshop.environment("molecule")
     output = workshop.WORK / "junit" / session.name
     shutil.rmtree(output, ignore_errors=True)
@@ -436,13 +443,13 @@ def molecule(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
-    """Show first starts without and with this collection, a pull meanwhile and the removal."""
+    """Demonstrate first starts without and with this collection, a pull during copies, and the removal of layers."""
     show(session, "tests/demo/first_start.py", str(workshop.WORK / "demo/report.html"))
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Measure what the README's figures are made of; leaves docs/benchmarks.json and .svg."""
+    """Measure the values of the README's figures, and write docs/benchmarks.json and docs/benchmarks.svg."""
     show(session, "tests/benchmarks/run.py", "--docs", str(ROOT / "docs"))
 
 
@@ -455,7 +462,7 @@ def show(session: nox.Session, *script: str) -> None:
 
 @nox.session
 def fleet(session: nox.Session) -> None:
-    """Run roles and playbooks as AWX does, its configuration, and the report in a browser."""
+    """Run roles and playbooks as AWX does, and test the configuration of AWX and the report in a browser."""
     collections = workshop.bundled("awx.awx", "ansible.posix")
     os.environ["USERNS_STORAGE_COLLECTIONS"] = str(collections)
     pytest(session, "tests/fleet", tools=workshop.environment("fleet"))
@@ -469,10 +476,12 @@ def pytest(
     path: tuple[Path, ...] = (),
     release: str = "",
 ) -> None:
-    """Run plain pytest in a copy of the collection that Python and Ansible find.
+    """Run pytest in a copy of the collection that Python and Ansible can import.
 
-    :param folder: of the tests, if the arguments of the session name none
-    :param release: of the Debian whose programs are tested; the machine's own where it is empty
+    :param folder: the tests to run if the arguments of the session name none
+    :param tools: the environment of pytest
+    :param path: additional directories for PYTHONPATH
+    :param release: the Debian release whose programs are tested, or empty for the programs of the machine itself
     """
     output = workshop.WORK / "junit" / session.name
     if not release:

@@ -144,13 +144,13 @@ def inventory() -> bytes:
 
 
 def without_contents(text: str) -> str:
-    """Mark tables of contents for the theme, which shows the headings of a page at its side and otherwise warns."""
+    """Mark tables of contents for the theme, which has its own in a sidebar and otherwise prints a warning."""
     blocks = re.compile(r"^\.\. contents::\n((?: +:[^\n]*\n)+)", flags=re.MULTILINE)
     return blocks.sub(lambda match: match[0] if ":class:" in match[1] else "", text)
 
 
 def with_short_names(index: str) -> str:
-    """The navigation at the side of every page: the guides by their titles, everything else by name, in groups."""
+    """Group the navigation of all pages, and show modules, filters, lookups and roles by their short names."""
     for kind in ("module", "filter", "lookup", "role"):
         pattern = rf"(\.\. toctree::\n)((?: +:[^\n]*\n)+\n(?: +\w+_{kind}\n)+)"
         match = re.search(pattern, index)
@@ -166,7 +166,7 @@ def with_short_names(index: str) -> str:
 
 
 def bring_markdown(docs: Path, rst: Path) -> None:
-    """Copy the Markdown files and their images beside the guides, and redirect links to them from the repository."""
+    """Copy the Markdown files and their images to the directory of the guides, and replace links to the repository."""
     names = sorted(path.name for path in docs.glob("*.md"))
     guides = rst / "docsite"
     for path in [*docs.glob("*.md"), *docs.glob("*.svg")]:

@@ -26,8 +26,8 @@ import workshop
 LOGS = workshop.WORK / "logs"
 RESULTS = workshop.WORK / "results"
 LANES = 2
-# A session that writes nothing to its log for this time (seconds) hangs. Its total time is not limited, because a
-# machine may be slow.
+# A session that writes nothing to its log for this time (in seconds) is stopped. The total time is not limited, because
+# a machine may be slow.
 SILENCE_LIMIT = 90 * 60
 
 
@@ -36,8 +36,9 @@ class Session:
     """One or more sessions of nox under one name.
 
     :param needs: kinds of Debian packages
-    :param folder: the folder of its tests; without it there is nothing to run
-    :param alone: it measures time or disk space, or uses several processes itself, so that no other session may run
+    :param folder: the folder of its tests; the session is omitted if the folder does not exist
+    :param alone: no other session may run at the same time, because it measures time or disk space, or uses several
+        processes
     :param parts: the names of its nox sessions, if they differ
     """
 
@@ -172,8 +173,8 @@ def many(sessions: list[Session], environment: dict[str, str]) -> int:
 
 
 def next_of(waiting: list[Session], running: list[Running]) -> t.Optional[Session]:
-    """The first session that may run beside the running ones: two sessions of a folder change the machine in the
-    same way."""
+    """The first waiting session that may start now. Two sessions of the same folder never run at the same time, because
+    they change the same parts of the machine."""
     taken = {item.session.folder for item in running} - {"."}
     return next((session for session in waiting if session.folder not in taken), None)
 
@@ -209,7 +210,7 @@ def stop(running: Running) -> None:
 def count(
     session: Session, code: int, seconds: float, log: t.Optional[Path] = None
 ) -> tuple[int, int]:
-    """The numbers of passed and failed tests from the file of a session; a session without a file counts as a test."""
+    """The numbers of passed and failed tests from the file of a session; without a file, the session is one test."""
     passed = failed = 0
     for part in session.parts or (session.name,):
         file = RESULTS / f"{part}.json"
@@ -220,7 +221,7 @@ def count(
     elif not passed:
         passed = 1
     if code != 0 and log is not None:
-        print(f"\n===== {session.name}: all that it said =====", flush=True)
+        print(f"\n===== {session.name}: complete log =====", flush=True)
         sys.stdout.buffer.write(log.read_bytes())
         print(f"===== {session.name} =====\n", flush=True)
     verdict = "FAILED" if failed else "passed"

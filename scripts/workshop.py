@@ -201,8 +201,8 @@ def environment(
 ) -> Path:
     """A virtual environment of the cache, created on first use.
 
-    :param extra: more requirements, as pip takes them
-    :param requirements: a file of tests/requirements/, without its suffix
+    :param extra: additional requirements in the syntax of pip
+    :param requirements: the name of a file in tests/requirements/, without its suffix; by default `name`
     :returns: its folder
     """
     python = python or next(iter(pythons().values()))
@@ -234,7 +234,7 @@ def environment(
 
 
 def bundled(*names: str) -> Path:
-    """Collections such as "awx.awx" from the package `ansible`, as a folder for ANSIBLE_COLLECTIONS_PATH."""
+    """Collections such as "awx.awx" from the package `ansible`, in a folder for ANSIBLE_COLLECTIONS_PATH."""
     file = ROOT / "tests/requirements/collections.txt"
     folder = CACHE / "collections" / hashlib.sha256(file.read_bytes()).hexdigest()[:12]
     paths = {name: Path("ansible_collections", *name.split(".")) for name in names}
@@ -316,14 +316,14 @@ def _lock(path: Path) -> t.Iterator[None]:
         yield
 
 
-# The collection, where ansible-test wants to find it
+# A copy of the collection, in the directory that ansible-test requires
 
 
 @contextlib.contextmanager
 def collection_tree(session: str) -> t.Iterator[Path]:
-    """A copy of the work tree as .../ansible_collections/userns/storage, for this caller only.
+    """A copy of the work tree in .../ansible_collections/userns/storage, locked for this caller.
 
-    Files keep their times, so that caches of an earlier copy remain valid.
+    Files keep their modification times, so that caches of an earlier copy remain valid.
     """
     base = TREES / session
     with _lock(TREES / f".{session}.lock"):
