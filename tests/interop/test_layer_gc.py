@@ -415,7 +415,7 @@ class TestRootless:
         assert info.st_uid == store.user.uid
 
 
-def test_a_layer_of_a_newer_format_is_listed_as_kept(
+def test_layer_of_newer_format_is_listed_as_kept(
     make_store: MakeStore, small_image: Image, collect: Collect
 ) -> None:
     store = make_store("overlay-forced", small_image)

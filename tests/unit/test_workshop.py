@@ -86,7 +86,7 @@ def test_collections_of_a_killed_run_are_not_taken_for_complete(
     assert workshop.bundled("awx.awx") == folder
 
 
-def test_an_npm_package_of_a_killed_run_is_not_taken_for_complete(
+def test_npm_package_of_killed_run_is_incomplete(
     cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workshop, "call", npm_pack)
@@ -100,7 +100,7 @@ def test_an_npm_package_of_a_killed_run_is_not_taken_for_complete(
     assert [path.name for path in (cache / "npm").iterdir()] == ["thing-1.0.0"]
 
 
-def test_a_failure_of_a_program_is_a_message_with_its_output() -> None:
+def test_failure_of_program_is_reported_with_its_output() -> None:
     script = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
     with pytest.raises(workshop.SetupError, match=r"-c .* failed with status 3:\nout\nerr"):
         workshop.call([sys.executable, "-c", script])

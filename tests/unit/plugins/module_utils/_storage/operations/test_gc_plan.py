@@ -790,7 +790,7 @@ def _plan_for(count: int) -> None:
     plan(layers, (), policy, disk, WATCHED, NOW)
 
 
-def test_a_layer_of_a_newer_format_is_kept_and_counts_as_a_copy() -> None:
+def test_layer_of_newer_format_is_kept_and_counts_as_copy() -> None:
     newer = old(1, newer_format="has a file that no known version writes")
     known = old(2)
     policy = Policy(max_copies_per_image=1, layers=frozenset((newer.layer_id,)))

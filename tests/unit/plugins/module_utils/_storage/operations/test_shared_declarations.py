@@ -44,16 +44,14 @@ def test_written_declarations_are_read() -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"graphroot": 5}', "\xff", '{"users": {}}'])
-def test_a_damaged_file_is_an_error_of_the_configuration(
-    folder: pathlib.Path, content: str
-) -> None:
+def test_damaged_file_is_a_config_error(folder: pathlib.Path, content: str) -> None:
     folder.mkdir(parents=True)
     (folder / "0123.json").write_text(content)
     with pytest.raises(ConfigError, match=r"0123\.json: cannot be read"):
         declarations()
 
 
-def test_a_copy_under_another_name_is_ignored(folder: pathlib.Path) -> None:
+def test_copy_with_other_name_is_ignored(folder: pathlib.Path) -> None:
     write_declaration(DECLARATION)
     (written,) = folder.iterdir()
     (folder / "copy.json").write_bytes(written.read_bytes())

@@ -29,7 +29,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
         (errno.ELOOP, StoreError, "namei -l"),
     ],
 )
-def test_the_hint_fits_the_cause(
+def test_hint_matches_cause(
     number: int,
     kind: t.Type[Exception],
     hint: str,

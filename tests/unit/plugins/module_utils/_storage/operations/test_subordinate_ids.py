@@ -21,6 +21,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.errors imp
     NamespaceError,
     NoSpace,
     PermissionDenied,
+    StorageError,
     StoreError,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.subid_file import (
@@ -364,9 +365,15 @@ def test_free_range_does_not_overlap_others(taken: t.List[SubIDRange], count: in
         (errno.EPERM, PermissionDenied, "lsattr -d" if os.geteuid() == 0 else "become: true"),
     ],
 )
-def test_errors_of_the_filesystem_keep_their_cause(
-    request_for, tmp_path, monkeypatch, call, number, kind, hint
-):
+def test_filesystem_error_keeps_its_cause(
+    request_for: RequestFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    number: int,
+    kind: t.Type[StorageError],
+    hint: str,
+) -> None:
     def fail(*_arguments: t.Any) -> t.NoReturn:
         raise OSError(number, os.strerror(number))
 
@@ -382,7 +389,9 @@ def test_errors_of_the_filesystem_keep_their_cause(
     assert not list(tmp_path.glob("sub?id+"))
 
 
-def test_a_lock_that_somebody_removed_is_no_error(request_for, tmp_path, monkeypatch):
+def test_removed_lock_is_ignored(
+    request_for: RequestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = request_for("alice")
     rename = os.rename
 
@@ -394,9 +403,9 @@ def test_a_lock_that_somebody_removed_is_no_error(request_for, tmp_path, monkeyp
     assert subordinate_ids.grant(request)["changed"]
 
 
-def test_changes_after_the_locks_are_released_are_not_in_the_result(
-    request_for, tmp_path, monkeypatch
-):
+def test_result_does_not_include_changes_after_unlock(
+    request_for: RequestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = request_for("alice")
     unlink = os.unlink
 
@@ -413,9 +422,9 @@ def test_changes_after_the_locks_are_released_are_not_in_the_result(
 
 
 @pytest.mark.parametrize("call", ["rename", "fsync of the folder"])
-def test_an_error_after_the_first_file_returns_what_was_written(
-    request_for, tmp_path, monkeypatch, call
-):
+def test_error_after_first_file_returns_written_changes(
+    request_for: RequestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     request = request_for("alice")
     rename, fsync = os.rename, os.fsync
     renamed: t.List[str] = []

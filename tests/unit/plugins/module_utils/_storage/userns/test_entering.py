@@ -79,7 +79,7 @@ def test_errors_while_the_function_is_prepared_reach_the_parent(
         run_without_namespace()
 
 
-def test_a_user_whose_ids_cannot_be_taken(
+def test_failure_to_take_user_ids_is_reported(
     become: t.Callable[[t.Optional[Exception]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -101,7 +101,7 @@ def test_a_user_whose_ids_cannot_be_taken(
         (errno.EIO, 0, "dmesg"),
     ],
 )
-def test_the_hint_fits_the_cause(
+def test_hint_matches_cause(
     number: int, euid: int, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: euid)
@@ -111,7 +111,7 @@ def test_the_hint_fits_the_cause(
     assert ("apparmor" in error.hint) == restricted
 
 
-def test_a_namespace_without_podman_has_the_same_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_podman_gives_same_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(podman, "find_program", lambda _name: None)
     forbidden = entering.Forbidden(errno.ENOSYS, "unshare")
@@ -120,6 +120,6 @@ def test_a_namespace_without_podman_has_the_same_hint(monkeypatch: pytest.Monkey
     assert str(caught.value) == str(entering.explain(ACCOUNT, forbidden))
 
 
-def test_the_limit_of_mount_namespaces_is_named() -> None:
+def test_limit_of_mount_namespaces_is_named() -> None:
     error = entering.explain(None, entering.Forbidden(errno.ENOSPC, "unshare"))
     assert "user.max_mnt_namespaces" in error.hint
