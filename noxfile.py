@@ -203,8 +203,8 @@ def style(session: nox.Session) -> None:
         ("codespell", *(str(file) for file in prose())),
     )
     tools = workshop.environment("prose")
-    guides = [str(file) for file in prose() if is_guide(file)]
-    run(session, tools / "bin/python", ROOT / "scripts/prose.py", *guides)
+    texts = [str(file) for file in prose() if is_guide(file) or file.suffix == ".py"]
+    run(session, tools / "bin/python", ROOT / "scripts/prose.py", *texts)
     with workshop.collection_tree(session.name) as tree, session.chdir(tree):
         run(session, "antsibull-changelog", "release", "--version", "1.0.0")
         run(session, "antsibull-changelog", "lint-changelog-yaml", "changelogs/changelog.yaml")
@@ -218,7 +218,7 @@ def prose() -> list[Path]:
 
 
 def is_guide(file: Path) -> bool:
-    """Whether scripts/prose.py checks the file: guides, READMEs and changelog fragments, not generated tables."""
+    """Whether a file is a guide, a README or a changelog fragment, and not a generated table."""
     fragment = file.parent.name == "fragments" and file.suffix == ".yml"
     return fragment or (file.suffix in {".md", ".rst"} and file.name != "interop-matrix.md")
 

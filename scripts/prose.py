@@ -4,13 +4,16 @@
 
 """Checks text with proselint and with the project's own rules, without a network: prose.py FILE...
 
-Code blocks and literals are not checked. The exit status is 1 if a rule matches.
+Code blocks and literals are not checked; of Python files, only comments and docstrings are. The exit status is 1 if a
+rule matches.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import token
+import tokenize
 from pathlib import Path
 
 from proselint.checks import __register__ as builtin
@@ -23,11 +26,12 @@ BUILTIN = ("archaism", "lexical_illusions", "malapropisms", "nonwords", "oxymoro
 PREFERRED = {
     r"rubbish": "leftovers",
     r"as ever": "(remove)",
-    r"folders?": "directory",
     r"podmans": "versions of podman",
     r"buildahs": "buildah versions",
-    r"made anew": "created again",
-    r"written anew": "rewritten",
+    r"anew": "again",
+    r"in (?:its|their) place": "instead",
+    r"for ever": "without end",
+    r"what (?:goes|stays|comes|came|was) \w+": "name the object",
     r"made ready": "prepared",
     r"takes? (?:it |them |\w+ \w+ )?away": "remove",
     r"taken away": "removed",
@@ -54,14 +58,50 @@ PREFERRED = {
     r"who(?:ever)? comes next": "the next run",
 }
 
-RULES = (
-    *(check for check in builtin if check.path.split(".")[0] in BUILTIN),
-    Check(
-        check_type=types.PreferredForms(items=PREFERRED),
-        path="userns.storage",
-        message="Use '{}' instead of '{}'.",
-    ),
-)
+# The code calls directories folders.
+ONLY_IN_GUIDES = {r"folders?": "directory"}
+
+# Headings of documentation in YAML are not sentences.
+ILLUSIONS = "lexical_illusions"
+
+
+def rules(path: Path) -> tuple[Check, ...]:
+    """The rules for a file."""
+    code = path.suffix == ".py"
+    return (
+        *(
+            check
+            for check in builtin
+            if check.path.split(".")[0] in BUILTIN
+            and not (code and check.path.startswith(ILLUSIONS))
+        ),
+        Check(
+            check_type=types.PreferredForms(
+                items=PREFERRED if code else {**PREFERRED, **ONLY_IN_GUIDES}
+            ),
+            path="userns.storage",
+            message="Use '{}' instead of '{}'.",
+        ),
+    )
+
+
+def comments_and_docstrings(path: Path) -> str:
+    """The comments, docstrings and plugin documentation of a Python file, with blanks instead of everything else."""
+    with tokenize.open(path) as file:
+        lines = file.read().splitlines(keepends=True)
+    found = [re.sub(r"[^\n]", " ", line) for line in lines]
+    depth, begins = 0, True
+    for kind, text, start, end, _line in tokenize.generate_tokens(iter([*lines, ""]).__next__):
+        depth += (text in "([{") - (text in ")]}") if kind == token.OP else 0
+        # A string at the beginning of a statement is a docstring; plugin documentation is a raw string.
+        documents = kind == token.STRING and depth == 0 and (begins or text.startswith('r"""'))
+        if kind == token.COMMENT or documents:
+            for row in range(start[0] - 1, end[0]):
+                first = start[1] if row == start[0] - 1 else 0
+                last = end[1] if row == end[0] - 1 else len(lines[row])
+                found[row] = found[row][:first] + lines[row][first:last] + found[row][last:]
+        begins = kind in (token.INDENT, token.DEDENT, token.NEWLINE, token.NL, token.COMMENT)
+    return "".join(found)
 
 
 def prose(path: Path) -> str:
@@ -73,7 +113,10 @@ def prose(path: Path) -> str:
     def mask(match: re.Match[str]) -> str:
         return "_" * len(match[0]) + "\n" * match[0].count("\n")
 
-    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        text = comments_and_docstrings(path)
+    else:
+        text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         text = re.sub(r"(?ms)^```.*?^```$", blank, text)
         text = re.sub(r"(?s)<!--.*?-->", blank, text)
@@ -89,7 +132,7 @@ def main(files: list[str]) -> int:
     found = 0
     for name in files:
         text = prose(Path(name))
-        for check in RULES:
+        for check in rules(Path(name)):
             for result in check.check_with_flags(text):
                 line = text.count("\n", 0, result.span[0] + 1) + 1
                 print(f"{name}:{line}: {result.check_path}: {result.message}")

@@ -191,7 +191,7 @@ options:
         for maintenance windows.
       - A removal in progress is completed, and each run removes at least one item. The time for examining the store before the removal is
         not limited.
-      - The next run creates a new plan, to which O(max_freed) applies anew.
+      - The next run creates a new plan, to which O(max_freed) applies again.
       - If not set, the task continues with the same plan until it is complete, and displays its progress for each host, at most every ten
         seconds. After four hours, it fails, and the next run continues.
     type: int

@@ -183,7 +183,7 @@ class Driver(abc.ABC):
 
     @property
     def tree_tools(self) -> TreeTools:
-        """What it takes to make layers.
+        """The tools for creating layers.
 
         :raises InternalError: the driver was opened without it
         """
@@ -771,7 +771,7 @@ def write_text(folder: int, name: str, text: str) -> None:
 
 
 def sync_names(directory: int) -> None:
-    """Make what was renamed, made or removed in an open directory durable, where the filesystem can."""
+    """Flush renamed, created and removed entries of an open directory to disk, if the filesystem can do so."""
     try:
         os.fsync(directory)
     except OSError as error:

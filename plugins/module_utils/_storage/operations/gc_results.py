@@ -60,7 +60,7 @@ class GcResults:
             for state in (*inventory.layers(), *inventory.unreferenced)
             if state.usage is not None
         ]
-        # The usage of what was removed.
+        # The usage of the removed layers and images.
         self._gone: t.List[t.Optional[Usage]] = []
         self.removed: t.List[_Entry] = []
         self.kept: t.List[_Entry] = []

@@ -125,7 +125,7 @@ class RecordFile(t.Generic[R]):
     def load(self) -> int:
         """Read the file under the lock if it may have changed; returns the number of bytes read.
 
-        Without a lock file (see :meth:`LockedDirectory.enter`), the file is read without a lock, and each time anew.
+        Without a lock file (see :meth:`LockedDirectory.enter`), the file is read without a lock, and again each time.
         Runtimes create the lock file before they write records, so this is the case for a store that no runtime has
         opened for writing, such as a copy that is an additional store. If a runtime creates the lock file in the
         meantime, the content is still complete, because runtimes replace the file by a rename, but it may be outdated.
