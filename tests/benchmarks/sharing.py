@@ -91,8 +91,12 @@ class Shared:
 
 
 def disk_usage(*folders: pathlib.Path) -> int:
-    """Bytes below folders, without mounts: files count as whole blocks, all other entries as a block."""
+    """Bytes below folders, without mounts: files count as whole blocks, all other entries as a block.
+
+    A file with several hard links counts once.
+    """
     total = 0
+    counted: t.Set[t.Tuple[int, int]] = set()
     for folder in folders:
         if not folder.exists():
             continue
@@ -101,6 +105,10 @@ def disk_usage(*folders: pathlib.Path) -> int:
             names[:] = [name for name in names if os.lstat(f"{parent}/{name}").st_dev == device]
             for name in (*names, *files):
                 status = os.lstat(f"{parent}/{name}")
+                if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                    if (status.st_dev, status.st_ino) in counted:
+                        continue
+                    counted.add((status.st_dev, status.st_ino))
                 blocks = -(-status.st_size // _BLOCK) if stat.S_ISREG(status.st_mode) else 1
                 total += blocks * _BLOCK
     return total
