@@ -24,9 +24,6 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.userns imp
 from support import written_store
 from support.written_store import OPENED_PATHS
 
-if t.TYPE_CHECKING:
-    from support.lab import Lab
-
 _TERABYTE = 1 << 40
 
 
@@ -62,15 +59,6 @@ OBSTACLES: t.Mapping[str, t.Callable[[str], None]] = {
 
 def _put(path: str, data: bytes) -> None:
     pathlib.Path(path).write_bytes(data)
-
-
-@pytest.fixture(scope="module")
-def alice(lab: Lab) -> t.Iterator[Account]:
-    from support import users
-
-    user = users.add_user(lab)
-    yield Account(user.name, user.uid, user.gid, user.home)
-    users.remove_user(lab, user)
 
 
 def _run_as(account: Account, function: t.Callable[..., t.Any], *arguments: t.Any) -> t.Any:
@@ -160,7 +148,8 @@ def _wait() -> None:
 def _ignore_termination(ready: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    pathlib.Path(ready).touch()
+    pathlib.Path(f"{ready}.pid").write_text(str(os.getpid()))
+    os.rename(f"{ready}.pid", ready)
     signal.sigwait([signal.SIGUSR1])
 
 
@@ -195,6 +184,7 @@ def test_process_that_ignores_sigterm_is_killed(alice: Account) -> None:
         signal.signal(signal.SIGTERM, before)
         thread.join()
     assert received == [signal.SIGTERM]
+    assert not os.path.exists(f"/proc/{ready.read_text()}")
 
 
 def _use_unlimited_memory() -> None:

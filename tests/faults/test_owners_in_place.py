@@ -29,6 +29,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.idmap.rang
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree import in_place
 from ansible_collections.userns.storage.plugins.module_utils._storage.tree.own_tree import OwnTree
 from support import images
+from support.waiting import LIMIT
 
 MAP = Mapping(IDMap.parse(["0:100000:65536"]), IDMap.parse(["0:200000:65536"]))
 UIDS, GIDS = 100000, 200000
@@ -264,40 +265,65 @@ def test_directory_replaced_by_link_is_not_followed(
 
 
 def test_names_repeatedly_replaced_by_links_are_not_followed(
-    root: pathlib.Path, tmp_path: pathlib.Path
+    root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The names are replaced after the check of their directory, until the links were found several times."""
     victim = tmp_path / "victim"
     victim.write_text("root's")
     victim.chmod(0o4700)
-    ended = threading.Event()
+    link, aside = tmp_path / "swap", tmp_path / "aside"
+    names = [root / "usr/bin/4755", root / "usr/bin/ping", root / "usr/bin/644"]
+    checked, ended, replaced = threading.Event(), threading.Event(), threading.Event()
 
     def swap() -> None:
-        names = [root / "usr/bin/4755", root / "usr/bin/ping", root / "usr/bin/644"]
-        link, aside = root / "swap", root / "aside"
-        os.symlink(victim, link)
+        checked.wait()
         while not ended.is_set():
             for name in names:
                 os.rename(name, aside)
                 os.rename(link, name)
+                replaced.set()
                 os.rename(name, link)
                 os.rename(aside, name)
 
+    apply_names = in_place._apply_names
+
+    def apply_names_while_replaced(fd: int, item: t.Any, backwards: bool) -> None:
+        if item.path == "usr/bin":
+            checked.set()
+            assert replaced.wait(LIMIT)
+        apply_names(fd, item, backwards)
+
+    monkeypatch.setattr(in_place, "_apply_names", apply_names_while_replaced)
+    failed = refused = missing = changed = attempts = 0
     with open_trees(root) as trees:
-        for _attempt in range(20):
+        while refused < 5 or changed < 5:
+            attempts += 1
+            assert attempts < 2000, (refused, missing, changed)
+            os.symlink(victim, link)
             plan = in_place.plan(trees, [Shift(UNMAPPED, MAP)])
-            thread = threading.Thread(target=swap)
-            ended.clear()
-            thread.start()
-            try:
-                for backwards in (False, True):
-                    with contextlib.suppress(TreeError, StoreChanged):
-                        plan.apply(trees, backwards, workers=1)
-            finally:
-                ended.set()
-                thread.join()
-                os.unlink(root / "swap")
-    found = os.stat(victim)
-    assert (found.st_uid, found.st_gid, oct(found.st_mode)) == (0, 0, "0o104700")
+            for backwards in (False, True):
+                for event in (checked, ended, replaced):
+                    event.clear()
+                thread = threading.Thread(target=swap)
+                thread.start()
+                try:
+                    plan.apply(trees, backwards, workers=1)
+                except TreeError as error:
+                    refused += "symbolic link" in str(error)
+                    missing += "no such file" in str(error)
+                    failed += 1
+                finally:
+                    ended.set()
+                    checked.set()
+                    thread.join()
+            plan.apply(trees, backwards=True, workers=1)
+            # chown with follow_symlinks=False changes the owner of the link itself.
+            changed += os.lstat(link).st_uid != 0
+            os.unlink(link)
+            found = os.stat(victim)
+            assert (found.st_uid, found.st_gid, oct(found.st_mode)) == (0, 0, "0o104700")
+    # The attacker causes no other errors.
+    assert failed == refused + missing
 
 
 def test_killed_worker_is_reported(root: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_pull_after_killed_removal_works_without_leftovers(
         template = {"images": [old.name], "uidmap": [MAP], "runtime": "podman 4.3.1", "force": True}
         assert modules.run("layer_template", {**store_args, **template}).result["changed"]
         scene = Scene(store, tiny_image(lab), modules, [])
-        scene.save("before")
+        scene.copies.save("before")
         calls = modules.run("image_layers", absent, below=below, record=True).calls
         records = [
             number
@@ -68,7 +68,7 @@ def test_pull_after_killed_removal_works_without_leftovers(
         last = max(records) + 3
         points = [*spread(last, 6), *(last + item for item in spread(len(calls) - last, 2))]
         for at in points:
-            scene.restore("before")
+            scene.copies.restore("before")
             run = modules.run("image_layers", absent, below=below, at=at, fault=KILL)
             if run.at is None:
                 break

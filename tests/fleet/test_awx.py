@@ -53,7 +53,7 @@ class Controller:
         (private / "inventory/hosts.json").write_text(json.dumps(inventory))
         (private / "env").mkdir()
         (private / "env/extravars").write_text(
-            awx.extravars(awx.launch_variables(survey_of(job), answers))
+            awx.extravars(awx.launch_variables(awx.survey_of(job), answers))
         )
         (private / "env/cmdline").write_text(" ".join(options))
         (private / "env/envvars").write_text(json.dumps({**self.environ, "ANSIBLE_NOCOLOR": "1"}))
@@ -93,11 +93,6 @@ def store(make_store: t.Callable[..., t.Any], small_image: t.Any) -> t.Any:
 def controller(store: t.Any, tmp_path: pathlib.Path, collections_path: str) -> Controller:
     environ = {**store.env(), "ANSIBLE_COLLECTIONS_PATH": collections_path}
     return Controller(tmp_path, environ)
-
-
-def survey_of(job: str) -> t.Dict[str, t.Any]:
-    found: t.Dict[str, t.Any] = json.loads((ROOT / f"awx/surveys/{job}.json").read_text())
-    return found
 
 
 def test_jobs_prepare_report_and_prune(
@@ -347,7 +342,7 @@ def test_configuration_creates_all_objects_once(
         assert template["survey_enabled"]
         assert template["ask_job_type_on_launch"]
         assert template["become_enabled"]
-        assert stand_in.surveys[template["id"]] == survey_of(job)
+        assert stand_in.surveys[template["id"]] == awx.survey_of(job)
         assert template["project"] == stand_in.named("projects", "userns.storage")["id"]
     nightly = stand_in.named("schedules", "userns.storage nightly prune")
     assert nightly["unified_job_template"] == jobs["prune.yml"]["id"]
@@ -519,7 +514,7 @@ def test_valid_answers_are_accepted() -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_survey_without_answers_sets_no_variables(job: str) -> None:
-    assert awx.launch_variables(survey_of(job), {}) == {}
+    assert awx.launch_variables(awx.survey_of(job), {}) == {}
 
 
 def test_missing_playbooks_are_refused(play: t.Callable[..., Play], stand_in: awx.StandIn) -> None:

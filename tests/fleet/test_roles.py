@@ -26,6 +26,13 @@ LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/
 MAP = "0:100000:65536"
 
 
+def remove_service_files() -> None:
+    """Remove the configuration and the units of the service from the laboratory's /etc."""
+    shutil.rmtree("/etc/userns-storage", ignore_errors=True)
+    for path in pathlib.Path("/etc/systemd/user").rglob("userns-storage-*"):
+        path.unlink()
+
+
 def test_report_has_rows_for_unreachable_and_failed_hosts(
     play: t.Callable[..., Play],
     make_store: t.Callable[..., Store],
@@ -202,7 +209,7 @@ def test_hostile_users_do_not_stop_the_other_users(
     store = make_store("rootless-vfs", small_image, user=user)
     names = [account.name for account in (*hostile, user)]
     # Other tests of the session may have left files.
-    shutil.rmtree("/etc/userns-storage", ignore_errors=True)
+    remove_service_files()
     try:
         done = prepare(
             play,
@@ -216,9 +223,7 @@ def test_hostile_users_do_not_stop_the_other_users(
         )
         jobs = [path.stem for path in pathlib.Path("/etc/userns-storage/ready").iterdir()]
     finally:
-        shutil.rmtree("/etc/userns-storage", ignore_errors=True)
-        for path in pathlib.Path("/etc/systemd/user").rglob("userns-storage-*"):
-            path.unlink()
+        remove_service_files()
     assert jobs == [user.name]
     (layer,) = store.mapped_layers("localhost/other:1")
     assert done.recap("one")["failed"] == 1
@@ -349,9 +354,7 @@ def test_play_ends_if_user_stops_systemctl(
     finally:
         stopper.kill()
         stopper.wait()
-        shutil.rmtree("/etc/userns-storage", ignore_errors=True)
-        for path in pathlib.Path("/etc/systemd/user").rglob("userns-storage-*"):
-            path.unlink()
+        remove_service_files()
     ending = done.output.rpartition("Reload the user's systemd manager")[2]
     assert "non-zero return code" in ending, done.output
     assert done.recap("one")["failed"] == 1

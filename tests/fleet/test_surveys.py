@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pathlib
 import typing as t
 
@@ -17,11 +16,6 @@ from support import awx
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 JOBS = ("prepare", "prune", "report")
-
-
-def survey(job: str) -> t.Dict[str, t.Any]:
-    found: t.Dict[str, t.Any] = json.loads((ROOT / f"awx/surveys/{job}.json").read_text())
-    return found
 
 
 def options(job: str) -> t.Dict[str, t.Any]:
@@ -46,17 +40,17 @@ def errors(job: str, answers: t.Mapping[str, t.Any]) -> t.List[str]:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_controller_accepts_the_survey(job: str) -> None:
-    awx.check_survey(survey(job))
+    awx.check_survey(awx.survey_of(job))
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_question_sets_a_variable_of_the_role(job: str) -> None:
-    assert {item["variable"] for item in survey(job)["spec"]} <= set(options(job))
+    assert {item["variable"] for item in awx.survey_of(job)["spec"]} <= set(options(job))
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_role_accepts_every_answer(job: str) -> None:
-    spec = survey(job)["spec"]
+    spec = awx.survey_of(job)["spec"]
     answers = []
     for item in spec:
         assert not item["required"]
@@ -76,7 +70,7 @@ def test_role_accepts_every_answer(job: str) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_choices_are_all_choices_of_the_role(job: str) -> None:
-    for item in survey(job)["spec"]:
+    for item in awx.survey_of(job)["spec"]:
         known = options(job)[item["variable"]]
         if item["type"] == "multiplechoice":
             assert item["choices"] == known.get("choices", ["true", "false"])

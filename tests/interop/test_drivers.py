@@ -514,7 +514,8 @@ def killed(description: StoreDescription, image_id: str, layer_id: str, step: st
             if step == "unlinked":
                 os.rename = lambda *_a, **_n: kill_self()
             driver.detach(layer_id, trash)
-            kill_self()
+            kill_at("detached")
+    raise AssertionError(f"the step {step} was not reached")
 
 
 @pytest.mark.parametrize(

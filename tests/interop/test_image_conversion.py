@@ -15,6 +15,7 @@ from support import hosts, images, matrix
 from support.conversions import convert, texts
 from support.images import Image
 from support.lab import Lab
+from support.store_cases import namespace_args
 from support.stores import Json, Store
 
 if t.TYPE_CHECKING:
@@ -27,14 +28,9 @@ KINDS = ("rootless-overlay", "overlay-forced", "vfs", "btrfs")
 OWNERS = "stat -c '%u:%g %a %n' / /a /b /home/user /home/user/notes /usr/bin/suid /usr/bin/sgid /usr/lib/one"
 
 
-def options(store: Store, text: str = MAP) -> t.List[str]:
-    """podman's options for a map; in rootless stores the map is keep-id."""
-    return ["--userns=keep-id"] if store.user else [f"--uidmap={text}", f"--gidmap={text}"]
-
-
 def maps_of(store: Store, name: str, text: str = MAP) -> t.Tuple[t.List[str], t.List[str]]:
     """The map in the form that the runtime records, from a container that is then removed."""
-    container = store.container(store.create(name, *options(store, text)))
+    container = store.container(store.create(name, *namespace_args(store, text)))
     store.podman("rm", container["id"])
     return texts(container, "uidmap"), texts(container, "gidmap")
 
@@ -94,8 +90,8 @@ def test_containers_use_converted_image_without_copy(
         assert "flags" not in layer or "incomplete" not in layer["flags"]
     assert convert(store, [name], uidmap, gidmap)["layers"] == []
     # A start creates only the container's layer, and the container sees the same owners.
-    assert store.shell(name, OWNERS, [*options(store), "--user=0"]) == plain
-    container = store.container(store.create(name, *options(store), "--name=kept"))
+    assert store.shell(name, OWNERS, [*namespace_args(store), "--user=0"]) == plain
+    container = store.container(store.create(name, *namespace_args(store), "--name=kept"))
     assert store.layer_ids() - layers == {container["layer"]}
     assert store.layer(container["layer"])["parent"] == store.image(name)["layer"]
     if store.driver == "overlay":
@@ -185,7 +181,7 @@ class TestRefusal:
         assert set(converted["layers"]) == store.layer_ids()
         assert {item for layer in store.layers() for item in texts(layer, "uidmap")} == {MAP}
         for name in (base, first, second):
-            store.podman("rm", store.create(name, *options(store)))
+            store.podman("rm", store.create(name, *namespace_args(store)))
         assert set(converted["layers"]) == store.layer_ids()
         # The image and its base already have the map.
         assert convert(store, [first], [MAP])["layers"] == []
@@ -199,7 +195,7 @@ class TestRefusal:
             name = store.buildah("from", "--pull-never", small_image.name).stdout.split()[-1]
         else:
             name = "in-the-way"
-            maps = options(store, OTHER_MAP) if container_kind == "other map" else []
+            maps = namespace_args(store, OTHER_MAP) if container_kind == "other map" else []
             store.create(small_image.name, *maps, f"--name={name}")
         before = store.disk_state()
         for check in (True, False):
@@ -269,7 +265,7 @@ class TestRefusal:
         first, second = _images_with_shared_base(lab)
         below = make_store("overlay-forced", first if other == "mapped layer" else second)
         if other == "mapped layer":
-            below.podman("rm", below.create(first.name, *options(below)))
+            below.podman("rm", below.create(first.name, *namespace_args(below)))
         # A mapped layer in the additional store belongs to the image itself.
         name = first.name if other == "mapped layer" else second.name
         store = make_store("overlay-forced", first)
@@ -311,7 +307,7 @@ class TestRefusal:
         store.add_read_only(below.graphroot)
         converted = convert(store, [small_image.name], [MAP])
         assert len(converted["layers"]) == len(below.layers())
-        assert store.run(small_image.name, "id", "-u", args=options(store)).split() == ["0"]
+        assert store.run(small_image.name, "id", "-u", args=namespace_args(store)).split() == ["0"]
         assert len(store.layers()) == len(below.layers())
 
 
@@ -346,7 +342,7 @@ def test_independent_mapped_layer_is_kept(
     assert converted["removed_layers"] == []
     assert store.mapped_layers(small_image.name) == [mapped_layer["layer_id"]]
     for text in (MAP, OTHER_MAP):
-        assert store.shell(small_image.name, OWNERS, options(store, text)) == plain
+        assert store.shell(small_image.name, OWNERS, namespace_args(store, text)) == plain
     assert store.layer_ids() == {*converted["layers"], mapped_layer["layer_id"]}
 
 
@@ -402,7 +398,7 @@ class TestModule:
         args = {**store.module_args(), "image": small_image.name, **maps}
         (mapped_layer,) = run_module("layer_template", args)["layers"]
         assert (mapped_layer["action"], store.layer_ids()) == ("existing", layers)
-        mapped = store.shell(small_image.name, OWNERS, [*options(store), "--user=0"])
+        mapped = store.shell(small_image.name, OWNERS, [*namespace_args(store), "--user=0"])
         none = {"uidmap": None, "gidmap": None, "userns": "host"}
         reverted = declare(store, small_image.name, convert=True, **none)
         assert reverted["actions"] == ["converted"]

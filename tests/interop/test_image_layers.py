@@ -12,7 +12,9 @@ import pytest
 from support import images
 from support.images import Image
 from support.lab import Lab
+from support.store_cases import namespace_args
 from support.stores import Store
+from support.unused_layers import only
 
 MakeStore = t.Callable[..., Store]
 RunModule = t.Callable[..., t.Dict[str, t.Any]]
@@ -22,16 +24,6 @@ Declare = t.Callable[..., Json]
 MAP = "0:100000:65536"
 OTHER_MAP = "0:200000:65536"
 KINDS = ["vfs", "overlay-forced", "rootless-overlay"]
-
-
-def options(store: Store, text: str = MAP) -> t.List[str]:
-    """podman's options for a map; in rootless stores the map is keep-id."""
-    return ["--userns", "keep-id"] if store.user else ["--uidmap", text, "--gidmap", text]
-
-
-def only(items: t.List[Json]) -> Json:
-    (item,) = items
-    return item
 
 
 @pytest.fixture
@@ -83,7 +75,7 @@ class TestPresent:
         assert image["layers"][0]["size_apparent"] > 0
         listed = store.podman("images", "--no-trunc", "--quiet").stdout.split()
         assert set(listed) == {f"sha256:{image['id']}"}
-        store.create("localhost/app:stable", *options(store))
+        store.create("localhost/app:stable", *namespace_args(store))
 
         before = store.disk_state()
         repeated = declare(store, **args)
@@ -131,7 +123,7 @@ class TestPresent:
         assert predicted["store"]["graphroot"] == str(store.graphroot)
         result = declare(store, **args)
         assert only(result["images"])["names"] == ["localhost/app:1"]
-        store.create("localhost/app:1", *options(store))
+        store.create("localhost/app:1", *namespace_args(store))
         assert not declare(store, **args)["changed"]
 
     @pytest.mark.parametrize("transport", ["oci-archive", "docker-archive", "dir"])
@@ -236,7 +228,7 @@ class TestAbsent:
         self, kind: str, make_store: MakeStore, declare: Declare, small_image: Image
     ) -> None:
         store = make_store(kind, small_image)
-        store.podman("rm", store.create(small_image.name, *options(store)))
+        store.podman("rm", store.create(small_image.name, *namespace_args(store)))
         (mapped,) = store.mapped_layers(small_image.name)
         layers = store.layer_ids()
         before = store.disk_state()
@@ -274,7 +266,7 @@ class TestAbsent:
     ) -> None:
         store = make_store("vfs", small_image)
         store.create(small_image.name, "--name", "plain")
-        store.create(small_image.name, "--name", "mapped", *options(store))
+        store.create(small_image.name, "--name", "mapped", *namespace_args(store))
         store.storage_cli("create-container", "-n", "hidden", store.image(small_image.name)["id"])
         before = store.disk_state()
         for check in (True, False):

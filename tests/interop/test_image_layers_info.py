@@ -16,18 +16,11 @@ from support import images, mounts
 from support.images import Image
 from support.lab import Lab
 from support.stores import Store
+from support.unused_layers import MAPS, MIB, only, options
 
 MakeStore = t.Callable[..., Store]
 RunModule = t.Callable[..., t.Dict[str, t.Any]]
 Json = t.Dict[str, t.Any]
-
-MAPS = [f"0:{start}:65536" for start in (100000, 200000, 300000, 400000)]
-MIB = 1 << 20
-
-
-def options(text: str) -> t.List[str]:
-    """podman's options for a map."""
-    return ["--uidmap", text, "--gidmap", text]
 
 
 @pytest.fixture(scope="session")
@@ -71,11 +64,6 @@ def get_info(run_module: RunModule) -> t.Callable[..., Json]:
 
 
 GetInfo = t.Callable[..., Json]
-
-
-def only(items: t.List[Json]) -> Json:
-    (item,) = items
-    return item
 
 
 class TestSizesAndContainers:

@@ -10,10 +10,11 @@ import pathlib
 import typing as t
 
 import pytest
-from support import hosts, images, stores, users
+from support import hosts, images, mounts, stores, users
 from support.hosts import Host, Sshd
 from support.images import Image
 from support.lab import Lab
+from support.machines import busy_pids
 from support.stores import Store
 from support.users import User
 
@@ -171,18 +172,16 @@ def test_closed_store_leaves_no_mounts_files_or_processes(
     store = Store(lab, kind, user=user)
     store.load(small_image)
     store.podman("run", "-d", small_image.name, "sleep", "1000")
+    paths = [str(store.base), *([user.home] if user else [])]
+    for path in paths:
+        point = pathlib.Path(path, "mounted")
+        point.mkdir()
+        mounts.mount("-t", "tmpfs", "lab", str(point))
+        assert busy_pids(f"{path}/")
     store.close()
-    paths = [str(store.base)] + ([user.home] if user else [])
-    with open("/proc/self/mountinfo", encoding="utf-8") as table:
-        assert not any(path in table.read() for path in paths)
+    assert [point for path in paths for point in mounts.mount_points(path)] == []
     assert not store.graphroot.exists()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            environment = pathlib.Path(f"/proc/{pid}/environ").read_bytes()
-        except OSError:
-            continue
-        if int(pid) != os.getpid():
-            assert not any(f"{path}/".encode() in environment for path in paths)
+    assert [pid for path in paths for pid in busy_pids(f"{path}/")] == []
 
 
 def test_subordinate_ids_of_users_do_not_overlap(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tarfile
 import typing as t
@@ -20,6 +21,7 @@ from support.images import Image
 from support.registry import Receiver
 from support.store_cases import ROOTFUL_MAP, Case
 from support.stores import Store
+from support.unused_layers import only
 
 if t.TYPE_CHECKING:
     from support.hosts import Host
@@ -32,11 +34,6 @@ NAME = "localhost/app:1"
 # podman has `podman system check` since this version.
 CHECK_COMMAND_SINCE = (5, 4)
 PLAIN: t.List[str] = []
-
-
-def only(items: t.Sequence[Json]) -> Json:
-    (item,) = items
-    return item
 
 
 def maps(record: Json, key: str = "uidmap") -> t.List[str]:
@@ -101,15 +98,34 @@ def exported_files(store: Store, folder: pathlib.Path) -> t.Dict[str, str]:
     }
 
 
-def exported_owners(store: Store, name: str, folder: pathlib.Path) -> t.List[t.Tuple[t.Any, ...]]:
-    """The entries of an image's top layer in an exported archive."""
+def exported_top_layer(
+    store: Store, name: str, folder: pathlib.Path
+) -> t.List[t.Tuple[t.Any, ...]]:
+    """The entries of an image's top layer in an exported archive, with their content."""
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
     store.skopeo("copy", "-q", f"containers-storage:{name}", f"dir:{folder}/image")
     layers = json.loads((folder / "image/manifest.json").read_text())["layers"]
     blob = folder / "image" / layers[-1]["digest"].partition(":")[2]
     with tarfile.open(blob) as archive:
-        return sorted((m.name, m.uid, m.gid, m.mode, m.type, m.size) for m in archive)
+        return sorted(
+            (m.name, m.uid, m.gid, m.mode, m.type, m.linkname, _content(store, archive, m))
+            for m in archive
+        )
+
+
+def _content(store: Store, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The content of a file; in the account files, placeholders replace the name and ID of the store's user.
+
+    In a container with keep-id, podman adds the user to etc/passwd, and the user's group to etc/group.
+    """
+    content = archive.extractfile(member) if member.isreg() else None
+    data = content.read() if content else b""
+    if member.name not in ("etc/passwd", "etc/group") or not store.user:
+        return data
+    text = re.sub(rf"\b{store.user.name}\b", "NAME", data.decode())
+    assert text != data.decode()
+    return re.sub(rf"\b{store.user.uid}\b", "ID", text).encode()
 
 
 def large(lab: Lab) -> Image:
@@ -222,8 +238,8 @@ def test_exported_content_equals_that_of_unmapped_image(
         exported.append(
             [
                 exported_files(store, folder / f"files{number}"),
-                exported_owners(store, "localhost/committed:1", folder / f"committed{number}"),
-                exported_owners(store, "localhost/built:1", folder / f"built{number}"),
+                exported_top_layer(store, "localhost/committed:1", folder / f"committed{number}"),
+                exported_top_layer(store, "localhost/built:1", folder / f"built{number}"),
             ]
         )
     assert exported[0] == exported[1]

@@ -65,7 +65,7 @@ def pull(case: Case, address: str, **more: t.Any) -> t.Dict[str, t.Any]:
 
 @pytest.mark.parametrize("setup", ["vfs", "rootless-as-root", "rootless-as-user"])
 def test_image_is_pulled_with_username_and_password(
-    lab: Lab, make_case: MakeCase, registry: PrivateRegistry, setup: str
+    make_case: MakeCase, registry: PrivateRegistry, setup: str
 ) -> None:
     case = make_case(setup)
     address = registry.address
@@ -146,9 +146,7 @@ def test_username_and_password_are_never_in_a_file(
         modules.close()
 
 
-def test_image_is_pulled_with_authfile(
-    lab: Lab, make_case: MakeCase, registry: PrivateRegistry, tmp_path: pathlib.Path
-) -> None:
+def test_image_is_pulled_with_authfile(make_case: MakeCase, registry: PrivateRegistry) -> None:
     case = make_case("rootless-as-root")
     user = case.store.user
     assert user is not None

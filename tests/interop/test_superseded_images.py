@@ -174,6 +174,19 @@ class TestKept:
         result = updated.collect()
         assert (result["removed_images"], result["kept_images"]) == ([], [])
 
+    def test_image_with_its_first_name_again_is_not_superseded(self, updated: Updated) -> None:
+        """The image that had the name in between is superseded."""
+        store = updated.store
+        store.podman("tag", updated.old, NAME)
+        assert store.image(NAME)["id"] == updated.old
+        result = updated.collect()
+        (entry,) = result["removed_images"]
+        assert (entry["id"], entry["former_names"]) == (updated.new, [NAME])
+        assert result["kept_images"] == []
+        assert [image["id"] for image in store.images()] == [updated.old]
+        assert store.mapped_layers(NAME) == [updated.mapped]
+        assert store.run(NAME, "cat", "/etc/version") == "1\n"
+
     def test_image_that_never_had_a_name_is_not_superseded(
         self, updated: Updated, lab: Lab
     ) -> None:

@@ -27,17 +27,13 @@ from support import images
 from support.images import Image
 from support.lab import Lab
 from support.stores import Store
+from support.unused_layers import only
 
 MakeStore = t.Callable[..., Store]
 RunModule = t.Callable[..., t.Dict[str, t.Any]]
 Json = t.Dict[str, t.Any]
 
 MAP = "0:100000:65536"
-
-
-def only(items: t.List[Json]) -> Json:
-    (item,) = items
-    return item
 
 
 @pytest.fixture

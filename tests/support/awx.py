@@ -22,6 +22,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import yaml
 
+COLLECTION = pathlib.Path(__file__).resolve().parents[2]
+
 Json = t.Dict[str, t.Any]
 
 TOKEN = "stand-in"
@@ -127,6 +129,12 @@ def _check_answer(question: Json, answers: t.Mapping[str, t.Any]) -> None:
             raise Refused(f"'{name}' value {value} is out of range")
     if kind == "multiplechoice" and value not in _choices(question):
         raise Refused(f"Value {value!r} for '{name}' expected to be one of {_choices(question)}.")
+
+
+def survey_of(job: str) -> Json:
+    """The survey of a job template of this collection."""
+    found: Json = json.loads((COLLECTION / f"awx/surveys/{job}.json").read_text())
+    return found
 
 
 def launch_variables(survey: Json, answers: t.Mapping[str, t.Any]) -> Json:

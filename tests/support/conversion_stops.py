@@ -9,16 +9,14 @@ import functools
 import json
 import os
 import pathlib
-import shutil
 import stat
-import subprocess
 import typing as t
 
-from . import subvolumes
 from .conversions import conversion_args, texts
 from .injection import CONVERSION, KILL, ModuleServer, Run
 from .lab import Lab
 from .machines import Machine
+from .store_copies import StoreCopies
 from .stores import Store
 from .task_stops import MAP, OTHER_IMAGE, spread, tiny_image
 
@@ -40,8 +38,8 @@ class Conversions:
         self.map = "0:1:2000" if store.user else MAP
         self.args = conversion_args(store, [self.image.name], [self.map])
         self.before = {name: self._trees(name) for name in (self.image.name, OTHER_IMAGE)}
-        self._saved = store.base / ("disk/saved" if (store.base / "disk").is_dir() else "saved")
-        self._save("before")
+        self._copies = StoreCopies(store)
+        self._copies.save("before")
         self.seen: t.Dict[str, int] = {}
 
     def run(self, at: int = 0, fault: str = "") -> Run:
@@ -49,26 +47,9 @@ class Conversions:
         below = str(self.store.graphroot)
         return self.modules.run(CONVERSION, self.args, below=below, at=at, fault=fault)
 
-    def _save(self, name: str) -> None:
-        shutil.rmtree(self._saved / name, ignore_errors=True)
-        (self._saved / name).mkdir(parents=True)
-        self._copy(self.store.graphroot, self._saved / name)
-
     def restore(self, name: str = "before") -> None:
         """Restore the store from its copy."""
-        for entry in os.scandir(self.store.graphroot):
-            if entry.is_dir(follow_symlinks=False):
-                # It may be a mount of podman.
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.unlink(entry.path)
-        self._copy(self._saved / name, self.store.graphroot)
-
-    def _copy(self, source: pathlib.Path, target: pathlib.Path) -> None:
-        if self.store.driver == "btrfs":
-            subvolumes.copy(str(source), str(target))
-        else:
-            subprocess.run(["cp", "-a", f"{source}/.", str(target)], check=True)
+        self._copies.restore(name)
 
     def kill_everywhere(self, most: int = 0) -> int:
         """Kill the conversion at each such call, or at this many of them from the first to the last, and check the
@@ -92,7 +73,7 @@ class Conversions:
         :param may_be_lost: whether the image may be lost; a pull must then restore it
         """
         form = ""
-        self._save("left")
+        self._copies.save("left")
         for machine in self.machines:
             self.restore("left")
             self._check_podman(machine)

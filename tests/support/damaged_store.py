@@ -34,6 +34,11 @@ def short_name(name: str) -> str:
     return base64.b32encode(hashlib.sha256(name.encode()).digest()).decode()[:26]
 
 
+def lock_token(moment: int) -> bytes:
+    """The token in a lock file of a last write at that time (nanoseconds since the epoch)."""
+    return struct.pack("<QQI", moment, 1, 1).ljust(64, b"r")
+
+
 def id_map(start: int) -> t.List[Json]:
     return [{"container_id": 0, "host_id": start, "size": 65536}]
 
@@ -95,8 +100,7 @@ class HandMadeStore:
         path.write_text(json.dumps(self.now[kind], separators=(",", ":")))
         moment = time.time_ns() - 30 * 86400 * 10**9
         os.utime(path, ns=(moment, moment))
-        token = struct.pack("<QQI", moment, 1, 1).ljust(64, b"r")
-        path.with_suffix(".lock").write_bytes(token)
+        path.with_suffix(".lock").write_bytes(lock_token(moment))
 
     def layer(self, name: str, parent: str = "", **more: t.Any) -> None:
         record: Json = {"id": hex_id(name), "created": _CREATED}

@@ -27,6 +27,7 @@ import sys
 import time
 import typing as t
 
+from . import system_calls
 from .waiting import LIMIT
 
 if t.TYPE_CHECKING:
@@ -59,28 +60,7 @@ _FORMS = {
     "fremovexattr": "f",
 }  # fmt: skip
 
-_X86_64 = {
-    "write": 1, "open": 2, "ioctl": 16, "pwrite64": 18, "writev": 20, "sendfile": 40, "fsync": 74,
-    "fdatasync": 75, "truncate": 76, "ftruncate": 77, "rename": 82, "mkdir": 83, "rmdir": 84,
-    "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "chmod": 90, "fchmod": 91, "chown": 92,
-    "fchown": 93, "lchown": 94, "mknod": 133, "sync": 162, "setxattr": 188, "lsetxattr": 189,
-    "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "utimes": 235,
-    "openat": 257, "mkdirat": 258, "mknodat": 259, "fchownat": 260, "futimesat": 261,
-    "unlinkat": 263, "renameat": 264, "linkat": 265, "symlinkat": 266, "fchmodat": 268,
-    "splice": 275, "utimensat": 280, "fallocate": 285, "pwritev": 296, "syncfs": 306,
-    "renameat2": 316, "copy_file_range": 326, "pwritev2": 328, "openat2": 437, "fchmodat2": 452,
-}  # fmt: skip
-_AARCH64 = {
-    "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15,
-    "fremovexattr": 16, "ioctl": 29, "mknodat": 33, "mkdirat": 34, "unlinkat": 35, "symlinkat": 36,
-    "linkat": 37, "renameat": 38, "truncate": 45, "ftruncate": 46, "fallocate": 47, "fchmod": 52,
-    "fchmodat": 53, "fchownat": 54, "fchown": 55, "openat": 56, "write": 64, "writev": 66,
-    "pwrite64": 68, "pwritev": 70, "sendfile": 71, "splice": 76, "sync": 81, "fsync": 82,
-    "fdatasync": 83, "utimensat": 88, "syncfs": 267, "renameat2": 276, "copy_file_range": 285,
-    "pwritev2": 287, "openat2": 437, "fchmodat2": 452,
-}  # fmt: skip
-_NUMBERS = _AARCH64 if os.uname().machine == "aarch64" else _X86_64
-_NAMES = {number: name for name, number in _NUMBERS.items()}
+_NAMES = system_calls.names_by_number(_FORMS)
 
 # FICLONE and FICLONERANGE; for btrfs, the creation of snapshots and subvolumes and their removal.
 _WRITING_IOCTLS = (0x40049409, 0x4020940D, 0x50009417, 0x50009418, 0x5000940F, 0x5000943F)
@@ -239,20 +219,6 @@ def _ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), f"ptrace {request:#x}")
     return int(found)
-
-
-def _install_filter() -> None:
-    """Install a seccomp filter that stops this process and its descendants at each relevant call."""
-    numbers = sorted(_NAMES)
-    code = [(0x20, 0, 0, 0)]
-    for position, number in enumerate(numbers):
-        code.append((0x15, len(numbers) - position, 0, number))
-    code += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x7FF00000)]
-    body = b"".join(struct.pack("<HBBI", *item) for item in code)
-    buffer = ctypes.create_string_buffer(body, len(body))
-    program = struct.pack("@HxxxxxxP", len(code), ctypes.addressof(buffer))
-    if _LIBC.prctl(22, ctypes.c_ulong(2), ctypes.c_char_p(program), 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "seccomp")
 
 
 class _Memory:
@@ -484,7 +450,7 @@ def _child(request: Json, output: int) -> t.NoReturn:
             os.setresuid(uid, uid, uid)
         _ptrace(_TRACEME, 0)
         os.kill(os.getpid(), signal.SIGSTOP)
-        _install_filter()
+        system_calls.install_filter(_NAMES)
         arguments = {
             **request["args"],
             "_ansible_remote_tmp": "/tmp",

@@ -11,19 +11,17 @@ namespace. It compares paths as given and, except in folders that only root can 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
 import pathlib
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import typing as t
 
-from . import injection
+from . import injection, system_calls
 
 Json = t.Dict[str, t.Any]
 
@@ -40,29 +38,7 @@ _FORMS = {
     "lremovexattr": "p", "inotify_add_watch": "-p", "fanotify_mark": "----p", "name_to_handle_at": "a", "mount": "pp",
     "umount2": "p", "pivot_root": "pp", "open_tree": "a", "move_mount": "aa", "mount_setattr": "a",
 }  # fmt: skip
-_X86_64 = {
-    "open": 2, "stat": 4, "lstat": 6, "access": 21, "execve": 59, "truncate": 76, "chdir": 80, "rename": 82,
-    "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89, "chmod": 90,
-    "chown": 92, "lchown": 94, "utime": 132, "mknod": 133, "statfs": 137, "pivot_root": 155, "chroot": 161,
-    "mount": 165, "umount2": 166, "setxattr": 188, "lsetxattr": 189, "getxattr": 191, "lgetxattr": 192,
-    "listxattr": 194, "llistxattr": 195, "removexattr": 197, "lremovexattr": 198, "utimes": 235,
-    "inotify_add_watch": 254, "openat": 257, "mkdirat": 258, "mknodat": 259, "fchownat": 260, "futimesat": 261,
-    "newfstatat": 262, "unlinkat": 263, "renameat": 264, "linkat": 265, "symlinkat": 266, "readlinkat": 267,
-    "fchmodat": 268, "faccessat": 269, "utimensat": 280, "fanotify_mark": 301, "name_to_handle_at": 303,
-    "renameat2": 316, "execveat": 322, "statx": 332, "open_tree": 428, "move_mount": 429, "openat2": 437,
-    "faccessat2": 439, "mount_setattr": 442, "fchmodat2": 452,
-}  # fmt: skip
-_AARCH64 = {
-    "setxattr": 5, "lsetxattr": 6, "getxattr": 8, "lgetxattr": 9, "listxattr": 11, "llistxattr": 12,
-    "removexattr": 14, "lremovexattr": 15, "inotify_add_watch": 27, "mknodat": 33, "mkdirat": 34, "unlinkat": 35,
-    "symlinkat": 36, "linkat": 37, "renameat": 38, "umount2": 39, "mount": 40, "pivot_root": 41, "statfs": 43,
-    "truncate": 45, "faccessat": 48, "chdir": 49, "chroot": 51, "fchmodat": 53, "fchownat": 54, "openat": 56,
-    "readlinkat": 78, "newfstatat": 79, "utimensat": 88, "execve": 221, "fanotify_mark": 263,
-    "name_to_handle_at": 264, "renameat2": 276, "execveat": 281, "statx": 291, "open_tree": 428, "move_mount": 429,
-    "openat2": 437, "faccessat2": 439, "mount_setattr": 442, "fchmodat2": 452,
-}  # fmt: skip
-_NUMBERS = _AARCH64 if os.uname().machine == "aarch64" else _X86_64
-_NAMES = {number: name for name, number in _NUMBERS.items()}
+_NAMES = system_calls.names_by_number(_FORMS)
 _ROOT_FOLDERS = tuple(
     f"{path}/" for path in ("/usr", "/lib", "/proc", "/sys", sys.prefix, sys.base_prefix)
 )
@@ -131,19 +107,6 @@ def trace(
     return Trace(found["rc"], text, tuple(found["root"]), others)
 
 
-def _install_filter() -> None:
-    numbers = sorted(_NAMES)
-    code = [(0x20, 0, 0, 0)]
-    code += [(0x15, len(numbers) - position, 0, number) for position, number in enumerate(numbers)]
-    code += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x7FF00000)]
-    body = b"".join(struct.pack("<HBBI", *item) for item in code)
-    buffer = ctypes.create_string_buffer(body, len(body))
-    program = struct.pack("@HxxxxxxP", len(code), ctypes.addressof(buffer))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(22, ctypes.c_ulong(2), ctypes.c_char_p(program), 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "seccomp")
-
-
 class _Tracer:
     def __init__(self, command: t.Sequence[str], below: t.Sequence[str]) -> None:
         self.command = command
@@ -188,7 +151,7 @@ class _Tracer:
             os.kill(os.getpid(), signal.SIGSTOP)
             environ = dict(os.environ)
             environ["PYTHONPATH"] = environ.pop("PATH_TRACE_PYTHONPATH")
-            _install_filter()
+            system_calls.install_filter(_NAMES)
             os.execvpe(self.command[0], list(self.command), environ)
         finally:
             os._exit(127)

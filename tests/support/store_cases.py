@@ -27,6 +27,11 @@ SETUPS: t.Dict[str, t.Tuple[str, bool]] = {
 ROOTFUL_MAP = "0:100000:65536"
 
 
+def namespace_args(store: Store, text: str = ROOTFUL_MAP) -> t.List[str]:
+    """podman's options for a map; in rootless stores the map is keep-id."""
+    return ["--userns=keep-id"] if store.user else [f"--uidmap={text}", f"--gidmap={text}"]
+
+
 @dataclasses.dataclass
 class Case:
     """A store with an image, and the user namespace of its containers."""
@@ -43,9 +48,7 @@ class Case:
     @property
     def podman_args(self) -> t.List[str]:
         """podman's options for the namespace."""
-        if self.keep_id:
-            return ["--userns=keep-id"]
-        return [f"--uidmap={ROOTFUL_MAP}", f"--gidmap={ROOTFUL_MAP}"]
+        return namespace_args(self.store)
 
     @property
     def mapping_args(self) -> Json:

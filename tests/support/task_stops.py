@@ -38,22 +38,20 @@ runtime, independent of the number of stops that lead to it.
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import os
 import pathlib
 import re
-import shutil
 import stat
-import subprocess
 import time
 import typing as t
 
-from . import images, subvolumes
+from . import images
 from .images import Image
 from .injection import ERRORS, KILL, KILL_CALLER, ModuleServer, Run
 from .lab import Lab
 from .machines import Machine
+from .store_copies import StoreCopies
 from .stores import Store
 
 OTHER_IMAGE = "localhost/other:1"
@@ -120,7 +118,7 @@ class Scene:
         self.tried: t.Counter[str] = collections.Counter()
         self.shown = 0
         self.problems: t.List[str] = []
-        self._saved = store.base / ("disk/saved" if (store.base / "disk").is_dir() else "saved")
+        self.copies = StoreCopies(store)
         self._known: t.FrozenSet[str] = frozenset()
         self._links: t.FrozenSet[str] = frozenset()
         self._checked: t.Set[t.Tuple[t.FrozenSet[t.Any], bool]] = set()
@@ -143,11 +141,11 @@ class Scene:
         links = self.store.graphroot / "overlay" / "l"
         self._links = frozenset(os.listdir(links)) if links.is_dir() else frozenset()
         self._checked.clear()
-        self.save("before")
+        self.copies.save("before")
         self.before = self.state()
         for machine in self.machines:
             self._messages[machine.name] = self._runtime_messages(machine)
-            self.restore("before")
+            self.copies.restore("before")
         done = self._run()
         assert done.result.get("changed"), done.output
         self.after = self.state()
@@ -157,7 +155,7 @@ class Scene:
         for machine in self.machines:
             # In an intermediate state, a runtime may also print its messages about the final state.
             self._messages[machine.name] |= self._runtime_messages(machine)
-        self.restore("before")
+        self.copies.restore("before")
         return done.points
 
     def _set_task(self, module: str, args: t.Mapping[str, t.Any]) -> None:
@@ -181,7 +179,7 @@ class Scene:
         """Stop the task at a point and check the result; returns False if it has fewer points."""
         run = self._run(at, fault)
         if run.at is None:
-            self.restore("before")
+            self.copies.restore("before")
             return False
         self.tried[fault] += 1
         where = f"{self.store.kind} {self.module} {fault} at {at} {run.at}"
@@ -189,7 +187,7 @@ class Scene:
             self._check_stop(run, fault)
         except AssertionError as error:
             self.problems.append(f"{where}: {error}")
-        self.restore("before")
+        self.copies.restore("before")
         return True
 
     def _check_stop(self, run: Run, fault: str) -> None:
@@ -204,10 +202,10 @@ class Scene:
             # The process that waits for the killed process reports an error.
             assert "Traceback" not in run.output, run.output
         if (outside, True) not in self._checked:
-            self.save("left")
+            self.copies.save("left")
             for machine in self.machines:
                 self._check_runtime(machine)
-                self.restore("left")
+                self.copies.restore("left")
             self.shown += 1
             self._checked.add((outside, True))
         complete_state = frozenset(result_state.items())
@@ -369,39 +367,6 @@ class Scene:
             if key.startswith("userns-storage") or self.after.get(key) != value:
                 continue
             assert state.get(key) == value, f"{key}: {value} became {state.get(key)}"
-
-    def save(self, name: str) -> None:
-        """Save a copy of the store."""
-        target = self._saved / name
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        self._copy(self.store.graphroot, target)
-
-    def restore(self, name: str) -> None:
-        """Restore the store from a copy."""
-        for entry in os.scandir(self.store.graphroot):
-            self._remove(entry.path)
-        self._copy(self._saved / name, self.store.graphroot)
-
-    def _copy(self, source: pathlib.Path, target: pathlib.Path) -> None:
-        if self.store.driver == "btrfs":
-            subvolumes.copy(str(source), str(target))
-            return
-        subprocess.run(["cp", "-a", "--reflink=auto", f"{source}/.", str(target)], check=True)
-
-    @staticmethod
-    def _remove(path: str) -> None:
-        if not os.path.isdir(path) or os.path.islink(path):
-            os.unlink(path)
-            return
-        for entry in os.scandir(path):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
-        with contextlib.suppress(OSError):
-            # It may be a mount of podman.
-            os.rmdir(path)
 
 
 def _lines(text: str) -> t.Iterator[str]:

@@ -27,7 +27,8 @@ def options(text: str) -> t.List[str]:
     return ["--uidmap", text, "--gidmap", text]
 
 
-def only(items: t.List[Json]) -> Json:
+def only(items: t.Sequence[Json]) -> Json:
+    """The only item."""
     (item,) = items
     return item
 

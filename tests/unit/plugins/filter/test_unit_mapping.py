@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import typing as t
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.conf
 from ansible_collections.userns.storage.plugins.modules import layer_template
 from hypothesis import given
 from hypothesis import strategies as st
+from support.local_play import run_tasks
 
 ROOT = Path(__file__).resolve().parents[4]
 IMAGE = "docker.io/library/postgres:17"
@@ -400,20 +398,7 @@ def test_examples_run(tmp_path: Path) -> None:
     units.mkdir()
     (units / "web.pod").write_text(POD)
     (units / "db.container").write_text(container("Pod=web.pod"))
-    playbook = tmp_path / "play.json"
-    playbook.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": tasks}]))
-    environment = {**os.environ, "HOME": str(tmp_path), "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml"}
-    environment["ANSIBLE_LOCAL_TEMP"] = environment["ANSIBLE_REMOTE_TEMP"] = str(tmp_path / "tmp")
-    if ROOT.parent.parent.name == "ansible_collections":
-        environment["ANSIBLE_COLLECTIONS_PATH"] = str(ROOT.parents[2])
-    # ansible-test's copy of ansible-core contains no programs, only the functions that they call.
-    program = "import sys; from ansible.cli.playbook import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "-i", "localhost,", "-c", "local"]
-    done = subprocess.run(
-        [*command, str(playbook)], env=environment, cwd=tmp_path, capture_output=True, check=False
-    )
-    output = done.stdout.decode() + done.stderr.decode()
-    assert done.returncode == 0, output
+    output = run_tasks(tmp_path, tasks, {"ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml"})
     for expected in (
         "auto:size=70000",
         "0:200000:65536",

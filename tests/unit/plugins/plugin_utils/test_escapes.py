@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import typing as t
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,6 +29,7 @@ from ansible_collections.userns.storage.plugins.plugin_utils import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from support.local_play import run_tasks
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -398,24 +398,12 @@ def test_no_filter_returns_a_template(tmp_path: Path) -> None:
         shown(f"{policy} | userns.storage.policies | dict2items"),
         shown("['' | userns.storage.storage_conf({'size': data.evil})]"),
     ]
-    play = tmp_path / "play.json"
-    play.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": tasks}]))
-    environment = {**os.environ, "HOME": str(tmp_path / "seen"), "ANSIBLE_SHOW_CUSTOM_STATS": "1"}
-    environment["ANSIBLE_LOCAL_TEMP"] = environment["ANSIBLE_REMOTE_TEMP"] = str(tmp_path / "tmp")
-    environment["ANSIBLE_NOCOLOR"] = "1"
-    if ROOT.parent.parent.name == "ansible_collections":
-        environment["ANSIBLE_COLLECTIONS_PATH"] = str(ROOT.parents[2])
-    # ansible-test's copy of ansible-core contains no programs, only the functions that they call.
-    program = "import sys; from ansible.cli.playbook import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "-i", "localhost,", "-c", "local", str(play)]
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 * 7" in done.stdout
-    assert "CUSTOM STATS" in done.stdout
-    assert re.search(r"\b42", done.stdout) is None, done.stdout
-    assert str(tmp_path / "seen") not in done.stdout
+    environ = {"HOME": str(tmp_path / "seen"), "ANSIBLE_SHOW_CUSTOM_STATS": "1"}
+    output = run_tasks(tmp_path, tasks, {**environ, "ANSIBLE_NOCOLOR": "1"})
+    assert "6 * 7" in output
+    assert "CUSTOM STATS" in output
+    assert re.search(r"\b42", output) is None, output
+    assert str(tmp_path / "seen") not in output
 
 
 # Text in units, pages and messages

@@ -9,7 +9,6 @@ import contextlib
 import os
 import pathlib
 import shutil
-import struct
 import time
 import typing as t
 
@@ -24,7 +23,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
     StoreRequest,
 )
 from hypothesis import HealthCheck, example, given, settings
-from support.damaged_store import KINDS, Damage, HandMadeStore, damages, hex_id
+from support.damaged_store import KINDS, Damage, HandMadeStore, damages, hex_id, lock_token
 
 FREE = hex_id("free copy")
 SPARE = hex_id("spare")
@@ -152,13 +151,17 @@ def test_working_container_from_scratch_is_no_contradiction(tmp_path: pathlib.Pa
     )
 
 
+def write_lock_token(store: HandMadeStore, kind: str, moment: int) -> None:
+    """Write the token of a last write at that time (nanoseconds since the epoch)."""
+    store.path(kind).with_suffix(".lock").write_bytes(lock_token(moment))
+
+
 def backdate_records(store: HandMadeStore, seconds: float) -> None:
     """Set the times of records and lock tokens to a number of seconds ago; directories are new."""
     moment = time.time_ns() - int(seconds * 10**9)
     for kind in KINDS:
         os.utime(store.path(kind), ns=(moment, moment))
-        token = struct.pack("<QQI", moment, 1, 1).ljust(64, b"r")
-        store.path(kind).with_suffix(".lock").write_bytes(token)
+        write_lock_token(store, kind, moment)
 
 
 @pytest.mark.parametrize("driver", ["overlay", "vfs"])
@@ -210,9 +213,7 @@ def test_directory_left_by_crash_is_removed(driver: str, tmp_path: pathlib.Path)
     backdate_records(store, 86400)
     volatile = store.path("layers").with_name("volatile-layers.json")
     volatile.write_text("[]")
-    moment = time.time_ns()
-    token = struct.pack("<QQI", moment, 1, 1).ljust(64, b"r")
-    store.path("layers").with_suffix(".lock").write_bytes(token)
+    write_lock_token(store, "layers", time.time_ns())
     before = store.folders()
     result = layer_gc.collect(
         layer_gc.GcRequest(request(store), {"min_age": "0", "orphans": "remove"})

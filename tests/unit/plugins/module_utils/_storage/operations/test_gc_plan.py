@@ -515,6 +515,25 @@ class TestRules:
             f"{1:064x}"
         }
 
+    @pytest.mark.parametrize(
+        "policy",
+        [
+            Policy(max_used_space=Amount(0)),
+            Policy(min_free_space=Amount(9_000)),
+            Policy(high_threshold=85, low_threshold=10),
+        ],
+        ids=["max_used_space", "min_free_space", "high_threshold"],
+    )
+    def test_space_rules_apply_with_unreliable_clock(self, policy: Policy) -> None:
+        """They remove the layers that were observed for min_age, and keep those whose age is unknown."""
+        unreliable = replace(WATCHED, doubt="the host was off for 90 days")
+        layers = [old(1), old(2, idle=None), old(3, idle=policy.min_age), old(4, idle=1.0)]
+        result = decide(layers, policy, watch=unreliable, disk=Disk(10_000, 1_000))
+        assert removed(result) == {f"{1:064x}", f"{3:064x}"}
+        assert {item.rule for item in result.kept} == {"min_age"}
+        assert all("the host was off for 90 days" in item.reason for item in result.kept)
+        assert not result.target_met
+
     def test_layers_in_use_count_towards_max_copies(self) -> None:
         layers = [
             old(1, users=("container web",)),

@@ -17,51 +17,19 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
     image_removal,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.records import (
-    Container,
     Image,
     Layer,
-    new_record,
 )
-from ansible_collections.userns.storage.plugins.module_utils._storage.store.snapshot import (
-    Snapshot,
-)
+from support.made_records import container_record, image_record, layer_record, snapshot_of
 
 
 def layer(letter: str, parent: str = "") -> Layer:
-    raw: t.Dict[str, t.Any] = {"id": letter * 64, "created": "2026-01-01T00:00:00Z"}
-    if parent:
-        raw["parent"] = parent * 64
-    return new_record(Layer, raw, "layers.json")
+    return layer_record(letter * 64, parent * 64)
 
 
 def image(letter: str, top: str, mapped: str = "", names: t.Sequence[str] = ()) -> Image:
-    raw = {
-        "id": letter * 64,
-        "layer": top * 64,
-        "mapped-layers": [item * 64 for item in mapped],
-        "names": list(names),
-        "created": "2026-01-01T00:00:00Z",
-    }
-    return new_record(Image, raw, "images.json")
-
-
-def container(letter: str, image_letter: str, layer_letter: str, name: str) -> Container:
-    raw = {
-        "id": letter * 64,
-        "image": image_letter * 64,
-        "layer": layer_letter * 64,
-        "names": [name],
-        "created": "2026-01-01T00:00:00Z",
-    }
-    return new_record(Container, raw, "containers.json")
-
-
-def snapshot(*records: t.Union[Layer, Image, Container]) -> Snapshot:
-    return Snapshot(
-        {record.id: record for record in records if isinstance(record, Layer)},
-        {record.id: record for record in records if isinstance(record, Image)},
-        {record.id: record for record in records if isinstance(record, Container)},
-    )
+    mapped_layers = {"mapped-layers": [item * 64 for item in mapped]}
+    return image_record(letter * 64, top * 64, names=list(names), **mapped_layers)
 
 
 # Layer a is the parent of all others, d and e are mapped layers of b.
@@ -108,38 +76,40 @@ def test_invalid_image_name_is_rejected(name: str) -> None:
 
 def test_mapped_layers_are_removed_before_template_and_parents() -> None:
     target = image("1", "b", "de")
-    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], *LAYERS[3:], target), target)
+    found = image_removal.layers_of_removal(snapshot_of(*LAYERS[:2], *LAYERS[3:], target), target)
     assert [name[0] for name in found] == ["d", "e", "b", "a"]
 
 
 def test_layers_of_other_images_are_kept() -> None:
     target, other = image("1", "b", "d"), image("2", "c")
-    found = image_removal.layers_of_removal(snapshot(*LAYERS[:4], target, other), target)
+    found = image_removal.layers_of_removal(snapshot_of(*LAYERS[:4], target, other), target)
     assert [name[0] for name in found] == ["d", "b"]
 
 
 def test_shared_top_layer_is_kept() -> None:
     target, other = image("1", "b", "d"), image("2", "b")
-    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], LAYERS[3], target, other), target)
+    found = image_removal.layers_of_removal(
+        snapshot_of(*LAYERS[:2], LAYERS[3], target, other), target
+    )
     assert [name[0] for name in found] == ["d"]
 
 
 def test_mapped_layers_without_record_are_skipped() -> None:
     target = image("1", "b", "9d")
-    found = image_removal.layers_of_removal(snapshot(*LAYERS[:2], LAYERS[3], target), target)
+    found = image_removal.layers_of_removal(snapshot_of(*LAYERS[:2], LAYERS[3], target), target)
     assert [name[0] for name in found] == ["d", "b", "a"]
 
 
 def test_error_names_all_containers_that_use_image() -> None:
     target = image("1", "b", "d", ["localhost/app:1"])
-    current = snapshot(
+    current = snapshot_of(
         *LAYERS[:2],
         LAYERS[3],
         layer("6", "d"),
         layer("7", "b"),
         target,
-        container("8", "1", "6", "mapped"),
-        container("9", "1", "7", "plain"),
+        container_record("8" * 64, "1" * 64, "6" * 64, "mapped"),
+        container_record("9" * 64, "1" * 64, "7" * 64, "plain"),
     )
     with pytest.raises(LayerInUse, match=r"localhost/app:1: .*mapped.*plain") as caught:
         image_layers._refuse(current, target)

@@ -26,30 +26,13 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations.store_opening import (
     OpenStore,
 )
-from ansible_collections.userns.storage.plugins.module_utils._storage.store.records import (
-    Image,
-    Layer,
-    new_record,
-)
-from ansible_collections.userns.storage.plugins.module_utils._storage.store.snapshot import (
-    Snapshot,
-)
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.staging import (
     StagingArea,
 )
+from support.made_records import image_record, layer_record, snapshot_of
 
 IMAGE, TOP, BASE = ("1" * 64, "2" * 64, "3" * 64)
 DAY = 86400
-
-
-def layer(layer_id: str, created: str = "2026-01-01T00:00:00Z", **more: t.Any) -> Layer:
-    return new_record(Layer, {"id": layer_id, "created": created, **more}, "layers.json")
-
-
-def snapshot(*layers: Layer, image: str = "") -> Snapshot:
-    raw = {"id": IMAGE, "layer": image, "created": "2026-01-01T00:00:00Z"}
-    images = {IMAGE: new_record(Image, raw, "images.json")} if image else {}
-    return Snapshot({item.id: item for item in layers}, images, {})
 
 
 def moment(wall: float) -> clock.Moment:
@@ -74,11 +57,11 @@ def marks(area: StagingArea) -> t.Set[str]:
 def test_removal_of_live_process_is_not_interrupted(area: StagingArea) -> None:
     trash = area.trash(IMAGE)
     assert not has_note(trash)
-    note_removal(trash, [layer(TOP), layer(BASE)])
+    note_removal(trash, [layer_record(TOP), layer_record(BASE)])
     assert has_note(trash)
     assert marks(area) == set()
     area.leave(trash)
-    assert marks(area) == {mark_of(layer(TOP)), mark_of(layer(BASE))}
+    assert marks(area) == {mark_of(layer_record(TOP)), mark_of(layer_record(BASE))}
     (begun,) = begun_removals(store_ctx_of(area))
     assert begun.image_id == IMAGE
     assert begun_ids(store_ctx_of(area)) == {IMAGE, TOP, BASE}
@@ -91,11 +74,11 @@ def test_removal_of_live_process_is_not_interrupted(area: StagingArea) -> None:
 
 
 def test_name_of_trash_directory_identifies_layer(area: StagingArea) -> None:
-    area.leave(area.trash(f"{TOP}-{mark_of(layer(TOP))}"))
-    assert marks(area) == {mark_of(layer(TOP))}
+    area.leave(area.trash(f"{TOP}-{mark_of(layer_record(TOP))}"))
+    assert marks(area) == {mark_of(layer_record(TOP))}
     area.leave(area.trash("orphan"))
     area.leave(area.trash(BASE))
-    assert marks(area) == {mark_of(layer(TOP))}
+    assert marks(area) == {mark_of(layer_record(TOP))}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +112,7 @@ class TestAbandoned:
     def removal_after(self, area: StagingArea) -> t.Callable[[float], Abandoned]:
         """Begin to remove an image with one layer, and return the state after a given number of seconds."""
         trash = area.trash(IMAGE)
-        note_removal(trash, [layer(TOP)])
+        note_removal(trash, [layer_record(TOP)])
         area.leave(trash)
         (begun,) = begun_removals(store_ctx_of(area))
         return lambda later: Abandoned([begun], moment(begun.since + later))
@@ -137,13 +120,13 @@ class TestAbandoned:
     def test_incomplete_layer_is_removed_at_once(
         self, removal_after: t.Callable[[float], Abandoned]
     ) -> None:
-        now = snapshot(layer(TOP, flags={"incomplete": True}))
+        now = snapshot_of(layer_record(TOP, flags={"incomplete": True}))
         assert [item.id for item in removal_after(1).layers(now)] == [TOP]
 
     def test_layer_that_pull_may_reuse_is_removed_after_a_day(
         self, removal_after: t.Callable[[float], Abandoned]
     ) -> None:
-        now = snapshot(layer(TOP))
+        now = snapshot_of(layer_record(TOP))
         found = removal_after(DAY - 1)
         assert found.layers(now) == []
         assert found.waits(now, found.begun[0])
@@ -154,7 +137,7 @@ class TestAbandoned:
     def test_layer_that_pull_has_reused_is_kept(
         self, removal_after: t.Callable[[float], Abandoned]
     ) -> None:
-        now = snapshot(layer(TOP), image=TOP)
+        now = snapshot_of(layer_record(TOP), image_record(IMAGE, TOP))
         found = removal_after(DAY * 9)
         assert found.layers(now) == []
         assert not found.waits(now, found.begun[0])
@@ -164,21 +147,21 @@ class TestAbandoned:
     ) -> None:
         begun = removal_after(1).begun[0]._replace(boot="another")
         found = Abandoned([begun], moment(begun.since + 1))
-        assert [item.id for item in found.layers(snapshot(layer(TOP)))] == [TOP]
+        assert [item.id for item in found.layers(snapshot_of(layer_record(TOP)))] == [TOP]
 
     @pytest.mark.parametrize("flags", [{}, {"incomplete": True}])
     def test_layer_that_pull_has_recreated_is_kept(
         self, removal_after: t.Callable[[float], Abandoned], flags: t.Dict[str, bool]
     ) -> None:
-        now = snapshot(layer(TOP, "2026-01-02T00:00:00Z", flags=flags))
+        now = snapshot_of(layer_record(TOP, created="2026-01-02T00:00:00Z", flags=flags))
         found = removal_after(DAY * 9)
         assert found.layers(now) == []
         assert not found.waits(now, found.begun[0])
 
     def test_mapped_layer_is_removed_at_once_if_template_exists(self, area: StagingArea) -> None:
-        mapped = layer(TOP, **{"diff-digest": "sha256:x"})
+        mapped = layer_record(TOP, **{"diff-digest": "sha256:x"})
         area.leave(area.trash(f"{TOP}-{mark_of(mapped)}"))
         found = Abandoned(begun_removals(store_ctx_of(area)), moment(0.0))
-        template = layer(BASE, **{"diff-digest": "sha256:x"})
-        assert [item.id for item in found.layers(snapshot(mapped, template))] == [TOP]
-        assert found.layers(snapshot(mapped)) == []
+        template = layer_record(BASE, **{"diff-digest": "sha256:x"})
+        assert [item.id for item in found.layers(snapshot_of(mapped, template))] == [TOP]
+        assert found.layers(snapshot_of(mapped)) == []

@@ -28,8 +28,6 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.records import (
     Image,
-    Layer,
-    new_record,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.shared_store import (
     derived_layer_id,
@@ -38,6 +36,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.shar
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.snapshot import Snapshot
 from hypothesis import given
 from hypothesis import strategies as st
+from support.made_records import image_record, layer_record, snapshot_of
 
 OUTER = Mapping(
     IDMap.of((0, 1000, 1), (1, 100000, 65536)), IDMap.of((0, 1000, 1), (1, 100000, 65536))
@@ -49,33 +48,12 @@ KEEP = Mapping(
 BASE, TOP, IMAGE = "a" * 64, "b" * 64, "c" * 64
 
 
-def layer(layer_id: str, parent: str = "", **more: t.Any) -> Layer:
-    raw = {
-        "id": layer_id,
-        "created": "2026-01-01T00:00:00Z",
-        "uidset": [0, 1000],
-        "gidset": [0],
-        **more,
-    }
-    if parent:
-        raw["parent"] = parent
-    return new_record(Layer, raw, "layers.json")
-
-
 def snapshot(**more: t.Any) -> t.Tuple[Snapshot, Image]:
-    image = new_record(
-        Image,
-        {
-            "id": IMAGE,
-            "names": ["localhost/app:1", f"{PIN}:{IMAGE[:12]}"],
-            "layer": TOP,
-            "created": "2026-01-01T00:00:00Z",
-            "mapped-layers": ["d" * 64],
-        },
-        "images.json",
-    )
-    layers = {BASE: layer(BASE), TOP: layer(TOP, BASE, **more)}
-    return Snapshot(layers=layers, images={IMAGE: image}), image
+    names = ["localhost/app:1", f"{PIN}:{IMAGE[:12]}"]
+    image = image_record(IMAGE, TOP, names=names, **{"mapped-layers": ["d" * 64]})
+    owners: t.Dict[str, t.Any] = {"uidset": [0, 1000], "gidset": [0]}
+    top = layer_record(TOP, BASE, **{**owners, **more})
+    return snapshot_of(layer_record(BASE, **owners), top, image), image
 
 
 def make_plan(

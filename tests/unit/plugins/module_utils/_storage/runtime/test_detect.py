@@ -85,9 +85,7 @@ def test_runtimes_are_found_in_path(
     assert len((tmp_path / "podman.calls").read_text()) == 1
 
 
-def test_program_without_version_is_rejected(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_program_without_version_is_rejected(tmp_path: pathlib.Path) -> None:
     path = program(tmp_path, "podman", "no idea")
     with pytest.raises(ConfigError, match="no readable version in 'no idea'"):
         detect(path)

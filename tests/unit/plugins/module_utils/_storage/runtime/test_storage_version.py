@@ -55,6 +55,7 @@ def executable(
     return str(path)
 
 
+@pytest.mark.parametrize("rest", [b"", b"storage/pkg/configfile"])
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize(
@@ -68,9 +69,14 @@ def executable(
     ],
 )
 def test_version_is_read_from_build_information(
-    tmp_path: pathlib.Path, modules: str, version: tuple[int, ...], wide: bool, order: str
+    tmp_path: pathlib.Path,
+    modules: str,
+    version: tuple[int, ...],
+    wide: bool,
+    order: str,
+    rest: bytes,
 ) -> None:
-    path = executable(tmp_path / "podman", modules, b"storage/pkg/configfile", wide, order)
+    path = executable(tmp_path / "podman", modules, rest, wide, order)
     found = storage_version.storage_version(path, "podman", lambda: (1, 40))
     assert found == FoundVersion(version, BUILD_INFORMATION)
 

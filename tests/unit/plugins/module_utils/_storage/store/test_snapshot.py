@@ -25,14 +25,17 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.snap
 )
 from hypothesis import given
 from hypothesis import strategies as st
-
-
-def full(text: str) -> str:
-    return text.ljust(64, "0")
+from support.made_records import padded_id
 
 
 def index(kind: t.Any, *raw: t.Dict[str, t.Any]) -> t.Dict[str, t.Any]:
     return {item.id: item for item in parse(json.dumps(raw).encode(), kind, "f")}
+
+
+def additional(kind: t.Any, *raw: t.Dict[str, t.Any]) -> t.Dict[str, t.Any]:
+    """Records of an additional store."""
+    parsed = parse(json.dumps(raw).encode(), kind, "f", read_only_store="/ro")
+    return {item.id: item for item in parsed}
 
 
 def digest(text: str) -> str:
@@ -49,23 +52,27 @@ def snapshot(images: t.Sequence[t.Dict[str, t.Any]] = ()) -> Snapshot:
 @pytest.fixture
 def tree() -> Snapshot:
     layers = [
-        {"id": full("a")},
-        {"id": full("b"), "parent": full("a")},
-        {"id": full("c"), "parent": full("b")},
-        {"id": full("d"), "parent": full("b")},
-        {"id": full("e"), "parent": full("d")},
-        {"id": full("f"), "parent": full("0badbad")},
-        {"id": full("1"), "parent": full("2")},
-        {"id": full("2"), "parent": full("1")},
+        {"id": padded_id("a")},
+        {"id": padded_id("b"), "parent": padded_id("a")},
+        {"id": padded_id("c"), "parent": padded_id("b")},
+        {"id": padded_id("d"), "parent": padded_id("b")},
+        {"id": padded_id("e"), "parent": padded_id("d")},
+        {"id": padded_id("f"), "parent": padded_id("0badbad")},
+        {"id": padded_id("1"), "parent": padded_id("2")},
+        {"id": padded_id("2"), "parent": padded_id("1")},
     ]
     images: t.List[t.Dict[str, t.Any]] = [
-        {"id": full("10"), "layer": full("c"), "mapped-layers": [full("d"), full("dead")]},
-        {"id": full("11"), "layer": full("c")},
-        {"id": full("12")},
+        {
+            "id": padded_id("10"),
+            "layer": padded_id("c"),
+            "mapped-layers": [padded_id("d"), padded_id("dead")],
+        },
+        {"id": padded_id("11"), "layer": padded_id("c")},
+        {"id": padded_id("12")},
     ]
     containers = [
-        {"id": full("20"), "image": full("10"), "layer": full("e")},
-        {"id": full("21"), "image": full("10"), "layer": full("beef")},
+        {"id": padded_id("20"), "image": padded_id("10"), "layer": padded_id("e")},
+        {"id": padded_id("21"), "image": padded_id("10"), "layer": padded_id("beef")},
     ]
     return Snapshot(index(Layer, *layers), index(Image, *images), index(Container, *containers))
 
@@ -75,43 +82,48 @@ class TestAdditionalStore:
 
     @pytest.fixture
     def stores(self) -> Snapshot:
-        def additional(kind: t.Any, *raw: t.Dict[str, t.Any]) -> t.Dict[str, t.Any]:
-            parsed = parse(json.dumps(raw).encode(), kind, "f", read_only_store="/ro")
-            return {item.id: item for item in parsed}
-
-        image = {"id": full("11"), "layer": full("a"), "mapped-layers": [full("c")]}
+        image = {"id": padded_id("11"), "layer": padded_id("a"), "mapped-layers": [padded_id("c")]}
         return Snapshot(
             {
-                **index(Layer, {"id": full("a")}, {"id": full("b"), "parent": full("a")}),
+                **index(
+                    Layer, {"id": padded_id("a")}, {"id": padded_id("b"), "parent": padded_id("a")}
+                ),
                 **additional(
                     Layer,
-                    {"id": full("c"), "parent": full("a")},
-                    {"id": full("d"), "parent": full("b")},
-                    {"id": full("e"), "parent": full("c")},
+                    {"id": padded_id("c"), "parent": padded_id("a")},
+                    {"id": padded_id("d"), "parent": padded_id("b")},
+                    {"id": padded_id("e"), "parent": padded_id("c")},
                 ),
             },
-            {**index(Image, {"id": full("10"), "layer": full("a")}), **additional(Image, image)},
+            {
+                **index(Image, {"id": padded_id("10"), "layer": padded_id("a")}),
+                **additional(Image, image),
+            },
             {},
-            additional={"/ro": frozenset(map(full, "acde"))},
+            additional={"/ro": frozenset(map(padded_id, "acde"))},
         )
 
     def test_children_are_in_the_same_store(self, stores: Snapshot) -> None:
-        assert [item.id for item in stores.children(full("a"))] == [full("b")]
-        assert [item.id for item in stores.children(full("c"))] == [full("e")]
+        assert [item.id for item in stores.children(padded_id("a"))] == [padded_id("b")]
+        assert [item.id for item in stores.children(padded_id("c"))] == [padded_id("e")]
 
     def test_parent_that_is_missing_in_the_additional_store_is_found(
         self, stores: Snapshot
     ) -> None:
-        assert [item.id for item in stores.children(full("b"))] == [full("d")]
+        assert [item.id for item in stores.children(padded_id("b"))] == [padded_id("d")]
 
     def test_images_are_in_the_same_store(self, stores: Snapshot) -> None:
-        assert [item.id for item in stores.images_of_layer(full("a"))] == [full("10")]
-        assert [item.id for item in stores.images_of_layer(full("c"))] == [full("11")]
+        assert [item.id for item in stores.images_of_layer(padded_id("a"))] == [padded_id("10")]
+        assert [item.id for item in stores.images_of_layer(padded_id("c"))] == [padded_id("11")]
 
 
 def test_chain_ends_with_the_base_layer(tree: Snapshot) -> None:
-    assert [item.id for item in tree.chain(full("c"))] == [full("c"), full("b"), full("a")]
-    assert [item.id for item in tree.chain(full("a"))] == [full("a")]
+    assert [item.id for item in tree.chain(padded_id("c"))] == [
+        padded_id("c"),
+        padded_id("b"),
+        padded_id("a"),
+    ]
+    assert [item.id for item in tree.chain(padded_id("a"))] == [padded_id("a")]
     assert tree.chain("") == []
 
 
@@ -120,55 +132,64 @@ def test_chain_ends_with_the_base_layer(tree: Snapshot) -> None:
 )
 def test_broken_chain_is_an_error(tree: Snapshot, layer: str, message: str) -> None:
     with pytest.raises(StoreError, match=message) as caught:
-        tree.chain(full(layer))
-    assert full(layer) in str(caught.value)
+        tree.chain(padded_id(layer))
+    assert padded_id(layer) in str(caught.value)
 
 
 def test_users_of_layers_are_found(tree: Snapshot) -> None:
-    assert [child.id for child in tree.children(full("b"))] == [full("c"), full("d")]
-    assert tree.children(full("c")) == []
-    assert [item.id for item in tree.containers_on(full("d"))] == [full("20")]
-    assert [item.id for item in tree.containers_on(full("e"))] == [full("20")]
-    assert [item.id for item in tree.containers_on(full("beef"))] == [full("21")]
-    assert tree.containers_on(full("c")) == []
-    assert [item.id for item in tree.containers_of(full("10"))] == [full("20"), full("21")]
-    assert [item.id for item in tree.images_of_layer(full("c"))] == [full("10"), full("11")]
-    assert [item.id for item in tree.images_of_layer(full("dead"))] == [full("10")]
-    first = tree.image_of_layer(full("d"))
+    assert [child.id for child in tree.children(padded_id("b"))] == [padded_id("c"), padded_id("d")]
+    assert tree.children(padded_id("c")) == []
+    assert [item.id for item in tree.containers_on(padded_id("d"))] == [padded_id("20")]
+    assert [item.id for item in tree.containers_on(padded_id("e"))] == [padded_id("20")]
+    assert [item.id for item in tree.containers_on(padded_id("beef"))] == [padded_id("21")]
+    assert tree.containers_on(padded_id("c")) == []
+    assert [item.id for item in tree.containers_of(padded_id("10"))] == [
+        padded_id("20"),
+        padded_id("21"),
+    ]
+    assert [item.id for item in tree.images_of_layer(padded_id("c"))] == [
+        padded_id("10"),
+        padded_id("11"),
+    ]
+    assert [item.id for item in tree.images_of_layer(padded_id("dead"))] == [padded_id("10")]
+    first = tree.image_of_layer(padded_id("d"))
     assert first is not None
-    assert first.id == full("10")
-    assert tree.image_of_layer(full("a")) is None
-    assert tree.layer(full("a")).id == full("a")
+    assert first.id == padded_id("10")
+    assert tree.image_of_layer(padded_id("a")) is None
+    assert tree.layer(padded_id("a")).id == padded_id("a")
     with pytest.raises(StoreError):
-        tree.layer(full("dead"))
+        tree.layer(padded_id("dead"))
 
 
 # References
 
 IMAGES: t.List[t.Dict[str, t.Any]] = [
     {
-        "id": full("abc1"),
+        "id": padded_id("abc1"),
         "names": ["docker.io/library/alpine:latest", "docker.io/library/alpine:3"],
         "digest": digest("1"),
     },
-    {"id": full("abc2"), "names": ["localhost/app:latest"], "digest": digest("2")},
+    {"id": padded_id("abc2"), "names": ["localhost/app:latest"], "digest": digest("2")},
     {
-        "id": full("def1"),
+        "id": padded_id("def1"),
         "names": ["quay.io/org/app:1", "quay.io/org/tool:latest"],
         "big-data-digests": {"manifest": digest("3"), "manifest-x": digest("4"), "y": digest("5")},
     },
-    {"id": full("def2"), "names": ["ghcr.io/org/tool:latest"]},
-    {"id": full("123456"), "names": ["registry.example:5000/team/web:2", "localhost/abc:latest"]},
-    {"id": full("789"), "digest": digest("1"), "names": ["quay.io/x/alpine@" + digest("1")]},
-    {"id": full("76"), "names": ["localhost/abc3:latest"]},
+    {"id": padded_id("def2"), "names": ["ghcr.io/org/tool:latest"]},
+    {
+        "id": padded_id("123456"),
+        "names": ["registry.example:5000/team/web:2", "localhost/abc:latest"],
+    },
+    {"id": padded_id("789"), "digest": digest("1"), "names": ["quay.io/x/alpine@" + digest("1")]},
+    {"id": padded_id("76"), "names": ["localhost/abc3:latest"]},
 ]
 
 
 @pytest.mark.parametrize(
     ("reference", "image_id"),
     [
-        (full("abc1"), "abc1"),
-        ("sha256:" + full("abc1"), "abc1"),
+        (padded_id("abc1"), "abc1"),
+        ("sha256:" + padded_id("abc1"), "abc1"),
         ("abc1", "abc1"),
         ("sha256:abc1", "abc1"),
         ("123", "123456"),
@@ -204,7 +225,7 @@ IMAGES: t.List[t.Dict[str, t.Any]] = [
     ],
 )
 def test_reference_is_resolved(reference: str, image_id: str) -> None:
-    assert snapshot(IMAGES).resolve_image(reference).id == full(image_id)
+    assert snapshot(IMAGES).resolve_image(reference).id == padded_id(image_id)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +246,7 @@ def test_reference_is_resolved(reference: str, image_id: str) -> None:
         "app@" + digest("1"),
         "app@sha256:12",
         "@" + digest("1"),
-        full("abc"),
+        padded_id("abc"),
         "a:b:c",
         "//",
         "\ud800",
@@ -267,29 +288,28 @@ def test_ambiguous_reference_is_an_error(reference: str, candidates: t.List[str]
     with pytest.raises(ImageAmbiguous) as caught:
         snapshot(IMAGES).resolve_image(reference)
     assert [fact["id"] for fact in caught.value.facts["candidates"]] == [
-        full(candidate) for candidate in candidates
+        padded_id(candidate) for candidate in candidates
     ]
     for candidate in candidates:
-        assert full(candidate)[:12] in str(caught.value)
+        assert padded_id(candidate)[:12] in str(caught.value)
 
 
 def test_message_lists_few_of_many_candidates() -> None:
-    many = [{"id": full(f"abc{number:x}")} for number in range(0x1000, 0x1400)]
+    many = [{"id": padded_id(f"abc{number:x}")} for number in range(0x1000, 0x1400)]
     with pytest.raises(ImageAmbiguous, match="1014 more") as caught:
         snapshot(many).resolve_image("abc")
     assert len(str(caught.value)) < 500
 
 
 def test_own_image_takes_precedence_over_read_only_images() -> None:
-    own, other = (
-        {"id": full("a"), "names": ["localhost/x:1"]},
-        {
-            "id": full("b"),
-            "names": ["localhost/x:1"],
-        },
-    )
-    assert snapshot([own, other]).resolve_image("x:1").id == full("a")
-    assert snapshot([own, other]).resolve_image("localhost/x:1").id == full("a")
+    own = {"id": padded_id("b"), "names": ["localhost/x:1"]}
+    other = {"id": padded_id("a"), "names": ["localhost/x:1", "localhost/y:1"]}
+    images = {**index(Image, own), **additional(Image, other)}
+    stores = Snapshot({}, images, {})
+    assert stores.images[padded_id("a")].read_only_store == "/ro"
+    for reference in ("x:1", "localhost/x:1"):
+        assert stores.resolve_image(reference).id == padded_id("b")
+    assert stores.resolve_image("y:1").id == padded_id("a")
 
 
 @given(st.text(max_size=80))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import signal
@@ -211,8 +212,19 @@ def test_half_written_ledger_is_removed(area: StagingArea) -> None:
     assert area.leftovers() == []
 
 
-@pytest.mark.parametrize("location", ["", "staging", "trash", "staging/x", "trash/x"])
-def test_links_are_not_followed(area: StagingArea, tmp_path: pathlib.Path, location: str) -> None:
+@pytest.mark.parametrize(
+    ("location", "refused"),
+    [
+        ("", ["claim", "trash"]),
+        ("staging", ["claim"]),
+        ("trash", ["trash"]),
+        ("staging/x", []),
+        ("trash/x", []),
+    ],
+)
+def test_links_are_not_followed(
+    area: StagingArea, tmp_path: pathlib.Path, location: str, refused: t.List[str]
+) -> None:
     with area.claim("key") as workspace:
         name = workspace.id
     outside = tmp_path / "outside"
@@ -222,10 +234,24 @@ def test_links_are_not_followed(area: StagingArea, tmp_path: pathlib.Path, locat
     if os.path.isdir(path):
         os.rename(path, tmp_path / "away")
     os.symlink(outside, path)
-    assert area.leftovers() == [] or location.endswith("x")
-    for action in (area.sweep, lambda: area.claim("key").__enter__(), lambda: area.trash("y")):
-        with contextlib.suppress(StoreError):
-            action()
+    # A link in place of an entry is a leftover, and a sweep removes only the link.
+    entry = location.endswith("/x")
+    assert [leftover.path for leftover in area.leftovers()] == ([path] if entry else [])
+    assert area.sweep() == []
+    assert os.path.lexists(path) is not entry
+    if entry:
+        os.symlink(outside, path)
+
+    def claim() -> None:
+        with area.claim("key") as workspace:
+            os.mkdir(workspace.path + "/tree")
+
+    for action, act in (("claim", claim), ("trash", lambda: area.trash("y"))):
+        if action in refused:
+            with pytest.raises(StoreError, match="is not a directory"):
+                act()
+        else:
+            act()
     found = sorted(os.listdir(outside))
     assert found == ["inner", "precious"]
     assert os.listdir(outside / "inner") == []
@@ -287,27 +313,41 @@ def test_destroy_is_passed_to_the_removal(
     assert calls == [destroy, destroy]
 
 
-@pytest.mark.parametrize("number", [13, 28, 30, 5])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_system_errors_become_store_errors(
-    area: StagingArea, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    with area.claim("x"):
-        pass
-    os.makedirs(os.path.join(area.root, "trash", "rubbish"))
-
     def fail(*_args: t.Any, **_options: t.Any) -> t.Any:
         raise OSError(number, os.strerror(number), "/some/path")
 
+    def claim(area: StagingArea) -> None:
+        with area.claim("y"):
+            pass
+
+    actions: t.Mapping[str, t.Callable[[StagingArea], t.Any]] = {
+        "claim": claim,
+        "trash": lambda area: area.trash("z"),
+        "sweep": lambda area: area.sweep(),
+    }
+    failed: t.Dict[t.Tuple[str, str], str] = {}
     for name in ("mkdir", "open", "rename", "rmdir"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, fail)
-            for action in (
-                lambda: area.claim("y").__enter__(),
-                lambda: area.trash("z"),
-                area.sweep,
-            ):
-                with contextlib.suppress(StoreError):
-                    action()
+        for action, act in actions.items():
+            area = StagingArea(str(tmp_path / f"{name} {action}"), timeout=TIMEOUT)
+            for folder in ("trash", "staging"):
+                os.makedirs(os.path.join(area.root, folder, "rubbish"))
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, fail)
+                try:
+                    act(area)
+                except StoreError as error:
+                    failed[name, action] = str(error)
+    # A claim ignores errors of its own removal, and on a full disk, entries are deleted without a move to the trash.
+    expected = {("mkdir", "claim"), ("mkdir", "trash"), ("rmdir", "sweep")}
+    expected |= {("open", action) for action in actions}
+    if number != errno.ENOSPC:
+        expected |= {("mkdir", "sweep"), ("rename", "sweep")}
+    assert set(failed) == expected
+    assert all(os.strerror(number).lower() in message for message in failed.values())
 
 
 def test_concurrent_claims_and_sweeps_do_not_conflict(area: StagingArea) -> None:

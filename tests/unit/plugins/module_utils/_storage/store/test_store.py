@@ -12,6 +12,7 @@ import pathlib
 import stat
 import subprocess
 import sys
+import tempfile
 import typing as t
 
 import pytest
@@ -40,15 +41,12 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.store.conf
 from ansible_collections.userns.storage.plugins.module_utils._storage.store.store import Store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.made_records import padded_id
 
 Json = t.Dict[str, t.Any]
 
 
-def full(text: str) -> str:
-    return text.ljust(64, "0")
-
-
-A, B, C, D, ONE, TWO = (full(item) for item in ("a", "b", "c", "d", "1", "2"))
+A, B, C, D, ONE, TWO = (padded_id(item) for item in ("a", "b", "c", "d", "1", "2"))
 
 LAYERS: t.List[Json] = [{"id": A, "x-new": 1.50}, {"id": B, "parent": A}]
 IMAGES: t.List[Json] = [{"id": ONE, "names": ["localhost/a:1"], "layer": B}]
@@ -286,6 +284,17 @@ def test_additional_stores_are_only_read(disk: Disk, tmp_path: pathlib.Path) -> 
     assert not any(path.startswith(str(extra)) for path in changed)
 
 
+def test_own_image_takes_precedence_over_image_of_additional_store(
+    disk: Disk, tmp_path: pathlib.Path
+) -> None:
+    extra = tmp_path / "ro"
+    names = [*IMAGES[0]["names"], "localhost/b:1"]
+    disk.write("images", [{"id": A, "names": names}], base=extra)
+    snapshot = disk.open(additional_image_stores=(str(extra),)).snapshot()
+    assert snapshot.resolve_image("localhost/a:1").id == ONE
+    assert snapshot.resolve_image("localhost/b:1").id == A
+
+
 @pytest.mark.parametrize("data", [b"[", b"{}", b'[{"id":"../x"}]', b"[" * 50000])
 def test_damaged_records_are_an_error_until_they_are_repaired(disk: Disk, data: bytes) -> None:
     store = disk.open()
@@ -350,12 +359,12 @@ def test_large_change_is_parsed_outside_the_locks(
         nonlocal loads
         loads += 1
         if loads in (2, 3):
-            disk.write("layers", [*LAYERS, {"id": full(f"c{loads}")}])
+            disk.write("layers", [*LAYERS, {"id": padded_id(f"c{loads}")}])
         return load(self)
 
     monkeypatch.setattr(Store, "_load", interfere)
     with store.transaction() as transaction:
-        assert list(transaction.snapshot.layers) == [A, B, full("c3")]
+        assert list(transaction.snapshot.layers) == [A, B, padded_id("c3")]
     assert loads == 4
 
 
@@ -738,13 +747,19 @@ def test_link_with_the_temporary_name_is_not_followed(disk: Disk, tmp_path: path
     assert not disk.path("layers").is_symlink()
 
 
-def test_missing_permission_is_reported(disk: Disk) -> None:
+@pytest.fixture
+def public_disk() -> t.Iterator[Disk]:
+    """A disk whose parent folders all users can enter. pytest makes those of tmp_path private when it starts."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        disk = Disk(pathlib.Path(folder))
+        os.chmod(disk.graphroot, 0o755)
+        yield disk
+
+
+def test_missing_permission_is_reported(public_disk: Disk) -> None:
+    disk = public_disk
     os.chmod(disk.path("layers").parent, 0)
-    os.chmod(disk.graphroot.parent, 0o755)
-    os.chmod(disk.graphroot, 0o755)
-    for folder in disk.graphroot.parents:
-        if str(folder).startswith("/tmp/"):
-            os.chmod(folder, os.stat(folder).st_mode | 0o055)
     child = os.fork()
     if child == 0:
         code = 1
@@ -764,7 +779,7 @@ def test_missing_permission_is_reported(disk: Disk) -> None:
 
 # A model of the store: after any operations, the files have the records of the model
 
-NAMES = [full(item) for item in "abcdef"]
+NAMES = [padded_id(item) for item in "abcdef"]
 steps = st.lists(
     st.tuples(
         st.sampled_from(
