@@ -309,6 +309,7 @@ def test_names_repeatedly_replaced_by_links_are_not_followed(
                 try:
                     plan.apply(trees, backwards, workers=1)
                 except TreeError as error:
+                    assert "usr/bin" in error.subject, error
                     refused += "symbolic link" in str(error)
                     missing += "no such file" in str(error)
                     failed += 1

@@ -434,16 +434,22 @@ def _apply(
                     "was changed while its owners were to be changed",
                     "Run the task again.",
                 )
-            _apply_names(fd, item, backwards)
+            try:
+                _apply_names(fd, item, backwards)
+            except OSError as error:
+                raise _at(error, tree, item.path, str(error.filename or "")) from None
             for special in item.specials:
                 try:
                     _apply_special(fd, special, backwards)
                 except OSError as error:
                     raise _at(error, tree, item.path, special.name) from None
-            if item.before != item.after:
-                os.fchown(fd, *(item.before if backwards else item.after))
-            for attribute, old, new in item.attributes:
-                xattrs.put(fd, attribute, old if backwards else new)
+            try:
+                if item.before != item.after:
+                    os.fchown(fd, *(item.before if backwards else item.after))
+                for attribute, old, new in item.attributes:
+                    xattrs.put(fd, attribute, old if backwards else new)
+            except OSError as error:
+                raise _at(error, tree, item.path, "") from None
         finally:
             os.close(fd)
 
