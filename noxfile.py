@@ -230,6 +230,8 @@ def types(session: nox.Session) -> None:
     scripts = ("docsite", "sessions", "tarball", "workshop")
     own = ("noxfile.py", *(f"scripts/{name}.py" for name in scripts))
     run(session, "mypy", cache, *own, MYPYPATH=str(ROOT / "scripts"))
+    python = workshop.environment("prose") / "bin/python"
+    run(session, "mypy", cache, "--python-executable", python, "scripts/prose.py")
     with workshop.collection_tree(session.name) as tree:
         base = tree.parents[2]
         with session.chdir(base):
