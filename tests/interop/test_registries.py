@@ -74,7 +74,8 @@ def test_image_is_pulled_with_username_and_password(
     assert f"login {address}" in refused["msg"]
     assert "Set username and password, or authfile" in refused["msg"]
     if setup == "rootless-as-root":
-        assert f"runuser -l {case.store.user.name} " in refused["msg"]  # type: ignore[union-attr]
+        assert case.store.user is not None
+        assert f"runuser -l {case.store.user.name} " in refused["msg"]
     wrong = pull(case, address, username=NAME, password="something else", options={"fails": True})
     assert "something else" not in json.dumps(wrong["msg"])
     login = {"username": NAME, "password": PASSWORD}

@@ -75,8 +75,8 @@ def fuzz_readers(names: t.Sequence[str], seed: int, limit: str) -> FuzzResult:
 
 
 def _fuzz(names: t.Sequence[str], folder: str, *options: str) -> None:
-    import atheris  # type: ignore[import-untyped,unused-ignore]
-
+    # There is no atheris for some versions of Python.
+    atheris = importlib.import_module("atheris")
     with atheris.instrument_imports(include=["ansible_collections"]):
         from . import fuzz
     work = pathlib.Path(folder) / "work"

@@ -89,8 +89,9 @@ def merged(base: toml.Table, other: toml.Table) -> toml.Table:
     result = dict(base)
     for key, value in other.items():
         before = result.get(key)
-        both = isinstance(before, dict) and isinstance(value, dict)
-        result[key] = merged(before, value) if both else value  # type: ignore[arg-type]
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = merged(before, value)
+        result[key] = value
     return result
 
 
