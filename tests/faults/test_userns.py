@@ -32,7 +32,9 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.userns imp
 from ansible_collections.userns.storage.plugins.module_utils._storage.userns import (
     running as userns,
 )
+from support import namespace_functions
 from support.machines import DEFAULT_SIGNALS
+from support.namespace_functions import crash, state
 from support.waiting import LIMIT, wait_until
 
 if t.TYPE_CHECKING:
@@ -41,46 +43,8 @@ if t.TYPE_CHECKING:
 
 MakeUser = t.Callable[..., "User"]
 
-# Functions that run in a namespace. Subprocesses import this text as a module, so it is self-contained.
-INSIDE = '''
-import os
-
-def state(path=""):
-    """The state of this process, and the owners of a new file."""
-    with open("/proc/self/status") as lines:
-        status = dict(line.rstrip("\\n").split(":\\t", 1) for line in lines if ":\\t" in line)
-    answer = {
-        "ids": [*os.getresuid(), *os.getresgid()],
-        "groups": os.getgroups(),
-        "uid_map": open("/proc/self/uid_map").read().split(),
-        "gid_map": open("/proc/self/gid_map").read().split(),
-        "mounts": os.readlink("/proc/self/ns/mnt"),
-        "users": os.readlink("/proc/self/ns/user"),
-        "capabilities": status["CapEff"],
-        "environ": dict(os.environ),
-        "cwd": os.getcwd(),
-        "pid": os.getpid(),
-    }
-    if path:
-        with open(path, "x"):
-            os.chown(path, 5, 6)
-            seen = os.stat(path)
-            answer["file"] = [seen.st_uid, seen.st_gid]
-    return answer
-
-def crash():
-    raise ValueError("as it happens")
-
-def stay(path):
-    import signal
-    with open(path, "x") as file:
-        file.write(str(os.getpid()))
-    signal.pause()
-'''
-exec(INSIDE)  # pylint: disable=exec-used
-
-state: t.Callable[..., t.Dict[str, t.Any]] = globals()["state"]
-crash: t.Callable[..., None] = globals()["crash"]
+# The text of a module that users import, because they cannot read root's files.
+INSIDE = pathlib.Path(namespace_functions.__file__).read_text()
 
 
 def refuse() -> None:
