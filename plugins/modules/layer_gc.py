@@ -17,7 +17,7 @@ description:
     If no rule is set, nothing is removed, and RV(would_free) lists how much each rule would free.
   - The module never removes a layer that a container or another layer uses, running or not and of any program; an image's own layer;
     anything in a read-only store; a layer with a lease; and layers that O(keep_images), O(keep_mappings) and O(min_age) protect.
-  - Layers are removed in this order, duplicates, layers with maps that nobody can use any more, the layers that have been unused for the
+  - Layers are removed in this order, duplicates, layers with maps that no user can use any more, the layers that have been unused for the
     longest time, and the largest layers. The order matters for the rules for space and for the limits.
   - Runtimes do not record when a layer was last used. Each run of a module of this collection therefore records the layers in use in the
     collection's own ledger. Containers that are created and removed between two runs are detected by their traces on the layer, which are
@@ -218,9 +218,13 @@ author:
 """
 
 EXAMPLES = r"""
-- name: Show how much could be freed
+- name: Determine how much each rule would free, without removing anything
   userns.storage.layer_gc:
   register: gc
+
+- name: Display it
+  ansible.builtin.debug:
+    var: gc.would_free
 
 - name: Remove layers that were not used for four weeks, and more if the disk fills up
   userns.storage.layer_gc:
@@ -238,6 +242,12 @@ EXAMPLES = r"""
   userns.storage.layer_gc:
     user: alice
     max_copies_per_image: 2
+
+- name: Keep the layers of keep-id containers in the stores of two users
+  userns.storage.layer_gc:
+    users: [alice, bob]
+    unused_for: 2w
+    keep_mappings: "0:1:*"
 
 - name: Remove as much as possible in a maintenance window of five minutes
   userns.storage.layer_gc:

@@ -15,7 +15,8 @@ description:
     run --userns=auto).
   - Existing ranges are not changed, regardless of the tool that wrote them. A new range does not overlap any other range in either file,
     whether that is listed by name or by number, or the ID of any local account or group.
-  - The module writes the files under the locks of C(usermod) and C(useradd), and keeps backups of the old files as these tools do.
+  - The module writes the files under the locks of C(usermod) and C(useradd), and keeps copies of the old files in
+    C(/etc/subuid-) and C(/etc/subgid-), as these tools do.
   - The module reads the files as C(newuidmap) and C(newgidmap) on the host do. A line that these programs ignore, for example because it
     ends with a blank, assigns nothing to its user, and the module warns. The module also never assigns a range to another user that any
     version of these programs would read in such a line.
@@ -71,6 +72,11 @@ EXAMPLES = r"""
 - name: Allow alice and bob to run rootless containers
   userns.storage.subordinate_ids:
     users: [alice, bob]
+  register: ids
+
+- name: Display their ranges
+  ansible.builtin.debug:
+    var: ids.users
 
 - name: Assign IDs for 64 containers of the rootful store with automatic namespaces
   userns.storage.subordinate_ids:

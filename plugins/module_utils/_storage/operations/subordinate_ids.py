@@ -300,7 +300,7 @@ def _elsewhere(request: GrantRequest) -> t.Dict[str, t.Any]:
                     "Assign more in the directory service.",
                     user=name,
                 )
-        users.append({"name": name, "added": False, **{k: _said(v) for k, v in found.items()}})
+        users.append({"name": name, "added": False, **{k: _as_result(v) for k, v in found.items()}})
     return {"changed": False, "users": users, "source": service, "warnings": [], "diff": []}
 
 
@@ -314,7 +314,7 @@ def _result(plan: _Plan) -> t.Dict[str, t.Any]:
             {
                 "name": name,
                 "added": name in granted,
-                **{kind: _said(plan.own(name, kind)) for kind in KINDS},
+                **{kind: _as_result(plan.own(name, kind)) for kind in KINDS},
             }
             for name in plan.names
         ],
@@ -332,7 +332,7 @@ def _result(plan: _Plan) -> t.Dict[str, t.Any]:
     }
 
 
-def _said(ranges: t.Iterable[SubIDRange]) -> t.List[t.Dict[str, int]]:
+def _as_result(ranges: t.Iterable[SubIDRange]) -> t.List[t.Dict[str, int]]:
     return [{"start": item.start, "count": item.size} for item in ranges]
 
 
