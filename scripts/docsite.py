@@ -184,7 +184,12 @@ def bring_markdown(docs: Path, rst: Path) -> None:
             text = re.sub(rf"https://raw\S+/docs/{re.escape(picture.name)}", picture.name, text)
         page.write_text(text)
     index = (rst / "index.rst").read_text()
+    listed = sorted(f"{name}.md" for _following, pages in PAGES.values() for name in pages)
+    if listed != names:
+        raise SystemExit(f"PAGES lists {listed}, but docs contains {names}.")
     for title, (following, pages) in PAGES.items():
+        if following not in index:
+            raise SystemExit(f"The start page has no {following!r}, before {title}.")
         entries = "\n".join(f"    docsite/{name}" for name in pages)
         section = SECTION.format(title=title, line="-" * len(title), entries=entries)
         index = index.replace(following, section + following, 1)

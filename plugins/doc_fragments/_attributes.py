@@ -44,7 +44,7 @@ attributes:
       - With C(async), the action plugin calls the module once, without displaying its progress.
 """
 
-    # A module that only reads: what the others have to say for themselves holds of it by nature.
+    # For modules that only read.
     INFO_MODULE = r"""
 options: {}
 attributes:

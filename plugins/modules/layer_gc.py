@@ -243,7 +243,7 @@ EXAMPLES = r"""
     user: alice
     max_copies_per_image: 2
 
-- name: Keep the layers of keep-id containers in the stores of two users
+- name: Keep layers whose maps begin with the subordinate IDs, such as those of keep-id containers, in the stores of two users
   userns.storage.layer_gc:
     users: [alice, bob]
     unused_for: 2w

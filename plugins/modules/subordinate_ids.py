@@ -126,8 +126,8 @@ source:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.userns.storage.plugins.module_utils._module import run_as_root
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations.subordinate_ids import (
-    GrantRequest,
-    grant,
+    AssignRequest,
+    assign,
 )
 
 
@@ -144,12 +144,12 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    request = GrantRequest(
+    request = AssignRequest(
         users=tuple(module.params["users"]),
         count=module.params["count"],
         check=module.check_mode,
     )
-    run_as_root(module, request, grant)
+    run_as_root(module, request, assign)
 
 
 if __name__ == "__main__":

@@ -493,9 +493,10 @@ def _nothing(
             f"Correct it to NAME:START:COUNT without blanks, for example to {line}.",
             **facts,
         )
-    # usermod requires an account.
+    # usermod requires an account. The last line of the file may lack its newline.
+    form = r"%s\n" if not content or content.endswith(b"\n") else r"\n%s\n"
     run = (
-        f"{command('echo', line)} >>{command(path)}"
+        f"{command('printf', form, line)} >>{command(path)}"
         if uid is None
         else command("usermod", f"--add-sub{kind}s", f"{start}-{start + size - 1}", name)
     )

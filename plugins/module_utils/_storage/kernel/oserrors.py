@@ -15,6 +15,9 @@ from ..printable import command, printable
 
 _SHOWN_PATH = 1024
 
+# The hint for errors whose cause only the kernel knows.
+LOOK_INTO_LOG = "Fix the cause, then run the task again; `dmesg` may show more details."
+
 
 def shown(path: str) -> str:
     """A path for messages: printable and of limited length."""
@@ -97,9 +100,20 @@ def translated(
     return kind(
         subject,
         cause,
-        "Fix the cause, then run the task again; `dmesg` may show more details.",
+        LOOK_INTO_LOG,
         **facts,
     )
+
+
+@contextlib.contextmanager
+def translate_error_of_root_file(path: str) -> t.Iterator[None]:
+    """Translate OSError as :func:`translate_oserror`, for a file or directory that only root may change."""
+    hint = "Run the task with become: true."
+    if os.geteuid() == 0:
+        look = command("lsattr", "-d", os.path.dirname(path) or ".", path)
+        hint = f"Check whether a file attribute or a security module protects it: `{look}`."
+    with translate_oserror(os.path.dirname(path), path, permission_hint=hint):
+        yield
 
 
 def _existing(path: str) -> str:

@@ -24,7 +24,7 @@ def candidate(
     :param layer: the record of the layer
     :param idle: the observed seconds for which it has been unused
     :param dependents: names of layers that need it on disk
-    :param unusable: why nobody can use its map
+    :param unusable: why no user can use its map
     """
     return Candidate(
         layer_id=state.layer_id,

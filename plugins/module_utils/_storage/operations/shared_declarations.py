@@ -10,11 +10,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import typing as t
 from dataclasses import asdict, dataclass, field
 
 from ..errors import ConfigError
-from ..kernel.oserrors import translate_oserror
+from ..kernel.oserrors import translate_error_of_root_file
 from .mapping_options import OPTIONS, MappingOptions
 from .options import given
 
@@ -32,6 +33,8 @@ def store_key(graphroot: str) -> str:
 
 
 _DECLARATIONS = "/etc/userns-storage/shared"
+# See store_key().
+_NAME = re.compile(r"[0-9a-f]{4}\.json")
 _LARGEST_DECLARATION = 1 << 20
 
 
@@ -66,7 +69,7 @@ def read_declaration(graphroot: str) -> t.Optional[Declaration]:
 
 
 def _read(path: str) -> t.Optional[Declaration]:
-    with _translated(path):
+    with translate_error_of_root_file(path):
         try:
             with open(path, "rb") as file:
                 data = file.read(_LARGEST_DECLARATION)
@@ -99,9 +102,10 @@ def declarations() -> t.List[Declaration]:
     :raises StorageError: a file cannot be read
     """
     names: t.List[str] = []
-    with _translated(_DECLARATIONS), contextlib.suppress(FileNotFoundError):
+    with translate_error_of_root_file(_DECLARATIONS), contextlib.suppress(FileNotFoundError):
         names = sorted(os.listdir(_DECLARATIONS))
-    paths = [os.path.join(_DECLARATIONS, name) for name in names if name.endswith(".json")]
+    # Files with other names are not declarations.
+    paths = [os.path.join(_DECLARATIONS, name) for name in names if _NAME.fullmatch(name)]
     found = [(path, _read(path)) for path in paths]
     # Copies under other names do not count.
     return [
@@ -109,12 +113,6 @@ def declarations() -> t.List[Declaration]:
         for path, declaration in found
         if declaration is not None and path == _declaration_path(declaration.graphroot)
     ]
-
-
-def _translated(path: str) -> t.ContextManager[None]:
-    return translate_oserror(
-        os.path.dirname(path), path, permission_hint="Run the task with become: true."
-    )
 
 
 def _declaration_path(graphroot: str) -> str:
@@ -127,7 +125,7 @@ def write_declaration(declaration: Declaration) -> None:
     :raises StorageError: it cannot be written
     """
     path = _declaration_path(declaration.graphroot)
-    with _translated(path):
+    with translate_error_of_root_file(path):
         if declaration.users:
             _write(path, declaration)
             return

@@ -31,7 +31,7 @@ from ..errors import (
 from ..idmap.mapping import Mapping
 from ..idmap.subids import namespace_mapping, subordinate_ids
 from ..kernel import acls, mounts, namespaces
-from ..kernel.oserrors import translate_oserror
+from ..kernel.oserrors import translate_error_of_root_file, translate_oserror
 from ..printable import user_command
 from ..runtime.forms import recorded_form
 from ..store.config import Account
@@ -385,7 +385,7 @@ class _UserWork:
                 ) from error
 
     def _unmount(self, points: t.Iterable[str]) -> None:
-        with translate_oserror(self.store.path):
+        with translate_error_of_root_file(self.store.path):
             for path in points:
                 mounts.umount(path, _DETACHED)
 

@@ -22,7 +22,7 @@ import typing as t
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError, PermissionDenied, StorageError, StoreError
-from ..kernel.oserrors import translated
+from ..kernel.oserrors import LOOK_INTO_LOG, translated
 from ..printable import command, printable, user_command
 from ..runtime.detect import installed
 from ..store import conf_edit, toml
@@ -39,7 +39,7 @@ _ROOTFUL, _ROOTLESS, _BOTH = "storage.rootful.conf.d", "storage.rootless.conf.d"
 _COMMENT = "# Keys set by the Ansible module userns.storage.storage_conf.\n"
 _LARGEST = 2**20
 # Causes that the path of the file does not explain.
-_OF_FILESYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_OF_FILESYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _METACOPY = "/sys/module/overlay/parameters/metacopy"
 # Runtimes before 1.63 require these in the file of the rootful store, and ignore them there for rootless users.
 _PATHS = {"graphroot": "/var/lib/containers/storage", "runroot": "/run/containers/storage"}
@@ -436,10 +436,14 @@ class _Files:
         leads = f", which leads to {printable(real)}," if real != os.path.normpath(path) else ""
         subject = f"user {self.user}: {printable(path)}{leads}"
         if error.errno in _OF_FILESYSTEM:
-            return translated(error, os.path.dirname(real), subject)
+            refused = translated(error, os.path.dirname(real), subject)
+            # The error can be about a temporary file.
+            refused.facts["path"] = path
+            return refused
         cause = f"cannot be {done}: {os.strerror(error.errno or 0).lower()}"
         kind = PermissionDenied if error.errno in (errno.EACCES, errno.EPERM) else StoreError
-        return kind(subject, cause, self._look(path), path=path, errno=error.errno)
+        hint = LOOK_INTO_LOG if error.errno == errno.EIO else self._look(path)
+        return kind(subject, cause, hint, path=path, errno=error.errno)
 
     def _wrong(self, path: str, cause: str) -> StoreError:
         return StoreError(

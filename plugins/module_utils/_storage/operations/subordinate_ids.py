@@ -29,8 +29,7 @@ from ..idmap.subids import (
     unread,
     why_not_read,
 )
-from ..kernel.oserrors import translate_oserror
-from ..printable import command
+from ..kernel.oserrors import translate_error_of_root_file
 
 KINDS = ("uid", "gid")
 
@@ -40,7 +39,7 @@ _SELINUX = "security.selinux"
 
 
 @dataclass(frozen=True)
-class GrantRequest:
+class AssignRequest:
     """What a task declares.
 
     :param users: names of accounts, or names without an account such as ``containers``
@@ -54,7 +53,7 @@ class GrantRequest:
     group: str = "/etc/group"
 
 
-def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
+def assign(request: AssignRequest) -> t.Dict[str, t.Any]:
     """Ensure that each user has the requested number of subordinate IDs. Existing ranges are kept.
 
     :returns: the module's result; with ``error`` and ``facts`` if a file cannot be replaced after another was
@@ -66,8 +65,8 @@ def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
     :raises StoreError: they cannot be written for another reason
     """
     for name in request.users:
-        if not name or any(mark in name for mark in ":#\n") or name != name.strip():
-            raise ConfigError(f"user {name!r}", "is not a valid user name", "Check: getent passwd")
+        if not name or not name.isprintable() or {*":#"} & {*name} or name != name.strip():
+            raise ConfigError(f"user {name!a}", "is not a valid user name", "Check: getent passwd")
     if not 0 < request.count < ID_LIMIT:
         raise ConfigError(
             f"count {request.count}",
@@ -104,7 +103,7 @@ def grant(request: GrantRequest) -> t.Dict[str, t.Any]:
 
 
 class _NewRange(t.NamedTuple):
-    """A range that a user is granted."""
+    """A range that is assigned to a user."""
 
     kind: str
     owner: str
@@ -126,7 +125,7 @@ class _Plan:
     :param accounts: the IDs of local accounts and groups, by kind of ID
     """
 
-    request: GrantRequest
+    request: AssignRequest
     names: t.Tuple[str, ...]
     before: t.Mapping[str, bytes]
     after: t.Mapping[str, bytes]
@@ -150,7 +149,7 @@ class _Plan:
 
 
 def _planned(
-    names: t.Tuple[str, ...], request: GrantRequest, listed: t.Sequence[SubIDRange]
+    names: t.Tuple[str, ...], request: AssignRequest, listed: t.Sequence[SubIDRange]
 ) -> _Plan:
     """Read each file once, and choose the missing ranges.
 
@@ -174,7 +173,7 @@ def _planned(
 
 def _missing_ranges(
     names: t.Iterable[str],
-    request: GrantRequest,
+    request: AssignRequest,
     before: t.Mapping[str, bytes],
     taken: t.List[SubIDRange],
 ) -> t.List[_NewRange]:
@@ -206,7 +205,7 @@ def _whole(content: bytes) -> bytes:
     return content if not content or content.endswith(b"\n") else content + b"\n"
 
 
-def _own(name: str, kind: str, content: bytes, request: GrantRequest) -> t.Sequence[SubIDRange]:
+def _own(name: str, kind: str, content: bytes, request: AssignRequest) -> t.Sequence[SubIDRange]:
     """A user's ranges in the content of the file itself, including ranges of names without an account, which libsubid
     omits and which must not be added again.
     """
@@ -214,7 +213,7 @@ def _own(name: str, kind: str, content: bytes, request: GrantRequest) -> t.Seque
     return own_ranges(_whole(content), path, name, _uid_of(name), request.sources.reading)
 
 
-def _refuse_unreadable(before: t.Mapping[str, bytes], request: GrantRequest) -> None:
+def _refuse_unreadable(before: t.Mapping[str, bytes], request: AssignRequest) -> None:
     """Refuse files that shadow would not read even after the change."""
     for kind in KINDS:
         path = request.sources.path(kind)
@@ -239,7 +238,7 @@ def _warnings(plan: _Plan) -> t.List[str]:
             for number, text in unread(content, name, uid, plan.request.sources.reading):
                 found.append(
                     f"{path} line {number}, {text!r}, is ignored by newuidmap and newgidmap, and "
-                    f"grants nothing to {name}"
+                    f"assigns nothing to {name}"
                 )
             own = plan.own(name, kind)
             for number, one in enumerate(own):
@@ -284,7 +283,7 @@ def _words(sub_idrange: SubIDRange) -> str:
     return f"{sub_idrange.start}-{sub_idrange.start + sub_idrange.size - 1}"
 
 
-def _elsewhere(request: GrantRequest) -> t.Dict[str, t.Any]:
+def _elsewhere(request: AssignRequest) -> t.Dict[str, t.Any]:
     """Users with IDs in a directory service, which are counted, but never written."""
     service = nss_service(request.sources.nsswitch)
     users = []
@@ -306,14 +305,14 @@ def _elsewhere(request: GrantRequest) -> t.Dict[str, t.Any]:
 
 def _result(plan: _Plan) -> t.Dict[str, t.Any]:
     """The module's result."""
-    granted = {item.owner for item in plan.added}
+    changed_users = {item.owner for item in plan.added}
     paths = {kind: plan.request.sources.path(kind) for kind in plan.changed}
     return {
         "changed": bool(plan.changed),
         "users": [
             {
                 "name": name,
-                "added": name in granted,
+                "added": name in changed_users,
                 **{kind: _as_result(plan.own(name, kind)) for kind in KINDS},
             }
             for name in plan.names
@@ -336,19 +335,12 @@ def _as_result(ranges: t.Iterable[SubIDRange]) -> t.List[t.Dict[str, int]]:
     return [{"start": item.start, "count": item.size} for item in ranges]
 
 
-@contextlib.contextmanager
-def _translated(path: str) -> t.Iterator[None]:
-    """Translate errors of the operating system for a file that only root may change."""
-    hint = "Run the task with become: true."
-    if os.geteuid() == 0:
-        shown = command("lsattr", "-d", os.path.dirname(path) or ".", path)
-        hint = f"Check whether a file attribute or a security module protects it: `{shown}`."
-    with translate_oserror(os.path.dirname(path), path, permission_hint=hint):
-        yield
-
-
 def _read(path: str) -> bytes:
-    with _translated(path), contextlib.suppress(FileNotFoundError), open(path, "rb") as stream:
+    with (
+        translate_error_of_root_file(path),
+        contextlib.suppress(FileNotFoundError),
+        open(path, "rb") as stream,
+    ):
         return stream.read()
     return b""
 
@@ -357,7 +349,7 @@ def _replace(path: str, before: bytes, after: bytes) -> None:
     """Write the file as shadow's tools do, with the old content as ``PATH-``."""
     fresh = f"{path}+"
     try:
-        with _translated(path):
+        with translate_error_of_root_file(path):
             mode, owner, group = 0o644, 0, 0
             with contextlib.suppress(FileNotFoundError):
                 info = os.stat(path)
@@ -373,7 +365,7 @@ def _replace(path: str, before: bytes, after: bytes) -> None:
 
 def _sync_folder(path: str) -> None:
     """Write the entry of a file in its folder to disk."""
-    with _translated(path):
+    with translate_error_of_root_file(path):
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -401,7 +393,7 @@ def _write(path: str, content: bytes, mode: int, owner: int, group: int, model: 
 def _locked(path: str) -> t.Iterator[None]:
     """shadow's lock: ``PATH.lock``, a hard link to a file that holds the owner's PID."""
     lock, own = f"{path}.lock", f"{path}.{os.getpid()}"
-    with _translated(lock):
+    with translate_error_of_root_file(lock):
         try:
             with open(own, "w", encoding="ascii") as stream:
                 stream.write(f"{os.getpid()}\0")
@@ -412,7 +404,7 @@ def _locked(path: str) -> t.Iterator[None]:
     try:
         yield
     finally:
-        with _translated(lock), contextlib.suppress(FileNotFoundError):
+        with translate_error_of_root_file(lock), contextlib.suppress(FileNotFoundError):
             os.unlink(lock)
 
 
@@ -451,7 +443,7 @@ def _holder(lock: str) -> t.Optional[int]:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

@@ -61,17 +61,36 @@ def explain(account: t.Optional[Account], error: Forbidden) -> NamespaceError:
             f"Raise it: sysctl {limit}=15000",
         )
     return NamespaceError(
-        subject, f"cannot create a {kind} namespace: {error.reason}", _hint(error.errno)
+        subject, f"cannot create a {kind} namespace: {error.reason}", _hint(error.errno, error.step)
     )
 
 
-def _hint(number: int) -> str:
-    """What to do if a namespace cannot be created."""
-    if number in (errno.ENOSYS, errno.EINVAL):
-        return (
-            "The kernel has no user namespaces (CONFIG_USER_NS, see user_namespaces(7)), or the seccomp profile of "
-            "a container blocks the system call."
-        )
+# The steps of a child before its function runs.
+_UNSHARE = "unshare"
+_TAKE_GROUPS = "taking the groups of the user"
+_TAKE_IDS = "taking the IDs of the user"
+_BECOME_ROOT = "becoming root of the namespace"
+_MOUNT = "mounting in the new namespace"
+_MISSING_FEATURE = (
+    "The kernel has no such namespaces (for users CONFIG_USER_NS, see user_namespaces(7)), or the seccomp profile of "
+    "a container blocks the system call."
+)
+_INVALID = {
+    _UNSHARE: _MISSING_FEATURE,
+    **dict.fromkeys(
+        (_TAKE_GROUPS, _TAKE_IDS, _BECOME_ROOT),
+        "An ID has no mapping in the current user namespace. See /proc/self/uid_map and /proc/self/gid_map there.",
+    ),
+    _MOUNT: "The root directory is not a mount point, as in a chroot. Run the task outside of it.",
+}
+
+
+def _hint(number: int, step: str) -> str:
+    """What to do if a step fails."""
+    if number == errno.ENOSYS:
+        return _MISSING_FEATURE
+    if number == errno.EINVAL and step in _INVALID:
+        return _INVALID[step]
     if number not in (errno.EPERM, errno.EACCES):
         return "Fix the cause, then run the task again; `dmesg` may show more details."
     if os.geteuid() == 0:
@@ -231,7 +250,7 @@ def _become(account: Account, parent: int) -> bool:
         raise NamespaceError(
             f"user {account.name}",
             f"root cannot take the IDs of this user: {error.strerror}",
-            _hint(error.errno or 0),
+            _hint(error.errno or 0, _TAKE_IDS),
         ) from error
     return True
 
@@ -270,15 +289,15 @@ def _enter(sender: Sender, gate: int, account: t.Optional[Account], parent: int)
     """Enter the child's namespaces; false if that failed and was reported."""
     _default_signals()
     namespaces.die_with_parent(parent)
-    step = "unshare"
+    step = _UNSHARE
     try:
         if account is None:
             namespaces.unshare(namespaces.CLONE_NEWNS)
         else:
             if os.geteuid() == 0:
-                step = "taking the groups of the user"
+                step = _TAKE_GROUPS
                 _set_groups(account)
-                step = "unshare"
+                step = _UNSHARE
             # Before the namespace is entered, in which owners have other numbers.
             environ = _environment_of(account)
             namespaces.die_with_parent(parent)
@@ -287,10 +306,10 @@ def _enter(sender: Sender, gate: int, account: t.Optional[Account], parent: int)
             sender.send(ENTERED, {"pid": os.getpid()})
             if not os.read(gate, 1):
                 return False
-            step = "becoming root of the namespace"
+            step = _BECOME_ROOT
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)
-        step = "mounting in the new namespace"
+        step = _MOUNT
         namespaces.isolate_mounts()
         # Each change of credentials cancels it.
         namespaces.die_with_parent(parent)

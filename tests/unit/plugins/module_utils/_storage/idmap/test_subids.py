@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import subprocess
 import typing as t
 
 import pytest
@@ -95,7 +96,22 @@ def test_missing_range_is_proposed(files: SourcesFactory) -> None:
     # usermod does not accept names without an account.
     with pytest.raises(NamespaceError) as caught:
         ranges_of("containers", None, "gid", sources=sources)
-    assert f"example: echo containers:362144:65536 >>{sources.subgid}" in str(caught.value)
+    command = rf"printf '%s\n' containers:362144:65536 >>{sources.subgid}"
+    assert str(caught.value).endswith(f"for example: {command}")
+
+
+@pytest.mark.parametrize(
+    ("content", "form"), [("", r"%s\n"), ("bob:1:5\n", r"%s\n"), ("bob:1:5", r"\n%s\n")]
+)
+def test_proposed_command_adds_whole_line(files: SourcesFactory, content: str, form: str) -> None:
+    sources = files(content, content)
+    with pytest.raises(NamespaceError) as caught:
+        ranges_of("containers", None, "uid", sources=sources)
+    assert f"printf '{form}' containers:" in str(caught.value)
+    subprocess.run(str(caught.value).partition("for example: ")[2], shell=True, check=True)
+    lines = pathlib.Path(sources.subuid).read_text().splitlines()
+    assert [line for line in lines if line][-1].startswith("containers:")
+    assert len(lines) == len(content.splitlines()) + 1
 
 
 def test_file_without_range_is_named_in_error(files: SourcesFactory) -> None:

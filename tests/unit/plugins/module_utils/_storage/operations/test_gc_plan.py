@@ -809,6 +809,22 @@ def _plan_for(count: int) -> None:
     plan(layers, (), policy, disk, WATCHED, NOW)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(max_used_space=Amount(300)),
+        Policy(created_before=NOW, reserved_space=Amount(200)),
+    ],
+)
+def test_space_of_layer_of_newer_format_counts(policy: Policy) -> None:
+    newer = old(1, newer_format="has a file that no known version writes")
+    known = [old(number) for number in (2, 3, 4)]
+    without = decide(known, policy)
+    made = decide([newer, *known], policy)
+    assert len(made.removals) == len(without.removals) + 1
+    assert newer.layer_id not in {removal.layer_id for removal in made.removals}
+
+
 def test_layer_of_newer_format_is_kept_and_counts_as_copy() -> None:
     newer = old(1, newer_format="has a file that no known version writes")
     known = old(2)

@@ -55,6 +55,7 @@ def test_copy_with_other_name_is_ignored(folder: pathlib.Path) -> None:
     write_declaration(DECLARATION)
     (written,) = folder.iterdir()
     (folder / "copy.json").write_bytes(written.read_bytes())
+    (folder / "notes.json").write_text("{}")
     assert declarations() == [DECLARATION]
 
 

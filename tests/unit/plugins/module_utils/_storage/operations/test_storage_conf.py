@@ -14,11 +14,13 @@ import pytest
 from ansible_collections.userns.storage.plugins.module_utils._storage.errors import (
     NoSpace,
     PermissionDenied,
+    StorageError,
     StoreError,
 )
 from ansible_collections.userns.storage.plugins.module_utils._storage.operations import storage_conf
 
 
+@pytest.mark.parametrize("call", ["rename", "write", "fsync"])
 @pytest.mark.parametrize(
     ("number", "kind", "hint"),
     [
@@ -31,19 +33,22 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 )
 def test_hint_matches_cause(
     number: int,
-    kind: t.Type[Exception],
+    kind: t.Type[StorageError],
     hint: str,
+    call: str,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_arguments: t.Any) -> t.NoReturn:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "rename", fail)
+    monkeypatch.setattr(os, call, fail)
     files = storage_conf._Files("root", str(tmp_path), check=False, backup=True)
     with pytest.raises(kind, match=os.strerror(number).lower()) as caught:
         files.write(str(tmp_path / "storage.conf"), None, "[storage]\n")
     assert type(caught.value) is kind
     assert hint in str(caught.value)
     assert "user root: " in str(caught.value)
+    assert "cannot be " in str(caught.value)
+    assert caught.value.facts == {"path": str(tmp_path / "storage.conf"), "errno": number}
     assert not list(tmp_path.iterdir())

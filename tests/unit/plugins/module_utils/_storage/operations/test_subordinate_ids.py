@@ -40,7 +40,7 @@ from ansible_collections.userns.storage.plugins.module_utils._storage.operations
 from hypothesis import given
 from hypothesis import strategies as st
 
-RequestFactory = t.Callable[..., subordinate_ids.GrantRequest]
+RequestFactory = t.Callable[..., subordinate_ids.AssignRequest]
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def request_for(tmp_path: Path) -> RequestFactory:
         login_defs: str = "",
         dialect: Dialect = SHADOW_4_13,
         **options: t.Any,
-    ) -> subordinate_ids.GrantRequest:
+    ) -> subordinate_ids.AssignRequest:
         texts = {
             "subuid": subuid,
             "subgid": subuid if subgid is None else subgid,
@@ -77,7 +77,7 @@ def request_for(tmp_path: Path) -> RequestFactory:
             str(tmp_path / "login.defs"),
             dialect,
         )
-        return subordinate_ids.GrantRequest(
+        return subordinate_ids.AssignRequest(
             users=users, sources=sources, group=str(tmp_path / "group"), **options
         )
 
@@ -86,7 +86,7 @@ def request_for(tmp_path: Path) -> RequestFactory:
 
 def test_missing_ranges_are_added_once(request_for: RequestFactory, tmp_path: Path) -> None:
     request = request_for("alice", "bob", subuid="carol:100000:65536")
-    result = subordinate_ids.grant(request)
+    result = subordinate_ids.assign(request)
     assert result["changed"]
     assert (tmp_path / "subuid").read_text() == (
         "carol:100000:65536\nalice:165536:65536\nbob:231072:65536\n"
@@ -99,13 +99,13 @@ def test_missing_ranges_are_added_once(request_for: RequestFactory, tmp_path: Pa
         "uid": [{"start": 231072, "count": 65536}],
         "gid": [{"start": 231072, "count": 65536}],
     }
-    assert not subordinate_ids.grant(request)["changed"]
+    assert not subordinate_ids.assign(request)["changed"]
     assert not list(tmp_path.glob("*.lock"))
 
 
 def test_existing_ranges_are_kept_and_extended(request_for: RequestFactory, tmp_path: Path) -> None:
     text = "# by hand\nalice:300000:1000\nalice:300500:65536\n4711:165536:65536\nroot:malformed\n"
-    subordinate_ids.grant(request_for("alice", subuid=text, subgid="alice:100000:40000\n"))
+    subordinate_ids.assign(request_for("alice", subuid=text, subgid="alice:100000:40000\n"))
     assert (tmp_path / "subuid").read_text() == text
     # The ranges from 100000 and 165536 are taken in one of the files.
     assert (tmp_path / "subgid").read_text() == "alice:100000:40000\nalice:231072:25536\n"
@@ -114,7 +114,7 @@ def test_existing_ranges_are_kept_and_extended(request_for: RequestFactory, tmp_
 def test_ids_of_accounts_and_groups_are_skipped(
     request_for: RequestFactory, tmp_path: Path
 ) -> None:
-    subordinate_ids.grant(
+    subordinate_ids.assign(
         request_for(
             "alice",
             passwd="dave:x:100500:100:::\n",
@@ -142,7 +142,7 @@ def test_ids_that_only_nss_lists_are_skipped(
     script = "import sys; print({'passwd': 'x:*:100500:5:::', 'group': 'g:*:170000:'}[sys.argv[1]])"
     request = request_for("alice", nsswitch=nsswitch)
     sources = dataclasses.replace(request.sources, getent=(sys.executable, "-c", script))
-    subordinate_ids.grant(dataclasses.replace(request, sources=sources))
+    subordinate_ids.assign(dataclasses.replace(request, sources=sources))
     assert f"alice:{start}:65536" in (tmp_path / "subuid").read_text()
 
 
@@ -150,13 +150,13 @@ def test_failure_of_getent_is_ignored(request_for: RequestFactory, tmp_path: Pat
     request = request_for("alice", nsswitch="passwd: sss files\n")
     for getent in (str(tmp_path / "none"),), ("false",):
         sources = dataclasses.replace(request.sources, getent=getent)
-        assert subordinate_ids.grant(dataclasses.replace(request, sources=sources, check=True))[
+        assert subordinate_ids.assign(dataclasses.replace(request, sources=sources, check=True))[
             "changed"
         ]
 
 
 def test_numeric_entry_belongs_to_user(request_for: RequestFactory) -> None:
-    assert not subordinate_ids.grant(request_for("root", subuid="0:100000:65536\n"))["changed"]
+    assert not subordinate_ids.assign(request_for("root", subuid="0:100000:65536\n"))["changed"]
 
 
 def test_check_mode_writes_nothing_and_predicts_result(
@@ -164,16 +164,16 @@ def test_check_mode_writes_nothing_and_predicts_result(
 ) -> None:
     request = request_for("alice", "bob")
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    predicted = subordinate_ids.grant(dataclasses.replace(request, check=True))
+    predicted = subordinate_ids.assign(dataclasses.replace(request, check=True))
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    assert predicted == subordinate_ids.grant(request)
+    assert predicted == subordinate_ids.assign(request)
 
 
 def test_missing_files_are_created(request_for: RequestFactory, tmp_path: Path) -> None:
     request = request_for("alice")
     (tmp_path / "subuid").unlink()
     (tmp_path / "subgid").unlink()
-    subordinate_ids.grant(request)
+    subordinate_ids.assign(request)
     assert (tmp_path / "subuid").read_text() == "alice:100000:65536\n"
     assert (tmp_path / "subgid").stat().st_mode & 0o777 == 0o644
 
@@ -185,34 +185,42 @@ def test_held_lock_times_out_and_stale_lock_is_replaced(
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     (tmp_path / "subuid.lock").write_text(f"{ended.pid}\0")
-    subordinate_ids.grant(request)
+    subordinate_ids.assign(request)
     (tmp_path / "subgid.lock").write_text(f"{os.getppid()}\0")
     monkeypatch.setattr(subordinate_ids, "_LOCK_TIMEOUT", 0.3)
     with pytest.raises(LockTimeout, match=f"held by process {os.getppid()}"):
-        subordinate_ids.grant(dataclasses.replace(request, users=("bob",)))
+        subordinate_ids.assign(dataclasses.replace(request, users=("bob",)))
     assert "bob" not in (tmp_path / "subuid").read_text()
     assert sorted(path.name for path in tmp_path.glob("sub?id.*")) == ["subgid.lock"]
 
 
 def test_ids_of_nss_service_are_not_changed(request_for: RequestFactory) -> None:
     request = request_for("alice", nsswitch="subid: sss\n")
-    result = subordinate_ids.grant(request)
+    result = subordinate_ids.assign(request)
     assert result["source"] == "sss"
     assert not result["changed"]
     assert result["users"][0]["uid"] == [{"start": 500000, "count": 65536}]
     with pytest.raises(NamespaceError, match="has 65536 subordinate UIDs in the NSS service sss"):
-        subordinate_ids.grant(dataclasses.replace(request, count=100000))
+        subordinate_ids.assign(dataclasses.replace(request, count=100000))
 
 
-@pytest.mark.parametrize("name", ["", "a:b", "#x", " alice", "a\nb"])
+@pytest.mark.parametrize("name", ["", "a:b", "#x", " alice", "a\nb", "x\udc80"])
 def test_invalid_user_name_is_rejected(request_for: RequestFactory, name: str) -> None:
     with pytest.raises(ConfigError, match="is not a valid user name"):
-        subordinate_ids.grant(request_for(name))
+        subordinate_ids.assign(request_for(name))
+
+
+def test_lock_with_impossible_process_id_is_replaced(
+    request_for: RequestFactory, tmp_path: Path
+) -> None:
+    (tmp_path / "subuid.lock").write_text(str(2**70))
+    assert subordinate_ids.assign(request_for("alice"))["changed"]
+    assert not (tmp_path / "subuid.lock").exists()
 
 
 def test_invalid_count_is_rejected(request_for: RequestFactory) -> None:
     with pytest.raises(ConfigError, match="is not a valid number of IDs"):
-        subordinate_ids.grant(request_for("alice", count=0))
+        subordinate_ids.assign(request_for("alice", count=0))
 
 
 def test_error_reports_that_no_range_is_left() -> None:
@@ -234,12 +242,12 @@ def test_error_reports_that_no_range_is_left() -> None:
 def test_line_that_shadow_ignores_grants_no_range_but_stays_reserved(
     request_for: RequestFactory, tmp_path: Path, line: str
 ) -> None:
-    result = subordinate_ids.grant(request_for("alice", "bob", subuid=f"{line}\n"))
+    result = subordinate_ids.assign(request_for("alice", "bob", subuid=f"{line}\n"))
     assert (tmp_path / "subuid").read_bytes().decode() == (
         f"{line}\nalice:165536:65536\nbob:231072:65536\n"
     )
     assert "line 1" in result["warnings"][0]
-    assert "grants nothing to alice" in result["warnings"][0]
+    assert "assigns nothing to alice" in result["warnings"][0]
 
 
 @pytest.mark.parametrize(
@@ -263,21 +271,21 @@ def test_ranges_that_any_version_of_shadow_reads_are_reserved(
     request = request_for("alice", subuid=content, subgid="", count=1000)
     if "4294967296" in line:
         with pytest.raises(NamespaceError, match="no free range of this size is left"):
-            subordinate_ids.grant(request)
+            subordinate_ids.assign(request)
         return
-    subordinate_ids.grant(request)
+    subordinate_ids.assign(request)
     after = (tmp_path / "subuid").read_bytes()
     assert after == f"{content}alice:165536:1000\n".encode("utf-8", "surrogateescape")
 
 
 def test_overlapping_ranges_of_two_users_are_reported(request_for: RequestFactory) -> None:
     text = "alice:100000:65536\nbob:165535:65536\ncarol:300000:5\n"
-    result = subordinate_ids.grant(request_for("alice", "carol", subuid=text, count=5))
+    result = subordinate_ids.assign(request_for("alice", "carol", subuid=text, count=5))
     assert not result["changed"]
     (first, second) = result["warnings"]
     assert "subuid: alice (100000-165535) and bob (165535-231070) share subordinate IDs" in first
     assert "subgid: alice" in second
-    assert not subordinate_ids.grant(request_for("carol", subuid=text, count=5))["warnings"]
+    assert not subordinate_ids.assign(request_for("carol", subuid=text, count=5))["warnings"]
 
 
 def test_accounts_inside_ranges_and_own_overlaps_are_reported(request_for: RequestFactory) -> None:
@@ -285,7 +293,7 @@ def test_accounts_inside_ranges_and_own_overlaps_are_reported(request_for: Reque
     request = request_for(
         "alice", subuid=text, passwd="dave:x:100500:1:::\n", group="g:x:165001:\n"
     )
-    warnings = "\n".join(subordinate_ids.grant(request)["warnings"])
+    warnings = "\n".join(subordinate_ids.assign(request)["warnings"])
     assert "ranges of alice overlap each other at 165000-230535" in warnings
     assert "holds the UID 100500 of an account" in warnings
     assert "holds the GID 165001 of an account" in warnings
@@ -293,7 +301,7 @@ def test_accounts_inside_ranges_and_own_overlaps_are_reported(request_for: Reque
 
 def test_name_and_uid_of_user_are_same_owner(request_for: RequestFactory) -> None:
     text = "root:100000:65536\n0:100000:65536\n"
-    warnings = subordinate_ids.grant(request_for("root", subuid=text))["warnings"]
+    warnings = subordinate_ids.assign(request_for("root", subuid=text))["warnings"]
     assert all("overlap each other" in item for item in warnings)
 
 
@@ -301,10 +309,10 @@ def test_login_defs_limit_new_ranges(request_for: RequestFactory, tmp_path: Path
     login_defs = (
         "# SUB_UID_MIN 1\nSUB_UID_MIN\t\t500000\nSUB_GID_MIN 0x989680\nSUB_UID_MAX 10131071\n"
     )
-    subordinate_ids.grant(request_for("alice", login_defs=login_defs))
+    subordinate_ids.assign(request_for("alice", login_defs=login_defs))
     assert (tmp_path / "subuid").read_text() == "alice:10000000:65536\n"
     with pytest.raises(NamespaceError, match=r"between 10000000 and 10131071.*raise SUB_UID_MAX"):
-        subordinate_ids.grant(
+        subordinate_ids.assign(
             request_for("bob", subuid="alice:10000000:65536\n", login_defs=login_defs, count=65537)
         )
 
@@ -312,16 +320,16 @@ def test_login_defs_limit_new_ranges(request_for: RequestFactory, tmp_path: Path
 def test_missing_final_newline_is_added_if_shadow_requires_it(
     request_for: RequestFactory, tmp_path: Path
 ) -> None:
-    old = subordinate_ids.grant(request_for("alice", subuid="alice:100000:65536"))
+    old = subordinate_ids.assign(request_for("alice", subuid="alice:100000:65536"))
     assert not old["changed"]
     request = request_for("alice", subuid="alice:100000:65536", dialect=SHADOW_4_20)
-    predicted = subordinate_ids.grant(dataclasses.replace(request, check=True))
-    result = subordinate_ids.grant(request)
+    predicted = subordinate_ids.assign(dataclasses.replace(request, check=True))
+    result = subordinate_ids.assign(request)
     assert result["changed"]
     assert predicted == result
     assert not result["users"][0]["added"]
     assert (tmp_path / "subuid").read_text() == "alice:100000:65536\n"
-    assert not subordinate_ids.grant(request)["changed"]
+    assert not subordinate_ids.assign(request)["changed"]
 
 
 @pytest.mark.parametrize("content", ["alice:1:2\0\n", "\0"])
@@ -330,7 +338,7 @@ def test_file_that_shadow_ignores_is_not_changed(
 ) -> None:
     request = request_for("alice", subuid=content, dialect=SHADOW_4_20)
     with pytest.raises(NamespaceError, match="holds a NUL character, so newuidmap"):
-        subordinate_ids.grant(request)
+        subordinate_ids.assign(request)
     assert (tmp_path / "subuid").read_text() == content
 
 
@@ -339,7 +347,7 @@ def test_symbolic_link_is_not_replaced(request_for: RequestFactory, tmp_path: Pa
     (tmp_path / "subuid").rename(tmp_path / "real")
     (tmp_path / "subuid").symlink_to(tmp_path / "real")
     with pytest.raises(NamespaceError, match="is a symbolic link"):
-        subordinate_ids.grant(request)
+        subordinate_ids.assign(request)
     assert (tmp_path / "subuid").is_symlink()
 
 
@@ -380,7 +388,7 @@ def test_filesystem_error_keeps_its_cause(
     request = request_for("alice")
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(kind, match=os.strerror(number).lower()) as caught:
-        subordinate_ids.grant(request)
+        subordinate_ids.assign(request)
     assert type(caught.value) is kind
     assert hint in caught.value.hint
     assert caught.value.subject == str(tmp_path / ("subuid.lock" if call == "link" else "subuid"))
@@ -400,7 +408,7 @@ def test_removed_lock_is_ignored(
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", unlock)
-    assert subordinate_ids.grant(request)["changed"]
+    assert subordinate_ids.assign(request)["changed"]
 
 
 def test_result_does_not_include_changes_after_unlock(
@@ -416,7 +424,7 @@ def test_result_does_not_include_changes_after_unlock(
                 stream.write("alice:900000:65536\nbob:100000:65536\n")
 
     monkeypatch.setattr(os, "unlink", change_after_unlock)
-    result = subordinate_ids.grant(request)
+    result = subordinate_ids.assign(request)
     assert result["users"][0]["uid"] == [{"start": 100000, "count": 65536}]
     assert not result["warnings"]
 
@@ -442,7 +450,7 @@ def test_error_after_first_file_returns_written_changes(
 
     monkeypatch.setattr(os, "rename", fail_at_subgid)
     monkeypatch.setattr(os, "fsync", fail_after_rename)
-    result = subordinate_ids.grant(request)
+    result = subordinate_ids.assign(request)
     assert "no space left on device" in result["error"]
     assert result["facts"]["errno"] == errno.ENOSPC
     assert result["changed"]

@@ -111,6 +111,31 @@ def test_hint_matches_cause(
     assert ("apparmor" in error.hint) == restricted
 
 
+@pytest.mark.parametrize(
+    ("step", "hint"),
+    [
+        (entering._UNSHARE, "CONFIG_USER_NS"),
+        (entering._TAKE_GROUPS, "/proc/self/gid_map"),
+        (entering._BECOME_ROOT, "/proc/self/uid_map"),
+        (entering._MOUNT, "as in a chroot"),
+        ("writing uid_map", "dmesg"),
+    ],
+)
+def test_hint_for_invalid_argument_matches_step(step: str, hint: str) -> None:
+    for account in (ACCOUNT, None):
+        error = entering.explain(account, entering.Forbidden(errno.EINVAL, step))
+        assert hint in error.hint
+
+
+def test_unmapped_id_is_reported(
+    become: t.Callable[[t.Optional[Exception]], None],
+) -> None:
+    become(OSError(errno.EINVAL, "Invalid argument"))
+    with pytest.raises(NamespaceError, match="root cannot take the IDs of this user") as caught:
+        run_without_namespace()
+    assert "/proc/self/uid_map" in caught.value.hint
+
+
 def test_missing_podman_gives_same_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(podman, "find_program", lambda _name: None)
