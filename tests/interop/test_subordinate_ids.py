@@ -5,13 +5,24 @@
 
 from __future__ import annotations
 
+import pathlib
 import typing as t
 
+from support.lab import Lab
 
-def test_control_characters_in_results_are_escaped(run_module: t.Callable[..., t.Any]) -> None:
-    result = run_module("subordinate_ids", {"users": ["evil\x1b[2J"]}, check=True, diff=True)
+
+def test_control_characters_in_results_are_escaped(
+    lab: Lab, run_module: t.Callable[..., t.Any]
+) -> None:
+    file = pathlib.Path("/etc/subuid")
+    before = file.read_bytes()
+    try:
+        file.write_bytes(before + b"evil\x1b[2J:900000000:1\n")
+        result = run_module("subordinate_ids", {"users": ["nobody"]}, check=True, diff=True)
+    finally:
+        file.write_bytes(before)
     assert result["changed"]
-    assert "\\x1b[2J:" in result["diff"][0]["after"]
-    message = run_module("subordinate_ids", {"users": ["evil:\x1b[2J"]}, fails=True)["msg"]
+    assert "evil\\x1b[2J:" in result["diff"][0]["after"]
+    message = run_module("subordinate_ids", {"users": ["evil\x1b[2J"]}, fails=True)["msg"]
     assert "is not a valid user name" in message
     assert "\x1b" not in message
