@@ -46,7 +46,7 @@ def test_hint_matches_cause(
     files = storage_conf._Files("root", str(tmp_path), check=False, backup=True)
     with pytest.raises(kind, match=os.strerror(number).lower()) as caught:
         files.write(str(tmp_path / "storage.conf"), None, "[storage]\n")
-    assert type(caught.value) is kind
+    assert caught.type is kind
     assert hint in str(caught.value)
     assert "user root: " in str(caught.value)
     assert "cannot be " in str(caught.value)

@@ -389,7 +389,7 @@ def test_filesystem_error_keeps_its_cause(
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(kind, match=os.strerror(number).lower()) as caught:
         subordinate_ids.assign(request)
-    assert type(caught.value) is kind
+    assert caught.type is kind
     assert hint in caught.value.hint
     assert caught.value.subject == str(tmp_path / ("subuid.lock" if call == "link" else "subuid"))
     # Neither the lock nor temporary files remain.
