@@ -470,6 +470,12 @@ def fleet(session: nox.Session) -> None:
     pytest(session, "tests/fleet", tools=workshop.environment("fleet"))
 
 
+@nox.session
+def guides(session: nox.Session) -> None:
+    """Follow the guides on hosts on which nothing is installed."""
+    pytest(session, "tests/guides", tools=workshop.environment("fleet"))
+
+
 def pytest(
     session: nox.Session,
     folder: str,

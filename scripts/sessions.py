@@ -57,6 +57,7 @@ class Session:
 TESTS = (
     Session("fleet", ("peers", "browser"), "tests/fleet"),
     Session("faults", ("peers",), "tests/faults"),
+    Session("guides", ("peers",), "tests/guides"),
     Session("molecule", ("peers",), "extensions/molecule"),
     Session("sanity"),
     Session("integration", ("peers",), "tests/integration/targets"),
