@@ -556,7 +556,7 @@ def main() -> None:
             credentials=image_tools.Credentials(
                 params["authfile"] or "", params["username"] or "", params["password"] or ""
             ),
-            wanted=read_userns(params),
+            mapping=read_userns(params),
             convert=params["convert"],
         ),
         image_layers.declare,

@@ -131,12 +131,12 @@ class Target:
 
     rule: str
     unit: str
-    wanted: int
+    amount: int
     planned: int
 
     @property
     def met(self) -> bool:
-        return self.planned >= self.wanted
+        return self.planned >= self.amount
 
 
 @dataclass(frozen=True)

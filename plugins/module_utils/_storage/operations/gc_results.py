@@ -180,7 +180,7 @@ class GcResults:
             "bytes": sum(entry["size"] for entry in self.removed),
             "inodes": sum(entry["inodes"] for entry in self.removed),
         }
-        return all(gone[target.unit] >= target.wanted for target in made.targets)
+        return all(gone[target.unit] >= target.amount for target in made.targets)
 
     def error(self) -> str:
         """The message about failures; empty if there are none."""
@@ -227,7 +227,7 @@ class GcResults:
 def unmet_targets(made: Plan) -> str:
     """The warning about rules for space that require more than the removable layers use."""
     return "The rules for space require more than the removable layers use: " + "; ".join(
-        f"{target.rule} {target.wanted} {target.unit}, {target.planned} can be freed"
+        f"{target.rule} {target.amount} {target.unit}, {target.planned} can be freed"
         for target in made.targets
         if not target.met
     )

@@ -35,14 +35,14 @@ _MOST_SHARING = 100
 class FormRequest:
     """A query about an image.
 
-    :param wanted: the user namespace of its containers
+    :param options: the user namespace of its containers
     :param image: its ID; empty if unknown
     :param chain: the IDs of its own layers, lowest first; for an image that is not in the store
     :param programs: the versions that programs reported before; see ``detect``
     """
 
     store: StoreRequest
-    wanted: MappingOptions
+    options: MappingOptions
     image: str = ""
     chain: t.Tuple[str, ...] = ()
     programs: t.Mapping[str, str] = field(default_factory=dict)
@@ -63,12 +63,12 @@ def examine(request: FormRequest) -> t.Dict[str, t.Any]:
             image = snapshot.images.get(request.image)
             present = (snapshot, image) if image else None
             resolved = own_layers_mapping(
-                store_ctx.config, store_ctx.account, request.wanted, programs, present
+                store_ctx.config, store_ctx.account, request.options, programs, present
             )
             layers = _own_layers(snapshot, image) if image else _reused(snapshot, request.chain)
             sharing = _images_by_layer(snapshot, request.image, layers)
             return {
-                **_wanted(resolved),
+                **_requested(resolved),
                 "present": image is not None,
                 "read_only_store": image.store if image else None,
                 "layers": [
@@ -85,10 +85,10 @@ def examine(request: FormRequest) -> t.Dict[str, t.Any]:
             }
     except StoreUnwritten:
         resolved = own_layers_mapping(
-            configured(request.store), request.store.account, request.wanted, programs
+            configured(request.store), request.store.account, request.options, programs
         )
         return {
-            **_wanted(resolved),
+            **_requested(resolved),
             "present": False,
             "read_only_store": None,
             "layers": [],
@@ -98,7 +98,7 @@ def examine(request: FormRequest) -> t.Dict[str, t.Any]:
         }
 
 
-def _wanted(resolved: ResolvedMapping) -> t.Dict[str, t.Any]:
+def _requested(resolved: ResolvedMapping) -> t.Dict[str, t.Any]:
     mapping, answer = resolved.mapping, resolved.shifting
     reason = answer.reason if answer.shifts else "the user namespace changes no ID"
     return {**_maps(mapping), "reason": reason}
@@ -190,17 +190,17 @@ def other_form(form: t.Mapping[str, t.Any], name: str) -> MapError:
     ]
     current = " and ".join(dict.fromkeys(map_words(layer) for layer in different))
     sharing = list(dict.fromkeys(image for layer in different for image in layer["images"]))
-    wanted = map_words(form)
+    expected = map_words(form)
     others = ", ".join(sharing[:_MOST_NAMED])
     if len(sharing) > _MOST_NAMED:
         others += f" and {len(sharing) - _MOST_NAMED} more"
     if form["present"]:
-        cause = f"is in the store with {current} instead of {wanted}"
+        cause = f"is in the store with {current} instead of {expected}"
         if sharing:
             cause += f"; it shares {len(different)} layers with image {others}"
     else:
         cause = (
-            f"would get {current} instead of {wanted}, because its {len(different)} lowest layers are in the store "
+            f"would get {current} instead of {expected}, because its {len(different)} lowest layers are in the store "
             f"with {current} already"
         )
         cause += f" and belong to image {others}" if sharing else " and belong to no image"

@@ -59,7 +59,7 @@ class ImagesRequest:
     :param measure: as in image_layers_info
     :param check: only predict the changes
     :param credentials: for the registries of the images
-    :param wanted: the user namespace whose map the own layers of the image should carry; None for any map
+    :param mapping: the user namespace whose map the own layers of the image should carry; None for any map
     :param convert: change the layers of existing images with another map in place
     """
 
@@ -71,7 +71,7 @@ class ImagesRequest:
     measure: str = "apparent"
     check: bool = False
     credentials: Credentials = NO_CREDENTIALS
-    wanted: t.Optional[MappingOptions] = None
+    mapping: t.Optional[MappingOptions] = None
     convert: bool = False
 
 
@@ -98,7 +98,7 @@ def declare(request: ImagesRequest) -> t.Dict[str, t.Any]:
         return result
     names = tuple(dict.fromkeys(_full_name(item, request.source) for item in request.images))
     groups = [names] if request.source else [(name,) for name in names]
-    forms = _Forms(request, request.wanted) if request.wanted is not None else None
+    forms = _Forms(request, request.mapping) if request.mapping is not None else None
     converted = _convert(request, groups, forms)
     steps = [_present(request, group, converted, forms) for group in groups]
     result = {
@@ -111,7 +111,7 @@ def declare(request: ImagesRequest) -> t.Dict[str, t.Any]:
             for side in ("before", "after")
         },
     }
-    if request.wanted is not None:
+    if request.mapping is not None:
         mappings = [entry for item in steps for entry in item["mappings"]]
         refused = [item for item in mappings if item["status"] == image_forms.DIFFERENT]
         result["mappings"] = mappings
@@ -241,18 +241,18 @@ def _present(
         # Existing layers decide about the map of an image that is pulled onto them.
         reuses = bool(found["layers"])
         brought = _bring_mapped(request, converted, forms, tools, source, names, current, reuses)
-    wanted = brought.image_id
+    image_id = brought.image_id
     actions: t.List[str] = ["converted"] if current in converted.before else []
-    lacking = [name for name in names if found["holders"].get(name) != wanted]
-    if wanted != current:
+    lacking = [name for name in names if found["holders"].get(name) != image_id]
+    if image_id != current:
         actions.append("pulled")
         lacking = lacking[1:] if lacking[:1] == [names[0]] else lacking
     if lacking and brought.fits:
         actions.append("tagged")
-        if not request.check and wanted:
-            userns.run(tag, (_Step(request.store, (wanted, *lacking)),), account)
-    shown = (wanted,) if wanted else ()
-    known = not request.check or wanted == current
+        if not request.check and image_id:
+            userns.run(tag, (_Step(request.store, (image_id, *lacking)),), account)
+    shown = (image_id,) if image_id else ()
+    known = not request.check or image_id == current
     after = userns.run(
         report,
         (_Step(request.store, shown if known else (), request.measure, not request.check),),
@@ -275,15 +275,15 @@ def _present(
             "after": {
                 "images": [
                     {
-                        "id": wanted,
+                        "id": image_id,
                         "names": [
-                            *(found["names"] if wanted == current else ()),
+                            *(found["names"] if image_id == current else ()),
                             *(name for name in gained if actions and name not in found["names"]),
                         ],
                         **maps_after,
                     }
                 ]
-                if wanted
+                if image_id
                 else []
             },
         },
@@ -303,12 +303,12 @@ def _bring(
     """Copy the source's image if requested; returns the ID of the image for the names."""
     if request.pull == MISSING and current is not None:
         return current
-    wanted = current
+    image_id = current
     if request.pull == NEWER or request.check:
-        wanted = tools.source_image(source).image_id
-    if not request.check and (current is None or request.pull == ALWAYS or wanted != current):
-        wanted = _copy(request, tools, source, names[0])
-    return wanted
+        image_id = tools.source_image(source).image_id
+    if not request.check and (current is None or request.pull == ALWAYS or image_id != current):
+        image_id = _copy(request, tools, source, names[0])
+    return image_id
 
 
 def _copy(request: ImagesRequest, tools: Tools, source: str, name: str) -> t.Optional[str]:
@@ -635,13 +635,13 @@ def _name_meant(reference: str, image: Image) -> str:
     if text in image.names:
         return text
     try:
-        wanted = parse(text)
+        reference_parts = parse(text)
     except ConfigError:
         return ""
-    full = f"{wanted.repository}:{wanted.tag or 'latest'}"
+    full = f"{reference_parts.repository}:{reference_parts.tag or 'latest'}"
     alike = (
         (full,)
-        if wanted.domain
+        if reference_parts.domain
         else tuple(name for name in image.names if name.endswith(f"/{full}"))
     )
     return next((name for name in alike if name in image.names), "")

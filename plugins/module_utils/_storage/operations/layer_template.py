@@ -76,12 +76,12 @@ class Entry:
 
     :param names: the image's names; the reference if no image matches it
     :param image: None if no image matches
-    :param question: None if the map is not possible
+    :param resolved: None if the map is not possible
     """
 
     names: t.List[str]
     image: t.Optional[Image] = None
-    question: t.Optional[ResolvedMapping] = None
+    resolved: t.Optional[ResolvedMapping] = None
     action: str = REFUSED
     reason: str = ""
     layer_id: str = ""
@@ -100,18 +100,18 @@ class Entry:
 
     def result(self, user: str) -> t.Dict[str, t.Any]:
         """The entry as the module returns it."""
-        staged, question = self.staged, self.question
+        staged, resolved = self.staged, self.resolved
         return {
             "user": user,
             "image_id": self.image.id if self.image else "",
             "image_names": self.names,
             "layer_id": self.layer_id,
             "template_id": self.template_id,
-            "uidmap": question.mapping.uid.to_strings() if question else [],
-            "gidmap": question.mapping.gid.to_strings() if question else [],
+            "uidmap": resolved.mapping.uid.to_strings() if resolved else [],
+            "gidmap": resolved.mapping.gid.to_strings() if resolved else [],
             "action": self.action,
             "reason": self.reason,
-            "advice": question.shifting.advice if question else "",
+            "advice": resolved.shifting.advice if resolved else "",
             "strategy": staged.strategy if staged else None,
             "files": staged.files if staged else None,
             "size_expected": self.size_expected,
@@ -143,7 +143,7 @@ def declare_with_mappings(request: TemplateRequest) -> t.Dict[str, t.Any]:
     with opened(request.store, TREE_TOOLS, request.check) as store_ctx:
         task = _Task(request, store_ctx)
         result = task.carry_out()
-        found = [entry.question.wanted if entry.question else 0 for entry in task.entries]
+        found = [entry.resolved.index if entry.resolved else 0 for entry in task.entries]
         return {"result": result, "mappings": found}
 
 
@@ -179,8 +179,8 @@ class _Task:
             self._snapshot = store_ctx.store.snapshot()
         for entry in entries:
             self._act(entry)
-            if entry.image and entry.question:
-                _apply(after[entry.image.label], entry.action, entry.question.mapping)
+            if entry.image and entry.resolved:
+                _apply(after[entry.image.label], entry.action, entry.resolved.mapping)
         changed = any(
             entry.action in (CREATED, REMOVED) or entry.made_progress for entry in entries
         )
@@ -190,8 +190,8 @@ class _Task:
             if changed:
                 keep_reserve(store_ctx)
         user = store_ctx.account.name if store_ctx.account else "root"
-        resolved = [entry.question for entry in entries if entry.question]
-        shifting = bool(resolved) and all(question.shifting.shifts for question in resolved)
+        answers = [entry.resolved for entry in entries if entry.resolved]
+        shifting = bool(answers) and all(answer.shifting.shifts for answer in answers)
         store = store_ctx.describe(shifting)
         return {
             "changed": changed,
@@ -213,9 +213,9 @@ class _Task:
     def _lifetime(self) -> t.Iterator[str]:
         """A warning if the runtime removes the layers by itself, with the alternative."""
         runtimes = [
-            self._resolver.runtime(entry.question.wanted)
+            self._resolver.runtime(entry.resolved.index)
             for entry in self.entries
-            if entry.question and entry.action in (CREATED, EXISTING)
+            if entry.resolved and entry.action in (CREATED, EXISTING)
         ]
         removing = [item for item in runtimes if item.capabilities.removes_unused_mapped_layers]
         if not removing:
@@ -302,25 +302,25 @@ class _Task:
             for answer in self._resolver.answers(self._snapshot, image):
                 entry = Entry(list(image.names), image)
                 if isinstance(answer, ResolvedMapping):
-                    entry.question = answer
+                    entry.resolved = answer
                 else:
                     entry.refuse(answer)
                 yield entry
 
     def _act(self, entry: Entry) -> None:
         """Carry out the request for an entry. A refused entry stays refused."""
-        if not entry.image or not entry.question:
+        if not entry.image or not entry.resolved:
             return
         act = self._present if self._request.state == "present" else self._absent
         started = time.monotonic()
         try:
-            act(entry, entry.image, entry.question)
+            act(entry, entry.image, entry.resolved)
         except StorageError as error:
             entry.refuse(error)
         entry.seconds = time.monotonic() - started
 
-    def _present(self, entry: Entry, image: Image, question: ResolvedMapping) -> None:
-        snapshot, mapping = self._snapshot, question.mapping
+    def _present(self, entry: Entry, image: Image, resolved: ResolvedMapping) -> None:
+        snapshot, mapping = self._snapshot, resolved.mapping
         if not image.layer:
             entry.action, entry.reason = NOT_NEEDED, "The image has no layers."
             return
@@ -328,7 +328,7 @@ class _Task:
         # A runtime also copies an image whose own layers carry a map for containers without a map.
         plain = template.mapping.identity
         if mapping.identity and plain:
-            entry.action, entry.reason = NOT_NEEDED, _sentence(question.shifting.reason)
+            entry.action, entry.reason = NOT_NEEDED, _sentence(resolved.shifting.reason)
             return
         if mapping.changes_nothing and plain:
             entry.action = NOT_NEEDED
@@ -345,7 +345,7 @@ class _Task:
             self._lease,
             budget,
         )
-        shifting = question.shifting if plain else _of_mapped_image(question.shifting)
+        shifting = resolved.shifting if plain else _of_mapped_image(resolved.shifting)
         if not shifting.usable and (self._request.force or not shifting.shifts):
             # Even an existing layer: the runtime may have created it and then failed to mount it.
             raise MapError(f"map {mapping}", shifting.reason, shifting.advice)
@@ -432,12 +432,12 @@ class _Task:
             refuse_contradictions(self._store_ctx)
             self._examined = True
 
-    def _absent(self, entry: Entry, image: Image, question: ResolvedMapping) -> None:
+    def _absent(self, entry: Entry, image: Image, resolved: ResolvedMapping) -> None:
         found = [
             layer_id
             for layer_id in image.mapped_layers
             if layer_id in self._snapshot.layers
-            and self._snapshot.layers[layer_id].mapping.same_form(question.mapping)
+            and self._snapshot.layers[layer_id].mapping.same_form(resolved.mapping)
         ]
         if not found:
             entry.action, entry.reason = NOT_NEEDED, "There is no layer with this map."

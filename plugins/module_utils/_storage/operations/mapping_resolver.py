@@ -38,12 +38,12 @@ _TEXT_LIMIT = 16 * 1024 * 1024
 class ResolvedMapping:
     """The request of the runtime: the map as it writes it, and whether it needs a layer.
 
-    :ivar wanted: the index of the requested mapping
+    :ivar index: the index of the requested mapping
     """
 
     mapping: Mapping
     shifting: Shifting
-    wanted: int = 0
+    index: int = 0
 
 
 Answer = t.Union[ResolvedMapping, StorageError]
@@ -57,14 +57,14 @@ class MappingResolver:
     :raises NamespaceError: the user has no subordinate IDs
     """
 
-    def __init__(self, store_ctx: OpenStore, wanted: t.Iterable[MappingOptions]) -> None:
+    def __init__(self, store_ctx: OpenStore, mappings: t.Iterable[MappingOptions]) -> None:
         self._store_ctx = store_ctx
         # Versions reported by programs, to be saved in the ledger.
         self.version_cache: t.Dict[str, str] = {}
         with contextlib.suppress(StorageError):
             self.version_cache.update(read_ledger(store_ctx).programs)
         self._requests = [
-            MappingRequest(item, store_ctx.account, self.version_cache) for item in wanted
+            MappingRequest(item, store_ctx.account, self.version_cache) for item in mappings
         ]
 
     @property
@@ -96,15 +96,15 @@ class MappingResolver:
         for number, request in enumerate(self._requests):
             try:
                 for mapping in request.mappings(lambda: self._evidence(snapshot, image)):
-                    question = self._question(mapping, request.runtime, snapshot, image)
-                    question = dataclasses.replace(question, wanted=number)
-                    if found.setdefault(question.mapping, question) is question:
-                        answers.append(question)
+                    resolved = self._resolve(mapping, request.runtime, snapshot, image)
+                    resolved = dataclasses.replace(resolved, index=number)
+                    if found.setdefault(resolved.mapping, resolved) is resolved:
+                        answers.append(resolved)
             except StorageError as error:
                 answers.append(error)
         return answers
 
-    def _question(
+    def _resolve(
         self, mapping: Mapping, runtime: Runtime, snapshot: Snapshot, image: Image
     ) -> ResolvedMapping:
         answer = _shifting(self._store_ctx.config, mapping, runtime)
@@ -131,7 +131,7 @@ class MappingResolver:
 def own_layers_mapping(
     config: StoreConfig,
     account: t.Optional[Account],
-    wanted: MappingOptions,
+    options: MappingOptions,
     version_cache: t.Dict[str, str],
     present: t.Optional[t.Tuple[Snapshot, Image]] = None,
 ) -> ResolvedMapping:
@@ -146,7 +146,7 @@ def own_layers_mapping(
     :raises ConfigError: no runtime is installed, or an unknown one is named
     :raises NamespaceError: the user has no subordinate IDs
     """
-    request = MappingRequest(wanted, account, version_cache)
+    request = MappingRequest(options, account, version_cache)
     if request.automatic:
         raise MapError(
             "userns auto",
@@ -204,18 +204,18 @@ class MappingRequest:
     """
 
     def __init__(
-        self, wanted: MappingOptions, account: t.Optional[Account], version_cache: t.Dict[str, str]
+        self, options: MappingOptions, account: t.Optional[Account], version_cache: t.Dict[str, str]
     ) -> None:
-        self._wanted = wanted
+        self._options = options
         self._account = account
         self._request: Request = parse_request(
-            wanted.userns, wanted.uidmap, wanted.gidmap, wanted.subuidname, wanted.subgidname
+            options.userns, options.uidmap, options.gidmap, options.subuidname, options.subgidname
         )
         # Remarks on the requested maps, without duplicates.
         self.remarks: t.Dict[str, None] = {}
-        self.runtime = _runtime(wanted.runtime, version_cache)
+        self.runtime = _runtime(options.runtime, version_cache)
         # Whether it was detected, and not named in the request.
-        self.is_default = not wanted.runtime
+        self.is_default = not options.runtime
         self._context = _context(self.runtime, account)
 
     @property
@@ -245,7 +245,7 @@ class MappingRequest:
         size = auto.namespace_size(self.runtime, found.limits, ids, userns.size, found.image_user)
         self._compare_folders(found, ids, size, userns.size)
         return auto.slots(
-            self._wanted.slots,
+            self._options.slots,
             size,
             auto.available_ids(rootless, _shared_ids(self._account, found.limits.owner)),
             found.used,

@@ -558,7 +558,7 @@ class TestRules:
         result = decide(layers, Policy(max_used_space=Amount(500)))
         assert removed(result) == {f"{2:064x}"}
         assert not result.target_met
-        assert [(target.wanted, target.planned, target.met) for target in result.targets] == [
+        assert [(target.amount, target.planned, target.met) for target in result.targets] == [
             (400, 300, False)
         ]
 
