@@ -10,6 +10,7 @@ rule matches.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import token
@@ -61,24 +62,19 @@ PREFERRED = {
 # The code calls directories folders.
 ONLY_IN_GUIDES = {r"folders?": "directory"}
 
-# Headings of documentation in YAML are not sentences.
-ILLUSIONS = "lexical_illusions"
+# Headings of plugin documentation in YAML repeat words.
+NOT_IN_CODE = ("lexical_illusions",)
 
 
-def rules(path: Path) -> tuple[Check, ...]:
-    """The rules for a file."""
-    code = path.suffix == ".py"
+@functools.cache
+def rules(code: bool) -> tuple[Check, ...]:
+    """The rules for Python files, or for guides."""
+    names = set(BUILTIN) - set(NOT_IN_CODE if code else ())
+    preferred = PREFERRED if code else {**PREFERRED, **ONLY_IN_GUIDES}
     return (
-        *(
-            check
-            for check in builtin
-            if check.path.split(".")[0] in BUILTIN
-            and not (code and check.path.startswith(ILLUSIONS))
-        ),
+        *(check for check in builtin if check.path.split(".")[0] in names),
         Check(
-            check_type=types.PreferredForms(
-                items=PREFERRED if code else {**PREFERRED, **ONLY_IN_GUIDES}
-            ),
+            check_type=types.PreferredForms(items=preferred),
             path="userns.storage",
             message="Use '{}' instead of '{}'.",
         ),
@@ -132,7 +128,7 @@ def main(files: list[str]) -> int:
     found = 0
     for name in files:
         text = prose(Path(name))
-        for check in rules(Path(name)):
+        for check in rules(name.endswith(".py")):
             for result in check.check_with_flags(text):
                 line = text.count("\n", 0, result.span[0] + 1) + 1
                 print(f"{name}:{line}: {result.check_path}: {result.message}")

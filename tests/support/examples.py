@@ -38,7 +38,7 @@ from ansible.parsing.splitter import parse_kv
 
 from . import images, mounts, users
 from .lab import COLLECTION, Lab
-from .machines import Account
+from .machines import Account, Result
 from .registry import Registry
 from .stores import Store
 
@@ -267,6 +267,11 @@ class Reader(abc.ABC):
             "ANSIBLE_NOCOLOR": "1",
         }
 
+    @staticmethod
+    def _failed(done: Result) -> bool:
+        """Whether a command failed. Ansible does not fail if a play has no hosts."""
+        return done.rc != 0 or "no hosts matched" in done.stdout
+
     @abc.abstractmethod
     def _begin(self) -> None:
         """Prepare for a document."""
@@ -452,8 +457,7 @@ class ExampleHost(Reader):
         done = self.lab.machine.run(
             ["bash", "-ec", command], env=environ, cwd=str(self.folder), check=False
         )
-        # Ansible does not fail if a play has no hosts.
-        if done.rc != 0 or "no hosts matched" in done.stdout:
+        if self._failed(done):
             raise AssertionError(f"{where}: {command}: rc {done.rc}\n{done.stdout}\n{done.stderr}")
 
 

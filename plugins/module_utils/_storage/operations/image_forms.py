@@ -21,6 +21,7 @@ from . import inventory_results
 from .mapping_options import MappingOptions
 from .mapping_resolver import ResolvedMapping, own_layers_mapping
 from .store_opening import StoreRequest, configured, opened
+from .usage_tracking import known_programs
 
 MAPPED = "mapped"
 NOT_NEEDED = "not_needed"
@@ -59,6 +60,7 @@ def examine(request: FormRequest) -> t.Dict[str, t.Any]:
     programs = dict(request.programs)
     try:
         with opened(request.store, read_only=True) as store_ctx:
+            programs = {**known_programs(store_ctx), **programs}
             snapshot = store_ctx.store.snapshot()
             image = snapshot.images.get(request.image)
             present = (snapshot, image) if image else None

@@ -27,7 +27,7 @@ from ..store.store import Store
 from .layer_flags import ORIGIN_FLAG
 from .mapping_options import MappingOptions
 from .store_opening import OpenStore
-from .usage_tracking import read_ledger
+from .usage_tracking import known_programs
 
 _GROUP_FILE = "/etc/group"
 # Bytes; configurations of images have a few kilobytes.
@@ -60,9 +60,7 @@ class MappingResolver:
     def __init__(self, store_ctx: OpenStore, mappings: t.Iterable[MappingOptions]) -> None:
         self._store_ctx = store_ctx
         # Versions reported by programs, to be saved in the ledger.
-        self.version_cache: t.Dict[str, str] = {}
-        with contextlib.suppress(StorageError):
-            self.version_cache.update(read_ledger(store_ctx).programs)
+        self.version_cache = known_programs(store_ctx)
         self._requests = [
             MappingRequest(item, store_ctx.account, self.version_cache) for item in mappings
         ]

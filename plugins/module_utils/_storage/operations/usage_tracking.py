@@ -26,6 +26,13 @@ def read_ledger(store_ctx: OpenStore) -> Ledger:
     return Ledger(path, store_ctx.store.lock_timeout).load()
 
 
+def known_programs(store_ctx: OpenStore) -> t.Dict[str, str]:
+    """The versions that programs reported in earlier runs, for ``detect``; empty if the ledger cannot be read."""
+    with contextlib.suppress(StorageError):
+        return dict(read_ledger(store_ctx).programs)
+    return {}
+
+
 def record_use(
     store_ctx: OpenStore,
     snapshot: Snapshot,

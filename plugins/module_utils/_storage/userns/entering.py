@@ -139,7 +139,8 @@ def run_in_child(
                 os.close(upstream)
                 os.close(downstream)
                 if account is not None and not namespace:
-                    entered = _become(account, parent)
+                    _become(account, parent)
+                    entered = True
                 else:
                     entered = _enter(sender, gate, account, parent)
                 if entered:
@@ -242,7 +243,7 @@ def become(account: Account, parent: int) -> None:
     _set_environment(environment(os.environ, account, own=False))
 
 
-def _become(account: Account, parent: int) -> bool:
+def _become(account: Account, parent: int) -> None:
     """As :func:`become`, with an error for the parent."""
     try:
         become(account, parent)
@@ -252,7 +253,6 @@ def _become(account: Account, parent: int) -> bool:
             f"root cannot take the IDs of this user: {error.strerror}",
             _hint(error.errno or 0, _TAKE_IDS),
         ) from error
-    return True
 
 
 def _default_signals() -> None:
